@@ -1,0 +1,28 @@
+# README and .ci/run call these targets and nothing else.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: quickstart test lint type bench-smoke
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet -c constraints.txt torch
+	$(BIN)/pip install --quiet -c constraints.txt -e ".[dev]"
+	touch $@
+
+quickstart: .venv/installed
+	$(BIN)/python examples/quickstart.py $(ARGS)
+
+test: lint type
+	$(BIN)/python -m pytest
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --config setup.cfg
+
+type: .venv/installed
+	$(BIN)/mypy
+
+bench-smoke: .venv/installed
+	$(BIN)/python -m pytest tests/test_benchmarks.py

@@ -1,0 +1,22 @@
+"""A trained model, to a budget: methods, allocation, plan, factorization."""
+
+from .budget import Budget
+from .factorize import densify_, factorize_
+from .make_plan import make_plan
+from .methods import METHODS, CPMethod, Method, Option, SVDMethod, TuckerMethod
+from .plan import Entry, Plan
+
+__all__ = [
+    "METHODS",
+    "Budget",
+    "CPMethod",
+    "Entry",
+    "Method",
+    "Option",
+    "Plan",
+    "SVDMethod",
+    "TuckerMethod",
+    "densify_",
+    "factorize_",
+    "make_plan",
+]

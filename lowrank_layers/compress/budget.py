@@ -1,0 +1,64 @@
+"""How small the model shall become."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from ..cost import Cost
+from ..errors import BudgetError, LowRankError
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A limit on the whole model, factorized or not: on parameters, multiply-accumulates or bytes.
+
+    Args:
+        params: a float in (0, 1] is a fraction of what the model has now, an integer is a count.
+        macs: likewise for multiply-accumulates a sample; needs calibration statistics, which know the sizes.
+        bytes: likewise for the bytes of all parameters.
+
+    Raises:
+        BudgetError: unless exactly one limit is given, and is a fraction in (0, 1] or a positive integer.
+
+    Examples:
+        >>> Budget(params=0.3).limit(Cost(params=1000))
+        300
+        >>> Budget(bytes=4_000_000).unit
+        'bytes'
+    """
+
+    params: float | int | None = None
+    macs: float | int | None = None
+    bytes: float | int | None = None
+
+    def __post_init__(self) -> None:
+        given = [field.name for field in fields(self) if getattr(self, field.name) is not None]
+        if len(given) != 1:
+            raise BudgetError(
+                f"Budget: got {len(given)} limits, expected exactly one of params, macs and bytes,"
+                " as in Budget(params=0.3)."
+            )
+        value = getattr(self, given[0])
+        good = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not good or not (0 < value <= 1 if isinstance(value, float) else value >= 1):
+            raise BudgetError(
+                f"Budget: got {given[0]}={value!r}, expected a fraction in (0, 1] (a float)"
+                " or a positive count (an integer)."
+            )
+
+    @property
+    def unit(self) -> str:
+        """What is limited."""
+        return next(field.name for field in fields(self) if getattr(self, field.name) is not None)
+
+    def limit(self, total: Cost) -> int:
+        """The count that the limit means for a model of that cost."""
+        value = getattr(self, self.unit)
+        return int(value * getattr(total, self.unit)) if isinstance(value, float) else value
+
+
+def as_budget(budget: object) -> Budget:
+    """Refuses anything but a :class:`Budget`."""
+    if not isinstance(budget, Budget):
+        raise LowRankError(f"make_plan: got budget {budget!r}, expected a Budget; write Budget(params={budget!r}).")
+    return budget

@@ -1,0 +1,199 @@
+"""Applying a plan, and undoing the factorization."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ..calibrate import LayerStats, Statistics, calibrate, quiet_eval
+from ..errors import LowRankError
+from ..layers import FactoredModule, is_factored
+from ..linalg import check_tensor
+from ..surgery import check_model, own_layers, reasons_to_stay, remap_optimizer_, replace_
+from .methods import METHODS, Regression
+from .plan import Entry, Plan
+from .sequential import forward_order, paired_stats
+from .spec import describe
+
+
+def factorize_(
+    model: nn.Module,
+    plan: Plan,
+    stats: Statistics | None = None,
+    data: Iterable[Any] | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+    *,
+    progress: bool = False,
+) -> nn.Module:
+    """Replaces the layers of a model as the plan says, in place. Everything is checked and built before anything is changed.
+
+    With ``data`` the layers are regressed in sequence: in forward order, each one is fitted to give, on what the
+    compressed layers before it deliver, the outputs of the dense model; layers that stay dense are refitted too.
+
+    Args:
+        model: a trained model.
+        plan: what :func:`make_plan` returned for it.
+        stats: what :func:`calibrate` returned for it: weights the approximation.
+        data: the batches that :func:`calibrate` takes, in the same form.
+        optimizer: its groups are given the new parameters in the place of the old ones.
+        progress: shows a progress bar.
+
+    Returns:
+        The model.
+
+    Raises:
+        LowRankError: if the plan or the statistics are for another model, a weight is not finite, the model is
+            wrapped, or a batch is bad; the model is bit-identical then.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+        >>> batches = [torch.randn(100, 64)]
+        >>> stats = calibrate(model, batches, loss=SampledCrossEntropy())
+        >>> plan = make_plan(model, Budget(params=0.5), stats=stats)
+        >>> type(factorize_(model, plan, stats=stats, data=batches)[0]).__name__
+        'LowRankLinear'
+    """
+    check_model(model)
+    _check_plan(model, plan, stats)
+    if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
+        raise LowRankError(f"factorize_: got optimizer of type {type(optimizer).__name__}, expected a torch.optim one.")
+    if data is None:
+        built = _one_shot(model, plan, stats)
+        refits: dict[str, tuple[Tensor, Tensor | None]] = {}
+    else:
+        batches = data if isinstance(data, (list, tuple)) else list(data)
+        if not batches:
+            raise LowRankError("factorize_: got no batches in data.")
+        if stats is None:
+            stats = calibrate(model, batches)
+        built, refits = _in_sequence(model, plan, stats, batches, progress)
+    replaced = [(model.get_submodule(name), new) for name, new in built.items()]
+    replace_(model, built)
+    for name, (weight, bias) in refits.items():
+        _write(model.get_submodule(name), weight, bias)
+    if optimizer is not None:
+        remap_optimizer_(optimizer, replaced)
+    return model
+
+
+def densify_(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> nn.Module:
+    """Multiplies the factors out: every factored layer becomes the torch layer that computes the same, in place.
+
+    Args:
+        model: a model with factored layers; one without comes back as it is.
+        optimizer: its groups are given the new parameters in the place of the old ones.
+
+    Examples:
+        >>> densify_(nn.Sequential(LowRankLinear(8, 4, rank=2)))
+        Sequential(
+          (0): Linear(in_features=8, out_features=4, bias=True)
+        )
+    """
+    check_model(model)
+    factored = {name: module for name, module in own_layers(model) if isinstance(module, FactoredModule)}
+    dense = {name: module.to_dense() for name, module in factored.items()}
+    replace_(model, dense)
+    if optimizer is not None:
+        remap_optimizer_(optimizer, [(factored[name], dense[name]) for name in factored])
+    return model
+
+
+def _one_shot(model: nn.Module, plan: Plan, stats: Statistics | None) -> dict[str, nn.Module]:
+    return {
+        entry.name: _build(model.get_submodule(entry.name), entry, None if stats is None else stats[entry.name])
+        for entry in plan
+        if entry.method != "dense"
+    }
+
+
+def _build(dense: nn.Module, entry: Entry, stats: LayerStats | None) -> FactoredModule:
+    try:
+        return METHODS[entry.method].build(dense, entry.rank, stats)
+    except LowRankError as error:
+        raise type(error)(f"{entry.name!r}: {error}") from None
+
+
+def _in_sequence(
+    model: nn.Module, plan: Plan, stats: Statistics, batches: list[Any] | tuple[Any, ...], progress: bool
+) -> tuple[dict[str, nn.Module], dict[str, tuple[Tensor, Tensor | None]]]:
+    """The replacements, built one after the other on a copy, and new weights for layers that stay dense."""
+    names = [entry.name for entry in plan if entry.name in stats]
+    target = stats.with_target
+    calls = forward_order(model, names, batches[0], with_target=target)
+    work = copy.deepcopy(model).requires_grad_(False)
+    built: dict[str, nn.Module] = {}
+    refits: dict[str, tuple[Tensor, Tensor | None]] = {}
+    order = [*calls, *(entry.name for entry in plan if entry.name not in calls)]
+    changed = False
+    with quiet_eval(model), quiet_eval(work):
+        for name in tqdm(order, desc="factorize", disable=not progress):
+            entry, dense = plan[name], model.get_submodule(name)
+            layer_stats = stats[name] if name in stats else None
+            regress = layer_stats is not None and name in calls and not isinstance(dense, nn.Embedding)
+            if regress and changed:
+                assert layer_stats is not None
+                layer_stats = paired_stats(
+                    model, work, name, layer_stats, batches, calls=calls[name], with_target=target
+                )
+            if entry.method != "dense":
+                new = _build(dense, entry, layer_stats)
+                replace_(work, {name: copy.deepcopy(new).requires_grad_(False).eval()})
+                built[name] = new.train(dense.training)
+                changed = True
+            elif regress and changed:
+                assert layer_stats is not None
+                refits[name] = _refit(dense, layer_stats)
+                _write(work.get_submodule(name), *refits[name])
+    return built, refits
+
+
+def _refit(dense: nn.Module, stats: LayerStats) -> tuple[Tensor, Tensor | None]:
+    """The dense layer's best weight and bias on the compressed prefix; without a bias, through the origin."""
+    has_bias = dense.bias is not None
+    problem = Regression.of(dense, stats, centred=has_bias)
+    weight = problem.full()
+    return weight, problem.corrected_bias(weight) if has_bias else None
+
+
+@torch.no_grad()
+def _write(layer: nn.Module, weight: Tensor, bias: Tensor | None) -> None:
+    layer.weight.copy_(weight.reshape(layer.weight.shape))  # type: ignore[union-attr, operator, arg-type]
+    if bias is not None:
+        layer.bias.copy_(bias)  # type: ignore[union-attr, operator]
+
+
+def _check_plan(model: nn.Module, plan: Plan, stats: Statistics | None) -> None:
+    """Everything that can be wrong is found here, before anything is built."""
+    if not isinstance(plan, Plan):
+        raise LowRankError(f"factorize_: got plan of type {type(plan).__name__}, expected a Plan; call make_plan first.")
+    if stats is not None and not isinstance(stats, Statistics):
+        raise LowRankError(f"factorize_: got stats of type {type(stats).__name__}, expected what calibrate returned.")
+    layers = dict(own_layers(model))
+    reasons = reasons_to_stay(model)
+    for entry in plan:
+        module = layers.get(entry.name)
+        if module is None:
+            raise LowRankError(f"the plan has a layer {entry.name!r}, but the model has not: it is for another model.")
+        if is_factored(module):
+            raise LowRankError(f"{entry.name!r} is factored already; densify_ the model first, or plan anew.")
+        if entry.method == "dense":
+            continue
+        if entry.name in reasons:
+            raise LowRankError(f"{entry.name!r} cannot be replaced: {reasons[entry.name]}.")
+        if not METHODS[entry.method].matches(module):
+            raise LowRankError(
+                f"{entry.name!r}: the method {entry.method!r} does not take a {type(module).__name__};"
+                " the plan is for another model."
+            )
+        if describe(module) != entry.layer:
+            raise LowRankError(
+                f"{entry.name!r}: the plan was made for {entry.layer}, the model has {describe(module)}; plan anew."
+            )
+        if stats is not None and entry.name not in stats:
+            raise LowRankError(f"{entry.name!r}: the statistics do not know it; calibrate this model.")
+        check_tensor(module.weight, f"{entry.name!r}")  # type: ignore[arg-type]

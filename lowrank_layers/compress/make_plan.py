@@ -1,0 +1,233 @@
+"""From a model and a budget to a plan."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+from torch import nn
+
+from ..calibrate import LayerStats, Statistics
+from ..cost import Cost
+from ..errors import BudgetError, LowRankError
+from ..layers import is_factored
+from ..rank import Rank, check_rank
+from ..surgery import Selector, check_model, own_layers, reasons_to_stay, select
+from .allocate import allocate
+from .budget import Budget, as_budget
+from .methods import METHODS, Method, Option, Regression
+from .methods.base import factored_cost, gains_bias, repeated_cost
+from .plan import Entry, Plan, model_cost
+from .spec import describe
+
+Units = Literal["balanced", "absolute", "relative"]
+_EXPONENT = {"absolute": 0.0, "balanced": 0.5, "relative": 1.0}
+
+
+def make_plan(
+    model: nn.Module,
+    budget: Budget | None = None,
+    stats: Statistics | None = None,
+    methods: Sequence[Method] | None = None,
+    skip: Iterable[Selector] = (),
+    *,
+    rank: Rank | None = None,
+    units: Units = "balanced",
+) -> Plan:
+    r"""Chooses, for every layer, a method and a rank, or to leave it dense, under one budget; exactly.
+
+    Every method offers options with a cost and an estimated growth of the loss; a multiple-choice knapsack picks
+    at most one a layer. With statistics the estimate is the curvature-weighted error of the layer's output,
+    :math:`\tfrac12 \|G^{1/2} (W - \hat W) X^{1/2}\|^2`; without, that of its weight.
+
+    ``units`` says how the estimates of different layers compare. ``"absolute"`` takes them as they are: right when the quadratic estimate
+    can be trusted. ``"relative"`` divides by the layer's total, as whitening methods do: a guard against estimates that are off by a factor. The default,
+    ``"balanced"``, divides by the square root of the total, halfway between in the logarithm. See ``benchmarks/results`` for the
+    table on LeNet and ResNet-20 from which it was taken.
+
+    Args:
+        model: a trained model; it is not changed.
+        budget: the limit on the whole model.
+        stats: what :func:`calibrate` returned for this model; without it weights are approximated plainly.
+        methods: by default all of ``METHODS``.
+        skip: layers to leave alone: names, ends of names, parents, types or predicates.
+        rank: instead of a budget: one rank or rule for every layer, by the first method that matches. A rule sees
+            the weighted spectrum where there are statistics. A layer that would grow is left dense.
+        units: ``"balanced"``, ``"absolute"`` or ``"relative"``.
+
+    Returns:
+        The plan: print it, edit it, save it, apply it with :func:`factorize_`.
+
+    Raises:
+        BudgetError: if not even the smallest options fit; the message says what can be reached.
+        LowRankError: for a wrapped model, a ``skip`` that matches nothing, or nothing to factorize.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+        >>> plan = make_plan(model, Budget(params=0.5))
+        >>> plan.after.params <= 0.5 * plan.total.params
+        True
+    """
+    check_model(model)
+    if (budget is None) == (rank is None):
+        raise BudgetError("make_plan: expected either a budget, as in Budget(params=0.3), or rank=.")
+    if units not in _EXPONENT:
+        raise LowRankError(f"make_plan: got units {units!r}, expected one of {list(_EXPONENT)}.")
+    chosen = _check_methods(methods)
+    if stats is not None:
+        _check_stats(model, stats)
+    if budget is not None and as_budget(budget).unit == "macs" and stats is None:
+        raise BudgetError("a budget of MACs needs to know the sizes of the inputs: pass stats=calibrate(model, batches).")
+    layers, skipped = _candidates(model, chosen, skip, stats)
+    if not layers:
+        why = "; ".join(f"{name!r}: {reason}" for name, reason in skipped.items()) or "it has no Linear, Conv2d or Embedding"
+        raise LowRankError(f"make_plan: nothing to factorize: {why}.")
+    total = model_cost(model) + Cost(macs=_fixed_macs(model, stats))
+    if rank is not None:
+        check_rank(rank, "make_plan")
+        entries = [_by_rule(name, module, _of(stats, name), chosen, rank) for name, module in layers.items()]
+        return Plan(entries, skipped=skipped, total=total, settings={"rank": repr(rank)})
+    assert budget is not None
+    tables = {name: _options(module, _of(stats, name), chosen) for name, module in layers.items()}
+    energies = {name: Regression.of(module, _of(stats, name)).energy for name, module in layers.items()}
+    picks = _solve(layers, tables, energies, budget, total, stats, _EXPONENT[units])
+    entries = []
+    for name, module in layers.items():
+        method, option = tables[name][picks[name]]
+        energy = energies[name]
+        error = (option.loss_increase / energy) ** 0.5 if energy > 0 else 0.0
+        entries.append(_entry(name, module, _of(stats, name), method, option.rank, option.cost, error))
+    settings = {"budget": {budget.unit: getattr(budget, budget.unit)}, "units": units, "calibrated": stats is not None}
+    return Plan(entries, skipped=skipped, total=total, settings=settings)
+
+
+def _options(
+    module: nn.Module, stats: LayerStats | None, methods: Sequence[Method]
+) -> list[tuple[str, Option]]:
+    """Dense first, then everything that any method offers."""
+    table = [("dense", Option(None, repeated_cost(module, stats), 0.0))]
+    for method in methods:
+        if method.matches(module):
+            table += [(method.name, option) for option in method.options(module, stats)]
+    return table
+
+
+def _solve(
+    layers: dict[str, nn.Module],
+    tables: dict[str, list[tuple[str, Option]]],
+    energies: dict[str, float],
+    budget: Budget,
+    total: Cost,
+    stats: Statistics | None,
+    exponent: float,
+) -> dict[str, int]:
+    unit = budget.unit
+    fixed = getattr(total, unit) - sum(getattr(repeated_cost(m, _of(stats, n)), unit) for n, m in layers.items())
+    costs = [[getattr(option.cost, unit) for _, option in tables[name]] for name in layers]
+    losses = [
+        [option.loss_increase / max(energies[name], 1e-300) ** exponent for _, option in tables[name]] for name in layers
+    ]
+    limit = budget.limit(total)
+    least = fixed + sum(min(cost) for cost in costs)
+    if least > limit:
+        raise BudgetError(
+            f"{budget} means {limit:,} {unit}, but the smallest this model can become is {least:,}"
+            f" ({least / getattr(total, unit):.1%}), of which {fixed:,} belong to layers that no method touches."
+            " Raise the budget, or skip fewer layers."
+        )
+    return dict(zip(layers, allocate(costs, losses, limit - fixed), strict=True))
+
+
+def _by_rule(
+    name: str, module: nn.Module, stats: LayerStats | None, methods: Sequence[Method], rule: Rank
+) -> Entry:
+    method = next(m for m in methods if m.matches(module))
+    rank = method.choose(module, stats, rule)
+    cost = factored_cost(method, module, rank, stats)
+    before = repeated_cost(module, stats)
+    if not isinstance(rule, int) and cost.params >= before.params + module.weight.shape[0]:  # type: ignore[union-attr, operator]
+        return _entry(name, module, stats, "dense", None, before, 0.0)
+    return _entry(name, module, stats, method.name, rank, cost, None)
+
+
+def _entry(
+    name: str, module: nn.Module, stats: LayerStats | None, method: str, rank: Any, cost: Cost, error: float | None
+) -> Entry:
+    bias = getattr(module, "bias", None) is not None
+    return Entry(
+        name,
+        method,
+        rank,
+        repeated_cost(module, stats),
+        cost,
+        error,
+        describe(module),
+        bias if method == "dense" else bias or gains_bias(module, stats),
+        None if stats is None else stats.input_shape,
+        1.0 if stats is None else stats.repeats,
+    )
+
+
+def _candidates(
+    model: nn.Module, methods: Sequence[Method], skip: Iterable[Selector], stats: Statistics | None
+) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    """Layers to plan for, and why the others with a weight are left alone."""
+    asked = select(model, skip, "skip")
+    reasons = reasons_to_stay(model)
+    layers, skipped = {}, {}
+    for name, module in own_layers(model):
+        weights = [p for p in module.parameters(recurse=False) if p.ndim > 1]
+        if not weights or is_factored(module):
+            continue
+        if name in asked:
+            skipped[name] = "as asked"
+        elif name in reasons:
+            skipped[name] = reasons[name]
+        elif not any(method.matches(module) for method in methods):
+            groups = getattr(module, "groups", 1)
+            kind = f"{type(module).__name__} with groups={groups}" if groups != 1 else type(module).__name__
+            skipped[name] = f"no method for {kind}"
+        elif name == "":
+            raise LowRankError(
+                f"the model itself is a {type(module).__name__} and cannot be replaced in place;"
+                " wrap it in nn.Sequential, or use from_dense."
+            )
+        elif any(p.is_meta for p in weights):
+            raise LowRankError(f"{name!r}: its weight is on the meta device; load the weights first.")
+        elif stats is not None and name not in stats:
+            skipped[name] = "calibration never reached it"
+        else:
+            layers[name] = module
+    return layers, skipped
+
+
+def _check_methods(methods: Sequence[Method] | None) -> list[Method]:
+    if methods is None:
+        return list(METHODS.values())
+    known = {type(method) for method in METHODS.values()}
+    for method in methods:
+        if type(method) not in known:
+            names = ", ".join(sorted(f"{kind.__name__}()" for kind in known))
+            raise LowRankError(f"make_plan: got method {method!r}, expected instances such as {names}.")
+    if not methods:
+        raise LowRankError("make_plan: got no methods; leave methods=None for all of them.")
+    return list(methods)
+
+
+def _check_stats(model: nn.Module, stats: Statistics) -> None:
+    if not isinstance(stats, Statistics):
+        raise LowRankError(f"got stats of type {type(stats).__name__}, expected what calibrate returned.")
+    unknown = [name for name in stats if name not in dict(own_layers(model))]
+    if unknown:
+        raise LowRankError(f"the statistics know {unknown[0]!r}, which this model has not; calibrate this model.")
+
+
+def _of(stats: Statistics | None, name: str) -> LayerStats | None:
+    return None if stats is None else stats[name]
+
+
+def _fixed_macs(model: nn.Module, stats: Statistics | None) -> int:
+    """MACs of every calibrated layer of the dense model."""
+    if stats is None:
+        return 0
+    return sum(repeated_cost(module, stats[name]).macs for name, module in own_layers(model) if name in stats)

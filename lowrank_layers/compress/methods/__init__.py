@@ -1,0 +1,12 @@
+"""One file a method. To add one: write the file, add it to ``METHODS``, add its row to tests/contracts."""
+
+from .base import Method, Option
+from .cp import CPMethod
+from .regression import Regression
+from .svd import SVDMethod
+from .tucker import TuckerMethod
+
+METHODS: dict[str, Method] = {method.name: method for method in (SVDMethod(), TuckerMethod(), CPMethod())}
+"""Every method by the name that plans and files use."""
+
+__all__ = ["METHODS", "CPMethod", "Method", "Option", "Regression", "SVDMethod", "TuckerMethod"]

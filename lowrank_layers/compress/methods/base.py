@@ -1,0 +1,92 @@
+"""The contract of a method: one dense layer in, options with their price out, one factored layer built."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import nn
+
+from ...calibrate import LayerStats
+from ...cost import Cost
+from ...layers import FactoredModule, layer_cost
+
+
+@dataclass(frozen=True)
+class Option:
+    """One way to store a layer.
+
+    Args:
+        rank: what the layer's ``rank=`` takes; ``None`` leaves it dense.
+        cost: what it costs then.
+        loss_increase: estimated growth of the loss, in the units of the statistics.
+    """
+
+    rank: Any
+    cost: Cost
+    loss_increase: float
+
+
+class Method(Protocol):
+    """A way to factorize layers. Implementations are frozen dataclasses."""
+
+    @property
+    def name(self) -> str:
+        """What plans and files call it."""
+
+    @property
+    def layers(self) -> Mapping[type[nn.Module], type[FactoredModule]]:
+        """Dense type to the factored type that replaces it."""
+
+    def matches(self, module: nn.Module) -> bool:
+        """Whether it can factorize this layer."""
+
+    def options(self, module: nn.Module, stats: LayerStats | None) -> list[Option]:
+        """Ranks worth considering, with cost and estimated loss; smaller than the dense layer."""
+
+    def choose(self, module: nn.Module, stats: LayerStats | None, rank: Any) -> Any:
+        """The rank that an integer or a rule means for this layer, on the weighted spectrum where there are statistics."""
+
+    def build(self, module: nn.Module, rank: Any, stats: LayerStats | None) -> FactoredModule:
+        """The factored layer; with statistics the one that minimises the weighted error."""
+
+
+def matches_type(method: Method, module: nn.Module) -> bool:
+    """Whether the module is exactly one of the method's types, with one group."""
+    return type(module) in method.layers and getattr(module, "groups", 1) == 1
+
+
+def factored_cost(method: Method, module: nn.Module, rank: Any, stats: LayerStats | None) -> Cost:
+    """The cost of the layer that :meth:`Method.build` would return, without building it."""
+    bias = getattr(module, "bias", None) is not None or gains_bias(module, stats)
+    meta = _meta_twin(module)
+    return repeated_cost(method.layers[type(module)].like(meta, rank=rank, bias=bias), stats)
+
+
+def repeated_cost(module: nn.Module, stats: LayerStats | None) -> Cost:
+    """:func:`layer_cost` for one sample of the model."""
+    cost = layer_cost(module, None if stats is None else stats.input_shape)
+    return cost if stats is None else Cost(cost.params, round(cost.macs * stats.repeats), cost.bytes)
+
+
+def gains_bias(module: nn.Module, stats: LayerStats | None) -> bool:
+    """With input means known, a correction of the output mean is free but for a bias."""
+    return stats is not None and not isinstance(module, nn.Embedding)
+
+
+def affine(first: Cost, second: Cost, steps: int) -> Cost:
+    """``first + steps * (second - first)``: the cost of rank ``1 + steps`` of a method whose cost is affine in it."""
+    d = second - first
+    return Cost(first.params + steps * d.params, first.macs + steps * d.macs, first.bytes + steps * d.bytes)
+
+
+def _meta_twin(module: nn.Module) -> nn.Module:
+    """The same layer without values."""
+    twin = object.__new__(type(module))
+    twin.__dict__.update(module.__dict__)
+    twin._parameters = {
+        key: None if p is None else nn.Parameter(p.detach().to("meta"), p.requires_grad)
+        for key, p in module._parameters.items()
+    }
+    return twin

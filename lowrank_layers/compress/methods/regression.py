@@ -1,0 +1,179 @@
+r"""The weighted reduced-rank regression that every method solves.
+
+For small changes the loss grows by half the quadratic form of its curvature; with the Kronecker approximation of that
+(Martens and Grosse, 2015) one layer contributes
+
+.. math:: \Delta L \approx \tfrac12 P \, \| G^{1/2} (W x - \hat W x') \|^2,  X = E[x x^T],  G = E[g g^T]
+
+with ``x`` the dense model's inputs (a convolution's patches), ``x'`` those that the compressed prefix delivers, ``g`` the loss's
+gradient at the output and ``P`` positions a sample. Both are centred, which costs nothing but the bias. The best map of rank ``r``
+is the truncated SVD of ``M = G^(1/2) W E[x x'^T] E[x' x'^T]^(-1/2)``, and the discarded squared singular values are in units of loss.
+With ``G = I`` it is activation whitening, with ``X = I`` too it is plain SVD.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from ...calibrate import LayerStats
+from ...errors import LowRankError
+from ...linalg import PowerPair, check_tensor, damp, exact_svd, gram_svd, psd_roots
+
+INPUT_DAMPING = 1e-3
+"""Ridge on the inputs, relative to their mean variance; it pulls towards the dense weight."""
+OUTPUT_DAMPING = 0.1
+"""Ridge on the gradients, relative to their mean: outputs that this sample found unimportant keep some weight."""
+
+
+@dataclass(frozen=True)
+class Regression:
+    """Find ``A`` with few parameters such that ``A (x' - E x') + E y`` is close to ``y = W x + b``.
+
+    Args:
+        weight: ``W``, ``[m, n]``, in fp64.
+        bias: ``b``, ``[m]`` or ``None``.
+        output: ``G^(1/2)`` and its inverse.
+        moment: centred ``E[x' x'^T]``, damped, ``[n, n]`` (``[n]``: diagonal).
+        cross: centred ``E[x x'^T]``, damped likewise, ``[n, n]`` (``[n]``: diagonal).
+        mean: ``E[x']``; ``None`` where nothing is known.
+        target_mean: ``E[x]``.
+        scale: positions a sample.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    output: PowerPair
+    moment: Tensor
+    cross: Tensor
+    mean: Tensor | None
+    target_mean: Tensor | None
+    scale: float
+
+    @classmethod
+    def of(cls, module: nn.Module, stats: LayerStats | None, *, centred: bool = True) -> Regression:
+        """The problem of one layer; without statistics the plain approximation of its weight.
+
+        Args:
+            module: the dense layer.
+            stats: its statistics.
+            centred: with the bias free; otherwise the map goes through the origin.
+        """
+        weight = weight_matrix(module).double()
+        bias: Tensor | None = getattr(module, "bias", None)
+        bias = None if bias is None else bias.detach().double()
+        rows, columns = weight.shape
+        if stats is None:
+            eye = torch.ones(columns, dtype=torch.float64, device=weight.device)
+            return cls(weight, bias, _identity(rows, weight), eye, eye, None, None, 1.0)
+        if len(stats.inputs.mean) != columns:
+            raise LowRankError(
+                f"got statistics of {len(stats.inputs.mean)} inputs for a layer of {columns};"
+                " calibrate this model, not another one."
+            )
+        centred = centred and not isinstance(module, nn.Embedding)
+        mean = stats.inputs.mean.to(weight.device)
+        target = mean if stats.target_mean is None else stats.target_mean.to(weight.device)
+        moment = stats.inputs.covariance().to(weight.device)
+        cross = moment if stats.cross is None else stats.cross.to(weight.device)
+        if not centred and moment.ndim > 1:
+            moment, cross = moment + torch.outer(mean, mean), cross + torch.outer(target, mean)
+        ridge = INPUT_DAMPING * (moment.mean() if moment.ndim == 1 else moment.diagonal().mean())
+        ridge = ridge if ridge > 0 else torch.ones_like(ridge)
+        output = _identity(rows, weight)
+        if stats.gradients is not None:
+            output = psd_roots(damp(stats.gradients.to(weight.device), OUTPUT_DAMPING))
+        return cls(
+            weight,
+            bias,
+            output,
+            _add_ridge(moment, ridge),
+            _add_ridge(cross, ridge),
+            mean if centred else None,
+            target if centred else None,
+            stats.positions,
+        )
+
+    @cached_property
+    def _input(self) -> PowerPair:
+        return psd_roots(self.moment, floor=1e-12)
+
+    @cached_property
+    def matrix(self) -> Tensor:
+        """``M``, ``[m, n]``, whose singular values are the captured loss."""
+        explained = self.weight * self.cross if self.cross.ndim == 1 else self.weight @ self.cross
+        return self.output.times(self._input.divide(explained.mT).mT)
+
+    @cached_property
+    def energy(self) -> float:
+        """The loss of leaving only the mean: ``1/2 P E ||G^(1/2) W (x - E x)||^2``, of the layer's own inputs."""
+        return 0.5 * self.scale * float(self.matrix.square().sum())
+
+    def tails(self) -> Tensor:
+        """Loss increase at rank 0, 1, 2, ..., ``[min(m, n) + 1]``."""
+        captured = self.singular_values().square()
+        tails = torch.cat([captured, captured.new_zeros(1)]).flip(0).cumsum(0).flip(0)
+        return 0.5 * self.scale * tails
+
+    def singular_values(self) -> Tensor:
+        """Of ``M``, largest first."""
+        return torch.linalg.svdvals(self.matrix)
+
+    def pair(self, rank: int) -> tuple[Tensor, Tensor]:
+        """``up [m, r]`` and ``down [r, n]`` of the best map of that rank, balanced."""
+        rows, columns = self.matrix.shape
+        long = max(rows, columns) >= 4 * min(rows, columns)
+        u, s, vh = gram_svd(self.matrix, rank) if long else exact_svd(self.matrix)
+        root = s[:rank].sqrt()
+        return self.output.divide(u[:, :rank] * root), self._input.divide((root[:, None] * vh[:rank]).mT).mT
+
+    def full(self) -> Tensor:
+        """The best map without a limit on the rank, ``[m, n]``."""
+        return self.output.divide(self._input.divide(self.matrix.mT).mT)
+
+    def corrected_bias(self, product: Tensor) -> Tensor | None:
+        """``b + W E[x] - A E[x']``, with ``A`` the map that was found."""
+        if self.mean is None or self.target_mean is None:
+            return self.bias
+        shift = self.weight @ self.target_mean - product @ self.mean
+        return shift if self.bias is None else self.bias + shift
+
+    def after(self, features: Tensor) -> Regression:
+        """The problem that is left once the inputs pass through fixed ``features`` ``[k, n]`` first.
+
+        The target stays ``W x``: its weight is kept, and only ``x'`` is replaced by ``features @ x'``.
+        """
+        moment = _times(self.moment, features)
+        moment = features @ moment
+        floor = 1e-10 * moment.diagonal().mean()
+        cross = _times(self.cross, features)
+        mean = None if self.mean is None else features @ self.mean
+        return replace(self, moment=_add_ridge(moment, floor), cross=cross, mean=mean)
+
+
+def weight_matrix(module: nn.Module) -> Tensor:
+    """The weight as ``[out, in]``: a kernel flattened, a table transposed."""
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    weight = check_tensor(weight, type(module).__name__)
+    return weight.mT if isinstance(module, nn.Embedding) else weight.flatten(1)
+
+
+def _times(moment: Tensor, features: Tensor) -> Tensor:
+    """``moment @ features^T``."""
+    return moment[:, None] * features.mT if moment.ndim == 1 else moment @ features.mT
+
+
+def _add_ridge(moment: Tensor, ridge: Tensor) -> Tensor:
+    if moment.ndim == 1:
+        return moment + ridge
+    result = moment.clone()
+    result.diagonal().add_(ridge)
+    return result
+
+
+def _identity(n: int, like: Tensor) -> PowerPair:
+    ones = torch.ones(n, dtype=torch.float64, device=like.device)
+    return PowerPair(ones, ones)

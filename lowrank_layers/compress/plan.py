@@ -1,0 +1,308 @@
+"""The plan: which layer becomes what, as a value that prints, saves, and can be edited."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..cost import Cost
+from ..errors import LowRankError
+from ..layers import FactoredModule, is_factored, layer_cost
+from ..surgery import check_model, own_layers
+from .methods import METHODS, Method
+from .spec import Spec, blank, describe
+
+FORMAT = "lowrank_layers.plan"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One layer's line.
+
+    Args:
+        name: the layer's name in the model.
+        method: name of the method, or ``"dense"``.
+        rank: what the method takes; ``None`` when dense.
+        before: cost of the dense layer.
+        after: cost of the factored layer.
+        error: estimated relative error of the layer's output (weighted when there were statistics);
+            ``None`` after an edit.
+        layer: the dense layer's settings.
+        bias: whether the factored layer has a bias.
+        input_shape: shape of one sample's input, where known.
+        repeats: inputs of that shape a sample of the model.
+    """
+
+    name: str
+    method: str
+    rank: Any
+    before: Cost
+    after: Cost
+    error: float | None
+    layer: Spec
+    bias: bool
+    input_shape: tuple[int, ...] | None = None
+    repeats: float = 1.0
+
+    def with_rank(self, method: str, rank: Any) -> Entry:
+        """The same layer at another rank."""
+        dense = blank(self.layer)
+        meta = METHODS[method].layers[type(dense)].like(dense, rank=rank, bias=self.bias)
+        cost = layer_cost(meta, self.input_shape)
+        after = Cost(cost.params, round(cost.macs * self.repeats), cost.bytes)
+        return replace(self, method=method, rank=meta.rank, after=after, error=None)
+
+
+class Plan:
+    """Which layers become low-rank, how, and at what rank.
+
+    Args:
+        entries: one line a layer that a method matches; those left dense have the method ``"dense"``.
+        skipped: name to reason, for layers with a weight that no method touches.
+        total: cost of the whole dense model.
+        settings: how the plan was made, for the record.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+        >>> plan = make_plan(model, Budget(params=0.6))
+        >>> plan.set_rank("0", 8)["0"].rank
+        8
+        >>> factorize_(model, plan)[0].rank
+        8
+    """
+
+    def __init__(
+        self,
+        entries: list[Entry],
+        *,
+        skipped: dict[str, str] | None = None,
+        total: Cost | None = None,
+        settings: dict[str, Any] | None = None,
+    ) -> None:
+        self._entries = {entry.name: entry for entry in entries}
+        self.skipped = dict(skipped or {})
+        self.total = total or sum((entry.before for entry in entries), Cost())
+        self.settings = dict(settings or {})
+
+    def __iter__(self) -> Iterator[Entry]:
+        return iter(self._entries.values())
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __getitem__(self, name: str) -> Entry:
+        if name not in self._entries:
+            reason = f"; it was skipped: {self.skipped[name]}" if name in self.skipped else ""
+            raise LowRankError(f"the plan has no layer {name!r}{reason}. It has {', '.join(self._entries)}.")
+        return self._entries[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Plan) and self.to_json() == other.to_json()
+
+    __hash__ = None  # type: ignore[assignment]
+
+    @property
+    def after(self) -> Cost:
+        """Cost of the whole model once the plan is applied."""
+        return sum((entry.after - entry.before for entry in self), self.total)
+
+    def set_rank(self, name: str, rank: Any, *, method: str | None = None) -> Plan:
+        """Changes one layer's rank, in place.
+
+        Args:
+            name: the layer.
+            rank: an integer (Tucker: one or two) or ``ParameterFraction``.
+            method: another method; by default the entry's own, and for a dense layer the first one that matches.
+
+        Returns:
+            The plan itself.
+
+        Raises:
+            LowRankError: for a layer that is not in the plan, an unknown method or a bad rank; nothing changes.
+        """
+        entry = self[name]
+        kind = type(blank(entry.layer))
+        if method is None:
+            fits = [m.name for m in METHODS.values() if kind in m.layers]
+            method = entry.method if entry.method != "dense" else fits[0]
+        if method not in METHODS or kind not in METHODS[method].layers:
+            fits = [m.name for m in METHODS.values() if kind in m.layers]
+            raise LowRankError(f"{name!r}: got method {method!r}, expected one of {fits} for a {kind.__name__}.")
+        self._entries[name] = entry.with_rank(method, rank)
+        return self
+
+    def drop(self, name: str) -> Plan:
+        """Leaves one layer dense, in place; returns the plan itself."""
+        entry = self[name]
+        self._entries[name] = replace(entry, method="dense", rank=None, after=entry.before, error=0.0)
+        return self
+
+    def apply(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        """:func:`factorize_` with this plan."""
+        from .factorize import factorize_
+
+        return factorize_(model, self, **kwargs)
+
+    @classmethod
+    def from_model(cls, model: nn.Module) -> Plan:
+        """Reads the plan back off a factored model: ranks and methods of every factored layer.
+
+        Examples:
+            >>> model = nn.Sequential(LowRankLinear(64, 32, rank=4))
+            >>> Plan.from_model(model)["0"].rank
+            4
+        """
+        check_model(model)
+        entries = []
+        saved = Cost()
+        for name, module in own_layers(model):
+            if not is_factored(module):
+                continue
+            assert isinstance(module, FactoredModule)
+            dense = copy.deepcopy(module).to("meta").to_dense()
+            method = method_of(module, dense)
+            before, after = layer_cost(dense), layer_cost(module)
+            saved += before - after
+            bias = getattr(module.last, "bias", None) is not None
+            entries.append(
+                Entry(name, method.name, module.rank, before, after, None, describe(dense), bias)
+            )
+        return cls(entries, total=model_cost(model) + saved)
+
+    def to_json(self) -> str:
+        """The plan as versioned JSON."""
+        body = {
+            "format": FORMAT,
+            "version": VERSION,
+            "total": asdict(self.total),
+            "settings": self.settings,
+            "entries": [asdict(entry) for entry in self],
+            "skipped": self.skipped,
+        }
+        return json.dumps(body, indent=1)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes JSON; under a temporary name first, so that no reader ever sees half a file."""
+        path = Path(path)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False, encoding="utf-8") as file:
+            file.write(self.to_json())
+        os.replace(file.name, path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Plan:
+        """Reads what :meth:`save` wrote.
+
+        Raises:
+            LowRankError: if the file is no plan, torn, or of a newer version.
+        """
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise LowRankError(f"{path}: cannot be read as a plan: {error}") from None
+        return cls.from_json(text, name=str(path))
+
+    @classmethod
+    def from_json(cls, text: str, *, name: str = "plan") -> Plan:
+        """The way back of :meth:`to_json`; ``name`` opens the messages."""
+        try:
+            body = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise LowRankError(f"{name}: is torn or not JSON: {error}") from None
+        if not isinstance(body, dict) or body.get("format") != FORMAT:
+            raise LowRankError(f"{name}: is not a plan of lowrank_layers (no format {FORMAT!r}).")
+        if body.get("version") != VERSION:
+            raise LowRankError(f"{name}: has version {body.get('version')!r}, expected {VERSION}; update the package.")
+        try:
+            entries = [_entry(raw) for raw in body["entries"]]
+            return cls(entries, skipped=body["skipped"], total=Cost(**body["total"]), settings=body["settings"])
+        except (KeyError, TypeError, AttributeError) as error:
+            raise LowRankError(f"{name}: is damaged: {type(error).__name__}: {error}") from None
+
+    def __str__(self) -> str:
+        rows = [("layer", "method", "rank", "params", "", "MACs", "", "error")]
+        for e in self:
+            rows.append(
+                (
+                    e.name,
+                    e.method,
+                    "" if e.rank is None else "x".join(map(str, e.rank)) if isinstance(e.rank, tuple) else str(e.rank),
+                    f"{e.before.params:,}",
+                    f"-> {e.after.params:,}",
+                    f"{e.before.macs:,}" if e.before.macs else "",
+                    f"-> {e.after.macs:,}" if e.before.macs else "",
+                    "" if e.error is None else f"{e.error:.1%}",
+                )
+            )
+        after = self.after
+        rows.append(
+            (
+                "whole model",
+                "",
+                "",
+                f"{self.total.params:,}",
+                f"-> {after.params:,}",
+                f"{self.total.macs:,}" if self.total.macs else "",
+                f"-> {after.macs:,}" if self.total.macs else "",
+                f"{after.params / self.total.params:.1%} kept" if self.total.params else "",
+            )
+        )
+        widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
+        lines = [
+            "  ".join(cell.ljust(w) if k < 2 else cell.rjust(w) for k, (cell, w) in enumerate(zip(row, widths, strict=True)))
+            for row in rows
+        ]
+        lines = [line.rstrip() for line in lines]
+        rule = "-" * max(map(len, lines))
+        lines = [lines[0], rule, *lines[1:-1], rule, lines[-1]]
+        lines += [f"{name}: left alone, {reason}" for name, reason in self.skipped.items()]
+        return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        factored = sum(entry.method != "dense" for entry in self)
+        return f"Plan({factored} of {len(self)} layers factored, {self.total.params:,} -> {self.after.params:,} parameters)"
+
+
+def method_of(module: FactoredModule, dense: nn.Module) -> Method:
+    """The method whose layer this is."""
+    for method in METHODS.values():
+        if method.layers.get(type(dense)) is type(module):
+            return method
+    raise LowRankError(f"no method builds a {type(module).__name__} from a {type(dense).__name__}.")
+
+
+def model_cost(model: nn.Module) -> Cost:
+    """Parameters and bytes of a model, shared ones once."""
+    parameters = list(model.parameters())
+    return Cost(
+        sum(p.numel() for p in parameters), 0, sum(p.numel() * p.element_size() for p in parameters)
+    )
+
+
+def _entry(raw: dict[str, Any]) -> Entry:
+    rank = raw["rank"]
+    shape = raw["input_shape"]
+    values = {
+        **raw,
+        "rank": tuple(rank) if isinstance(rank, list) else rank,
+        "before": Cost(**raw["before"]),
+        "after": Cost(**raw["after"]),
+        "input_shape": None if shape is None else tuple(shape),
+    }
+    if raw["method"] != "dense" and raw["method"] not in METHODS:
+        raise LowRankError(f"{raw['name']!r}: got method {raw['method']!r}, expected one of {list(METHODS)}.")
+    if raw["error"] is not None and not math.isfinite(raw["error"]):
+        raise TypeError("error is not finite")
+    return Entry(**values)

@@ -1,0 +1,89 @@
+"""Statistics of one layer on the already compressed prefix, against the dense model's inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..calibrate import LayerStats, Moments, forward, input_rows, layer_input, quiet_eval
+
+
+class _Reached(Exception):  # noqa: N818 - not an error: it ends a forward pass that has gone far enough
+    pass
+
+
+def forward_order(model: nn.Module, names: Sequence[str], batch: Any, *, with_target: bool) -> dict[str, int]:
+    """The layers in the order of their first call, and how often each one is called."""
+    calls: dict[str, int] = {}
+
+    def count(name: str) -> Any:
+        def hook(*_: object) -> None:
+            calls[name] = calls.get(name, 0) + 1
+
+        return hook
+
+    hooks = [model.get_submodule(name).register_forward_hook(count(name)) for name in names]
+    try:
+        with torch.no_grad(), quiet_eval(model):
+            forward(model, batch, with_target=with_target)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return calls
+
+
+def paired_stats(
+    dense: nn.Module,
+    work: nn.Module,
+    name: str,
+    stats: LayerStats,
+    batches: Sequence[Any],
+    *,
+    calls: int,
+    with_target: bool,
+) -> LayerStats:
+    """``E[x' x'^T]`` and ``E[x x'^T]`` of one layer, ``x`` in the dense model and ``x'`` in the compressed one.
+
+    Both forward passes stop at the layer. Where the two models route rows differently (so that they cannot be paired), the statistics come back as they were.
+    """
+    layer = dense.get_submodule(name)
+    inputs = Moments.zeros(len(stats.inputs.mean), stats.inputs.mean.device)
+    target_mean = torch.zeros_like(inputs.mean)
+    cross = torch.zeros_like(inputs.second)
+    for batch in batches:
+        ours = _inputs(work, name, batch, calls, with_target)
+        theirs = _inputs(dense, name, batch, calls, with_target)
+        if [x.shape for x in ours] != [x.shape for x in theirs]:
+            return stats
+        for x, x_dense in zip(ours, theirs, strict=True):
+            for rows, rows_dense in zip(input_rows(layer, x), input_rows(layer, x_dense), strict=True):
+                inputs.update(rows)
+                weight = len(rows) / inputs.rows
+                target_mean.lerp_(rows_dense.mean(0).to(target_mean), weight)
+                cross.lerp_((rows_dense.mT @ rows).to(cross) / len(rows), weight)
+    cross = cross - torch.outer(target_mean, inputs.mean)
+    return replace(stats, inputs=inputs, cross=cross, target_mean=target_mean)
+
+
+def _inputs(model: nn.Module, name: str, batch: Any, calls: int, with_target: bool) -> list[Tensor]:
+    seen: list[Tensor] = []
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = layer_input(args, kwargs).detach()
+        seen.append(x if x.ndim > (3 if isinstance(module, nn.Conv2d) else 1) else x[None])
+        if len(seen) == calls:
+            raise _Reached
+
+    handle = model.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        with torch.no_grad():
+            forward(model, batch, with_target=with_target)
+    except _Reached:
+        pass
+    finally:
+        handle.remove()
+    return seen

@@ -1,0 +1,53 @@
+"""A dense layer described in plain values, so that a plan can name it, check it and price it without the model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import LowRankError
+
+_SETTINGS: dict[str, tuple[str, ...]] = {
+    "Linear": ("in_features", "out_features"),
+    "Conv2d": (
+        "in_channels",
+        "out_channels",
+        "kernel_size",
+        "stride",
+        "padding",
+        "dilation",
+        "groups",
+        "padding_mode",
+    ),
+    "Embedding": ("num_embeddings", "embedding_dim", "padding_idx"),
+}
+
+Spec = dict[str, Any]
+
+
+def describe(module: nn.Module) -> Spec:
+    """``{"type": "Linear", "in_features": ..., "bias": True, "dtype": "float32"}``."""
+    kind = type(module).__name__
+    spec: Spec = {"type": kind}
+    for name in _SETTINGS[kind]:
+        value = getattr(module, name)
+        spec[name] = list(value) if isinstance(value, tuple) else value
+    if kind != "Embedding":
+        spec["bias"] = module.bias is not None
+    spec["dtype"] = str(module.weight.dtype).removeprefix("torch.")  # type: ignore[union-attr]
+    return spec
+
+
+def blank(spec: Spec) -> nn.Module:
+    """The described layer on the meta device."""
+    settings = {k: tuple(v) if isinstance(v, list) else v for k, v in spec.items() if k not in ("type", "dtype")}
+    dtype = getattr(torch, str(spec.get("dtype")), None)
+    if spec.get("type") not in _SETTINGS or not isinstance(dtype, torch.dtype):
+        raise LowRankError(f"got the layer description {spec!r}, expected a type out of {sorted(_SETTINGS)}.")
+    try:
+        module: nn.Module = getattr(nn, spec["type"])(**settings, device="meta", dtype=dtype)
+    except (TypeError, ValueError) as error:
+        raise LowRankError(f"got the layer description {spec!r}, which torch.nn refuses: {error}") from None
+    return module

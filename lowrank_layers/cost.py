@@ -1,0 +1,30 @@
+"""What a layer costs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Parameters, multiply-accumulates a sample and bytes of weights, as one addable value.
+
+    Args:
+        params: number of parameters.
+        macs: multiply-accumulate operations for one sample (half of what FLOP counters report).
+        bytes: size of the parameters in memory, in bytes.
+
+    Examples:
+        >>> Cost(params=10, macs=20, bytes=40) + Cost(params=1, macs=2, bytes=4)
+        Cost(params=11, macs=22, bytes=44)
+    """
+
+    params: int = 0
+    macs: int = 0
+    bytes: int = 0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.params + other.params, self.macs + other.macs, self.bytes + other.bytes)
+
+    def __sub__(self, other: Cost) -> Cost:
+        return Cost(self.params - other.params, self.macs - other.macs, self.bytes - other.bytes)

@@ -1,0 +1,162 @@
+"""The canonical polyadic decomposition."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..errors import LowRankError
+from ..factors import CP
+from ..linalg import check_tensor, khatri_rao, leading_eigenvectors, unfold, working_dtype
+
+
+def cp(
+    tensor: Tensor,
+    rank: int,
+    *,
+    sweeps: int = 50,
+    starts: int = 2,
+    tolerance: float = 1e-5,
+    seed: int = 0,
+) -> CP:
+    """A sum of ``rank`` outer products, by alternating least squares (Carroll and Chang, 1970; Harshman, 1970).
+
+    Each sweep solves for one factor after the other; columns are normalised, so that no component runs off to
+    infinity against another. A sweep costs two large matrix products whatever the order: the largest mode, once
+    contracted away, serves all the others.
+
+    Args:
+        tensor: any float dtype, any device; half precision is computed in fp32 and cast back. Gradients
+            do not flow: the input is detached.
+        rank: number of components; above the largest rank that a tensor of this shape can have
+            (the product of all modes but the largest) it is clamped.
+        sweeps: at most this many a start.
+        starts: the first one is the HOSVD's leading vectors, the others are random; the best one is returned.
+            Every start runs a few sweeps, only the most promising one to the end.
+        tolerance: stops when the relative error changes by less than this in a sweep.
+        seed: of the random vectors; the global generator is left alone.
+
+    Shape:
+        ``[n_0, ..., n_{d-1}]``, two or more modes.
+
+    Raises:
+        LowRankError: for NaN, Inf, integer, empty or meta input, a rank below 1.
+
+    Examples:
+        >>> a, b, c = torch.randn(9, 2), torch.randn(8, 2), torch.randn(7, 2)
+        >>> tensor = torch.einsum("ir,jr,kr->ijk", a, b, c)
+        >>> cp(tensor, rank=2).relative_error(tensor) < 1e-2
+        True
+    """
+    tensor = check_tensor(tensor, "cp")
+    _check_positive(rank=rank, sweeps=sweeps, starts=starts)
+    rank = min(rank, tensor.numel() // max(tensor.shape))
+    work = tensor.to(working_dtype(tensor))
+    generator = torch.Generator().manual_seed(seed)
+    runs = [_Run(work, _start(work, rank, generator, hosvd=k == 0)) for k in range(starts)]
+    if starts > 1:
+        for run in runs:
+            run.sweep(min(5, sweeps), tolerance)
+    best = min(runs, key=lambda run: run.error)
+    best.sweep(sweeps - best.done, tolerance)
+    weights, factors = best.components()
+    dtype = tensor.dtype
+    return CP(weights.to(dtype), tuple(factor.to(dtype).contiguous() for factor in factors))
+
+
+class _Run:
+    """One start of the iteration, on a copy whose modes are sorted by size, the largest first."""
+
+    def __init__(self, tensor: Tensor, factors: list[Tensor]) -> None:
+        self.order = sorted(range(tensor.ndim), key=lambda mode: -tensor.shape[mode])
+        self.tensor = tensor.permute(self.order).contiguous()
+        self.factors = [factors[mode] for mode in self.order]
+        self.weights = torch.ones_like(self.factors[0][0])
+        self.norm = float(torch.linalg.vector_norm(tensor.double()))
+        self.error = math.inf
+        self.done = 0
+
+    def sweep(self, count: int, tolerance: float) -> None:
+        for _ in range(count):
+            before = self.error
+            self._sweep_once()
+            self.done += 1
+            if before - self.error < tolerance:
+                return
+
+    def components(self) -> tuple[Tensor, list[Tensor]]:
+        by_size = self.weights.argsort(descending=True)
+        factors = [self.factors[self.order.index(mode)][:, by_size] for mode in range(len(self.order))]
+        return self.weights[by_size], factors
+
+    def _sweep_once(self) -> None:
+        others = self.factors[1]
+        for factor in self.factors[2:]:
+            others = khatri_rao(others, factor)
+        self._solve(0, unfold(self.tensor, 0) @ others)
+        # the largest mode contracted away once serves all the others: [r, n_1, n_2, ...]
+        partial = torch.tensordot(self.factors[0], self.tensor, dims=([0], [0]))
+        for mode in range(1, len(self.factors)):
+            product = self._contract(partial, keep=mode)
+            self._solve(mode, product)
+        self._measure(product)
+
+    def _contract(self, partial: Tensor, keep: int) -> Tensor:
+        """Contracts every mode of ``[r, n_1, n_2, ...]`` but one, component by component: ``[n_keep, r]``."""
+        for mode in range(len(self.factors) - 1, 0, -1):
+            if mode != keep:
+                axis = mode if mode < keep else partial.ndim - 1
+                moved = partial.movedim(axis, -1)
+                column = self.factors[mode].mT.reshape(len(self.weights), *[1] * (moved.ndim - 2), -1)
+                partial = (moved * column).sum(-1)
+        return partial.mT
+
+    def _solve(self, mode: int, product: Tensor) -> None:
+        """Least squares for one factor; the Gram matrix of the others is solved in fp64, through a pseudo-inverse."""
+        gram = self._gram(mode)
+        values, vectors = torch.linalg.eigh(gram)
+        keep = values > values[-1] * 1e-12
+        inverse = torch.where(keep, 1 / values.where(keep, torch.ones_like(values)), 0)
+        factor = product.double() @ (vectors * inverse) @ vectors.mT
+        norms = torch.linalg.vector_norm(factor, dim=0)
+        self.weights = norms.to(product.dtype)
+        self.factors[mode] = (factor / norms.clamp_min(1e-300)).to(product.dtype)
+
+    def _gram(self, skip: int) -> Tensor:
+        gram = torch.ones((), dtype=torch.float64, device=self.tensor.device)
+        for mode, factor in enumerate(self.factors):
+            if mode != skip:
+                gram = gram * (factor.mT.double() @ factor.double())
+        return gram
+
+    def _measure(self, product: Tensor) -> None:
+        """``||T - M||^2 = ||T||^2 - 2 <T, M> + ||M||^2``, from what the last solve left behind."""
+        last = len(self.factors) - 1
+        weights = self.weights.double()
+        inner = float((product.double() * self.factors[last].double() * weights).sum())
+        gram = self._gram(last) * (self.factors[last].mT.double() @ self.factors[last].double())
+        lost = max(self.norm**2 - 2 * inner + float(weights @ gram @ weights), 0.0)
+        self.error = math.sqrt(lost) / self.norm if self.norm > 0 else 0.0
+
+
+def _start(tensor: Tensor, rank: int, generator: torch.Generator, *, hosvd: bool) -> list[Tensor]:
+    """Leading eigenvectors of each unfolding, filled up with random unit columns; or only those."""
+    factors = []
+    for mode, n in enumerate(tensor.shape):
+        factor = torch.randn(n, rank, generator=generator, dtype=torch.float64).to(tensor)
+        factor = factor / torch.linalg.vector_norm(factor, dim=0)
+        if hosvd:
+            matrix = unfold(tensor, mode).double()
+            leading = leading_eigenvectors(matrix @ matrix.mT, min(n, rank)).to(tensor)
+            factor[:, : leading.shape[1]] = leading
+        factors.append(factor)
+    return factors
+
+
+def _check_positive(**values: int) -> None:
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise LowRankError(f"cp: got {name} {value!r}, expected an integer of at least 1.")
+

@@ -1,0 +1,225 @@
+"""Factorizations as values: what a tensor became, how big it is, and how to get it back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from .errors import LowRankError
+from .linalg import mode_product
+
+
+@runtime_checkable
+class Factorization(Protocol):
+    """What every factorization can say and do."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the dense tensor."""
+
+    def numel(self) -> int:
+        """Numbers stored."""
+
+    def to_dense(self) -> Tensor:
+        """The tensor that the factors stand for."""
+
+    def relative_error(self, dense: Tensor) -> float:
+        """``||dense - self|| / ||dense||`` in the Frobenius norm."""
+
+
+@dataclass(frozen=True)
+class SVD:
+    r"""A matrix as ``U diag(S) V^T``.
+
+    Args:
+        u: left singular vectors.
+        s: singular values, largest first.
+        vh: right singular vectors, as rows.
+
+    Shape:
+        ``u`` ``[m, r]``, ``s`` ``[r]``, ``vh`` ``[r, n]``, dense ``[m, n]``.
+
+    Examples:
+        >>> f = svd(torch.diag(torch.tensor([3.0, 2.0, 1.0])), rank=2)
+        >>> f.rank, f.numel(), round(f.relative_error(torch.diag(torch.tensor([3.0, 2.0, 1.0]))), 4)
+        (2, 14, 0.2673)
+    """
+
+    u: Tensor
+    s: Tensor
+    vh: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Shape of the dense matrix."""
+        return self.u.shape[0], self.vh.shape[1]
+
+    @property
+    def rank(self) -> int:
+        """Number of singular triplets kept."""
+        return self.s.shape[0]
+
+    def numel(self) -> int:
+        """Numbers stored."""
+        return self.u.numel() + self.s.numel() + self.vh.numel()
+
+    def to_dense(self) -> Tensor:
+        """``U diag(S) V^T``."""
+        return (self.u * self.s) @ self.vh
+
+    def pair(self) -> tuple[Tensor, Tensor]:
+        """The balanced pair ``(U sqrt(S), sqrt(S) V^T)``, ``[m, r]`` and ``[r, n]``."""
+        root = self.s.sqrt()
+        return self.u * root, root[:, None] * self.vh
+
+    def truncate(self, rank: int) -> SVD:
+        """The leading ``rank`` triplets: the best approximation of that rank (Eckart-Young)."""
+        _check_truncation(rank)
+        return SVD(self.u[:, :rank], self.s[:rank], self.vh[:rank])
+
+    def relative_error(self, dense: Tensor) -> float:
+        """``||dense - self|| / ||dense||`` in the Frobenius norm."""
+        return _relative_error(self, dense)
+
+
+@dataclass(frozen=True)
+class Tucker:
+    """A tensor as a core multiplied by a matrix on each mode.
+
+    Args:
+        core: the small tensor.
+        factors: one matrix a mode; ``None`` where the mode was left whole.
+
+    Shape:
+        ``core`` ``[r_0, r_1, ...]``, ``factors[k]`` ``[n_k, r_k]``, dense ``[n_0, n_1, ...]``.
+
+    Examples:
+        >>> f = tucker(torch.ones(4, 3, 2), rank=(1, 1, None))
+        >>> f.rank, f.numel(), f.to_dense().shape
+        ((1, 1, 2), 9, torch.Size([4, 3, 2]))
+    """
+
+    core: Tensor
+    factors: tuple[Tensor | None, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the dense tensor."""
+        pairs = zip(self.core.shape, self.factors, strict=True)
+        return tuple(n if factor is None else factor.shape[0] for n, factor in pairs)
+
+    @property
+    def rank(self) -> tuple[int, ...]:
+        """Shape of the core."""
+        return tuple(self.core.shape)
+
+    def numel(self) -> int:
+        """Numbers stored."""
+        return self.core.numel() + sum(f.numel() for f in self.factors if f is not None)
+
+    def to_dense(self) -> Tensor:
+        """The core times every factor."""
+        dense = self.core
+        for mode, factor in enumerate(self.factors):
+            if factor is not None:
+                dense = mode_product(dense, factor, mode)
+        return dense
+
+    def truncate(self, rank: tuple[int | None, ...]) -> Tucker:
+        """Keeps the leading slices of the core; exact truncation when the core is all-orthogonal (HOSVD).
+
+        Args:
+            rank: one entry a mode; ``None`` keeps a mode as it is.
+        """
+        if len(rank) != self.core.ndim:
+            raise LowRankError(f"Tucker.truncate: got {len(rank)} ranks, expected {self.core.ndim}, one a mode.")
+        core, factors = self.core, list(self.factors)
+        for mode, (r, factor) in enumerate(zip(rank, self.factors, strict=True)):
+            if r is None:
+                continue
+            _check_truncation(r)
+            if factor is None:
+                raise LowRankError(f"Tucker.truncate: mode {mode} was left whole; give None for it.")
+            core = core.narrow(mode, 0, min(r, core.shape[mode]))
+            factors[mode] = factor[:, :r]
+        return Tucker(core, tuple(factors))
+
+    def relative_error(self, dense: Tensor) -> float:
+        """``||dense - self|| / ||dense||`` in the Frobenius norm."""
+        return _relative_error(self, dense)
+
+
+@dataclass(frozen=True)
+class CP:
+    """A tensor as a sum of ``rank`` outer products of unit vectors.
+
+    Args:
+        weights: the size of each component, largest first.
+        factors: one matrix a mode, columns of unit length.
+
+    Shape:
+        ``weights`` ``[r]``, ``factors[k]`` ``[n_k, r]``, dense ``[n_0, n_1, ...]``.
+
+    Examples:
+        >>> f = cp(torch.ones(4, 3, 2), rank=1)
+        >>> f.rank, f.numel(), f.relative_error(torch.ones(4, 3, 2)) < 1e-6
+        (1, 10, True)
+    """
+
+    weights: Tensor
+    factors: tuple[Tensor, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the dense tensor."""
+        return tuple(factor.shape[0] for factor in self.factors)
+
+    @property
+    def rank(self) -> int:
+        """Number of components."""
+        return self.weights.shape[0]
+
+    def numel(self) -> int:
+        """Numbers stored."""
+        return self.weights.numel() + sum(factor.numel() for factor in self.factors)
+
+    def balanced(self) -> tuple[Tensor, ...]:
+        """The factors with the weights spread evenly over them."""
+        root = self.weights ** (1 / len(self.factors))
+        return tuple(factor * root for factor in self.factors)
+
+    def to_dense(self) -> Tensor:
+        """The sum of the components."""
+        left = self.factors[0] * self.weights
+        for factor in self.factors[1:-1]:
+            left = (left[..., None, :] * factor).reshape(-1, self.rank)
+        return (left @ self.factors[-1].mT).reshape(self.shape)
+
+    def truncate(self, rank: int) -> CP:
+        """Keeps the ``rank`` largest components. Unlike SVD's this is not the best approximation of that rank."""
+        _check_truncation(rank)
+        return CP(self.weights[:rank], tuple(factor[:, :rank] for factor in self.factors))
+
+    def relative_error(self, dense: Tensor) -> float:
+        """``||dense - self|| / ||dense||`` in the Frobenius norm."""
+        return _relative_error(self, dense)
+
+
+def _check_truncation(rank: int) -> None:
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+        raise LowRankError(f"truncate: got rank {rank!r}, expected an integer of at least 1.")
+
+
+def _relative_error(factorization: Factorization, dense: Tensor) -> float:
+    if tuple(dense.shape) != tuple(factorization.shape):
+        raise LowRankError(
+            f"relative_error: got a tensor of shape {tuple(dense.shape)},"
+            f" expected {tuple(factorization.shape)}, the shape that was factorized."
+        )
+    dense = dense.detach().double()
+    norm = torch.linalg.vector_norm(dense)
+    error = torch.linalg.vector_norm(dense - factorization.to_dense().detach().double())
+    return float(error / norm) if norm > 0 else float(error)

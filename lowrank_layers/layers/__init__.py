@@ -1,0 +1,21 @@
+"""Drop-in ``nn.Module``s whose weight is stored in factors. Their children are ordinary torch modules."""
+
+from .base import FACTORED_LAYERS, FactoredModule, is_factored
+from .conv import LowRankConv2d
+from .count import layer_cost
+from .cp import CPConv2d
+from .embedding import LowRankEmbedding
+from .linear import LowRankLinear
+from .tucker import TuckerConv2d
+
+__all__ = [
+    "FACTORED_LAYERS",
+    "CPConv2d",
+    "FactoredModule",
+    "LowRankConv2d",
+    "LowRankEmbedding",
+    "LowRankLinear",
+    "TuckerConv2d",
+    "is_factored",
+    "layer_cost",
+]

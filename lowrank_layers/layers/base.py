@@ -1,0 +1,145 @@
+"""What all factored layers have in common: the contract, and the steps every conversion takes."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import LowRankError, UnsupportedLayerError
+from ..factors import Factorization
+from ..linalg import check_tensor
+
+FACTORED_LAYERS: dict[str, type[FactoredModule]] = {}
+"""Every factored layer by its class name: what a checkpoint may name."""
+
+Self = TypeVar("Self", bound="FactoredModule")
+
+
+class FactoredModule(nn.Module):
+    """A layer whose weight is a product of smaller ones, held by its children in the order in which they run.
+
+    A subclass gives ``dense_type``, ``like``, ``from_dense``, ``to_dense``, ``rank`` and ``factors``; defining it
+    registers it under its class name.
+    """
+
+    dense_type: ClassVar[type[nn.Module]]
+    """The torch class that it stands in for."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        FACTORED_LAYERS[cls.__name__] = cls
+
+    @property
+    def rank(self) -> int | tuple[int, int]:
+        """Size of the inner dimension (Tucker: of the output and input channels)."""
+        raise LowRankError(f"{type(self).__name__} does not define rank.")
+
+    @classmethod
+    def like(cls: type[Self], dense: nn.Module, *, rank: Any, bias: bool | None = None) -> Self:
+        """A layer with the settings, device and dtype of ``dense``, **uninitialized**.
+
+        Args:
+            dense: the layer to imitate.
+            rank: an integer, or what the layer takes.
+            bias: whether it has a bias; ``None`` does as ``dense`` does.
+        """
+        raise LowRankError(f"{cls.__name__} does not define like.")
+
+    @classmethod
+    def from_dense(cls: type[Self], dense: nn.Module, *, rank: Any) -> Self:
+        """The best layer of this kind for the weight of ``dense``."""
+        raise LowRankError(f"{cls.__name__} does not define from_dense.")
+
+    def to_dense(self) -> nn.Module:
+        """The torch layer that computes the same."""
+        raise LowRankError(f"{type(self).__name__} does not define to_dense.")
+
+    def factors(self) -> Factorization:
+        """The weight as a factorization (detached, no copy of the storage is promised)."""
+        raise LowRankError(f"{type(self).__name__} does not define factors.")
+
+    @property
+    def last(self) -> nn.Module:
+        """The child that runs last and holds the bias."""
+        return list(self.children())[-1]
+
+
+def is_factored(module: nn.Module) -> bool:
+    """Whether ``module`` is one of this library's layers."""
+    return isinstance(module, FactoredModule)
+
+
+def check_dense(cls: type[FactoredModule], dense: nn.Module) -> Tensor:
+    """The weight of ``dense``, detached; refuses what ``cls`` cannot stand in for.
+
+    Subclasses are refused: their forward may do something else.
+    """
+    who = f"{cls.__name__}.from_dense"
+    if type(dense) is not cls.dense_type:
+        hint = " Factorize it once; to change its rank, use factors().truncate." if is_factored(dense) else ""
+        raise UnsupportedLayerError(
+            f"{who}: got {type(dense).__name__}, expected {cls.dense_type.__module__}.{cls.dense_type.__name__}"
+            f" itself.{hint}"
+        )
+    if nn.utils.parametrize.is_parametrized(dense) or hasattr(dense, "weight_g"):
+        raise UnsupportedLayerError(
+            f"{who}: the weight is parametrized (weight norm, spectral norm, pruning...);"
+            " fold it first with torch.nn.utils.parametrize.remove_parametrizations or remove_weight_norm."
+        )
+    weight = dense.weight
+    if not isinstance(weight, Tensor) or isinstance(weight, nn.parameter.UninitializedTensorMixin):
+        raise UnsupportedLayerError(f"{who}: the weight is not initialized yet; run one batch through the model.")
+    return check_tensor(weight, who)
+
+
+def adopt(new: Self, dense: nn.Module) -> Self:
+    """Carries over what is not in the signature: train or eval mode and ``requires_grad``."""
+    new.train(dense.training)
+    weight, bias = dense.weight, getattr(dense, "bias", None)
+    for parameter in new.parameters():
+        parameter.requires_grad_(weight.requires_grad)  # type: ignore[operator]
+    if isinstance(bias, Tensor):
+        new.last.bias.requires_grad_(bias.requires_grad)  # type: ignore[union-attr, operator]
+    return new
+
+
+def adopt_dense(dense: nn.Module, factored: FactoredModule) -> Any:
+    """The way back of :func:`adopt`."""
+    dense.train(factored.training)
+    children = list(factored.children())
+    dense.weight.requires_grad_(children[0].weight.requires_grad)  # type: ignore[union-attr, operator]
+    if isinstance(dense.bias if hasattr(dense, "bias") else None, Tensor):
+        dense.bias.requires_grad_(factored.last.bias.requires_grad)  # type: ignore[union-attr, operator]
+    return dense
+
+
+@torch.no_grad()
+def fill(layer: Self, weights: list[Tensor], bias: Tensor | None) -> Self:
+    """Copies values into the children, in order; shapes are adapted, dtype and device are the layer's."""
+    for child, weight in zip(layer.children(), weights, strict=True):
+        parameter: Tensor = child.weight  # type: ignore[assignment]
+        parameter.copy_(weight.reshape(parameter.shape))
+    own: Tensor | None = getattr(layer.last, "bias", None)
+    if own is not None:
+        own.zero_() if bias is None else own.copy_(bias)
+    return layer
+
+
+@torch.no_grad()
+def reset_chain(layer: FactoredModule, fan_in: int) -> None:
+    """Gives a fresh layer the output variance of its dense twin.
+
+    torch.nn draws a dense weight from ``U(-1/sqrt(fan_in), 1/sqrt(fan_in))``, which scales the variance of
+    the input by 1/3. Here every child but the last preserves the variance and the last one brings the 1/3.
+    """
+    children = list(layer.children())
+    for child in children:
+        weight: Tensor = child.weight  # type: ignore[assignment]
+        bound = math.sqrt((1.0 if child is children[-1] else 3.0) / max(1, weight[0].numel()))
+        nn.init.uniform_(weight, -bound, bound)
+    bias = getattr(layer.last, "bias", None)
+    if bias is not None:
+        nn.init.uniform_(bias, -1 / math.sqrt(max(1, fan_in)), 1 / math.sqrt(max(1, fan_in)))

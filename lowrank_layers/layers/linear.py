@@ -1,0 +1,160 @@
+"""nn.Linear as a pair."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..decompose import svd
+from ..factors import SVD
+from ..linalg import exact_svd
+from ..rank import Rank, Spectrum, choose_rank
+from .base import FactoredModule, adopt, adopt_dense, check_dense, fill, reset_chain
+
+
+class LowRankLinear(FactoredModule):
+    r"""Applies :math:`y = U (V x) + b`, a linear map of rank at most ``rank``.
+
+    Args:
+        in_features: size of each input sample.
+        out_features: size of each output sample.
+        bias: whether a bias is added.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
+        rank: inner dimension: an integer (clamped to ``min(in_features, out_features)``) or a rule that
+            needs no weights, such as ``ParameterFraction(0.3)``.
+
+    Shape:
+        ``[*, in_features]`` to ``[*, out_features]``.
+
+    Attributes:
+        down: ``nn.Linear(in_features, rank, bias=False)``.
+        up: ``nn.Linear(rank, out_features, bias)``.
+
+    Raises:
+        LowRankError: if the rank is no integer of at least 1 and no rule.
+
+    Examples:
+        >>> layer = LowRankLinear(1024, 4096, rank=64)
+        >>> layer(torch.randn(8, 1024)).shape
+        torch.Size([8, 4096])
+        >>> sum(p.numel() for p in layer.parameters()), 1024 * 4096 + 4096
+        (331776, 4198400)
+    """
+
+    dense_type = nn.Linear
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        rank: Rank,
+    ) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        rank = choose_rank(rank, pair_spectrum(out_features, in_features, None, type(self).__name__), self._limit)
+        self.down = nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
+        self.up = nn.Linear(rank, out_features, bias=bias, device=device, dtype=dtype)
+        self.reset_parameters()
+
+    @property
+    def _limit(self) -> int:
+        return min(self.in_features, self.out_features)
+
+    @property
+    def rank(self) -> int:
+        """Size of the inner dimension."""
+        return self.down.out_features
+
+    def reset_parameters(self) -> None:
+        """Draws new weights with the output variance of a fresh ``nn.Linear``."""
+        reset_chain(self, self.in_features)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``[*, in_features]`` to ``[*, out_features]``."""
+        out: Tensor = self.up(self.down(input))
+        return out
+
+    @classmethod
+    def like(cls, dense: nn.Module, *, rank: int, bias: bool | None = None) -> LowRankLinear:
+        """A layer with the settings, device and dtype of ``dense``, uninitialized."""
+        assert isinstance(dense, nn.Linear)
+        with_bias = dense.bias is not None if bias is None else bias
+        weight = dense.weight
+        layer = cls(dense.in_features, dense.out_features, with_bias, "meta", weight.dtype, rank=rank)
+        return adopt(layer.to_empty(device=weight.device), dense)
+
+    @classmethod
+    def from_dense(cls, linear: nn.Module, *, rank: Rank) -> LowRankLinear:
+        """The best pair of that rank for a trained layer: its truncated SVD, ``sqrt(S)`` on both sides.
+
+        Args:
+            linear: an ``nn.Linear``.
+            rank: an integer or a rank rule.
+
+        Raises:
+            UnsupportedLayerError: if it is anything but a plain ``nn.Linear``.
+            LowRankError: for NaN, Inf, integer or meta weights and bad ranks.
+
+        Examples:
+            >>> linear = nn.Linear(64, 32)
+            >>> full = LowRankLinear.from_dense(linear, rank=32)
+            >>> x = torch.randn(5, 64)
+            >>> torch.allclose(full(x), linear(x), atol=1e-5)
+            True
+        """
+        weight = check_dense(cls, linear)
+        up, down = truncated_pair(weight, rank, cls.__name__)
+        return fill(cls.like(linear, rank=len(down)), [down, up], linear.bias)  # type: ignore[arg-type]
+
+    def to_dense(self) -> nn.Linear:
+        """The ``nn.Linear`` that computes the same."""
+        up = self.up
+        dense = nn.Linear(
+            self.in_features, self.out_features, up.bias is not None, up.weight.device, up.weight.dtype
+        )
+        with torch.no_grad():
+            dense.weight.copy_(up.weight @ self.down.weight)
+            if up.bias is not None:
+                dense.bias.copy_(up.bias)
+        return adopt_dense(dense, self)  # type: ignore[no-any-return]
+
+    def factors(self) -> SVD:
+        """The weight ``[out_features, in_features]`` as an SVD."""
+        return pair_factors(self.up.weight, self.down.weight)
+
+    def extra_repr(self) -> str:
+        """The settings, as printed."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features},"
+            f" bias={self.up.bias is not None}, rank={self.rank}"
+        )
+
+
+def pair_spectrum(rows: int, columns: int, values: Tensor | None, owner: str) -> Spectrum:
+    """What a rank rule sees of a matrix that becomes a pair."""
+    sizes = range(rows + columns, (rows + columns) * min(rows, columns) + 1, rows + columns)
+    return Spectrum(values, (rows, columns), sizes, rows * columns, owner)
+
+
+def truncated_pair(matrix: Tensor, rank: Rank, owner: str) -> tuple[Tensor, Tensor]:
+    """``(U sqrt(S), sqrt(S) V^T)`` of a matrix at the rank that ``rank`` means for it."""
+    limit = min(matrix.shape)
+    known = isinstance(rank, int)
+    full = None if known else svd(matrix)
+    values = None if full is None else full.s
+    chosen = choose_rank(rank, pair_spectrum(matrix.shape[0], matrix.shape[1], values, owner), limit)
+    return (svd(matrix, chosen) if full is None else full.truncate(chosen)).pair()
+
+
+def pair_factors(up: Tensor, down: Tensor) -> SVD:
+    """The SVD of ``up @ down`` through the QR decompositions of both, never forming the product."""
+    dtype = up.dtype
+    left, right = torch.linalg.qr(up.detach().double()), torch.linalg.qr(down.detach().double().mT)
+    u, s, vh = exact_svd(left.R @ right.R.mT)
+    return SVD((left.Q @ u).to(dtype), s.to(dtype), (vh @ right.Q.mT).to(dtype))

@@ -1,0 +1,22 @@
+"""Pure tensor functions under every factorization. fp64 where it decides the result."""
+
+from .check import check_tensor, working_dtype
+from .products import fold, khatri_rao, mode_product, unfold
+from .psd import PowerPair, damp, psd_roots
+from .svd import exact_svd, gram_svd, leading_eigenvectors, randomized_svd
+
+__all__ = [
+    "PowerPair",
+    "check_tensor",
+    "damp",
+    "exact_svd",
+    "fold",
+    "gram_svd",
+    "khatri_rao",
+    "leading_eigenvectors",
+    "mode_product",
+    "psd_roots",
+    "randomized_svd",
+    "unfold",
+    "working_dtype",
+]

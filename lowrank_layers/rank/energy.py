@@ -1,0 +1,56 @@
+"""Rules on the energy (sum of squared singular values) that is kept or lost."""
+
+from dataclasses import dataclass
+
+import torch
+
+from .rule import Spectrum, check_fraction
+
+
+@dataclass(frozen=True)
+class Energy:
+    """The least rank that keeps ``fraction`` of the energy: ``sum_{i<=r} s_i^2 >= fraction * sum s_i^2``.
+
+    Args:
+        fraction: in (0, 1].
+
+    Examples:
+        >>> Energy(0.9)(Spectrum(torch.tensor([3.0, 1.0, 0.1]), (3, 3), [6, 12, 18], 9))
+        2
+    """
+
+    fraction: float
+
+    def __post_init__(self) -> None:
+        check_fraction(self.fraction, "Energy", closed=True)
+
+    def __call__(self, spectrum: Spectrum) -> int:
+        """The rank to use."""
+        energy = spectrum.require_values(self).square()
+        # summed from the small end: tail[r] is what rank r loses
+        tail = energy.flip(0).cumsum(0).flip(0)
+        lost = torch.cat([tail, tail.new_zeros(1)])
+        enough = lost <= (1 - self.fraction) * tail[0]
+        return max(1, int(enough.nonzero()[0]))
+
+
+@dataclass(frozen=True)
+class RelativeError:
+    """The least rank whose relative Frobenius error is at most ``bound``.
+
+    Args:
+        bound: in (0, 1).
+
+    Examples:
+        >>> RelativeError(0.5)(Spectrum(torch.tensor([3.0, 1.0, 0.1]), (3, 3), [6, 12, 18], 9))
+        1
+    """
+
+    bound: float
+
+    def __post_init__(self) -> None:
+        check_fraction(self.bound, "RelativeError", closed=False)
+
+    def __call__(self, spectrum: Spectrum) -> int:
+        """The rank to use."""
+        return Energy(1 - self.bound**2)(spectrum)

@@ -1,0 +1,88 @@
+"""What a rank rule is, and how a ``rank=`` argument becomes an integer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from torch import Tensor
+
+from ..errors import LowRankError
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """What a rule may look at.
+
+    Args:
+        values: singular values, largest first; ``None`` where the factorization has none (CP).
+        shape: rows and columns of the matrix that they belong to.
+        sizes: numbers stored at rank 1, 2, ...
+        dense: numbers stored when dense.
+        owner: who asks, for messages.
+    """
+
+    values: Tensor | None
+    shape: tuple[int, int]
+    sizes: Sequence[int]
+    dense: int
+    owner: str = "rank rule"
+
+    def require_values(self, rule: object) -> Tensor:
+        """The singular values in fp64, or an error that names the remedy."""
+        if self.values is None:
+            raise LowRankError(
+                f"{self.owner}: got {rule}, but this factorization has no singular values;"
+                " give an integer or ParameterFraction."
+            )
+        return self.values.double()
+
+
+@runtime_checkable
+class RankRule(Protocol):
+    """A callable from a :class:`Spectrum` to a rank of at least 1."""
+
+    def __call__(self, spectrum: Spectrum) -> int:
+        """The rank to use."""
+
+
+Rank = int | RankRule
+
+
+def check_rank(rank: object, who: str) -> None:
+    """Refuses what is neither an integer of at least 1 nor a rule."""
+    if isinstance(rank, bool) or not isinstance(rank, int):
+        if callable(rank) and not isinstance(rank, type):
+            return
+        hint = ""
+        if isinstance(rank, float):
+            hint = f" For a fraction of the parameters write ParameterFraction({rank})."
+        elif isinstance(rank, type):
+            hint = f" Call the rule: {rank.__name__}(...)."
+        raise LowRankError(
+            f"{who}: got rank {rank!r}, expected an integer of at least 1"
+            f" or a rank rule such as Energy(0.95).{hint}"
+        )
+    if rank < 1:
+        raise LowRankError(
+            f"{who}: got rank {rank}, expected an integer of at least 1 or a rank rule such as Energy(0.95)."
+        )
+
+
+def choose_rank(rank: Rank, spectrum: Spectrum, limit: int) -> int:
+    """The integer that ``rank`` means here, clamped to ``limit`` (more changes nothing)."""
+    check_rank(rank, spectrum.owner)
+    chosen = rank if isinstance(rank, int) else rank(spectrum)
+    if isinstance(chosen, bool) or not isinstance(chosen, int) or chosen < 1:
+        raise LowRankError(
+            f"{spectrum.owner}: the rule {rank} returned {chosen!r}, expected an integer of at least 1."
+        )
+    return min(chosen, limit)
+
+
+def check_fraction(value: object, who: str, *, closed: bool) -> None:
+    """Refuses what is not a number in (0, 1], or in (0, 1) when not ``closed``."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not (0 < value < 1 or (closed and value == 1)):  # type: ignore[operator]
+        raise LowRankError(f"{who}: got {value!r}, expected a number in (0, 1{']' if closed else ')'}.")

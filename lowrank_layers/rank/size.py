@@ -1,0 +1,30 @@
+"""Rules that look at how much is stored."""
+
+import bisect
+from dataclasses import dataclass
+
+from .rule import Spectrum, check_fraction
+
+
+@dataclass(frozen=True)
+class ParameterFraction:
+    """The largest rank whose factors hold at most ``fraction`` of the dense weight's parameters.
+
+    For a matrix ``[m, n]`` that is ``floor(fraction * m * n / (m + n))``, and at least 1.
+
+    Args:
+        fraction: in (0, 1].
+
+    Examples:
+        >>> LowRankLinear.from_dense(torch.nn.Linear(256, 120), rank=ParameterFraction(0.5)).rank
+        40
+    """
+
+    fraction: float
+
+    def __post_init__(self) -> None:
+        check_fraction(self.fraction, "ParameterFraction", closed=True)
+
+    def __call__(self, spectrum: Spectrum) -> int:
+        """The rank to use."""
+        return max(1, bisect.bisect_right(spectrum.sizes, self.fraction * spectrum.dense))

@@ -1,0 +1,181 @@
+"""Finding layers, replacing them everywhere they are used, and keeping the optimizer in step."""
+
+from __future__ import annotations
+
+import difflib
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from .errors import LowRankError
+from .layers import is_factored
+
+Selector = str | type[nn.Module] | Callable[[str, nn.Module], bool]
+
+_WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel")
+
+
+def check_model(model: object) -> nn.Module:
+    """Refuses what cannot be operated on in place, with the remedy."""
+    if not isinstance(model, nn.Module):
+        raise LowRankError(f"got {type(model).__name__}, expected a torch.nn.Module.")
+    name = type(model).__name__
+    if name in _WRAPPERS:
+        raise LowRankError(f"got a model wrapped in {name}; pass model.module, and wrap it again afterwards.")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise LowRankError("got a scripted model, whose layers cannot be replaced; pass the original module.")
+    if hasattr(model, "_orig_mod"):
+        raise LowRankError("got a compiled model; pass model._orig_mod, and compile it again afterwards.")
+    for inner, module in model.named_modules():
+        if type(module).__name__ in _WRAPPERS:
+            raise LowRankError(
+                f"{inner!r} is wrapped in {type(module).__name__}; factorize before wrapping, then wrap again."
+            )
+    return model
+
+
+def own_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every module once, under its first name, without descending into factored ones."""
+    inside: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if inside and name.startswith(inside):
+            continue
+        yield name, module
+        if is_factored(module):
+            inside = (*inside, f"{name}." if name else "")
+
+
+def module_aliases(model: nn.Module) -> dict[nn.Module, list[str]]:
+    """All names of every module."""
+    names: dict[nn.Module, list[str]] = defaultdict(list)
+    for name, module in model.named_modules(remove_duplicate=False):
+        names[module].append(name)
+    return dict(names)
+
+
+def select(model: nn.Module, selectors: Iterable[Selector], what: str) -> set[str]:
+    """The first names of the modules that any selector takes.
+
+    Args:
+        model: where to look.
+        selectors: a module's full name, the end of one (``"fc1"``, ``"mlp.fc1"``), the name of a parent (all
+            that lies below it), a type, or a predicate ``(name, module) -> bool``.
+        what: the argument's name, for the message.
+
+    Raises:
+        LowRankError: if a selector matches nothing.
+    """
+    if isinstance(selectors, (str, type)) or callable(selectors):
+        raise LowRankError(f"{what}: got {selectors!r}, expected a list; write [{selectors!r}].")
+    aliases = {name: names for names in module_aliases(model).values() for name in names}
+    layers = list(own_layers(model))
+    taken: set[str] = set()
+    for selector in selectors:
+        found = {name for name, module in layers if _matches(selector, name, module, aliases)}
+        if not found:
+            close = difflib.get_close_matches(str(selector), list(aliases), n=3, cutoff=0.4)
+            hint = f" Did you mean {', '.join(map(repr, close))}?" if close else ""
+            raise LowRankError(f"{what}: {selector!r} matches no module of the model.{hint}")
+        taken |= found
+    return taken
+
+
+def _matches(selector: Selector, name: str, module: nn.Module, aliases: Mapping[str, list[str]]) -> bool:
+    if isinstance(selector, str):
+        return any(
+            alias == selector or alias.endswith(f".{selector}") or alias.startswith(f"{selector}.")
+            for alias in aliases[name]
+        )
+    if isinstance(selector, type):
+        return isinstance(module, selector)
+    if callable(selector):
+        return bool(selector(name, module))
+    raise LowRankError(f"got selector {selector!r}, expected a name, a type or a predicate (name, module) -> bool.")
+
+
+def reasons_to_stay(model: nn.Module) -> dict[str, str]:
+    """Layers that must not be replaced blindly, and why, by their first name."""
+    reasons: dict[str, str] = {}
+    users: dict[Tensor, list[str]] = defaultdict(list)
+    for name, module in own_layers(model):
+        for parameter in module.parameters(recurse=False):
+            users[parameter].append(name)
+        prefix = f"{name}." if name else ""
+        if isinstance(module, nn.MultiheadAttention):
+            reasons[f"{prefix}out_proj"] = "nn.MultiheadAttention reads out_proj.weight itself"
+        if isinstance(module, nn.TransformerEncoderLayer):
+            for child in ("linear1", "linear2"):
+                reasons[f"{prefix}{child}"] = "nn.TransformerEncoderLayer's fast path reads its weight"
+        if nn.utils.parametrize.is_parametrized(module) or hasattr(module, "weight_g"):
+            reasons[name] = "its weight is parametrized; remove the parametrization to factorize it"
+        if _hooked(module):
+            reasons[name] = "it carries hooks, which a replacement would drop"
+    for names in users.values():
+        if len(names) > 1:
+            for name in names:
+                others = ", ".join(repr(other) for other in names if other != name)
+                reasons[name] = f"its parameters are tied to {others}"
+    return reasons
+
+
+def _hooked(module: nn.Module) -> bool:
+    return any(
+        getattr(module, kind)
+        for kind in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    )
+
+
+def replace_(model: nn.Module, replacements: Mapping[str, nn.Module]) -> None:
+    """Puts every new module in the place of the old one, under all the names that it has.
+
+    Args:
+        model: changed in place.
+        replacements: name of the old module to new module.
+
+    Raises:
+        LowRankError: if a name is unknown or the model itself; nothing is changed then.
+    """
+    aliases = {name: names for names in module_aliases(model).values() for name in names}
+    for name in replacements:
+        if name == "":
+            raise LowRankError(
+                f"the model itself is the {type(model).__name__} to replace, which cannot be done in place;"
+                " wrap it in nn.Sequential, or use from_dense."
+            )
+        if name not in aliases:
+            raise LowRankError(f"the model has no module {name!r}.")
+    # resolve every place first: an alias may lie below another replaced name
+    places = [
+        (model.get_submodule(alias.rpartition(".")[0]), alias.rpartition(".")[2], new)
+        for name, new in replacements.items()
+        for alias in aliases[name]
+    ]
+    for parent, attribute, new in places:
+        parent._modules[attribute] = new
+
+
+def remap_optimizer_(
+    optimizer: torch.optim.Optimizer, replaced: Iterable[tuple[nn.Module, nn.Module]]
+) -> None:
+    """Puts the new modules' parameters where the old ones' were, group by group.
+
+    A bias of the same shape keeps its state (momentum...); the factors start without.
+
+    Args:
+        optimizer: changed in place.
+        replaced: pairs of old and new module.
+    """
+    for old, new in replaced:
+        old_ids = {id(p): key for key, p in old.named_parameters()}
+        bias = getattr(new, "last", new)._parameters.get("bias")
+        for group in optimizer.param_groups:
+            if not any(id(p) in old_ids for p in group["params"]):
+                continue
+            kept = [p for p in group["params"] if id(p) not in old_ids]
+            group["params"] = kept + list(new.parameters())
+        for p in old.parameters():
+            state = optimizer.state.pop(p, None)
+            if state and bias is not None and old_ids[id(p)] == "bias" and p.shape == bias.shape:
+                optimizer.state[bias] = state
