@@ -1,0 +1,1 @@
+"""One script a claim: run each as ``python -m benchmarks.<name>``."""

@@ -1,0 +1,68 @@
+"""What every benchmark shares: its arguments, its machine line, paired timing, its result file."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def arguments(description: str, *, threads: int = 2) -> argparse.ArgumentParser:
+    """``--device --threads --out``; add your own."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--threads", type=int, default=threads, help="torch.set_num_threads")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result file")
+    return parser
+
+
+def machine(args: argparse.Namespace, *packages: str) -> str:
+    """One line on hardware, threads and versions; also sets the number of threads."""
+    torch.set_num_threads(args.threads)
+    if args.device == "cuda":
+        hardware = torch.cuda.get_device_name()
+    else:
+        hardware = f"{platform.machine()} CPU, {os.cpu_count()} cores"
+    versions = ", ".join(f"{package} {version(package)}" for package in ("torch", "lowrank-layers", *packages))
+    return f"{hardware}, {args.threads} threads, {versions}, Python {platform.python_version()}"
+
+
+def paired_times(functions: Sequence[Callable[[], object]], *, rounds: int = 7, device: str = "cpu") -> list[float]:
+    """Median seconds of each, run in turn (a b c a b c ...), after one round that does not count."""
+    times: list[list[float]] = [[] for _ in functions]
+    for k in range(rounds + 1):
+        for function, taken in zip(functions, times, strict=True):
+            start = time.perf_counter()
+            function()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            if k:
+                taken.append(time.perf_counter() - start)
+    return [statistics.median(taken) for taken in times]
+
+
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A table in Markdown."""
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    return "\n".join(lines + ["| " + " | ".join(map(str, row)) + " |" for row in rows])
+
+
+def write_result(args: argparse.Namespace, theme: str, text: str) -> Path:
+    """Writes ``<theme>_<hardware>_<yyyymm>.md``, under a temporary name first."""
+    args.out.mkdir(parents=True, exist_ok=True)
+    hardware = "cpu" if args.device == "cpu" else torch.cuda.get_device_name().lower().replace(" ", "-")
+    path = args.out / f"{theme}_{hardware}_{datetime.date.today():%Y%m}.md"
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text.rstrip() + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+    return path
