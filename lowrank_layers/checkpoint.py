@@ -1,2 +1,222 @@
-def save(*a): ...
-def load(*a): ...
+"""Saving and loading: plain safetensors files that describe themselves."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .compress.spec import describe
+from .errors import CheckpointError, LowRankError
+from .layers import FACTORED_LAYERS, FactoredModule, is_factored
+from .surgery import replace_
+from .walk import check_model, module_aliases, own_layers
+
+KEY = "lowrank_layers"
+"""The entry of the file's metadata that holds the ranks."""
+VERSION = 1
+
+
+def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Writes the state dict as safetensors, with every factored layer's kind and rank in the metadata.
+
+    A tensor that has several names is stored once. The file is written under a temporary name and renamed, so that
+    it is never seen half done.
+
+    Args:
+        model: factored or not.
+        path: the file, usually ``*.safetensors``.
+
+    Raises:
+        CheckpointError: if the state dict holds something that is no tensor, or a tensor without values.
+
+    Examples:
+        >>> import tempfile, os
+        >>> path = os.path.join(tempfile.mkdtemp(), "small.safetensors")
+        >>> small = nn.Sequential(lr.LowRankLinear(64, 32, rank=4))
+        >>> lr.save(small, path)
+        >>> loaded = lr.load(path, into=nn.Sequential(nn.Linear(64, 32)))
+        >>> x = torch.randn(3, 64)
+        >>> torch.equal(loaded(x), small(x))
+        True
+    """
+    check_model(model)
+    path = Path(path)
+    state = model.state_dict()
+    for name, tensor in state.items():
+        if not isinstance(tensor, Tensor):
+            raise CheckpointError(f"save: {name!r} is a {type(tensor).__name__}, and safetensors hold tensors only.")
+        if tensor.is_meta:
+            raise CheckpointError(f"save: {name!r} is on the meta device and has no values to write.")
+    shared = _shared(state)
+    tensors = {name: tensor.contiguous() for name, tensor in state.items() if name not in shared}
+    body = {"version": VERSION, "layers": _layers(model), "shared": shared}
+    if not path.parent.is_dir():
+        raise CheckpointError(f"save: the folder {path.parent} does not exist.")
+    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
+        temporary = Path(file.name)
+    try:
+        save_file(tensors, temporary, metadata={"format": "pt", KEY: json.dumps(body)})
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load(path: str | os.PathLike[str], into: nn.Module) -> nn.Module:
+    """Turns a freshly built dense model into the saved one, in place.
+
+    Everything is read and compared first: names, kinds, ranks, shapes and dtypes. If anything does not fit, the
+    error names it and the model is as it was.
+
+    Args:
+        path: what :func:`save` wrote.
+        into: a model with the structure that the saved one had before it was factorized (or the factored one itself).
+
+    Returns:
+        The model ``into``.
+
+    Raises:
+        CheckpointError: if the file is torn, foreign, or for another model.
+    """
+    model = check_model(into)
+    body, tensors = _read(Path(path))
+    built = _build(model, body["layers"], path)
+    state = _expected_state(model, built)
+    for alias, name in body["shared"].items():
+        if name not in tensors:
+            raise CheckpointError(f"{path}: {alias!r} refers to {name!r}, which is not there; the file is damaged.")
+        tensors[alias] = tensors[name]
+    _compare(state, tensors, path)
+    replace_(model, built)
+    on_meta = any(tensor.is_meta for tensor in state.values())
+    model.load_state_dict(tensors, strict=True, assign=on_meta)
+    return model
+
+
+def _layers(model: nn.Module) -> dict[str, Any]:
+    """Name to kind, rank, bias and the dense layer's settings."""
+    layers = {}
+    for name, module in own_layers(model):
+        if isinstance(module, FactoredModule):
+            layers[name] = {
+                "type": type(module).__name__,
+                "rank": module.rank,
+                "bias": getattr(module.last, "bias", None) is not None,
+                "dense": describe(module.dense_twin()),
+            }
+    return layers
+
+
+def _shared(state: dict[str, Tensor]) -> dict[str, str]:
+    """Later name to first name, for tensors that are one and the same."""
+    names: dict[Any, list[str]] = defaultdict(list)
+    for name, tensor in state.items():
+        if tensor.numel():
+            key = (
+                tensor.untyped_storage().data_ptr(),
+                tensor.storage_offset(),
+                tensor.shape,
+                tensor.stride(),
+            )
+            names[key].append(name)
+    return {other: first for first, *others in names.values() for other in others}
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    if not path.is_file():
+        raise CheckpointError(f"{path}: there is no such file.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: is torn or no safetensors file: {error}") from None
+    if KEY not in metadata:
+        raise CheckpointError(
+            f"{path}: was not written by lowrank_layers.save (no {KEY!r} in its metadata);"
+            " load it with safetensors.torch.load_model."
+        )
+    try:
+        body = json.loads(metadata[KEY])
+        version, layers, shared = body["version"], body["layers"], body["shared"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: its metadata is damaged: {type(error).__name__}: {error}") from None
+    if version != VERSION or not isinstance(layers, dict) or not isinstance(shared, dict):
+        raise CheckpointError(f"{path}: has format version {version!r}, expected {VERSION}; update the package.")
+    return body, tensors
+
+
+def _build(model: nn.Module, layers: dict[str, Any], path: object) -> dict[str, nn.Module]:
+    """The factored modules that the file asks for, uninitialized; none where the model has them already."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    built: dict[str, nn.Module] = {}
+    for name, wanted in layers.items():
+        module = modules.get(name)
+        if module is None:
+            raise CheckpointError(f"{path}: has a layer {name!r}, but the model has not; it is for another model.")
+        try:
+            kind = FACTORED_LAYERS[wanted["type"]]
+            rank, bias, dense = wanted["rank"], wanted["bias"], wanted["dense"]
+        except (KeyError, TypeError):
+            raise CheckpointError(f"{path}: {name!r}: its description {wanted!r} is damaged or newer.") from None
+        rank = tuple(rank) if isinstance(rank, list) else rank
+        if is_factored(module):
+            if type(module) is not kind or module.rank != rank:
+                raise CheckpointError(
+                    f"{path}: {name!r} is {wanted['type']} of rank {rank}, but the model has {type(module).__name__}"
+                    f" of rank {module.rank}; load into the dense model."
+                )
+            continue
+        if type(module) is not kind.dense_type:
+            raise CheckpointError(
+                f"{path}: {name!r} replaces a {kind.dense_type.__name__}, but the model has a {type(module).__name__}."
+            )
+        ours = describe(module)
+        different = {k: (v, ours.get(k)) for k, v in dense.items() if ours.get(k) != v and k != "bias"}
+        if different:
+            text = ", ".join(f"{k} {saved!r} (the model: {own!r})" for k, (saved, own) in different.items())
+            raise CheckpointError(f"{path}: {name!r} was saved with {text}; it is for another model.")
+        try:
+            built[name] = kind.like(module, rank=rank, bias=bias)
+        except (LowRankError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{path}: {name!r}: {error}") from None
+    return built
+
+
+def _expected_state(model: nn.Module, built: dict[str, nn.Module]) -> dict[str, Tensor]:
+    """The state dict that the model will have once ``built`` is in place."""
+    aliases = {name: names for names in module_aliases(model).values() for name in names}
+    places = {alias: new for name, new in built.items() for alias in aliases[name]}
+    inside = tuple(f"{place}." for place in places)
+    state = {name: t for name, t in model.state_dict().items() if not (inside and name.startswith(inside))}
+    for place, new in places.items():
+        state.update({f"{place}.{key}": tensor for key, tensor in new.state_dict().items()})
+    return state
+
+
+def _compare(state: dict[str, Tensor], tensors: dict[str, Tensor], path: object) -> None:
+    missing = [name for name in state if name not in tensors]
+    extra = [name for name in tensors if name not in state]
+    problems = [f"missing {name!r}" for name in missing] + [f"unknown {name!r}" for name in extra]
+    for name, tensor in tensors.items():
+        if name in state:
+            own = state[name]
+            if own.shape != tensor.shape:
+                problems.append(f"{name!r} has shape {tuple(tensor.shape)}, expected {tuple(own.shape)}")
+            elif own.dtype != tensor.dtype:
+                problems.append(f"{name!r} is {tensor.dtype}, the model is {own.dtype} (use model.to({tensor.dtype}))")
+            elif not bool(torch.isfinite(tensor).all()):
+                problems.append(f"{name!r} has NaN or Inf entries")
+    if problems:
+        more = f", and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise CheckpointError(
+            f"{path}: does not fit the model: {'; '.join(problems[:5])}{more}. The model is unchanged."
+        )

@@ -15,7 +15,7 @@ class Cost:
         bytes: size of the parameters in memory, in bytes.
 
     Examples:
-        >>> Cost(params=10, macs=20, bytes=40) + Cost(params=1, macs=2, bytes=4)
+        >>> lr.Cost(params=10, macs=20, bytes=40) + lr.Cost(params=1, macs=2, bytes=4)
         Cost(params=11, macs=22, bytes=44)
     """
 

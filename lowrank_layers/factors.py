@@ -43,7 +43,7 @@ class SVD:
         ``u`` ``[m, r]``, ``s`` ``[r]``, ``vh`` ``[r, n]``, dense ``[m, n]``.
 
     Examples:
-        >>> f = svd(torch.diag(torch.tensor([3.0, 2.0, 1.0])), rank=2)
+        >>> f = lr.svd(torch.diag(torch.tensor([3.0, 2.0, 1.0])), rank=2)
         >>> f.rank, f.numel(), round(f.relative_error(torch.diag(torch.tensor([3.0, 2.0, 1.0]))), 4)
         (2, 14, 0.2673)
     """
@@ -97,7 +97,7 @@ class Tucker:
         ``core`` ``[r_0, r_1, ...]``, ``factors[k]`` ``[n_k, r_k]``, dense ``[n_0, n_1, ...]``.
 
     Examples:
-        >>> f = tucker(torch.ones(4, 3, 2), rank=(1, 1, None))
+        >>> f = lr.tucker(torch.ones(4, 3, 2), rank=(1, 1, None))
         >>> f.rank, f.numel(), f.to_dense().shape
         ((1, 1, 2), 9, torch.Size([4, 3, 2]))
     """
@@ -164,7 +164,7 @@ class CP:
         ``weights`` ``[r]``, ``factors[k]`` ``[n_k, r]``, dense ``[n_0, n_1, ...]``.
 
     Examples:
-        >>> f = cp(torch.ones(4, 3, 2), rank=1)
+        >>> f = lr.cp(torch.ones(4, 3, 2), rank=1)
         >>> f.rank, f.numel(), f.relative_error(torch.ones(4, 3, 2)) < 1e-6
         (1, 10, True)
     """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -23,9 +24,9 @@ class _Front:
 def allocate(costs: Sequence[Sequence[int]], losses: Sequence[Sequence[float]], capacity: int) -> list[int]:
     """Picks one option a layer with the least total loss whose total cost is at most ``capacity``.
 
-    Exact. The linear relaxation (each layer's lower convex hull, steepest descents first) gives a price, a bound and a feasible
-    choice; options whose reduced cost exceeds the gap between the two cannot be part of a better one and are
-    dropped (Sinha and Zoltners, 1979); what is left is solved by merging Pareto fronts layer by layer, each state
+    Exact. The linear relaxation (each layer's lower convex hull, steepest descents first) gives a price, a bound and
+    a feasible choice; options whose reduced cost exceeds the gap between the two cannot be part of a better one and
+    are dropped (Sinha and Zoltners, 1979); what is left is solved by merging Pareto fronts layer by layer, each state
     pruned by the relaxation of the layers that follow.
 
     Args:
@@ -86,7 +87,7 @@ def _steps(fronts: Sequence[_Front]) -> list[tuple[float, float, float, int, int
     steps = []
     for layer, front in enumerate(fronts):
         hull = _hull(front)
-        for a, b in zip(hull, hull[1:], strict=False):
+        for a, b in pairwise(hull):
             extra = float(front.costs[b] - front.costs[a])
             gain = float(front.losses[a] - front.losses[b])
             steps.append((-gain / extra, extra, gain, layer, b))

@@ -21,9 +21,9 @@ class Budget:
         BudgetError: unless exactly one limit is given, and is a fraction in (0, 1] or a positive integer.
 
     Examples:
-        >>> Budget(params=0.3).limit(Cost(params=1000))
+        >>> lr.Budget(params=0.3).limit(lr.Cost(params=1000))
         300
-        >>> Budget(bytes=4_000_000).unit
+        >>> lr.Budget(bytes=4_000_000).unit
         'bytes'
     """
 

@@ -12,9 +12,10 @@ from tqdm import tqdm
 
 from ..calibrate import LayerStats, Statistics, calibrate, quiet_eval
 from ..errors import LowRankError
-from ..layers import FactoredModule, is_factored
+from ..layers import FactoredModule, bias_of, is_factored, weight_of
 from ..linalg import check_tensor
-from ..surgery import check_model, own_layers, reasons_to_stay, remap_optimizer_, replace_
+from ..surgery import reasons_to_stay, remap_optimizer_, replace_
+from ..walk import check_model, own_layers
 from .methods import METHODS, Regression
 from .plan import Entry, Plan
 from .sequential import forward_order, paired_stats
@@ -30,7 +31,7 @@ def factorize_(
     *,
     progress: bool = False,
 ) -> nn.Module:
-    """Replaces the layers of a model as the plan says, in place. Everything is checked and built before anything is changed.
+    """Replaces the layers of a model as the plan says, in place; all is checked and built before anything changes.
 
     With ``data`` the layers are regressed in sequence: in forward order, each one is fitted to give, on what the
     compressed layers before it deliver, the outputs of the dense model; layers that stay dense are refitted too.
@@ -53,9 +54,9 @@ def factorize_(
     Examples:
         >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
         >>> batches = [torch.randn(100, 64)]
-        >>> stats = calibrate(model, batches, loss=SampledCrossEntropy())
-        >>> plan = make_plan(model, Budget(params=0.5), stats=stats)
-        >>> type(factorize_(model, plan, stats=stats, data=batches)[0]).__name__
+        >>> stats = lr.calibrate(model, batches, loss=lr.SampledCrossEntropy())
+        >>> plan = lr.make_plan(model, lr.Budget(params=0.5), stats=stats)
+        >>> type(lr.factorize_(model, plan, stats=stats, data=batches)[0]).__name__
         'LowRankLinear'
     """
     check_model(model)
@@ -89,7 +90,7 @@ def densify_(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -
         optimizer: its groups are given the new parameters in the place of the old ones.
 
     Examples:
-        >>> densify_(nn.Sequential(LowRankLinear(8, 4, rank=2)))
+        >>> lr.densify_(nn.Sequential(lr.LowRankLinear(8, 4, rank=2)))
         Sequential(
           (0): Linear(in_features=8, out_features=4, bias=True)
         )
@@ -133,7 +134,7 @@ def _in_sequence(
     with quiet_eval(model), quiet_eval(work):
         for name in tqdm(order, desc="factorize", disable=not progress):
             entry, dense = plan[name], model.get_submodule(name)
-            layer_stats = stats[name] if name in stats else None
+            layer_stats = stats.get(name)
             regress = layer_stats is not None and name in calls and not isinstance(dense, nn.Embedding)
             if regress and changed:
                 assert layer_stats is not None
@@ -154,7 +155,7 @@ def _in_sequence(
 
 def _refit(dense: nn.Module, stats: LayerStats) -> tuple[Tensor, Tensor | None]:
     """The dense layer's best weight and bias on the compressed prefix; without a bias, through the origin."""
-    has_bias = dense.bias is not None
+    has_bias = bias_of(dense) is not None
     problem = Regression.of(dense, stats, centred=has_bias)
     weight = problem.full()
     return weight, problem.corrected_bias(weight) if has_bias else None
@@ -162,15 +163,18 @@ def _refit(dense: nn.Module, stats: LayerStats) -> tuple[Tensor, Tensor | None]:
 
 @torch.no_grad()
 def _write(layer: nn.Module, weight: Tensor, bias: Tensor | None) -> None:
-    layer.weight.copy_(weight.reshape(layer.weight.shape))  # type: ignore[union-attr, operator, arg-type]
+    own = weight_of(layer)
+    own.copy_(weight.reshape(own.shape))
     if bias is not None:
-        layer.bias.copy_(bias)  # type: ignore[union-attr, operator]
+        layer.get_parameter("bias").copy_(bias)
 
 
 def _check_plan(model: nn.Module, plan: Plan, stats: Statistics | None) -> None:
     """Everything that can be wrong is found here, before anything is built."""
     if not isinstance(plan, Plan):
-        raise LowRankError(f"factorize_: got plan of type {type(plan).__name__}, expected a Plan; call make_plan first.")
+        raise LowRankError(
+            f"factorize_: got plan of type {type(plan).__name__}, expected a Plan; call make_plan first."
+        )
     if stats is not None and not isinstance(stats, Statistics):
         raise LowRankError(f"factorize_: got stats of type {type(stats).__name__}, expected what calibrate returned.")
     layers = dict(own_layers(model))
@@ -196,4 +200,4 @@ def _check_plan(model: nn.Module, plan: Plan, stats: Statistics | None) -> None:
             )
         if stats is not None and entry.name not in stats:
             raise LowRankError(f"{entry.name!r}: the statistics do not know it; calibrate this model.")
-        check_tensor(module.weight, f"{entry.name!r}")  # type: ignore[arg-type]
+        check_tensor(weight_of(module), f"{entry.name!r}")

@@ -10,13 +10,14 @@ from torch import nn
 from ..calibrate import LayerStats, Statistics
 from ..cost import Cost
 from ..errors import BudgetError, LowRankError
-from ..layers import is_factored
+from ..layers import bias_of, is_factored, weight_of
 from ..rank import Rank, check_rank
-from ..surgery import Selector, check_model, own_layers, reasons_to_stay, select
+from ..surgery import Selector, reasons_to_stay, select
+from ..walk import check_model, own_layers
 from .allocate import allocate
 from .budget import Budget, as_budget
 from .methods import METHODS, Method, Option, Regression
-from .methods.base import factored_cost, gains_bias, repeated_cost
+from .methods.base import factored_cost, has_bias, repeated_cost
 from .plan import Entry, Plan, model_cost
 from .spec import describe
 
@@ -40,10 +41,11 @@ def make_plan(
     at most one a layer. With statistics the estimate is the curvature-weighted error of the layer's output,
     :math:`\tfrac12 \|G^{1/2} (W - \hat W) X^{1/2}\|^2`; without, that of its weight.
 
-    ``units`` says how the estimates of different layers compare. ``"absolute"`` takes them as they are: right when the quadratic estimate
-    can be trusted. ``"relative"`` divides by the layer's total, as whitening methods do: a guard against estimates that are off by a factor. The default,
-    ``"balanced"``, divides by the square root of the total, halfway between in the logarithm. See ``benchmarks/results`` for the
-    table on LeNet and ResNet-20 from which it was taken.
+    ``units`` says how the estimates of different layers compare. ``"absolute"`` takes them as they are: right where
+    the quadratic estimate can be trusted. ``"relative"`` divides by the layer's total, as whitening methods do: a
+    guard against estimates that are off by a factor. The default, ``"balanced"``, divides by the square root of the
+    total, halfway between in the logarithm. ``benchmarks/results/resnet_cifar_*.md`` has the table from which it was
+    taken.
 
     Args:
         model: a trained model; it is not changed.
@@ -64,7 +66,7 @@ def make_plan(
 
     Examples:
         >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
-        >>> plan = make_plan(model, Budget(params=0.5))
+        >>> plan = lr.make_plan(model, lr.Budget(params=0.5))
         >>> plan.after.params <= 0.5 * plan.total.params
         True
     """
@@ -77,10 +79,15 @@ def make_plan(
     if stats is not None:
         _check_stats(model, stats)
     if budget is not None and as_budget(budget).unit == "macs" and stats is None:
-        raise BudgetError("a budget of MACs needs to know the sizes of the inputs: pass stats=calibrate(model, batches).")
+        raise BudgetError(
+            "a budget of MACs needs to know the sizes of the inputs: pass stats=calibrate(model, batches)."
+        )
     layers, skipped = _candidates(model, chosen, skip, stats)
     if not layers:
-        why = "; ".join(f"{name!r}: {reason}" for name, reason in skipped.items()) or "it has no Linear, Conv2d or Embedding"
+        why = (
+            "; ".join(f"{name!r}: {reason}" for name, reason in skipped.items())
+            or "it has no Linear, Conv2d or Embedding"
+        )
         raise LowRankError(f"make_plan: nothing to factorize: {why}.")
     total = model_cost(model) + Cost(macs=_fixed_macs(model, stats))
     if rank is not None:
@@ -97,13 +104,15 @@ def make_plan(
         energy = energies[name]
         error = (option.loss_increase / energy) ** 0.5 if energy > 0 else 0.0
         entries.append(_entry(name, module, _of(stats, name), method, option.rank, option.cost, error))
-    settings = {"budget": {budget.unit: getattr(budget, budget.unit)}, "units": units, "calibrated": stats is not None}
+    settings = {
+        "budget": {budget.unit: getattr(budget, budget.unit)},
+        "units": units,
+        "calibrated": stats is not None,
+    }
     return Plan(entries, skipped=skipped, total=total, settings=settings)
 
 
-def _options(
-    module: nn.Module, stats: LayerStats | None, methods: Sequence[Method]
-) -> list[tuple[str, Option]]:
+def _options(module: nn.Module, stats: LayerStats | None, methods: Sequence[Method]) -> list[tuple[str, Option]]:
     """Dense first, then everything that any method offers."""
     table = [("dense", Option(None, repeated_cost(module, stats), 0.0))]
     for method in methods:
@@ -125,7 +134,8 @@ def _solve(
     fixed = getattr(total, unit) - sum(getattr(repeated_cost(m, _of(stats, n)), unit) for n, m in layers.items())
     costs = [[getattr(option.cost, unit) for _, option in tables[name]] for name in layers]
     losses = [
-        [option.loss_increase / max(energies[name], 1e-300) ** exponent for _, option in tables[name]] for name in layers
+        [option.loss_increase / max(energies[name], 1e-300) ** exponent for _, option in tables[name]]
+        for name in layers
     ]
     limit = budget.limit(total)
     least = fixed + sum(min(cost) for cost in costs)
@@ -138,22 +148,25 @@ def _solve(
     return dict(zip(layers, allocate(costs, losses, limit - fixed), strict=True))
 
 
-def _by_rule(
-    name: str, module: nn.Module, stats: LayerStats | None, methods: Sequence[Method], rule: Rank
-) -> Entry:
+def _by_rule(name: str, module: nn.Module, stats: LayerStats | None, methods: Sequence[Method], rule: Rank) -> Entry:
     method = next(m for m in methods if m.matches(module))
     rank = method.choose(module, stats, rule)
     cost = factored_cost(method, module, rank, stats)
     before = repeated_cost(module, stats)
-    if not isinstance(rule, int) and cost.params >= before.params + module.weight.shape[0]:  # type: ignore[union-attr, operator]
+    if not isinstance(rule, int) and cost.params > before.params + len(weight_of(module)):
         return _entry(name, module, stats, "dense", None, before, 0.0)
     return _entry(name, module, stats, method.name, rank, cost, None)
 
 
 def _entry(
-    name: str, module: nn.Module, stats: LayerStats | None, method: str, rank: Any, cost: Cost, error: float | None
+    name: str,
+    module: nn.Module,
+    stats: LayerStats | None,
+    method: str,
+    rank: Any,
+    cost: Cost,
+    error: float | None,
 ) -> Entry:
-    bias = getattr(module, "bias", None) is not None
     return Entry(
         name,
         method,
@@ -162,7 +175,7 @@ def _entry(
         cost,
         error,
         describe(module),
-        bias if method == "dense" else bias or gains_bias(module, stats),
+        bias_of(module) is not None if method == "dense" else has_bias(module, stats),
         None if stats is None else stats.input_shape,
         1.0 if stats is None else stats.repeats,
     )

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import os
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch import nn
 from ..cost import Cost
 from ..errors import LowRankError
 from ..layers import FactoredModule, is_factored, layer_cost
-from ..surgery import check_model, own_layers
+from ..walk import check_model, own_layers
 from .methods import METHODS, Method
 from .spec import Spec, blank, describe
 
@@ -74,10 +73,10 @@ class Plan:
 
     Examples:
         >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
-        >>> plan = make_plan(model, Budget(params=0.6))
+        >>> plan = lr.make_plan(model, lr.Budget(params=0.6))
         >>> plan.set_rank("0", 8)["0"].rank
         8
-        >>> factorize_(model, plan)[0].rank
+        >>> lr.factorize_(model, plan)[0].rank
         8
     """
 
@@ -161,8 +160,8 @@ class Plan:
         """Reads the plan back off a factored model: ranks and methods of every factored layer.
 
         Examples:
-            >>> model = nn.Sequential(LowRankLinear(64, 32, rank=4))
-            >>> Plan.from_model(model)["0"].rank
+            >>> model = nn.Sequential(lr.LowRankLinear(64, 32, rank=4))
+            >>> lr.Plan.from_model(model)["0"].rank
             4
         """
         check_model(model)
@@ -172,14 +171,12 @@ class Plan:
             if not is_factored(module):
                 continue
             assert isinstance(module, FactoredModule)
-            dense = copy.deepcopy(module).to("meta").to_dense()
+            dense = module.dense_twin()
             method = method_of(module, dense)
             before, after = layer_cost(dense), layer_cost(module)
             saved += before - after
             bias = getattr(module.last, "bias", None) is not None
-            entries.append(
-                Entry(name, method.name, module.rank, before, after, None, describe(dense), bias)
-            )
+            entries.append(Entry(name, method.name, module.rank, before, after, None, describe(dense), bias))
         return cls(entries, total=model_cost(model) + saved)
 
     def to_json(self) -> str:
@@ -261,7 +258,9 @@ class Plan:
         )
         widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
         lines = [
-            "  ".join(cell.ljust(w) if k < 2 else cell.rjust(w) for k, (cell, w) in enumerate(zip(row, widths, strict=True)))
+            "  ".join(
+                cell.ljust(w) if k < 2 else cell.rjust(w) for k, (cell, w) in enumerate(zip(row, widths, strict=True))
+            )
             for row in rows
         ]
         lines = [line.rstrip() for line in lines]
@@ -272,7 +271,8 @@ class Plan:
 
     def __repr__(self) -> str:
         factored = sum(entry.method != "dense" for entry in self)
-        return f"Plan({factored} of {len(self)} layers factored, {self.total.params:,} -> {self.after.params:,} parameters)"
+        sizes = f"{self.total.params:,} -> {self.after.params:,} parameters"
+        return f"Plan({factored} of {len(self)} layers factored, {sizes})"
 
 
 def method_of(module: FactoredModule, dense: nn.Module) -> Method:
@@ -286,9 +286,7 @@ def method_of(module: FactoredModule, dense: nn.Module) -> Method:
 def model_cost(model: nn.Module) -> Cost:
     """Parameters and bytes of a model, shared ones once."""
     parameters = list(model.parameters())
-    return Cost(
-        sum(p.numel() for p in parameters), 0, sum(p.numel() * p.element_size() for p in parameters)
-    )
+    return Cost(sum(p.numel() for p in parameters), 0, sum(p.numel() * p.element_size() for p in parameters))
 
 
 def _entry(raw: dict[str, Any]) -> Entry:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from ..calibrate import LayerStats, Moments, forward, input_rows, layer_input, quiet_eval
 
 
-class _Reached(Exception):  # noqa: N818 - not an error: it ends a forward pass that has gone far enough
-    pass
+class _Reached(Exception):
+    """No error: ends a forward pass that has gone far enough."""
 
 
 def forward_order(model: nn.Module, names: Sequence[str], batch: Any, *, with_target: bool) -> dict[str, int]:
@@ -48,7 +48,8 @@ def paired_stats(
 ) -> LayerStats:
     """``E[x' x'^T]`` and ``E[x x'^T]`` of one layer, ``x`` in the dense model and ``x'`` in the compressed one.
 
-    Both forward passes stop at the layer. Where the two models route rows differently (so that they cannot be paired), the statistics come back as they were.
+    Both forward passes stop at the layer. Where the two models route rows differently (so that they cannot be
+    paired), the statistics come back as they were.
     """
     layer = dense.get_submodule(name)
     inputs = Moments.zeros(len(stats.inputs.mean), stats.inputs.mean.device)

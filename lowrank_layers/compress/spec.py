@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ..errors import LowRankError
+from ..layers import weight_of
 
 _SETTINGS: dict[str, tuple[str, ...]] = {
     "Linear": ("in_features", "out_features"),
@@ -36,7 +37,7 @@ def describe(module: nn.Module) -> Spec:
         spec[name] = list(value) if isinstance(value, tuple) else value
     if kind != "Embedding":
         spec["bias"] = module.bias is not None
-    spec["dtype"] = str(module.weight.dtype).removeprefix("torch.")  # type: ignore[union-attr]
+    spec["dtype"] = str(weight_of(module).dtype).removeprefix("torch.")
     return spec
 
 

@@ -47,7 +47,7 @@ def cp(
     Examples:
         >>> a, b, c = torch.randn(9, 2), torch.randn(8, 2), torch.randn(7, 2)
         >>> tensor = torch.einsum("ir,jr,kr->ijk", a, b, c)
-        >>> cp(tensor, rank=2).relative_error(tensor) < 1e-2
+        >>> lr.cp(tensor, rank=2).relative_error(tensor) < 1e-2
         True
     """
     tensor = check_tensor(tensor, "cp")
@@ -159,4 +159,3 @@ def _check_positive(**values: int) -> None:
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise LowRankError(f"cp: got {name} {value!r}, expected an integer of at least 1.")
-

@@ -32,7 +32,7 @@ def svd(matrix: Tensor, rank: int | None = None, *, method: Method = "auto", see
 
     Examples:
         >>> weight = torch.randn(60, 40)
-        >>> f = svd(weight, rank=10)
+        >>> f = lr.svd(weight, rank=10)
         >>> tail = torch.linalg.svdvals(weight)[10:].norm() / weight.norm()
         >>> abs(f.relative_error(weight) - tail.item()) < 1e-5
         True
@@ -58,9 +58,7 @@ def svd(matrix: Tensor, rank: int | None = None, *, method: Method = "auto", see
     else:
         raise LowRankError(f"svd: got method {method!r}, expected 'auto', 'exact', 'randomized' or 'gram'.")
     dtype = matrix.dtype
-    return SVD(
-        u[:, :rank].to(dtype).contiguous(), s[:rank].to(dtype).contiguous(), vh[:rank].to(dtype).contiguous()
-    )
+    return SVD(u[:, :rank].to(dtype).contiguous(), s[:rank].to(dtype).contiguous(), vh[:rank].to(dtype).contiguous())
 
 
 def _pick(rows: int, columns: int, rank: int) -> Method:

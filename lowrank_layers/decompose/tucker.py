@@ -11,9 +11,7 @@ from ..factors import Tucker
 from ..linalg import check_tensor, leading_eigenvectors, mode_product, unfold, working_dtype
 
 
-def tucker(
-    tensor: Tensor, rank: Sequence[int | None], *, sweeps: int = 20, tolerance: float = 1e-5
-) -> Tucker:
+def tucker(tensor: Tensor, rank: Sequence[int | None], *, sweeps: int = 20, tolerance: float = 1e-5) -> Tucker:
     """A core and one orthonormal matrix a mode, by higher-order orthogonal iteration (De Lathauwer et al., 2000).
 
     Starts from the truncated HOSVD; every sweep replaces each factor by the leading eigenvectors of the Gram
@@ -34,7 +32,7 @@ def tucker(
 
     Examples:
         >>> kernel = torch.randn(16, 8, 3, 3)
-        >>> f = tucker(kernel, rank=(16, 8, None, None))
+        >>> f = lr.tucker(kernel, rank=(16, 8, None, None))
         >>> torch.allclose(f.to_dense(), kernel, atol=1e-5)
         True
     """

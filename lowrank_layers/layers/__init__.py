@@ -1,6 +1,6 @@
 """Drop-in ``nn.Module``s whose weight is stored in factors. Their children are ordinary torch modules."""
 
-from .base import FACTORED_LAYERS, FactoredModule, is_factored
+from .base import FACTORED_LAYERS, FactoredModule, bias_of, is_factored, weight_of
 from .conv import LowRankConv2d
 from .count import layer_cost
 from .cp import CPConv2d
@@ -16,6 +16,8 @@ __all__ = [
     "LowRankEmbedding",
     "LowRankLinear",
     "TuckerConv2d",
+    "bias_of",
     "is_factored",
     "layer_cost",
+    "weight_of",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any, ClassVar, TypeVar
 
@@ -61,6 +62,10 @@ class FactoredModule(nn.Module):
         """The weight as a factorization (detached, no copy of the storage is promised)."""
         raise LowRankError(f"{type(self).__name__} does not define factors.")
 
+    def dense_twin(self) -> nn.Module:
+        """:meth:`to_dense` without values, on the meta device: only the settings."""
+        return copy.deepcopy(self).to("meta").to_dense()
+
     @property
     def last(self) -> nn.Module:
         """The child that runs last and holds the bias."""
@@ -89,40 +94,52 @@ def check_dense(cls: type[FactoredModule], dense: nn.Module) -> Tensor:
             f"{who}: the weight is parametrized (weight norm, spectral norm, pruning...);"
             " fold it first with torch.nn.utils.parametrize.remove_parametrizations or remove_weight_norm."
         )
-    weight = dense.weight
-    if not isinstance(weight, Tensor) or isinstance(weight, nn.parameter.UninitializedTensorMixin):
+    if isinstance(dense.weight, nn.parameter.UninitializedParameter):
         raise UnsupportedLayerError(f"{who}: the weight is not initialized yet; run one batch through the model.")
-    return check_tensor(weight, who)
+    return check_tensor(weight_of(dense), who)
+
+
+def weight_of(module: nn.Module) -> Tensor:
+    """``module.weight``, as the tensor that it is."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight
+
+
+def bias_of(module: nn.Module) -> Tensor | None:
+    """``module.bias``, or ``None`` where there is none."""
+    bias = getattr(module, "bias", None)
+    return bias if isinstance(bias, Tensor) else None
 
 
 def adopt(new: Self, dense: nn.Module) -> Self:
     """Carries over what is not in the signature: train or eval mode and ``requires_grad``."""
     new.train(dense.training)
-    weight, bias = dense.weight, getattr(dense, "bias", None)
-    for parameter in new.parameters():
-        parameter.requires_grad_(weight.requires_grad)  # type: ignore[operator]
-    if isinstance(bias, Tensor):
-        new.last.bias.requires_grad_(bias.requires_grad)  # type: ignore[union-attr, operator]
+    new.requires_grad_(weight_of(dense).requires_grad)
+    _match_bias(new.last, dense)
     return new
 
 
-def adopt_dense(dense: nn.Module, factored: FactoredModule) -> Any:
+def adopt_dense(dense: nn.Module, factored: FactoredModule) -> None:
     """The way back of :func:`adopt`."""
     dense.train(factored.training)
-    children = list(factored.children())
-    dense.weight.requires_grad_(children[0].weight.requires_grad)  # type: ignore[union-attr, operator]
-    if isinstance(dense.bias if hasattr(dense, "bias") else None, Tensor):
-        dense.bias.requires_grad_(factored.last.bias.requires_grad)  # type: ignore[union-attr, operator]
-    return dense
+    dense.requires_grad_(any(weight_of(child).requires_grad for child in factored.children()))
+    _match_bias(dense, factored.last)
+
+
+def _match_bias(new: nn.Module, old: nn.Module) -> None:
+    bias, model = bias_of(new), bias_of(old)
+    if bias is not None and model is not None:
+        bias.requires_grad_(model.requires_grad)
 
 
 @torch.no_grad()
 def fill(layer: Self, weights: list[Tensor], bias: Tensor | None) -> Self:
     """Copies values into the children, in order; shapes are adapted, dtype and device are the layer's."""
     for child, weight in zip(layer.children(), weights, strict=True):
-        parameter: Tensor = child.weight  # type: ignore[assignment]
+        parameter = weight_of(child)
         parameter.copy_(weight.reshape(parameter.shape))
-    own: Tensor | None = getattr(layer.last, "bias", None)
+    own = bias_of(layer.last)
     if own is not None:
         own.zero_() if bias is None else own.copy_(bias)
     return layer
@@ -137,9 +154,9 @@ def reset_chain(layer: FactoredModule, fan_in: int) -> None:
     """
     children = list(layer.children())
     for child in children:
-        weight: Tensor = child.weight  # type: ignore[assignment]
+        weight = weight_of(child)
         bound = math.sqrt((1.0 if child is children[-1] else 3.0) / max(1, weight[0].numel()))
         nn.init.uniform_(weight, -bound, bound)
-    bias = getattr(layer.last, "bias", None)
+    bias = bias_of(layer.last)
     if bias is not None:
         nn.init.uniform_(bias, -1 / math.sqrt(max(1, fan_in)), 1 / math.sqrt(max(1, fan_in)))

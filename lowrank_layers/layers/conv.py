@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from ..errors import UnsupportedLayerError
 from ..factors import SVD
 from ..rank import Rank, choose_rank
-from .base import FactoredModule, adopt, adopt_dense, check_dense, fill, reset_chain
+from .base import FactoredModule, adopt, adopt_dense, bias_of, check_dense, fill, reset_chain
 from .linear import pair_factors, pair_spectrum, truncated_pair
 
 Size = int | tuple[int, int]
+PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
+Conv = TypeVar("Conv", bound="FactoredConv2d")
 
 
 class FactoredConv2d(FactoredModule):
@@ -35,7 +37,7 @@ class FactoredConv2d(FactoredModule):
         dilation: Size = 1,
         groups: int = 1,
         bias: bool = True,
-        padding_mode: str = "zeros",
+        padding_mode: PaddingMode = "zeros",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,
@@ -50,7 +52,17 @@ class FactoredConv2d(FactoredModule):
             )
         # torch checks the settings; nothing is allocated on the meta device
         dense = nn.Conv2d(
-            in_channels, out_channels, kernel_size, stride, padding, dilation, 1, bias, padding_mode, "meta", dtype
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            1,
+            bias,
+            padding_mode,
+            "meta",
+            dtype,
         )
         self.in_channels = in_channels
         self.out_channels = out_channels
@@ -59,7 +71,7 @@ class FactoredConv2d(FactoredModule):
         self.padding: str | tuple[int, int] = dense.padding  # type: ignore[assignment]
         self.dilation: tuple[int, int] = dense.dilation  # type: ignore[assignment]
         self.groups = 1
-        self.padding_mode = padding_mode
+        self.padding_mode: PaddingMode = padding_mode
         self._build(rank, bias, {"device": device, "dtype": dtype})
         self.reset_parameters()
 
@@ -75,7 +87,7 @@ class FactoredConv2d(FactoredModule):
         reset_chain(self, self.in_channels * math.prod(self.kernel_size))
 
     @classmethod
-    def like(cls, dense: nn.Module, *, rank: Any, bias: bool | None = None) -> FactoredConv2d:
+    def like(cls: type[Conv], dense: nn.Module, *, rank: Any, bias: bool | None = None) -> Conv:
         """A layer with the settings, device and dtype of ``dense``, uninitialized."""
         assert isinstance(dense, nn.Conv2d)
         check_groups(cls, dense)
@@ -98,7 +110,7 @@ class FactoredConv2d(FactoredModule):
 
     def to_dense(self) -> nn.Conv2d:
         """The ``nn.Conv2d`` that computes the same."""
-        bias: Tensor | None = self.last.bias  # type: ignore[assignment]
+        bias = bias_of(self.last)
         weight = self.weight_from_children().detach()
         dense = nn.Conv2d(
             self.in_channels,
@@ -116,8 +128,9 @@ class FactoredConv2d(FactoredModule):
         with torch.no_grad():
             dense.weight.copy_(weight)
             if bias is not None:
-                dense.bias.copy_(bias)  # type: ignore[union-attr]
-        return adopt_dense(dense, self)  # type: ignore[no-any-return]
+                dense.get_parameter("bias").copy_(bias)
+        adopt_dense(dense, self)
+        return dense
 
     def extra_repr(self) -> str:
         """The settings, as printed."""
@@ -126,7 +139,7 @@ class FactoredConv2d(FactoredModule):
             text += f", padding={self.padding}"
         if self.dilation != (1, 1):
             text += f", dilation={self.dilation}"
-        if self.last.bias is None:
+        if bias_of(self.last) is None:
             text += ", bias=False"
         if self.padding_mode != "zeros":
             text += f", padding_mode={self.padding_mode}"
@@ -177,7 +190,7 @@ class LowRankConv2d(FactoredConv2d):
         LowRankError: if the rank is no integer of at least 1 and no rule.
 
     Examples:
-        >>> layer = LowRankConv2d(64, 128, 3, stride=2, padding=1, rank=16)
+        >>> layer = lr.LowRankConv2d(64, 128, 3, stride=2, padding=1, rank=16)
         >>> layer(torch.randn(1, 64, 32, 32)).shape
         torch.Size([1, 128, 16, 16])
 
@@ -225,7 +238,7 @@ class LowRankConv2d(FactoredConv2d):
 
         Examples:
             >>> conv = nn.Conv2d(3, 8, 3, padding="same", padding_mode="reflect")
-            >>> full = LowRankConv2d.from_dense(conv, rank=8)
+            >>> full = lr.LowRankConv2d.from_dense(conv, rank=8)
             >>> x = torch.randn(2, 3, 9, 9)
             >>> torch.allclose(full(x), conv(x), atol=1e-5)
             True
@@ -233,7 +246,7 @@ class LowRankConv2d(FactoredConv2d):
         weight = check_dense(cls, conv)
         check_groups(cls, conv)
         up, down = truncated_pair(weight.flatten(1), rank, cls.__name__)
-        return fill(cls.like(conv, rank=len(down)), [down, up], conv.bias)  # type: ignore[arg-type, return-value]
+        return fill(cls.like(conv, rank=len(down)), [down, up], bias_of(conv))
 
     def weight_from_children(self) -> Tensor:
         """The dense kernel ``[out, in, kh, kw]``."""
@@ -247,7 +260,7 @@ class LowRankConv2d(FactoredConv2d):
 
 def check_groups(cls: type[FactoredModule], conv: nn.Module) -> None:
     """Refuses grouped convolutions by name."""
-    if conv.groups != 1:
+    if getattr(conv, "groups", 1) != 1:
         raise UnsupportedLayerError(
             f"{cls.__name__}.from_dense: got groups={conv.groups}, expected 1; leave grouped convolutions dense."
         )

@@ -2,10 +2,10 @@
 
 import math
 
-from torch import Tensor, nn
+from torch import nn
 
 from ..cost import Cost
-from .base import is_factored
+from .base import is_factored, weight_of
 
 
 def layer_cost(module: nn.Module, input_shape: tuple[int, ...] | None = None) -> Cost:
@@ -16,16 +16,14 @@ def layer_cost(module: nn.Module, input_shape: tuple[int, ...] | None = None) ->
         input_shape: shape of one sample without the batch; without it MACs are counted as 0.
 
     Examples:
-        >>> layer_cost(torch.nn.Conv2d(3, 8, 3, bias=False), (3, 10, 10))
+        >>> lr.layer_cost(nn.Conv2d(3, 8, 3, bias=False), (3, 10, 10))
         Cost(params=216, macs=13824, bytes=864)
     """
     total = Cost()
     for child in module.children() if is_factored(module) else [module]:
         macs, input_shape = _forward(child, input_shape)
         parameters = list(child.parameters())
-        total += Cost(
-            sum(p.numel() for p in parameters), macs, sum(p.numel() * p.element_size() for p in parameters)
-        )
+        total += Cost(sum(p.numel() for p in parameters), macs, sum(p.numel() * p.element_size() for p in parameters))
     return total
 
 
@@ -33,7 +31,7 @@ def _forward(module: nn.Module, shape: tuple[int, ...] | None) -> tuple[int, tup
     """MACs of one torch layer on one sample, and the shape that leaves it."""
     if shape is None:
         return 0, None
-    weight: Tensor = module.weight  # type: ignore[assignment]
+    weight = weight_of(module)
     if isinstance(module, nn.Linear):
         return math.prod(shape[:-1]) * weight.numel(), (*shape[:-1], module.out_features)
     if isinstance(module, nn.Embedding):
@@ -49,9 +47,6 @@ def conv_output_size(conv: nn.modules.conv._ConvNd, size: tuple[int, ...]) -> tu
     result = []
     for axis, n in enumerate(size):
         d, k, s = conv.dilation[axis], conv.kernel_size[axis], conv.stride[axis]
-        if isinstance(conv.padding, str):
-            p = d * (k - 1) if conv.padding == "same" else 0
-        else:
-            p = 2 * conv.padding[axis]
+        p = {"same": d * (k - 1), "valid": 0}[conv.padding] if isinstance(conv.padding, str) else 2 * conv.padding[axis]
         result.append((n + p - d * (k - 1) - 1) // s + 1)
     return tuple(result)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..decompose import cp
 from ..factors import CP
 from ..rank import Rank, Spectrum, choose_rank
-from .base import check_dense, fill
+from .base import bias_of, check_dense, fill
 from .conv import FactoredConv2d, check_groups
 
 
@@ -47,7 +47,7 @@ class CPConv2d(FactoredConv2d):
         LowRankError: if the rank is no integer of at least 1 and no rule.
 
     Examples:
-        >>> layer = CPConv2d(64, 64, 3, padding=1, rank=96)
+        >>> layer = lr.CPConv2d(64, 64, 3, padding=1, rank=96)
         >>> layer(torch.randn(1, 64, 8, 8)).shape
         torch.Size([1, 64, 8, 8])
     """
@@ -83,7 +83,7 @@ class CPConv2d(FactoredConv2d):
 
         Examples:
             >>> conv = nn.Conv2d(4, 3, 3, padding=1)
-            >>> full = CPConv2d.from_dense(conv, rank=27)
+            >>> full = lr.CPConv2d.from_dense(conv, rank=27)
             >>> x = torch.randn(2, 4, 5, 5)
             >>> torch.allclose(full(x), conv(x), atol=1e-4)
             True
@@ -98,7 +98,7 @@ class CPConv2d(FactoredConv2d):
         expand, reduce, vertical, horizontal = factors.balanced()
         layer = cls.like(conv, rank=factors.rank)
         weights = [reduce.mT, vertical.mT, horizontal.mT, expand]
-        return fill(layer, weights, conv.bias)  # type: ignore[arg-type, return-value]
+        return fill(layer, weights, bias_of(conv))
 
     def weight_from_children(self) -> Tensor:
         """The dense kernel ``[out, in, kh, kw]``."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..factors import SVD
 from ..rank import Rank, choose_rank
-from .base import FactoredModule, adopt, adopt_dense, check_dense, fill
+from .base import FactoredModule, adopt, adopt_dense, check_dense, fill, weight_of
 from .linear import pair_factors, pair_spectrum, truncated_pair
 
 
@@ -39,7 +39,7 @@ class LowRankEmbedding(FactoredModule):
         LowRankError: if the rank is no integer of at least 1 and no rule.
 
     Examples:
-        >>> layer = LowRankEmbedding(50_000, 768, padding_idx=0, rank=64)
+        >>> layer = lr.LowRankEmbedding(50_000, 768, padding_idx=0, rank=64)
         >>> layer(torch.tensor([[1, 2], [0, 3]])).shape
         torch.Size([2, 2, 768])
         >>> bool((layer(torch.tensor([0])) == 0).all())
@@ -107,7 +107,7 @@ class LowRankEmbedding(FactoredModule):
     @torch.no_grad()
     def _renormalize(self, input: Tensor) -> None:
         assert self.max_norm is not None
-        rows = input.unique()
+        rows = torch.unique(input)
         thin = self.down.weight[rows]
         norms = torch.linalg.vector_norm(self.up(thin), self.norm_type, dim=-1, keepdim=True)
         self.down.weight[rows] = torch.where(norms > self.max_norm, thin * self.max_norm / (norms + 1e-7), thin)
@@ -144,7 +144,7 @@ class LowRankEmbedding(FactoredModule):
 
         Examples:
             >>> table = nn.Embedding(100, 16, padding_idx=3)
-            >>> full = LowRankEmbedding.from_dense(table, rank=16)
+            >>> full = lr.LowRankEmbedding.from_dense(table, rank=16)
             >>> full.padding_idx, torch.allclose(full(torch.arange(100)), table.weight, atol=1e-5)
             (3, True)
         """
@@ -160,8 +160,7 @@ class LowRankEmbedding(FactoredModule):
         """
         layer = fill(cls.like(embedding, rank=thin.shape[1]), [thin, project], None)
         padding = layer.padding_idx
-        table: Tensor = embedding.weight  # type: ignore[assignment]
-        if padding is not None and not bool(table[padding].any()):
+        if padding is not None and not bool(weight_of(embedding)[padding].any()):
             with torch.no_grad():
                 layer.down.weight[padding] = 0
         return layer
@@ -182,7 +181,8 @@ class LowRankEmbedding(FactoredModule):
         )
         with torch.no_grad():
             dense.weight.copy_(down.weight @ self.up.weight.mT)
-        return adopt_dense(dense, self)  # type: ignore[no-any-return]
+        adopt_dense(dense, self)
+        return dense
 
     def factors(self) -> SVD:
         """The table ``[num_embeddings, embedding_dim]`` as an SVD."""

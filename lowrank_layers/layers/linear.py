@@ -9,7 +9,7 @@ from ..decompose import svd
 from ..factors import SVD
 from ..linalg import exact_svd
 from ..rank import Rank, Spectrum, choose_rank
-from .base import FactoredModule, adopt, adopt_dense, check_dense, fill, reset_chain
+from .base import FactoredModule, adopt, adopt_dense, bias_of, check_dense, fill, reset_chain
 
 
 class LowRankLinear(FactoredModule):
@@ -35,7 +35,7 @@ class LowRankLinear(FactoredModule):
         LowRankError: if the rank is no integer of at least 1 and no rule.
 
     Examples:
-        >>> layer = LowRankLinear(1024, 4096, rank=64)
+        >>> layer = lr.LowRankLinear(1024, 4096, rank=64)
         >>> layer(torch.randn(8, 1024)).shape
         torch.Size([8, 4096])
         >>> sum(p.numel() for p in layer.parameters()), 1024 * 4096 + 4096
@@ -103,26 +103,25 @@ class LowRankLinear(FactoredModule):
 
         Examples:
             >>> linear = nn.Linear(64, 32)
-            >>> full = LowRankLinear.from_dense(linear, rank=32)
+            >>> full = lr.LowRankLinear.from_dense(linear, rank=32)
             >>> x = torch.randn(5, 64)
             >>> torch.allclose(full(x), linear(x), atol=1e-5)
             True
         """
         weight = check_dense(cls, linear)
         up, down = truncated_pair(weight, rank, cls.__name__)
-        return fill(cls.like(linear, rank=len(down)), [down, up], linear.bias)  # type: ignore[arg-type]
+        return fill(cls.like(linear, rank=len(down)), [down, up], bias_of(linear))
 
     def to_dense(self) -> nn.Linear:
         """The ``nn.Linear`` that computes the same."""
         up = self.up
-        dense = nn.Linear(
-            self.in_features, self.out_features, up.bias is not None, up.weight.device, up.weight.dtype
-        )
+        dense = nn.Linear(self.in_features, self.out_features, up.bias is not None, up.weight.device, up.weight.dtype)
         with torch.no_grad():
             dense.weight.copy_(up.weight @ self.down.weight)
             if up.bias is not None:
                 dense.bias.copy_(up.bias)
-        return adopt_dense(dense, self)  # type: ignore[no-any-return]
+        adopt_dense(dense, self)
+        return dense
 
     def factors(self) -> SVD:
         """The weight ``[out_features, in_features]`` as an SVD."""

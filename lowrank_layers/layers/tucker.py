@@ -15,7 +15,7 @@ from ..errors import LowRankError
 from ..factors import Tucker
 from ..linalg import mode_product
 from ..rank import ParameterFraction, RankRule, Spectrum, check_rank, choose_rank
-from .base import check_dense, fill
+from .base import bias_of, check_dense, fill
 from .conv import FactoredConv2d, check_groups
 
 TuckerRank = int | RankRule | Sequence[int | RankRule]
@@ -51,7 +51,7 @@ class TuckerConv2d(FactoredConv2d):
         LowRankError: if a rank is no integer of at least 1 and no rule.
 
     Examples:
-        >>> layer = TuckerConv2d(256, 256, 3, stride=2, padding=1, rank=(64, 64))
+        >>> layer = lr.TuckerConv2d(256, 256, 3, stride=2, padding=1, rank=(64, 64))
         >>> layer(torch.randn(1, 256, 14, 14)).shape
         torch.Size([1, 256, 7, 7])
     """
@@ -99,7 +99,7 @@ class TuckerConv2d(FactoredConv2d):
 
         Examples:
             >>> conv = nn.Conv2d(16, 8, 3, stride=(2, 1))
-            >>> full = TuckerConv2d.from_dense(conv, rank=(8, 16))
+            >>> full = lr.TuckerConv2d.from_dense(conv, rank=(8, 16))
             >>> x = torch.randn(2, 16, 9, 9)
             >>> torch.allclose(full(x), conv(x), atol=1e-5)
             True
@@ -116,7 +116,7 @@ class TuckerConv2d(FactoredConv2d):
         assert expand is not None
         assert reduce is not None
         layer = cls.like(conv, rank=(expand.shape[1], reduce.shape[1]))
-        return fill(layer, [reduce.mT, factors.core, expand], conv.bias)  # type: ignore[arg-type, return-value]
+        return fill(layer, [reduce.mT, factors.core, expand], bias_of(conv))
 
     def weight_from_children(self) -> Tensor:
         """The dense kernel ``[out, in, kh, kw]``."""
@@ -137,9 +137,7 @@ def tucker_limits(shape: Sequence[int]) -> tuple[int, int]:
     return min(out, in_ * area), min(in_, out * area)
 
 
-def choose_tucker_rank(
-    rank: Any, shape: tuple[int, ...], weight: Tensor | None, owner: str
-) -> tuple[int, int]:
+def choose_tucker_rank(rank: Any, shape: tuple[int, ...], weight: Tensor | None, owner: str) -> tuple[int, int]:
     """``(rank_out, rank_in)`` that ``rank`` means for a kernel."""
     both = tuple(rank) if isinstance(rank, Sequence) and not isinstance(rank, str) else (rank, rank)
     if len(both) != 2:

@@ -21,9 +21,7 @@ def check_tensor(tensor: Tensor, who: str, *, ndim: int | None = None) -> Tensor
     if not isinstance(tensor, Tensor):
         raise LowRankError(f"{who}: got {type(tensor).__name__}, expected a torch.Tensor.")
     if tensor.layout != torch.strided:
-        raise LowRankError(
-            f"{who}: got a tensor of layout {tensor.layout}, expected a dense one; call to_dense()."
-        )
+        raise LowRankError(f"{who}: got a tensor of layout {tensor.layout}, expected a dense one; call to_dense().")
     if not tensor.is_floating_point():
         raise LowRankError(
             f"{who}: got {tensor.dtype}, expected a floating-point tensor; convert it with .float()"

@@ -33,7 +33,8 @@ def mode_product(tensor: Tensor, matrix: Tensor, mode: int) -> Tensor:
     Shape:
         ``tensor`` ``[..., n_mode, ...]``, ``matrix`` ``[m, n_mode]``, result ``[..., m, ...]``.
     """
-    return torch.tensordot(matrix, tensor, dims=([1], [mode])).movedim(0, mode)
+    product: Tensor = torch.tensordot(matrix, tensor, dims=([1], [mode]))
+    return product.movedim(0, mode)
 
 
 def khatri_rao(left: Tensor, right: Tensor) -> Tensor:

@@ -59,7 +59,8 @@ def randomized_svd(
 
 def leading_eigenvectors(gram: Tensor, rank: int) -> Tensor:
     """The eigenvectors of the ``rank`` largest eigenvalues of a symmetric matrix, largest first, in fp64."""
-    return torch.linalg.eigh(gram.double()).eigenvectors.flip(1)[:, :rank]
+    vectors: Tensor = torch.linalg.eigh(gram.double()).eigenvectors
+    return vectors.flip(1)[:, :rank]
 
 
 def _orthonormal_rows(rows: Tensor, norms: Tensor) -> Tensor:

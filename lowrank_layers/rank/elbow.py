@@ -12,7 +12,7 @@ class Elbow:
     """The singular value furthest below the chord from the first to the last one.
 
     Examples:
-        >>> Elbow()(Spectrum(torch.tensor([9.0, 8.0, 0.5, 0.4, 0.3]), (5, 5), [10, 20, 30, 40, 50], 25))
+        >>> lr.Elbow()(lr.Spectrum(torch.tensor([9.0, 8.0, 0.5, 0.4, 0.3]), (5, 5), [10, 20, 30, 40, 50], 25))
         3
     """
 

@@ -15,7 +15,7 @@ class Energy:
         fraction: in (0, 1].
 
     Examples:
-        >>> Energy(0.9)(Spectrum(torch.tensor([3.0, 1.0, 0.1]), (3, 3), [6, 12, 18], 9))
+        >>> lr.Energy(0.9)(lr.Spectrum(torch.tensor([3.0, 1.0, 0.1]), (3, 3), [6, 12, 18], 9))
         2
     """
 
@@ -42,7 +42,7 @@ class RelativeError:
         bound: in (0, 1).
 
     Examples:
-        >>> RelativeError(0.5)(Spectrum(torch.tensor([3.0, 1.0, 0.1]), (3, 3), [6, 12, 18], 9))
+        >>> lr.RelativeError(0.5)(lr.Spectrum(torch.tensor([3.0, 1.0, 0.1]), (3, 3), [6, 12, 18], 9))
         1
     """
 

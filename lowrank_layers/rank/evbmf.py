@@ -21,7 +21,7 @@ class EVBMF:
     Examples:
         >>> noise = 0.1 * torch.randn(60, 90, generator=torch.Generator().manual_seed(0))
         >>> noise[:3, :3] += 20 * torch.eye(3)
-        >>> EVBMF()(Spectrum(torch.linalg.svdvals(noise), (60, 90), [150], 5400))
+        >>> lr.EVBMF()(lr.Spectrum(torch.linalg.svdvals(noise), (60, 90), [150], 5400))
         3
     """
 

@@ -15,7 +15,7 @@ class GavishDonoho:
     Examples:
         >>> noise = 0.1 * torch.randn(60, 90, generator=torch.Generator().manual_seed(0))
         >>> noise[:3, :3] += 20 * torch.eye(3)
-        >>> GavishDonoho()(Spectrum(torch.linalg.svdvals(noise), (60, 90), [150], 5400))
+        >>> lr.GavishDonoho()(lr.Spectrum(torch.linalg.svdvals(noise), (60, 90), [150], 5400))
         3
     """
 

@@ -61,8 +61,7 @@ def check_rank(rank: object, who: str) -> None:
         elif isinstance(rank, type):
             hint = f" Call the rule: {rank.__name__}(...)."
         raise LowRankError(
-            f"{who}: got rank {rank!r}, expected an integer of at least 1"
-            f" or a rank rule such as Energy(0.95).{hint}"
+            f"{who}: got rank {rank!r}, expected an integer of at least 1 or a rank rule such as Energy(0.95).{hint}"
         )
     if rank < 1:
         raise LowRankError(
@@ -75,9 +74,7 @@ def choose_rank(rank: Rank, spectrum: Spectrum, limit: int) -> int:
     check_rank(rank, spectrum.owner)
     chosen = rank if isinstance(rank, int) else rank(spectrum)
     if isinstance(chosen, bool) or not isinstance(chosen, int) or chosen < 1:
-        raise LowRankError(
-            f"{spectrum.owner}: the rule {rank} returned {chosen!r}, expected an integer of at least 1."
-        )
+        raise LowRankError(f"{spectrum.owner}: the rule {rank} returned {chosen!r}, expected an integer of at least 1.")
     return min(chosen, limit)
 
 

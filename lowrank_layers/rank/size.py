@@ -16,7 +16,7 @@ class ParameterFraction:
         fraction: in (0, 1].
 
     Examples:
-        >>> LowRankLinear.from_dense(torch.nn.Linear(256, 120), rank=ParameterFraction(0.5)).rank
+        >>> lr.LowRankLinear.from_dense(nn.Linear(256, 120), rank=lr.ParameterFraction(0.5)).rank
         40
     """
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from ...calibrate import LayerStats
 from ...cost import Cost
-from ...layers import FactoredModule, layer_cost
+from ...layers import FactoredModule, bias_of, layer_cost
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Method(Protocol):
         """Ranks worth considering, with cost and estimated loss; smaller than the dense layer."""
 
     def choose(self, module: nn.Module, stats: LayerStats | None, rank: Any) -> Any:
-        """The rank that an integer or a rule means for this layer, on the weighted spectrum where there are statistics."""
+        """The rank that an integer or a rule means here, on the weighted spectrum where there are statistics."""
 
     def build(self, module: nn.Module, rank: Any, stats: LayerStats | None) -> FactoredModule:
         """The factored layer; with statistics the one that minimises the weighted error."""
@@ -59,9 +59,8 @@ def matches_type(method: Method, module: nn.Module) -> bool:
 
 def factored_cost(method: Method, module: nn.Module, rank: Any, stats: LayerStats | None) -> Cost:
     """The cost of the layer that :meth:`Method.build` would return, without building it."""
-    bias = getattr(module, "bias", None) is not None or gains_bias(module, stats)
-    meta = _meta_twin(module)
-    return repeated_cost(method.layers[type(module)].like(meta, rank=rank, bias=bias), stats)
+    layer = method.layers[type(module)].like(_meta_twin(module), rank=rank, bias=has_bias(module, stats))
+    return repeated_cost(layer, stats)
 
 
 def repeated_cost(module: nn.Module, stats: LayerStats | None) -> Cost:
@@ -70,9 +69,9 @@ def repeated_cost(module: nn.Module, stats: LayerStats | None) -> Cost:
     return cost if stats is None else Cost(cost.params, round(cost.macs * stats.repeats), cost.bytes)
 
 
-def gains_bias(module: nn.Module, stats: LayerStats | None) -> bool:
-    """With input means known, a correction of the output mean is free but for a bias."""
-    return stats is not None and not isinstance(module, nn.Embedding)
+def has_bias(module: nn.Module, stats: LayerStats | None) -> bool:
+    """Whether the factored layer has a bias: once the input means are known, it corrects the mean of the output."""
+    return bias_of(module) is not None or (stats is not None and not isinstance(module, nn.Embedding))
 
 
 def affine(first: Cost, second: Cost, steps: int) -> Cost:

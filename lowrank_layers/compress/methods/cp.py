@@ -16,15 +16,17 @@ from ...layers import CPConv2d, FactoredModule
 from ...layers.base import fill
 from ...layers.cp import choose_cp_rank, cp_limit
 from ...linalg import khatri_rao
-from .base import Option, affine, factored_cost, gains_bias, matches_type, repeated_cost
+from .base import Option, affine, factored_cost, has_bias, matches_type, repeated_cost
 from .regression import Regression
 from .weighting import weighted_kernel
 
 
 @dataclass(frozen=True)
 class CPMethod:
-    """Sums of separable kernels. The components come from the kernel weighted on its channel modes; given the three thin factors, the
-    expansion is the optimum of the weighted regression.
+    """Sums of separable kernels.
+
+    The components come from the kernel weighted on its channel modes; given the three thin factors, the expansion is
+    the optimum of the weighted regression.
 
     Args:
         name: what plans and files call it.
@@ -43,7 +45,7 @@ class CPMethod:
 
     def matches(self, module: nn.Module) -> bool:
         """Whether it can factorize this layer: a 1 x 1 kernel is a matrix."""
-        return matches_type(self, module) and max(module.kernel_size) > 1  # type: ignore[arg-type, type-var]
+        return matches_type(self, module) and max(module.kernel_size) > 1  # type: ignore[arg-type]
 
     def options(self, module: nn.Module, stats: LayerStats | None) -> list[Option]:
         """A handful of ranks, smaller than the dense layer."""
@@ -74,8 +76,7 @@ class CPMethod:
         features, thin = self._features(module, problem, rank)
         expand = problem.after(features).full()
         bias = problem.corrected_bias(expand @ features)
-        has_bias = module.bias is not None or gains_bias(module, stats)
-        layer = CPConv2d.like(module, rank=rank, bias=has_bias)
+        layer = CPConv2d.like(module, rank=rank, bias=has_bias(module, stats))
         return fill(layer, [*(factor.mT for factor in thin), expand], bias)
 
     def _features(self, conv: nn.Conv2d, problem: Regression, rank: int) -> tuple[Tensor, list[Tensor]]:

@@ -3,12 +3,13 @@ r"""The weighted reduced-rank regression that every method solves.
 For small changes the loss grows by half the quadratic form of its curvature; with the Kronecker approximation of that
 (Martens and Grosse, 2015) one layer contributes
 
-.. math:: \Delta L \approx \tfrac12 P \, \| G^{1/2} (W x - \hat W x') \|^2,  X = E[x x^T],  G = E[g g^T]
+.. math:: \Delta L \approx \tfrac12 P \, E \| G^{1/2} (W x - \hat W x') \|^2,  X = E[x x^T],  G = E[g g^T]
 
-with ``x`` the dense model's inputs (a convolution's patches), ``x'`` those that the compressed prefix delivers, ``g`` the loss's
-gradient at the output and ``P`` positions a sample. Both are centred, which costs nothing but the bias. The best map of rank ``r``
-is the truncated SVD of ``M = G^(1/2) W E[x x'^T] E[x' x'^T]^(-1/2)``, and the discarded squared singular values are in units of loss.
-With ``G = I`` it is activation whitening, with ``X = I`` too it is plain SVD.
+with ``x`` the dense model's inputs (a convolution's patches), ``x'`` those that the compressed prefix delivers, ``g``
+the loss's gradient at the output and ``P`` positions a sample. Both are centred, which costs nothing but the bias.
+The best map of rank ``r`` is the truncated SVD of ``M = G^(1/2) W E[x x'^T] E[x' x'^T]^(-1/2)``, and the discarded
+squared singular values are in units of loss. With ``G = I`` it is activation whitening, with ``X = I`` too it is
+plain SVD.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from ...calibrate import LayerStats
 from ...errors import LowRankError
+from ...layers import bias_of, weight_of
 from ...linalg import PowerPair, check_tensor, damp, exact_svd, gram_svd, psd_roots
 
 INPUT_DAMPING = 1e-3
@@ -63,7 +65,7 @@ class Regression:
             centred: with the bias free; otherwise the map goes through the origin.
         """
         weight = weight_matrix(module).double()
-        bias: Tensor | None = getattr(module, "bias", None)
+        bias = bias_of(module)
         bias = None if bias is None else bias.detach().double()
         rows, columns = weight.shape
         if stats is None:
@@ -120,7 +122,8 @@ class Regression:
 
     def singular_values(self) -> Tensor:
         """Of ``M``, largest first."""
-        return torch.linalg.svdvals(self.matrix)
+        values: Tensor = torch.linalg.svdvals(self.matrix)
+        return values
 
     def pair(self, rank: int) -> tuple[Tensor, Tensor]:
         """``up [m, r]`` and ``down [r, n]`` of the best map of that rank, balanced."""
@@ -156,8 +159,7 @@ class Regression:
 
 def weight_matrix(module: nn.Module) -> Tensor:
     """The weight as ``[out, in]``: a kernel flattened, a table transposed."""
-    weight: Tensor = module.weight  # type: ignore[assignment]
-    weight = check_tensor(weight, type(module).__name__)
+    weight = check_tensor(weight_of(module), type(module).__name__)
     return weight.mT if isinstance(module, nn.Embedding) else weight.flatten(1)
 
 

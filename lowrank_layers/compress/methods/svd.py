@@ -13,7 +13,7 @@ from ...layers import FactoredModule, LowRankConv2d, LowRankEmbedding, LowRankLi
 from ...layers.base import fill
 from ...layers.linear import pair_spectrum
 from ...rank import choose_rank
-from .base import Option, affine, factored_cost, gains_bias, matches_type, repeated_cost
+from .base import Option, affine, factored_cost, has_bias, matches_type, repeated_cost
 from .regression import Regression
 
 
@@ -57,6 +57,5 @@ class SVDMethod:
         up, down = problem.pair(rank)
         if isinstance(module, nn.Embedding):
             return LowRankEmbedding.from_pair(module, down.mT, up)
-        has_bias = module.bias is not None or gains_bias(module, stats)
-        layer = self.layers[type(module)].like(module, rank=rank, bias=has_bias)
+        layer = self.layers[type(module)].like(module, rank=rank, bias=has_bias(module, stats))
         return fill(layer, [down, up], problem.corrected_bias(up @ down))

@@ -16,16 +16,18 @@ from ...cost import Cost
 from ...layers import FactoredModule, TuckerConv2d
 from ...layers.base import fill
 from ...layers.tucker import choose_tucker_rank, tucker_limits
-from ...linalg import exact_svd, mode_product, unfold
-from .base import Option, factored_cost, gains_bias, matches_type, repeated_cost
+from ...linalg import exact_svd, leading_eigenvectors, mode_product, unfold
+from .base import Option, factored_cost, has_bias, matches_type, repeated_cost
 from .regression import Regression
 from .weighting import weighted_kernel
 
 
 @dataclass(frozen=True)
 class TuckerMethod:
-    """Reduce the channels, convolve, expand. The reduction is the leading input subspace of the kernel, weighted by channel moments
-    and curvature; given that, core and expansion are the optimum of the weighted regression.
+    """Reduce the channels, convolve, expand.
+
+    The reduction is the leading input subspace of the kernel, weighted by channel moments and curvature; given that,
+    core and expansion are the optimum of the weighted regression.
 
     Args:
         name: what plans and files call it.
@@ -42,7 +44,7 @@ class TuckerMethod:
 
     def matches(self, module: nn.Module) -> bool:
         """Whether it can factorize this layer: a 1 x 1 kernel has nothing between the channel modes."""
-        return matches_type(self, module) and max(module.kernel_size) > 1  # type: ignore[arg-type, type-var]
+        return matches_type(self, module) and max(module.kernel_size) > 1  # type: ignore[arg-type]
 
     def options(self, module: nn.Module, stats: LayerStats | None) -> list[Option]:
         """All output ranks at a handful of input ranks, where smaller than the dense layer."""
@@ -78,8 +80,7 @@ class TuckerMethod:
         reduce = _input_basis(module, problem, r_out)[:, :r_in]
         features = _features(module, reduce)
         expand, core = problem.after(features).pair(r_out)
-        has_bias = module.bias is not None or gains_bias(module, stats)
-        layer = TuckerConv2d.like(module, rank=(r_out, r_in), bias=has_bias)
+        layer = TuckerConv2d.like(module, rank=(r_out, r_in), bias=has_bias(module, stats))
         return fill(layer, [reduce.mT, core, expand], problem.corrected_bias(expand @ core @ features))
 
 
@@ -93,8 +94,7 @@ def _input_basis(conv: nn.Conv2d, problem: Regression, r_out: int | None = None)
         u = exact_svd(unfold(kernel, 0))[0][:, :r_out]
         kernel = mode_product(kernel, u.mT, 0)
     matrix = unfold(kernel, 1)
-    vectors = torch.linalg.eigh(matrix @ matrix.mT).eigenvectors.flip(1)
-    return inverse @ vectors
+    return inverse @ leading_eigenvectors(matrix @ matrix.mT, len(matrix))
 
 
 def _features(conv: nn.Conv2d, reduce: Tensor) -> Tensor:

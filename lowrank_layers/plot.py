@@ -1,0 +1,102 @@
+"""Every picture. Needs matplotlib, the extra ``plot``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import nn
+
+from .calibrate import Statistics
+from .compress.methods import Regression
+from .compress.plan import Plan
+from .errors import LowRankError, MissingExtraError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# one hue a layer, readable without colour vision (Okabe and Ito, 2008)
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+
+
+def spectra(model: nn.Module, plan: Plan, stats: Statistics | None = None, *, ax: Axes | None = None) -> Axes:
+    """Loss that each rank leaves out, layer by layer, with the rank that the plan chose.
+
+    Args:
+        model: the dense model that the plan was made for.
+        plan: whose layers are drawn.
+        stats: weights the spectra, as in :func:`make_plan`.
+        ax: where to draw; a new figure by default.
+
+    Raises:
+        MissingExtraError: without matplotlib.
+    """
+    axes = ax if ax is not None else _pyplot().subplots()[1]
+    for k, entry in enumerate(plan):
+        tails = Regression.of(model.get_submodule(entry.name), None if stats is None else stats[entry.name]).tails()
+        lost = (tails / tails[0]).clamp_min(1e-6).sqrt().cpu().numpy()
+        colour = _COLOURS[k % len(_COLOURS)]
+        axes.plot(np.arange(len(lost)) / (len(lost) - 1), lost, color=colour, label=_label(entry.name, entry.rank))
+        rank = max(entry.rank) if isinstance(entry.rank, tuple) else entry.rank
+        if rank is not None and rank < len(lost):
+            axes.plot(rank / (len(lost) - 1), lost[rank], "o", color=colour)
+    axes.set(
+        yscale="log", xlabel="rank / full rank", ylabel="relative error of the output", title="Spectra, chosen ranks"
+    )
+    axes.legend(fontsize="small")
+    return axes
+
+
+def accuracy_against_size(
+    curves: dict[str, Sequence[tuple[int, float]]], *, dense: tuple[int, float] | None = None, ax: Axes | None = None
+) -> Axes:
+    """One line a method: accuracy over the number of parameters.
+
+    Args:
+        curves: label to points ``(parameters, accuracy in percent)``.
+        dense: the point of the dense model.
+        ax: where to draw; a new figure by default.
+
+    Raises:
+        LowRankError: if there is no point.
+        MissingExtraError: without matplotlib.
+    """
+    if not any(curves.values()):
+        raise LowRankError("accuracy_against_size: got no points.")
+    axes = ax if ax is not None else _pyplot().subplots()[1]
+    for k, (label, points) in enumerate(curves.items()):
+        sizes, accuracies = zip(*sorted(points), strict=True)
+        axes.plot(sizes, accuracies, "o-", color=_COLOURS[k % len(_COLOURS)], label=label)
+    if dense is not None:
+        axes.plot(*dense, "k*", markersize=12, label="dense")
+    axes.set(xscale="log", xlabel="parameters", ylabel="test accuracy, %", title="Accuracy against size")
+    axes.legend(fontsize="small")
+    return axes
+
+
+def save_figure(axes: Axes, path: str | os.PathLike[str]) -> None:
+    """Writes the whole figure that ``axes`` belongs to."""
+    figure: Any = axes.figure
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+
+
+def _label(name: str, rank: Any) -> str:
+    return (
+        f"{name} (dense)"
+        if rank is None
+        else f"{name} (rank {'x'.join(map(str, rank)) if isinstance(rank, tuple) else rank})"
+    )
+
+
+def _pyplot() -> Any:
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg", force=False)
+        import matplotlib.pyplot as plt
+    except ImportError:
+        raise MissingExtraError("plots need matplotlib; install lowrank-layers[plot].") from None
+    return plt

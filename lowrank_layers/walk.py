@@ -1,0 +1,52 @@
+"""Walking over a model: which modules it has, under which names, and whether it can be operated on at all."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from .errors import LowRankError
+from .layers import is_factored
+
+_WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel")
+
+
+def check_model(model: object) -> nn.Module:
+    """Refuses what cannot be operated on in place, with the remedy."""
+    if not isinstance(model, nn.Module):
+        raise LowRankError(f"got {type(model).__name__}, expected a torch.nn.Module.")
+    name = type(model).__name__
+    if name in _WRAPPERS:
+        raise LowRankError(f"got a model wrapped in {name}; pass model.module, and wrap it again afterwards.")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise LowRankError("got a scripted model, whose layers cannot be replaced; pass the original module.")
+    if hasattr(model, "_orig_mod"):
+        raise LowRankError("got a compiled model; pass model._orig_mod, and compile it again afterwards.")
+    for inner, module in model.named_modules():
+        if type(module).__name__ in _WRAPPERS:
+            raise LowRankError(
+                f"{inner!r} is wrapped in {type(module).__name__}; factorize before wrapping, then wrap again."
+            )
+    return model
+
+
+def own_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every module once, under its first name, without descending into factored ones."""
+    inside: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if inside and name.startswith(inside):
+            continue
+        yield name, module
+        if is_factored(module):
+            inside = (*inside, f"{name}." if name else "")
+
+
+def module_aliases(model: nn.Module) -> dict[nn.Module, list[str]]:
+    """All names of every module."""
+    names: dict[nn.Module, list[str]] = defaultdict(list)
+    for name, module in model.named_modules(remove_duplicate=False):
+        names[module].append(name)
+    return dict(names)
