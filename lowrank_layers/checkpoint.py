@@ -177,7 +177,8 @@ def _build(model: nn.Module, layers: dict[str, Any], path: object) -> dict[str, 
             continue
         if type(module) is not kind.dense_type:
             raise CheckpointError(
-                f"{path}: {name!r} replaces a {kind.dense_type.__name__}, but the model has a {type(module).__name__}."
+                f"{path}: {name!r} replaces a {kind.dense_type.__name__}, but the model has a"
+                f" {type(module).__name__}; it is for another model."
             )
         ours = describe(module)
         different = {k: (v, ours.get(k)) for k, v in dense.items() if ours.get(k) != v and k != "bias"}

@@ -21,6 +21,15 @@ if TYPE_CHECKING:
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
 
+def panels(count: int) -> list[Axes]:
+    """That many axes side by side in a new figure.
+
+    Raises:
+        MissingExtraError: without matplotlib.
+    """
+    return list(_pyplot().subplots(1, count, figsize=(5.5 * count, 4.2), squeeze=False)[1][0])
+
+
 def spectra(model: nn.Module, plan: Plan, stats: Statistics | None = None, *, ax: Axes | None = None) -> Axes:
     """Loss that each rank leaves out, layer by layer, with the rank that the plan chose.
 
@@ -33,7 +42,7 @@ def spectra(model: nn.Module, plan: Plan, stats: Statistics | None = None, *, ax
     Raises:
         MissingExtraError: without matplotlib.
     """
-    axes = ax if ax is not None else _pyplot().subplots()[1]
+    axes = ax if ax is not None else panels(1)[0]
     for k, entry in enumerate(plan):
         tails = Regression.of(model.get_submodule(entry.name), None if stats is None else stats[entry.name]).tails()
         lost = (tails / tails[0]).clamp_min(1e-6).sqrt().cpu().numpy()
@@ -65,13 +74,17 @@ def accuracy_against_size(
     """
     if not any(curves.values()):
         raise LowRankError("accuracy_against_size: got no points.")
-    axes = ax if ax is not None else _pyplot().subplots()[1]
+    axes = ax if ax is not None else panels(1)[0]
     for k, (label, points) in enumerate(curves.items()):
         sizes, accuracies = zip(*sorted(points), strict=True)
         axes.plot(sizes, accuracies, "o-", color=_COLOURS[k % len(_COLOURS)], label=label)
     if dense is not None:
         axes.plot(*dense, "k*", markersize=12, label="dense")
     axes.set(xscale="log", xlabel="parameters", ylabel="test accuracy, %", title="Accuracy against size")
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.xaxis.set_minor_formatter("")
+    axes.set_xticks(sorted({x for points in curves.values() for x, _ in points}), minor=False)
+    axes.tick_params(axis="x", labelrotation=45)
     axes.legend(fontsize="small")
     return axes
 
@@ -93,9 +106,6 @@ def _label(name: str, rank: Any) -> str:
 
 def _pyplot() -> Any:
     try:
-        import matplotlib
-
-        matplotlib.use("Agg", force=False)
         import matplotlib.pyplot as plt
     except ImportError:
         raise MissingExtraError("plots need matplotlib; install lowrank-layers[plot].") from None

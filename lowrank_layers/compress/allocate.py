@@ -53,8 +53,10 @@ def allocate(costs: Sequence[Sequence[int]], losses: Sequence[Sequence[float]], 
     price, picks = _relax(fronts, capacity)
     incumbent = _total(fronts, picks)
     bound = sum(float((f.losses + price * f.costs).min()) for f in fronts) - price * capacity
-    fronts = [_drop(front, price, incumbent - bound) for front in fronts]
-    return _merge(fronts, capacity, incumbent)
+    # rounding must not cut the incumbent itself away
+    slack = 1e-9 * (incumbent + price * capacity) + 1e-300
+    fronts = [_drop(front, price, incumbent - bound + slack) for front in fronts]
+    return _merge(fronts, capacity, incumbent + slack)
 
 
 def _front(costs: Sequence[int], losses: Sequence[float]) -> _Front:
@@ -117,11 +119,11 @@ def _total(fronts: Sequence[_Front], picks: Sequence[int]) -> float:
 
 def _drop(front: _Front, price: float, gap: float) -> _Front:
     reduced = front.losses + price * front.costs
-    keep = reduced - reduced.min() <= gap * (1 + 1e-9) + 1e-300
+    keep = reduced - reduced.min() <= gap
     return _Front(front.costs[keep], front.losses[keep], front.index[keep])
 
 
-def _merge(fronts: Sequence[_Front], capacity: int, incumbent: float) -> list[int]:
+def _merge(fronts: Sequence[_Front], capacity: int, best: float) -> list[int]:
     cost = torch.zeros(1, dtype=torch.float64)
     loss = torch.zeros(1, dtype=torch.float64)
     history: list[tuple[Tensor, Tensor]] = []
@@ -131,7 +133,7 @@ def _merge(fronts: Sequence[_Front], capacity: int, incumbent: float) -> list[in
         v = (loss[:, None] + front.losses[None]).flatten()
         parent = torch.arange(len(cost)).repeat_interleave(len(front.costs))
         choice = front.index.repeat(len(cost))
-        alive = (v + _bound(rest, capacity - c) <= incumbent * (1 + 1e-9) + 1e-300).nonzero().flatten()
+        alive = (v + _bound(rest, capacity - c) <= best).nonzero().flatten()
         order = alive[v[alive].argsort(stable=True)]
         order = order[c[order].argsort(stable=True)]
         better = torch.ones(len(order), dtype=torch.bool)

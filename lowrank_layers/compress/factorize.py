@@ -74,6 +74,8 @@ def factorize_(
             stats = calibrate(model, batches)
         built, refits = _in_sequence(model, plan, stats, batches, progress)
     replaced = [(model.get_submodule(name), new) for name, new in built.items()]
+    for old, new in replaced:
+        new.train(old.training)  # they were built in eval mode
     replace_(model, built)
     for name, (weight, bias) in refits.items():
         _write(model.get_submodule(name), weight, bias)
@@ -144,7 +146,7 @@ def _in_sequence(
             if entry.method != "dense":
                 new = _build(dense, entry, layer_stats)
                 replace_(work, {name: copy.deepcopy(new).requires_grad_(False).eval()})
-                built[name] = new.train(dense.training)
+                built[name] = new
                 changed = True
             elif regress and changed:
                 assert layer_stats is not None

@@ -225,7 +225,7 @@ class Plan:
         try:
             entries = [_entry(raw) for raw in body["entries"]]
             return cls(entries, skipped=body["skipped"], total=Cost(**body["total"]), settings=body["settings"])
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError, LowRankError) as error:
             raise LowRankError(f"{name}: is damaged: {type(error).__name__}: {error}") from None
 
     def __str__(self) -> str:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..calibrate import LayerStats, Moments, forward, input_rows, layer_input, quiet_eval
+from ..errors import LowRankError
 
 
 class _Reached(Exception):
@@ -66,6 +67,8 @@ def paired_stats(
                 weight = len(rows) / inputs.rows
                 target_mean.lerp_(rows_dense.mean(0).to(target_mean), weight)
                 cross.lerp_((rows_dense.mT @ rows).to(cross) / len(rows), weight)
+    if not bool(torch.isfinite(cross).all() & torch.isfinite(inputs.second).all()):
+        raise LowRankError(f"{name!r}: got NaN or Inf in its inputs; look at the batches in data.")
     cross = cross - torch.outer(target_mean, inputs.mean)
     return replace(stats, inputs=inputs, cross=cross, target_mean=target_mean)
 

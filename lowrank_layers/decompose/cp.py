@@ -31,7 +31,7 @@ def cp(
         tensor: any float dtype, any device; half precision is computed in fp32 and cast back. Gradients
             do not flow: the input is detached.
         rank: number of components; above the largest rank that a tensor of this shape can have
-            (the product of all modes but the largest) it is clamped.
+            (the product of all modes but the largest) it is clamped. At that rank the result is exact.
         sweeps: at most this many a start.
         starts: the first one is the HOSVD's leading vectors, the others are random; the best one is returned.
             Every start runs a few sweeps, only the most promising one to the end.
@@ -52,18 +52,34 @@ def cp(
     """
     tensor = check_tensor(tensor, "cp")
     _check_positive(rank=rank, sweeps=sweeps, starts=starts)
-    rank = min(rank, tensor.numel() // max(tensor.shape))
     work = tensor.to(working_dtype(tensor))
-    generator = torch.Generator().manual_seed(seed)
-    runs = [_Run(work, _start(work, rank, generator, hosvd=k == 0)) for k in range(starts)]
-    if starts > 1:
-        for run in runs:
-            run.sweep(min(5, sweeps), tolerance)
-    best = min(runs, key=lambda run: run.error)
-    best.sweep(sweeps - best.done, tolerance)
-    weights, factors = best.components()
+    if rank >= tensor.numel() // max(tensor.shape):
+        weights, factors = _fibres(work)
+    else:
+        generator = torch.Generator().manual_seed(seed)
+        runs = [_Run(work, _start(work, rank, generator, hosvd=k == 0)) for k in range(starts)]
+        if starts > 1:
+            for run in runs:
+                run.sweep(min(5, sweeps), tolerance)
+        best = min(runs, key=lambda run: run.error)
+        best.sweep(sweeps - best.done, tolerance)
+        weights, factors = best.components()
     dtype = tensor.dtype
     return CP(weights.to(dtype), tuple(factor.to(dtype).contiguous() for factor in factors))
+
+
+def _fibres(tensor: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """The exact decomposition at the largest rank: each fibre along the largest mode is a component of its own."""
+    largest = max(range(tensor.ndim), key=lambda mode: tensor.shape[mode])
+    fibres = unfold(tensor, largest).double()
+    weights, order = torch.linalg.vector_norm(fibres, dim=0).sort(descending=True)
+    columns = fibres[:, order] / weights.where(weights > 0, 1)
+    columns[0, weights == 0] = 1
+    small = [n for mode, n in enumerate(tensor.shape) if mode != largest]
+    places = torch.unravel_index(order, small)
+    factors = [torch.eye(n).to(tensor)[:, place] for n, place in zip(small, places, strict=True)]
+    factors.insert(largest, columns.to(tensor))
+    return weights.to(tensor), factors
 
 
 class _Run:

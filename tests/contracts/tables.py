@@ -1,0 +1,383 @@
+"""One row for every layer, decomposition and rule. A new one is one more row here and inherits every check.
+
+The tests ask the rows, never the classes: what differs from one layer to the next stands in this file.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from hypothesis import settings
+from torch import Tensor, nn
+
+import lowrank_layers as lr
+
+DERANDOMIZED = settings(deadline=None, derandomize=True, max_examples=40)
+"""What every hypothesis test of this folder runs under."""
+
+HALVES = [torch.bfloat16, torch.float16]
+"""The short dtypes and what a product of a few of their roundings may be off by."""
+HALF_TOLERANCE = {torch.bfloat16: 3e-2, torch.float16: 4e-3}
+
+BAD_RANKS = [0, -1, True, 2.5, "a"]
+
+
+def relative(got: Tensor, expected: Tensor) -> float:
+    """``||got - expected|| / ||expected||`` in fp64; the shapes must agree."""
+    assert got.shape == expected.shape
+    got, expected = got.detach().double(), expected.detach().double()
+    return float(torch.linalg.vector_norm(got - expected) / torch.linalg.vector_norm(expected))
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+# ---------------------------------------------------------------------------------------------------- layers
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """A factored layer.
+
+    Args:
+        cls: the class.
+        variants: constructor keywords of the dense layer, by name; ``"plain"`` is the one with torch's defaults.
+        wide: keywords of a larger layer, for statistics, and the rank it gets.
+        sample: from a dense layer and a leading shape (``()`` is unbatched) to an input.
+        sample_shape: from a dense layer to the shape of one sample, as ``layer_cost`` takes it.
+        full: from the shape of the weight to the rank at which nothing is lost.
+        small: a rank at which something is lost, for the sizes in ``variants``.
+        excess: a rank above every dimension.
+        matrix: the unfolding whose Eckart-Young tail is the error at ``small``; ``None`` where there is no such law.
+        smoke: the variants for slow checks.
+        channels_last: whether inputs have a memory format.
+    """
+
+    cls: type[lr.FactoredModule]
+    variants: Mapping[str, dict[str, Any]]
+    wide: tuple[dict[str, Any], Any]
+    sample: Callable[[nn.Module, tuple[int, ...]], Tensor]
+    sample_shape: Callable[[nn.Module], tuple[int, ...]]
+    full: Callable[[tuple[int, ...]], Any]
+    small: Any
+    excess: Any
+    matrix: Callable[[Tensor], Tensor] | None = None
+    smoke: tuple[str, ...] = ("plain", "no bias")
+    channels_last: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.cls.__name__
+
+    def dense(self, variant: str = "plain", **more: Any) -> nn.Module:
+        """The torch layer of a variant."""
+        return self.cls.dense_type(**{**self.variants[variant], **more})
+
+    def fresh(self, variant: str = "plain", rank: Any = None, **more: Any) -> lr.FactoredModule:
+        """The factored layer of a variant by its constructor: the dense one's keywords and a rank."""
+        settings = {**self.variants[variant], **more}
+        return self.cls(**settings, rank=self.small if rank is None else rank)
+
+    def full_rank(self, dense: nn.Module) -> Any:
+        return self.full(tuple(dense.weight.shape))
+
+    def input(self, dense: nn.Module, batch: int | None = 2) -> Tensor:
+        """A batch (``None``: one unbatched sample) in the dtype of the layer."""
+        x = self.sample(dense, () if batch is None else (batch,))
+        return x.to(dense.weight.dtype) if x.is_floating_point() else x
+
+
+LINEAR_VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {"in_features": 6, "out_features": 5},
+    "no bias": {"in_features": 6, "out_features": 5, "bias": False},
+    "wide": {"in_features": 5, "out_features": 7},
+    "prime": {"in_features": 13, "out_features": 11},
+    "one output": {"in_features": 6, "out_features": 1},
+}
+
+_CONV: dict[str, Any] = {"in_channels": 3, "out_channels": 4, "kernel_size": 3}
+
+CONV_VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": _CONV,
+    "no bias": {**_CONV, "bias": False},
+    "stride": {**_CONV, "stride": 2},
+    "stride (2, 1)": {**_CONV, "stride": (2, 1)},
+    "padding": {**_CONV, "padding": 2},
+    "padding (0, 2)": {**_CONV, "padding": (0, 2)},
+    "same": {**_CONV, "padding": "same"},
+    "same, even kernel": {**_CONV, "kernel_size": (4, 2), "padding": "same"},
+    "same, even kernel, dilation": {**_CONV, "kernel_size": (2, 4), "padding": "same", "dilation": (3, 2)},
+    "same, even kernel, dilation, reflect": {
+        **_CONV,
+        "kernel_size": (2, 4),
+        "padding": "same",
+        "dilation": (3, 1),
+        "padding_mode": "reflect",
+    },
+    "valid": {**_CONV, "padding": "valid", "dilation": 2},
+    "zeros": {**_CONV, "padding": (2, 1), "padding_mode": "zeros"},
+    "reflect": {**_CONV, "padding": (2, 1), "padding_mode": "reflect"},
+    "replicate": {**_CONV, "padding": (2, 1), "padding_mode": "replicate"},
+    "circular": {**_CONV, "padding": (2, 1), "padding_mode": "circular"},
+    "reflect, stride": {**_CONV, "padding": (1, 2), "stride": (1, 2), "padding_mode": "reflect"},
+    "same, circular": {**_CONV, "padding": "same", "dilation": 2, "padding_mode": "circular"},
+    "dilation": {**_CONV, "dilation": (2, 3)},
+    "kernel (3, 1)": {**_CONV, "kernel_size": (3, 1), "padding": (1, 0)},
+    "kernel 1": {**_CONV, "kernel_size": 1},
+    "prime": {"in_channels": 5, "out_channels": 7, "kernel_size": 3},
+    "one channel": {"in_channels": 1, "out_channels": 3, "kernel_size": 3},
+    "everything": {
+        "in_channels": 5,
+        "out_channels": 4,
+        "kernel_size": (3, 2),
+        "stride": (2, 1),
+        "padding": (2, 1),
+        "dilation": (1, 2),
+        "bias": False,
+        "padding_mode": "replicate",
+    },
+}
+
+EMBEDDING_VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {"num_embeddings": 9, "embedding_dim": 6},
+    "padding_idx": {"num_embeddings": 9, "embedding_dim": 6, "padding_idx": 2},
+    "padding_idx from the end": {"num_embeddings": 9, "embedding_dim": 6, "padding_idx": -1},
+    "max_norm": {"num_embeddings": 9, "embedding_dim": 6, "max_norm": 1.5},
+    "max_norm, norm_type": {"num_embeddings": 9, "embedding_dim": 6, "max_norm": 3.0, "norm_type": 1.0},
+    "scale_grad_by_freq": {"num_embeddings": 9, "embedding_dim": 6, "scale_grad_by_freq": True},
+    "sparse": {"num_embeddings": 9, "embedding_dim": 6, "sparse": True},
+    "prime": {"num_embeddings": 5, "embedding_dim": 11},
+}
+
+
+def _image(conv: nn.Module, lead: tuple[int, ...]) -> Tensor:
+    return torch.randn(*lead, conv.in_channels, 9, 8)
+
+
+def _image_shape(conv: nn.Module) -> tuple[int, ...]:
+    return conv.in_channels, 9, 8
+
+
+_CONV_COMMON: dict[str, Any] = {
+    "variants": CONV_VARIANTS,
+    "sample": _image,
+    "sample_shape": _image_shape,
+    "smoke": ("plain", "everything", "same, circular"),
+    "channels_last": True,
+}
+
+_WIDE_CONV = {"in_channels": 24, "out_channels": 32, "kernel_size": 3}
+
+LAYERS = [
+    LayerRow(
+        lr.LowRankLinear,
+        LINEAR_VARIANTS,
+        wide=({"in_features": 64, "out_features": 96}, 24),
+        sample=lambda linear, lead: torch.randn(*lead, linear.in_features),
+        sample_shape=lambda linear: (linear.in_features,),
+        full=lambda shape: min(shape),
+        small=2,
+        excess=1000,
+        matrix=lambda weight: weight,
+    ),
+    LayerRow(
+        lr.LowRankConv2d,
+        wide=(_WIDE_CONV, 20),
+        full=lambda shape: min(shape[0], math.prod(shape[1:])),
+        small=2,
+        excess=1000,
+        matrix=lambda weight: weight.flatten(1),
+        **_CONV_COMMON,
+    ),
+    LayerRow(
+        lr.TuckerConv2d,
+        wide=(_WIDE_CONV, (20, 16)),
+        full=lambda shape: tuple(min(shape[k], math.prod(shape) // shape[k]) for k in (0, 1)),
+        small=(2, 2),
+        excess=(1000, 1000),
+        **_CONV_COMMON,
+    ),
+    LayerRow(
+        lr.CPConv2d,
+        wide=(_WIDE_CONV, 48),
+        full=lambda shape: math.prod(shape) // max(shape),
+        small=3,
+        excess=1000,
+        **_CONV_COMMON,
+    ),
+    LayerRow(
+        lr.LowRankEmbedding,
+        EMBEDDING_VARIANTS,
+        wide=({"num_embeddings": 96, "embedding_dim": 64}, 24),
+        sample=lambda table, lead: torch.randint(table.num_embeddings, (*lead, 7)),
+        sample_shape=lambda table: (7,),
+        full=lambda shape: min(shape),
+        small=2,
+        excess=1000,
+        matrix=lambda weight: weight,
+        smoke=("plain", "padding_idx"),
+    ),
+]
+
+
+# -------------------------------------------------------------------------------------------- decompositions
+
+
+@dataclass(frozen=True)
+class DecompositionRow:
+    """A decomposition.
+
+    Args:
+        name: of the row.
+        function: the public function, whose name must open every refusal.
+        keywords: what the row fixes.
+        shape: of a sample.
+        per_mode: whether it takes one rank a mode.
+        full: from a shape to the rank at which nothing is lost.
+        exact: the relative error at full rank that is allowed in fp64.
+        orthonormal: from a factorization to the matrices whose columns are orthonormal.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    keywords: dict[str, Any]
+    shape: tuple[int, ...]
+    per_mode: bool
+    full: Callable[[tuple[int, ...]], Any]
+    exact: float
+    orthonormal: Callable[[Any], list[Tensor]]
+
+    def __call__(self, tensor: Tensor, rank: Any) -> Any:
+        return self.function(tensor, rank, **self.keywords)
+
+    def rank(self, each: Any, ndim: int | None = None) -> Any:
+        """``each`` as this decomposition's rank argument."""
+        return (each,) * (len(self.shape) if ndim is None else ndim) if self.per_mode else each
+
+
+def _svd_row(method: str) -> DecompositionRow:
+    return DecompositionRow(
+        f"svd {method}", lr.svd, {"method": method}, (12, 9), False, min, 1e-13, lambda f: [f.u, f.vh.mT]
+    )
+
+
+def _tucker_row(name: str, **keywords: Any) -> DecompositionRow:
+    def factors(f: lr.Tucker) -> list[Tensor]:
+        return [factor for factor in f.factors if factor is not None]
+
+    return DecompositionRow(name, lr.tucker, keywords, (6, 5, 3, 3), True, tuple, 1e-13, factors)
+
+
+SVD_METHODS = ["exact", "gram", "randomized", "auto"]
+
+DECOMPOSITIONS = [
+    *map(_svd_row, SVD_METHODS),
+    _tucker_row("hooi"),
+    _tucker_row("hosvd", sweeps=0),
+    DecompositionRow(
+        "cp", lr.cp, {}, (5, 4, 3), False, lambda shape: math.prod(shape) // max(shape), 1e-6, lambda f: []
+    ),
+]
+
+
+# ----------------------------------------------------------------------------------------------------- rules
+
+
+@dataclass(frozen=True)
+class RuleRow:
+    """A rank rule that reads singular values.
+
+    Args:
+        rule: an instance.
+        reference: its formula in plain numpy, from the values (descending, fp64) and the matrix' shape.
+        noiseless: whether it finds the exact rank of a matrix with a little noise.
+    """
+
+    rule: Callable[[lr.Spectrum], int]
+    reference: Callable[[np.ndarray, tuple[int, int]], int]
+    noiseless: bool = False
+
+    @property
+    def name(self) -> str:
+        return str(self.rule)
+
+
+def _energy(fraction: float) -> Callable[[np.ndarray, tuple[int, int]], int]:
+    def reference(s: np.ndarray, shape: tuple[int, int]) -> int:
+        kept = np.cumsum(s**2)
+        return next(r + 1 for r, k in enumerate(kept) if k >= fraction * kept[-1])
+
+    return reference
+
+
+def _relative_error(bound: float) -> Callable[[np.ndarray, tuple[int, int]], int]:
+    def reference(s: np.ndarray, shape: tuple[int, int]) -> int:
+        total = np.linalg.norm(s)
+        return next(r for r in range(1, len(s) + 1) if np.linalg.norm(s[r:]) <= bound * total)
+
+    return reference
+
+
+def _gavish_donoho(s: np.ndarray, shape: tuple[int, int]) -> int:
+    b = min(shape) / max(shape)
+    return max(1, int((s > (0.56 * b**3 - 0.95 * b**2 + 1.82 * b + 1.43) * np.median(s)).sum()))
+
+
+def _elbow(s: np.ndarray, shape: tuple[int, int]) -> int:
+    """What stands before the value furthest below the chord: that one already belongs to the floor."""
+    chord = np.linspace(s[0], s[-1], len(s))
+    return max(1, int(np.argmax(chord - s)))
+
+
+def _evbmf(s: np.ndarray, shape: tuple[int, int]) -> int:
+    """Nakajima et al., JMLR 2013, with the free energy minimised on a fine grid."""
+    rows, columns = sorted(shape)
+    alpha = rows / columns
+    tau_bar = 2.5129 * math.sqrt(alpha)
+    x_bar = (1 + tau_bar) * (1 + alpha / tau_bar)
+    first = min(math.ceil(rows / (1 + alpha)) - 1, len(s)) - 1 + 1
+    highest = (s**2).sum() / (rows * columns)
+    lowest = max(s[first] ** 2 / (columns * x_bar), (s[first:] ** 2).mean() / columns)
+
+    def free_energy(variance: float) -> float:
+        x = s**2 / (columns * variance)
+        above, below = x[x > x_bar], x[x <= x_bar]
+        tau = 0.5 * (above - (1 + alpha) + np.sqrt((above - (1 + alpha)) ** 2 - 4 * alpha))
+        return float(
+            (below - np.log(below)).sum()
+            + (above - tau).sum()
+            + np.log((tau + 1) / above).sum()
+            + alpha * np.log(tau / alpha + 1).sum()
+        )
+
+    variance = min(np.geomspace(lowest, highest, 4000), key=free_energy)
+    return max(1, int((s > math.sqrt(columns * variance * x_bar)).sum()))
+
+
+RULES = [
+    RuleRow(lr.Energy(0.5), _energy(0.5)),
+    RuleRow(lr.Energy(0.9), _energy(0.9)),
+    RuleRow(lr.Energy(0.99), _energy(0.99)),
+    RuleRow(lr.RelativeError(0.05), _relative_error(0.05)),
+    RuleRow(lr.RelativeError(0.4), _relative_error(0.4)),
+    RuleRow(lr.EVBMF(), _evbmf, noiseless=True),
+    RuleRow(lr.GavishDonoho(), _gavish_donoho, noiseless=True),
+    RuleRow(lr.Elbow(), _elbow, noiseless=True),
+]
+
+
+def spectrum(matrix: Tensor) -> lr.Spectrum:
+    """What a layer shows to a rule for this matrix."""
+    return spectrum_of(torch.linalg.svdvals(matrix.double()), tuple(matrix.shape))
+
+
+def spectrum_of(values: Tensor | None, shape: tuple[int, int]) -> lr.Spectrum:
+    rows, columns = shape
+    step = rows + columns
+    return lr.Spectrum(values, shape, range(step, step * min(shape) + 1, step), rows * columns, "test")

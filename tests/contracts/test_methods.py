@@ -1,0 +1,118 @@
+"""Every method keeps the same contract; a new one adds a row to METHOD_ROWS."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+import lowrank_layers as lr
+from lowrank_layers.compress.methods.base import factored_cost, repeated_cost
+
+METHOD_ROWS = [
+    pytest.param(lr.SVDMethod(), lambda: nn.Linear(12, 9), 9, id="svd-linear"),
+    pytest.param(lr.SVDMethod(), lambda: nn.Linear(12, 9, bias=False), 9, id="svd-linear-nobias"),
+    pytest.param(lr.SVDMethod(), lambda: nn.Conv2d(5, 8, 3, padding=1, stride=2), 8, id="svd-conv"),
+    pytest.param(lr.SVDMethod(), lambda: nn.Embedding(40, 6, padding_idx=1), 6, id="svd-embedding"),
+    pytest.param(lr.TuckerMethod(), lambda: nn.Conv2d(5, 8, 3, padding=1), (8, 5), id="tucker"),
+    pytest.param(lr.CPMethod(), lambda: nn.Conv2d(5, 8, 3, padding=1, bias=False), 45, id="cp"),
+]
+ids = {"argnames": ("method", "make", "full"), "argvalues": METHOD_ROWS}
+
+
+def batches_for(layer):
+    torch.manual_seed(1)
+    if isinstance(layer, nn.Embedding):
+        return [torch.randint(0, 40, (30, 7)) for _ in range(3)]
+    shape = (5, 7, 7) if isinstance(layer, nn.Conv2d) else (12,)
+    mix = torch.randn(shape[0], shape[0]) / 2
+    return [torch.einsum("nc...,cd->nd...", torch.randn(64, *shape) + 0.5, mix) for _ in range(3)]
+
+
+def calibrated(layer):
+    model = nn.Sequential(layer, nn.Flatten(), nn.LazyLinear(4))
+    data = batches_for(layer)
+    with torch.no_grad():
+        model(data[0])
+    return model, lr.calibrate(model, data, loss=lr.SampledCrossEntropy()), data
+
+
+def test_every_registered_method_has_a_row():
+    assert {type(m) for m in lr.METHODS.values()} == {type(row.values[0]) for row in METHOD_ROWS}
+
+
+@pytest.mark.parametrize(**ids)
+@pytest.mark.parametrize("with_stats", [False, True])
+def test_full_rank_is_the_dense_layer(method, make, full, with_stats):
+    layer = make()
+    _, stats, data = calibrated(layer)
+    built = method.build(layer, full, stats["0"] if with_stats else None)
+    expected = layer(data[0])
+    assert torch.dist(built(data[0]), expected) <= 2e-5 * expected.norm()
+
+
+@pytest.mark.parametrize(**ids)
+@pytest.mark.parametrize("with_stats", [False, True])
+def test_options_cost_what_is_built(method, make, full, with_stats):
+    layer = make()
+    _, stats, _ = calibrated(layer)
+    known = stats["0"] if with_stats else None
+    options = method.options(layer, known)
+    assert options
+    for option in options[:: max(1, len(options) // 4)]:
+        built = method.build(layer, option.rank, known)
+        assert option.cost == repeated_cost(built, known) == factored_cost(method, layer, option.rank, known)
+        assert option.cost.params == sum(p.numel() for p in built.parameters())
+        assert option.cost.params < sum(p.numel() for p in layer.parameters())
+
+
+@pytest.mark.parametrize(**ids)
+def test_the_estimate_is_the_weighted_error_of_what_is_built(method, make, full):
+    """``1/2 P tr(G E C E^T)`` of the built layer's error ``E``, with the damped moments of the estimate."""
+    layer = make()
+    _, stats, _ = calibrated(layer)
+    problem = lr.compress.methods.Regression.of(layer, stats["0"])
+    root = torch.linalg.inv(problem.output.inverse) if problem.output.inverse.ndim == 2 else problem.output.root.diag()
+    moment = problem.moment.diag() if problem.moment.ndim == 1 else problem.moment
+    for option in method.options(layer, stats["0"])[::3]:
+        dense = method.build(layer, option.rank, stats["0"]).to_dense().weight.detach().double()
+        dense = dense.mT if isinstance(layer, nn.Embedding) else dense.flatten(1)
+        error = root @ (problem.weight - dense)
+        measured = 0.5 * problem.scale * float(((error @ moment) * error).sum())
+        # Tucker refines its input basis for the rank that is built, and can only do better than its estimate
+        slack = 1.5 if isinstance(method, lr.TuckerMethod) else 1.0
+        assert measured <= option.loss_increase * 1.001 * slack + 1e-6 * problem.energy
+
+
+@pytest.mark.parametrize(**ids)
+def test_weighting_lowers_the_error_of_the_outputs(method, make, full):
+    layer = make()
+    _, _, data = calibrated(layer)
+    stats = lr.calibrate(nn.Sequential(layer), data)["0"]
+    options = method.options(layer, stats)
+    rank = options[len(options) // 3].rank
+    plain, weighted = method.build(layer, rank, None), method.build(layer, rank, stats)
+    target = layer(data[0])
+    assert torch.dist(weighted(data[0]), target) < torch.dist(plain(data[0]), target)
+
+
+@pytest.mark.parametrize(**ids)
+def test_more_rank_never_costs_more_loss(method, make, full):
+    layer = make()
+    _, stats, _ = calibrated(layer)
+    options = method.options(layer, stats["0"])
+    if isinstance(method, lr.TuckerMethod):
+        options = [o for o in options if o.rank[1] == options[-1].rank[1]]
+    losses = [o.loss_increase for o in options]
+    slack = 0.02 * losses[0] if isinstance(method, lr.CPMethod) else 1e-9 * losses[0]  # ALS finds local optima
+    assert all(b <= a + slack for a, b in itertools.pairwise(losses))
+
+
+@pytest.mark.parametrize(**ids)
+def test_the_source_layer_is_left_as_it_was(method, make, full):
+    layer = make()
+    _, stats, _ = calibrated(layer)
+    before = copy.deepcopy(layer.state_dict())
+    method.build(layer, method.options(layer, stats["0"])[0].rank, stats["0"])
+    assert all(torch.equal(before[k], v) for k, v in layer.state_dict().items())

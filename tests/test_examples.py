@@ -1,0 +1,59 @@
+"""Every example and every Python block of the README runs."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors import safe_open
+
+from benchmarks.data import ROOT as DATA
+from benchmarks.data import available
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run(*args, cwd):
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"}
+    done = subprocess.run([sys.executable, *args], cwd=cwd, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def test_quickstart(tmp_path):
+    out = run(str(ROOT / "examples" / "quickstart.py"), "--budget", "0.3", "--epochs", "12", cwd=tmp_path)
+    assert "whole model" in out
+    assert "outputs identical to the bit" in out
+    before, after = map(float, re.search(r"test accuracy, %\s+([\d.]+)\s+([\d.]+)", out).groups())
+    assert before > 95
+    assert after > before - 2
+    dense, small = (int(n.replace(",", "")) for n in re.search(r"parameters\s+([\d,]+)\s+([\d,]+)", out).groups())
+    assert small <= 0.3 * dense
+    with safe_open(tmp_path / "quickstart_out" / "small.safetensors", framework="pt") as file:
+        assert "lowrank_layers" in file.metadata()
+    assert (tmp_path / "quickstart_out" / "quickstart.png").stat().st_size > 10_000
+
+
+@pytest.mark.skipif(not available("lenet_mnist"), reason="needs lenet_mnist in LOWRANK_DATA")
+def test_quickstart_takes_mnists_files(tmp_path):
+    script = str(ROOT / "examples" / "quickstart.py")
+    folder = str(DATA / "lenet_mnist")
+    out = run(script, "--data", "mnist", "--folder", folder, "--epochs", "1", "--images", "500", cwd=tmp_path)
+    assert "outputs identical to the bit" in out
+
+
+def readme_blocks():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    return re.findall(r"```python\n(.*?)```", text, flags=re.S)
+
+
+def test_readme_has_blocks():
+    assert readme_blocks()
+
+
+@pytest.mark.parametrize("block", readme_blocks())
+def test_readme_block(block, tmp_path):
+    (tmp_path / "block.py").write_text(block, encoding="utf-8")
+    run("block.py", cwd=tmp_path)

@@ -1,0 +1,52 @@
+import builtins
+
+import pytest
+import torch
+from torch import nn
+
+import lowrank_layers as lr
+from lowrank_layers import plot
+
+
+@pytest.fixture(autouse=True)
+def _headless():
+    matplotlib = pytest.importorskip("matplotlib")
+    matplotlib.use("Agg")
+
+
+def test_spectra_mark_the_chosen_rank():
+    model = nn.Sequential(nn.Linear(20, 10), nn.ReLU(), nn.Linear(10, 10))
+    plan = lr.make_plan(model, rank=4, skip=["2"])
+    axes = plot.spectra(model, plan)
+    line, mark = axes.get_lines()
+    assert mark.get_xdata()[0] == pytest.approx(4 / 10)
+    values = torch.linalg.svdvals(model[0].weight.detach())
+    assert mark.get_ydata()[0] == pytest.approx(float(values[4:].norm() / values.norm()), rel=1e-4)
+    assert len(line.get_xdata()) == 11
+
+
+def test_accuracy_against_size_and_saving(tmp_path):
+    left, right = plot.panels(2)
+    plot.accuracy_against_size({"ours": [(100, 90.0), (50, 80.0)]}, dense=(200, 95.0), ax=right)
+    assert list(right.get_lines()[0].get_xdata()) == [50, 100]
+    plot.save_figure(right, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").read_bytes()[:4] == b"\x89PNG"
+    assert left.figure is right.figure
+
+
+def test_no_points_is_an_error():
+    with pytest.raises(lr.LowRankError, match="no points"):
+        plot.accuracy_against_size({"ours": []})
+
+
+def test_without_matplotlib_the_extra_is_named(monkeypatch):
+    real = builtins.__import__
+
+    def without(name, *args, **kwargs):
+        if name.startswith("matplotlib"):
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(lr.MissingExtraError, match=r"lowrank-layers\[plot\]"):
+        plot.panels(1)
