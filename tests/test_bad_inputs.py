@@ -139,7 +139,7 @@ VALUES = {
     "layer of another kind": (lambda: L.from_dense(nn.Conv2d(2, 2, 1), rank=1), "Conv2d"),
     "layer of a subclass": (lambda: L.from_dense(subclass(), rank=1), "Custom"),
     "layer twice": (lambda: L.from_dense(L(4, 4, rank=2), rank=1), "once"),
-    "lazy layer": (lambda: L.from_dense(nn.LazyLinear(4), rank=1), "LazyLinear"),
+    "lazy layer": (lambda: L.from_dense(nn.LazyLinear(4), rank=1), "one batch"),
     "weight norm": (
         lambda: L.from_dense(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), rank=1),
         "LowRankLinear",

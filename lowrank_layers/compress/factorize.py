@@ -159,7 +159,7 @@ def _refit(dense: nn.Module, stats: LayerStats) -> tuple[Tensor, Tensor | None]:
     """The dense layer's best weight and bias on the compressed prefix; without a bias, through the origin."""
     has_bias = bias_of(dense) is not None
     problem = Regression.of(dense, stats, centred=has_bias)
-    weight = problem.full()
+    weight = problem.full
     return weight, problem.corrected_bias(weight) if has_bias else None
 
 

@@ -89,6 +89,7 @@ class _Run:
         self.order = sorted(range(tensor.ndim), key=lambda mode: -tensor.shape[mode])
         self.tensor = tensor.permute(self.order).contiguous()
         self.factors = [factors[mode] for mode in self.order]
+        self.grams = [_gram(factor) for factor in self.factors]
         self.weights = torch.ones_like(self.factors[0][0])
         self.norm = float(torch.linalg.vector_norm(tensor.double()))
         self.error = math.inf
@@ -130,31 +131,35 @@ class _Run:
         return partial.mT
 
     def _solve(self, mode: int, product: Tensor) -> None:
-        """Least squares for one factor; the Gram matrix of the others is solved in fp64, through a pseudo-inverse."""
-        gram = self._gram(mode)
-        values, vectors = torch.linalg.eigh(gram)
-        keep = values > values[-1] * 1e-12
-        inverse = torch.where(keep, 1 / values.where(keep, torch.ones_like(values)), 0)
-        factor = product.double() @ (vectors * inverse) @ vectors.mT
+        """Least squares for one factor, from the matricized tensor times the Khatri-Rao product of the others.
+
+        The normal equations are solved in fp64. Columns have unit length, so their diagonal is 1; the ridge is the
+        noise of the product, without which a nearly dependent component would be amplified noise.
+        """
+        gram = self._gram_but(mode)
+        gram.diagonal().add_(torch.finfo(product.dtype).eps)
+        factor = torch.cholesky_solve(product.double().mT, torch.linalg.cholesky(gram)).mT
         norms = torch.linalg.vector_norm(factor, dim=0)
         self.weights = norms.to(product.dtype)
         self.factors[mode] = (factor / norms.clamp_min(1e-300)).to(product.dtype)
+        self.grams[mode] = _gram(self.factors[mode])
 
-    def _gram(self, skip: int) -> Tensor:
-        gram = torch.ones((), dtype=torch.float64, device=self.tensor.device)
-        for mode, factor in enumerate(self.factors):
-            if mode != skip:
-                gram = gram * (factor.mT.double() @ factor.double())
-        return gram
+    def _gram_but(self, skip: int) -> Tensor:
+        """The Gram matrix of the Khatri-Rao product of all factors but one."""
+        others = [gram for mode, gram in enumerate(self.grams) if mode != skip]
+        return math.prod(others[1:], start=others[0].clone())
 
     def _measure(self, product: Tensor) -> None:
         """``||T - M||^2 = ||T||^2 - 2 <T, M> + ||M||^2``, from what the last solve left behind."""
-        last = len(self.factors) - 1
         weights = self.weights.double()
-        inner = float((product.double() * self.factors[last].double() * weights).sum())
-        gram = self._gram(last) * (self.factors[last].mT.double() @ self.factors[last].double())
+        inner = float((product.double() * self.factors[-1].double() * weights).sum())
+        gram = self._gram_but(len(self.grams) - 1) * self.grams[-1]
         lost = max(self.norm**2 - 2 * inner + float(weights @ gram @ weights), 0.0)
         self.error = math.sqrt(lost) / self.norm if self.norm > 0 else 0.0
+
+
+def _gram(factor: Tensor) -> Tensor:
+    return factor.mT.double() @ factor.double()
 
 
 def _start(tensor: Tensor, rank: int, generator: torch.Generator, *, hosvd: bool) -> list[Tensor]:

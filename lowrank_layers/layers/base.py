@@ -83,6 +83,8 @@ def check_dense(cls: type[FactoredModule], dense: nn.Module) -> Tensor:
     Subclasses are refused: their forward may do something else.
     """
     who = f"{cls.__name__}.from_dense"
+    if isinstance(getattr(dense, "weight", None), nn.parameter.UninitializedParameter):
+        raise UnsupportedLayerError(f"{who}: the weight is not initialized yet; run one batch through the model.")
     if type(dense) is not cls.dense_type:
         hint = " Factorize it once; to change its rank, use factors().truncate." if is_factored(dense) else ""
         raise UnsupportedLayerError(
@@ -94,8 +96,6 @@ def check_dense(cls: type[FactoredModule], dense: nn.Module) -> Tensor:
             f"{who}: the weight is parametrized (weight norm, spectral norm, pruning...);"
             " fold it first with torch.nn.utils.parametrize.remove_parametrizations or remove_weight_norm."
         )
-    if isinstance(dense.weight, nn.parameter.UninitializedParameter):
-        raise UnsupportedLayerError(f"{who}: the weight is not initialized yet; run one batch through the model.")
     return check_tensor(weight_of(dense), who)
 
 

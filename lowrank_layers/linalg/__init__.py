@@ -2,11 +2,11 @@
 
 from .check import check_tensor, working_dtype
 from .products import fold, khatri_rao, mode_product, unfold
-from .psd import PowerPair, damp, psd_roots
+from .psd import Root, damp, psd_root
 from .svd import exact_svd, gram_svd, leading_eigenvectors, randomized_svd
 
 __all__ = [
-    "PowerPair",
+    "Root",
     "check_tensor",
     "damp",
     "exact_svd",
@@ -15,7 +15,7 @@ __all__ = [
     "khatri_rao",
     "leading_eigenvectors",
     "mode_product",
-    "psd_roots",
+    "psd_root",
     "randomized_svd",
     "unfold",
     "working_dtype",

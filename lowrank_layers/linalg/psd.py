@@ -6,37 +6,56 @@ import torch
 from torch import Tensor
 
 
-class PowerPair(NamedTuple):
-    """``root = A^(1/2)`` and ``inverse = A^(-1/2)``; vectors stand for diagonal matrices."""
+class Root(NamedTuple):
+    """An upper triangular ``L`` with ``L^T L = A``; a vector stands for a diagonal one.
 
-    root: Tensor
-    inverse: Tensor
+    Any such root serves: ``||L M||`` is the same for all of them.
+    """
+
+    factor: Tensor
 
     def times(self, matrix: Tensor) -> Tensor:
-        """``A^(1/2) @ matrix``."""
-        return self.root[:, None] * matrix if self.root.ndim == 1 else self.root @ matrix
+        """``L @ matrix``."""
+        return self.factor[:, None] * matrix if self.factor.ndim == 1 else self.factor @ matrix
 
     def divide(self, matrix: Tensor) -> Tensor:
-        """``A^(-1/2) @ matrix``."""
-        return self.inverse[:, None] * matrix if self.inverse.ndim == 1 else self.inverse @ matrix
+        """``L^-1 @ matrix``."""
+        if self.factor.ndim == 1:
+            return matrix / self.factor[:, None]
+        solution: Tensor = torch.linalg.solve_triangular(self.factor, matrix, upper=True)
+        return solution
+
+    def solve(self, matrix: Tensor) -> Tensor:
+        """``A^-1 @ matrix``."""
+        if self.factor.ndim == 1:
+            return matrix / self.factor.square()[:, None]
+        return torch.cholesky_solve(matrix, self.factor, upper=True)
 
 
-def psd_roots(moment: Tensor, *, floor: float = 1e-6) -> PowerPair:
-    """``A^(1/2)`` and ``A^(-1/2)`` in fp64, the eigenvalues clamped from below.
+def psd_root(moment: Tensor, *, floor: float = 1e-12) -> Root:
+    """The root in fp64, of a moment whose eigenvalues are kept from vanishing.
 
-    Never Cholesky: the moments of real activations are singular (dead units, fewer samples than features).
+    The moments of real activations are singular (dead units, fewer samples than features), so a floor is always added;
+    where rounding makes even that indefinite, the eigenvalues are clamped instead.
 
     Args:
-        moment: symmetric matrix ``[n, n]``, or ``[n]`` for a diagonal one.
-        floor: the smallest eigenvalue that counts, relative to the largest.
+        moment: symmetric matrix ``[n, n]``, or ``[n]`` for a diagonal one; zero means no preference, the identity.
+        floor: added to the diagonal, relative to its largest entry.
     """
     moment = moment.double()
+    diagonal = moment if moment.ndim == 1 else moment.diagonal()
+    largest = diagonal.max()
+    if not largest > 0:
+        return Root(torch.ones_like(diagonal))
     if moment.ndim == 1:
-        values = _clamp(moment, floor)
-        return PowerPair(values.sqrt(), values.rsqrt())
-    values, vectors = torch.linalg.eigh((moment + moment.mT) / 2)
-    values = _clamp(values, floor)
-    return PowerPair((vectors * values.sqrt()) @ vectors.mT, (vectors * values.rsqrt()) @ vectors.mT)
+        return Root(moment.clamp_min(largest * floor).sqrt())
+    lifted = (moment + moment.mT) / 2
+    lifted.diagonal().add_(largest * floor)
+    lower, failed = torch.linalg.cholesky_ex(lifted)
+    if not bool(failed):
+        return Root(lower.mT)
+    values, vectors = torch.linalg.eigh(lifted)
+    return Root(torch.linalg.qr((vectors * values.clamp_min(largest * floor).sqrt()).mT).R)
 
 
 def damp(moment: Tensor, amount: float) -> Tensor:
@@ -46,9 +65,3 @@ def damp(moment: Tensor, amount: float) -> Tensor:
     damped = moment.clone()
     damped.diagonal().add_(amount * moment.diagonal().mean())
     return damped
-
-
-def _clamp(values: Tensor, floor: float) -> Tensor:
-    """Raises small eigenvalues to the floor; a moment that is zero becomes the identity (no preference)."""
-    largest = values.max()
-    return values.clamp_min(largest * floor) if largest > 0 else torch.ones_like(values)

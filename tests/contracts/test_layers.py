@@ -151,6 +151,16 @@ def test_the_error_is_the_tail_of_the_singular_values(row):
         assert torch.allclose(layer.factors().s, values[:rank], rtol=1e-10)
 
 
+@pytest.mark.parametrize("row", [row for row in LAYERS if row.matrix is not None], ids=lambda row: row.name)
+def test_the_singular_values_stand_half_on_either_side(row):
+    dense, layer = converted(row, dtype=torch.float64)
+    expected = torch.linalg.svdvals(row.matrix(dense.weight.detach()))[: layer.rank].sqrt()
+    for child in layer.children():
+        weight = child.weight.detach()
+        values = torch.linalg.svdvals(weight.flatten(1))
+        assert torch.allclose(values, expected, rtol=1e-10)
+
+
 @rows
 def test_the_error_falls_with_the_rank_and_ends_at_zero(row):
     dense = row.dense(dtype=torch.float64)

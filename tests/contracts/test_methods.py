@@ -73,7 +73,7 @@ def test_the_estimate_is_the_weighted_error_of_what_is_built(method, make, full)
     layer = make()
     _, stats, _ = calibrated(layer)
     problem = lr.compress.methods.Regression.of(layer, stats["0"])
-    root = torch.linalg.inv(problem.output.inverse) if problem.output.inverse.ndim == 2 else problem.output.root.diag()
+    root = problem.output.times(torch.eye(len(problem.weight), dtype=torch.float64))
     moment = problem.moment.diag() if problem.moment.ndim == 1 else problem.moment
     for option in method.options(layer, stats["0"])[::3]:
         dense = method.build(layer, option.rank, stats["0"]).to_dense().weight.detach().double()

@@ -65,6 +65,15 @@ def test_it_equals_its_formula_on_larger_matrices(row):
 
 
 @rows
+@pytest.mark.parametrize("shape", [(40, 40), (40, 90), (90, 40), (30, 300), (300, 30)], ids=str)
+def test_it_equals_its_formula_on_smooth_spectra(row, shape):
+    """No gap to hide in: here every constant counts."""
+    for power in (0.3, 0.5, 0.8, 1.2, 2.0, 3.0):
+        values = torch.arange(1, min(shape) + 1, dtype=torch.float64) ** -power
+        assert row.rule(spectrum_of(values, shape)) == row.reference(np.asarray(values), shape), power
+
+
+@rows
 def test_the_answer_is_a_rank(row):
     spectra = [
         values_of(1.0),

@@ -74,16 +74,16 @@ class CPMethod:
             return CPConv2d.from_dense(module, rank=rank)
         problem = Regression.of(module, stats)
         features, thin = self._features(module, problem, rank)
-        expand = problem.after(features).full()
+        expand = problem.after(features).full
         bias = problem.corrected_bias(expand @ features)
         layer = CPConv2d.like(module, rank=rank, bias=has_bias(module, stats))
         return fill(layer, [*(factor.mT for factor in thin), expand], bias)
 
     def _features(self, conv: nn.Conv2d, problem: Regression, rank: int) -> tuple[Tensor, list[Tensor]]:
         """The map ``[rank, in*kh*kw]`` from patches to the components' responses, and its three thin factors."""
-        kernel, inverse = weighted_kernel(conv, problem)
+        kernel, root = weighted_kernel(conv, problem)
         found: CP = cp(kernel.float(), rank, sweeps=self.sweeps, starts=1)
         reduce, vertical, horizontal = (factor.double() for factor in found.factors[1:])
-        reduce = inverse @ reduce
+        reduce = root.divide(reduce)
         reduce = reduce / torch.linalg.vector_norm(reduce, dim=0).clamp_min(1e-300)
         return khatri_rao(khatri_rao(reduce, vertical), horizontal).mT, [reduce, vertical, horizontal]

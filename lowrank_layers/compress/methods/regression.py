@@ -7,9 +7,9 @@ For small changes the loss grows by half the quadratic form of its curvature; wi
 
 with ``x`` the dense model's inputs (a convolution's patches), ``x'`` those that the compressed prefix delivers, ``g``
 the loss's gradient at the output and ``P`` positions a sample. Both are centred, which costs nothing but the bias.
-The best map of rank ``r`` is the truncated SVD of ``M = G^(1/2) W E[x x'^T] E[x' x'^T]^(-1/2)``, and the discarded
-squared singular values are in units of loss. With ``G = I`` it is activation whitening, with ``X = I`` too it is
-plain SVD.
+The best map without a limit is ``F = W E[x x'^T] E[x' x'^T]^(-1)``; the best one of rank ``r`` is the truncated SVD
+of ``M = G^(1/2) F E[x' x'^T]^(1/2)``, and the discarded squared singular values are in units of loss. With ``G = I``
+it is activation whitening, with ``X = I`` too it is plain SVD.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ...calibrate import LayerStats
 from ...errors import LowRankError
 from ...layers import bias_of, weight_of
-from ...linalg import PowerPair, check_tensor, damp, exact_svd, gram_svd, psd_roots
+from ...linalg import Root, check_tensor, damp, exact_svd, gram_svd, psd_root
 
 INPUT_DAMPING = 1e-3
 """Ridge on the inputs, relative to their mean variance; it pulls towards the dense weight."""
@@ -38,9 +38,9 @@ class Regression:
     Args:
         weight: ``W``, ``[m, n]``, in fp64.
         bias: ``b``, ``[m]`` or ``None``.
-        output: ``G^(1/2)`` and its inverse.
+        output: root of ``G``.
         moment: centred ``E[x' x'^T]``, damped, ``[n, n]`` (``[n]``: diagonal).
-        cross: centred ``E[x x'^T]``, damped likewise, ``[n, n]`` (``[n]``: diagonal).
+        cross: centred ``E[x x'^T]``, damped likewise, ``[n, n]``; ``None`` where ``x' = x``.
         mean: ``E[x']``; ``None`` where nothing is known.
         target_mean: ``E[x]``.
         scale: positions a sample.
@@ -48,9 +48,9 @@ class Regression:
 
     weight: Tensor
     bias: Tensor | None
-    output: PowerPair
+    output: Root
     moment: Tensor
-    cross: Tensor
+    cross: Tensor | None
     mean: Tensor | None
     target_mean: Tensor | None
     scale: float
@@ -70,7 +70,7 @@ class Regression:
         rows, columns = weight.shape
         if stats is None:
             eye = torch.ones(columns, dtype=torch.float64, device=weight.device)
-            return cls(weight, bias, _identity(rows, weight), eye, eye, None, None, 1.0)
+            return cls(weight, bias, _identity(rows, weight), eye, None, None, None, 1.0)
         if len(stats.inputs.mean) != columns:
             raise LowRankError(
                 f"got statistics of {len(stats.inputs.mean)} inputs for a layer of {columns};"
@@ -80,38 +80,43 @@ class Regression:
         mean = stats.inputs.mean.to(weight.device)
         target = mean if stats.target_mean is None else stats.target_mean.to(weight.device)
         moment = stats.inputs.covariance().to(weight.device)
-        cross = moment if stats.cross is None else stats.cross.to(weight.device)
+        cross = None if stats.cross is None else stats.cross.to(weight.device)
         if not centred and moment.ndim > 1:
-            moment, cross = moment + torch.outer(mean, mean), cross + torch.outer(target, mean)
+            moment = moment + torch.outer(mean, mean)
+            cross = None if cross is None else cross + torch.outer(target, mean)
         ridge = INPUT_DAMPING * (moment.mean() if moment.ndim == 1 else moment.diagonal().mean())
         ridge = ridge if ridge > 0 else torch.ones_like(ridge)
         output = _identity(rows, weight)
         if stats.gradients is not None:
-            output = psd_roots(damp(stats.gradients.to(weight.device), OUTPUT_DAMPING))
+            output = psd_root(damp(stats.gradients.to(weight.device), OUTPUT_DAMPING))
         return cls(
             weight,
             bias,
             output,
             _add_ridge(moment, ridge),
-            _add_ridge(cross, ridge),
+            None if cross is None else _add_ridge(cross, ridge),
             mean if centred else None,
             target if centred else None,
             stats.positions,
         )
 
     @cached_property
-    def _input(self) -> PowerPair:
-        return psd_roots(self.moment, floor=1e-12)
+    def _input(self) -> Root:
+        return psd_root(self.moment)
+
+    @cached_property
+    def full(self) -> Tensor:
+        """``F``, the best map without a limit on the rank, ``[m, n]``."""
+        return self.weight if self.cross is None else self._input.solve((self.weight @ self.cross).mT).mT
 
     @cached_property
     def matrix(self) -> Tensor:
-        """``M``, ``[m, n]``, whose singular values are the captured loss."""
-        explained = self.weight * self.cross if self.cross.ndim == 1 else self.weight @ self.cross
-        return self.output.times(self._input.divide(explained.mT).mT)
+        """``M``, whose squared singular values are the captured loss, ``[m, n]``."""
+        return self.output.times(self._input.times(self.full.mT).mT)
 
     @cached_property
     def energy(self) -> float:
-        """The loss of leaving only the mean: ``1/2 P E ||G^(1/2) W (x - E x)||^2``, of the layer's own inputs."""
+        """The loss of leaving only the mean: ``1/2 P E ||G^(1/2) F (x' - E x')||^2``."""
         return 0.5 * self.scale * float(self.matrix.square().sum())
 
     def tails(self) -> Tensor:
@@ -122,8 +127,10 @@ class Regression:
 
     def singular_values(self) -> Tensor:
         """Of ``M``, largest first."""
-        values: Tensor = torch.linalg.svdvals(self.matrix)
-        return values
+        m = self.matrix
+        gram = m @ m.mT if m.shape[0] <= m.shape[1] else m.mT @ m
+        values: Tensor = torch.linalg.eigvalsh(gram)
+        return values.flip(0).clamp_min(0).sqrt()
 
     def pair(self, rank: int) -> tuple[Tensor, Tensor]:
         """``up [m, r]`` and ``down [r, n]`` of the best map of that rank, balanced."""
@@ -131,11 +138,7 @@ class Regression:
         long = max(rows, columns) >= 4 * min(rows, columns)
         u, s, vh = gram_svd(self.matrix, rank) if long else exact_svd(self.matrix)
         root = s[:rank].sqrt()
-        return self.output.divide(u[:, :rank] * root), self._input.divide((root[:, None] * vh[:rank]).mT).mT
-
-    def full(self) -> Tensor:
-        """The best map without a limit on the rank, ``[m, n]``."""
-        return self.output.divide(self._input.divide(self.matrix.mT).mT)
+        return self.output.divide(u[:, :rank] * root), self._input.divide(vh[:rank].mT * root).mT
 
     def corrected_bias(self, product: Tensor) -> Tensor | None:
         """``b + W E[x] - A E[x']``, with ``A`` the map that was found."""
@@ -152,7 +155,7 @@ class Regression:
         moment = _times(self.moment, features)
         moment = features @ moment
         floor = 1e-10 * moment.diagonal().mean()
-        cross = _times(self.cross, features)
+        cross = _times(self.moment if self.cross is None else self.cross, features)
         mean = None if self.mean is None else features @ self.mean
         return replace(self, moment=_add_ridge(moment, floor), cross=cross, mean=mean)
 
@@ -176,6 +179,5 @@ def _add_ridge(moment: Tensor, ridge: Tensor) -> Tensor:
     return result
 
 
-def _identity(n: int, like: Tensor) -> PowerPair:
-    ones = torch.ones(n, dtype=torch.float64, device=like.device)
-    return PowerPair(ones, ones)
+def _identity(n: int, like: Tensor) -> Root:
+    return Root(torch.ones(n, dtype=torch.float64, device=like.device))

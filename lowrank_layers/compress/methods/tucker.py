@@ -89,12 +89,12 @@ def _input_basis(conv: nn.Conv2d, problem: Regression, r_out: int | None = None)
 
     With ``r_out`` only what the leading output directions use counts (one step of HOOI).
     """
-    kernel, inverse = weighted_kernel(conv, problem)
+    kernel, root = weighted_kernel(conv, problem)
     if r_out is not None:
         u = exact_svd(unfold(kernel, 0))[0][:, :r_out]
         kernel = mode_product(kernel, u.mT, 0)
     matrix = unfold(kernel, 1)
-    return inverse @ leading_eigenvectors(matrix @ matrix.mT, len(matrix))
+    return root.divide(leading_eigenvectors(matrix @ matrix.mT, len(matrix)))
 
 
 def _features(conv: nn.Conv2d, reduce: Tensor) -> Tensor:

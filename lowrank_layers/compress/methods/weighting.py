@@ -2,12 +2,12 @@
 
 from torch import Tensor, nn
 
-from ...linalg import damp, mode_product, psd_roots
+from ...linalg import Root, damp, fold, psd_root, unfold
 from .regression import Regression
 
 
-def weighted_kernel(conv: nn.Conv2d, problem: Regression) -> tuple[Tensor, Tensor]:
-    """The kernel weighted on both channel modes, and ``X_c^(-1/2)`` of the channels' own moment.
+def weighted_kernel(conv: nn.Conv2d, problem: Regression) -> tuple[Tensor, Root]:
+    """The kernel weighted on both channel modes, and the root of the channels' own moment.
 
     The moment of patches does not separate into channels and positions; its channel blocks are averaged.
     """
@@ -19,8 +19,6 @@ def weighted_kernel(conv: nn.Conv2d, problem: Regression) -> tuple[Tensor, Tenso
     else:
         blocks = moment.reshape(channels, area, channels, area)
         channel = damp(blocks.diagonal(dim1=1, dim2=3).mean(-1), 1e-6)
-    roots = psd_roots(channel)
+    root = psd_root(channel)
     kernel = problem.output.times(kernel.flatten(1)).reshape_as(kernel)
-    inverse = roots.inverse.diag() if roots.inverse.ndim == 1 else roots.inverse
-    root = roots.root.diag() if roots.root.ndim == 1 else roots.root
-    return mode_product(kernel, root, 1).reshape(conv.weight.shape), inverse
+    return fold(root.times(unfold(kernel, 1)), 1, kernel.shape).reshape(conv.weight.shape), root
