@@ -33,15 +33,11 @@ def machine(args: argparse.Namespace, *packages: str) -> str:
         hardware = torch.cuda.get_device_name()
     else:
         hardware = f"{platform.machine()} CPU, {os.cpu_count()} cores"
-    versions = ", ".join(
-        f"{package} {version(package)}" for package in ("torch", "lowrank-layers", *packages)
-    )
+    versions = ", ".join(f"{package} {version(package)}" for package in ("torch", "lowrank-layers", *packages))
     return f"{hardware}, {args.threads} threads, {versions}, Python {platform.python_version()}"
 
 
-def paired_times(
-    functions: Sequence[Callable[[], object]], *, rounds: int = 7, device: str = "cpu"
-) -> list[float]:
+def paired_times(functions: Sequence[Callable[[], object]], *, rounds: int = 7, device: str = "cpu") -> list[float]:
     """Median seconds of each, run in turn (a b c a b c ...), after one round that does not count."""
     times: list[list[float]] = [[] for _ in functions]
     for k in range(rounds + 1):

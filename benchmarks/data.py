@@ -25,7 +25,7 @@ def available(*names: str) -> bool:
 
 def read_idx(path: Path) -> np.ndarray:
     """MNIST's file format: two zero bytes, a type, the number of dimensions, the dimensions, the data."""
-    raw = gzip.open(path).read() if path.suffix == ".gz" else path.read_bytes()
+    raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     ndim = raw[3]
     shape = np.frombuffer(raw, ">i4", ndim, 4)
     return np.frombuffer(raw, np.uint8, offset=4 + 4 * ndim).reshape(shape)
@@ -52,9 +52,7 @@ def cifar10(split: str) -> tuple[Tensor, Tensor]:
     raw = np.load(ROOT / "cifar_resnet" / f"cifar10_{ {'train': 'train15k', 'test': 'test'}[split] }.npz")
     mean = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1)
     std = torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1)
-    return (torch.from_numpy(raw["x"]).float() / 255 - mean) / std, torch.from_numpy(
-        raw["y"].astype(np.int64)
-    )
+    return (torch.from_numpy(raw["x"]).float() / 255 - mean) / std, torch.from_numpy(raw["y"].astype(np.int64))
 
 
 class LeNet(nn.Module):
@@ -78,9 +76,7 @@ class LeNet(nn.Module):
 def lenet() -> LeNet:
     """The published trained LeNet, 97.99 % on MNIST's test images."""
     model = LeNet()
-    model.load_state_dict(
-        torch.load(ROOT / "lenet_mnist" / "model.pt", weights_only=True, map_location="cpu")
-    )
+    model.load_state_dict(torch.load(ROOT / "lenet_mnist" / "model.pt", weights_only=True, map_location="cpu"))
     return model.eval()
 
 

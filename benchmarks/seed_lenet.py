@@ -48,9 +48,8 @@ def main() -> None:
             params, right = measure(lr.factorize_(copy.deepcopy(dense), plan))
             same = params == their_params and f"{right:.2f}" == f"{their_accuracy:.2f}"
             failed += [] if same else [f"published table, {title}, rate {rate}"]
-            table.append(
-                (rate, f"{their_params:,}", f"{their_accuracy:.2f}", f"{params:,}", f"{right:.2f}", "yes" if same else "NO")
-            )
+            their_cells, our_cells = (f"{their_params:,}", f"{their_accuracy:.2f}"), (f"{params:,}", f"{right:.2f}")
+            table.append((rate, *their_cells, *our_cells, "yes" if same else "NO"))
         head = ("rate", "published parameters", "published accuracy", "parameters", "accuracy", "to the digit")
         report.append(f"## Published rule, {title}\n\n{markdown_table(head, table)}\n")
 

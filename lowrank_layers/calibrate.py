@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .errors import LowRankError
-from .layers import is_factored, weight_of
+from .layers import is_factored, layer_cost, weight_of
 from .walk import check_model, own_layers
 
 _CHUNK = 2**24
@@ -100,11 +101,13 @@ class Statistics(Mapping[str, LayerStats]):
         layers: the statistics of every calibrated layer that was called.
         samples: how many samples were seen.
         with_target: whether the last item of a tuple batch is the target.
+        other_macs: MACs a sample of layers that are counted but not calibrated (grouped and 1-d, 3-d convolutions).
     """
 
     layers: dict[str, LayerStats] = field(default_factory=dict)
     samples: int = 0
     with_target: bool = False
+    other_macs: int = 0
 
     def __getitem__(self, name: str) -> LayerStats:
         return self.layers[name]
@@ -234,12 +237,17 @@ class Calibration:
         self._gradients: dict[str, Moments] = {}
         self._lengths: dict[str, int] = {}
         self._batch = 0
+        self._other_macs = 0
         self._hooks: list[Any] = []
 
     def __enter__(self) -> Statistics:
         self._hooks.append(self._model.register_forward_pre_hook(self._count_samples, with_kwargs=True))
-        for name, module in _calibrated_layers(self._model):
-            self._hooks.append(module.register_forward_hook(self._watch(name), with_kwargs=True))
+        calibrated = dict(_calibrated_layers(self._model))
+        for name, module in own_layers(self._model):
+            if name in calibrated:
+                self._hooks.append(module.register_forward_hook(self._watch(name), with_kwargs=True))
+            elif isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+                self._hooks.append(module.register_forward_hook(self._count_macs, with_kwargs=True))
         return self._stats
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -247,6 +255,7 @@ class Calibration:
             hook.remove()
         if kind is not None:
             return
+        self._stats.other_macs = round(self._other_macs / max(1, self._stats.samples))
         for name, stats in self._stats.layers.items():
             gradients = self._gradients.get(name)
             stats.gradients = None if gradients is None else gradients.second
@@ -262,6 +271,11 @@ class Calibration:
         first = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
         self._batch = len(first) if first is not None and first.ndim else 1
         self._stats.samples += self._batch
+
+    def _count_macs(self, conv: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _: Any) -> None:
+        x = layer_input(args, kwargs)
+        shape = tuple(x.shape[-1 - len(conv.kernel_size) :])  # type: ignore[arg-type]
+        self._other_macs += layer_cost(conv, shape).macs * (x.numel() // math.prod(shape))
 
     def _watch(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:

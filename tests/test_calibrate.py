@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import lowrank_layers as lr
 
@@ -130,6 +131,18 @@ def test_a_dict_batch_and_a_shared_layer():
     assert stats["layer"].positions == 6
     assert stats["layer"].repeats == 2
     assert stats["layer"].gradients is not None
+
+
+def test_every_convolution_is_counted():
+    """2 * MACs is what torch's own counter says, grouped and 1-d convolutions included."""
+    model = nn.Sequential(
+        nn.Conv2d(4, 8, 3, groups=2), nn.Conv2d(8, 6, 3, padding="same"), nn.Flatten(2), nn.Conv1d(6, 3, 5)
+    )
+    x = torch.randn(5, 4, 9, 9)
+    stats = lr.calibrate(model, [x])
+    with FlopCounterMode(display=False) as counter:
+        model(x)
+    assert 2 * 5 * lr.make_plan(model, rank=2, stats=stats).total.macs == counter.get_total_flops()
 
 
 def test_sampled_cross_entropy_gives_the_fisher_matrix():

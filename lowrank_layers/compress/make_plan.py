@@ -89,7 +89,7 @@ def make_plan(
             or "it has no Linear, Conv2d or Embedding"
         )
         raise LowRankError(f"make_plan: nothing to factorize: {why}.")
-    total = model_cost(model) + Cost(macs=_fixed_macs(model, stats))
+    total = model_cost(model) + Cost(macs=_model_macs(model, stats))
     if rank is not None:
         check_rank(rank, "make_plan")
         entries = [_by_rule(name, module, _of(stats, name), chosen, rank) for name, module in layers.items()]
@@ -239,8 +239,10 @@ def _of(stats: Statistics | None, name: str) -> LayerStats | None:
     return None if stats is None else stats[name]
 
 
-def _fixed_macs(model: nn.Module, stats: Statistics | None) -> int:
-    """MACs of every calibrated layer of the dense model."""
+def _model_macs(model: nn.Module, stats: Statistics | None) -> int:
+    """MACs of every layer of the dense model that can be counted."""
     if stats is None:
         return 0
-    return sum(repeated_cost(module, stats[name]).macs for name, module in own_layers(model) if name in stats)
+    return stats.other_macs + sum(
+        repeated_cost(module, stats[name]).macs for name, module in own_layers(model) if name in stats
+    )

@@ -41,7 +41,7 @@ def data():
 
 
 @pytest.mark.parametrize(
-    "budget", [lr.Budget(params=0.5), lr.Budget(macs=0.5), lr.Budget(bytes=0.4), lr.Budget(params=2500)]
+    "budget", [lr.Budget(params=0.5), lr.Budget(macs=0.8), lr.Budget(bytes=0.4), lr.Budget(params=2500)]
 )
 def test_the_budget_is_kept_and_nearly_used(model, data, budget):
     stats = lr.calibrate(model, data, loss=lr.SampledCrossEntropy())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from torch import nn
 
@@ -31,9 +31,8 @@ class Option:
 class Method(Protocol):
     """A way to factorize layers. Implementations are frozen dataclasses."""
 
-    @property
-    def name(self) -> str:
-        """What plans and files call it."""
+    name: ClassVar[str]
+    """What plans and files call it."""
 
     @property
     def layers(self) -> Mapping[type[nn.Module], type[FactoredModule]]:

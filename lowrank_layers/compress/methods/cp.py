@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,9 @@ from .base import Option, affine, factored_cost, has_bias, matches_type, repeate
 from .regression import Regression
 from .weighting import weighted_kernel
 
+SWEEPS = 30
+"""Of alternating least squares: the same for the estimate and for the layer that is built."""
+
 
 @dataclass(frozen=True)
 class CPMethod:
@@ -29,14 +32,12 @@ class CPMethod:
     the optimum of the weighted regression.
 
     Args:
-        name: what plans and files call it.
         steps: how many ranks are considered; each one is a decomposition of its own.
-        sweeps: of alternating least squares.
     """
 
-    name: str = "cp"
+    name: ClassVar[str] = "cp"
+
     steps: int = 8
-    sweeps: int = 30
 
     @property
     def layers(self) -> Mapping[type[nn.Module], type[FactoredModule]]:
@@ -82,7 +83,7 @@ class CPMethod:
     def _features(self, conv: nn.Conv2d, problem: Regression, rank: int) -> tuple[Tensor, list[Tensor]]:
         """The map ``[rank, in*kh*kw]`` from patches to the components' responses, and its three thin factors."""
         kernel, root = weighted_kernel(conv, problem)
-        found: CP = cp(kernel.float(), rank, sweeps=self.sweeps, starts=1)
+        found: CP = cp(kernel.float(), rank, sweeps=SWEEPS, starts=1)
         reduce, vertical, horizontal = (factor.double() for factor in found.factors[1:])
         reduce = root.divide(reduce)
         reduce = reduce / torch.linalg.vector_norm(reduce, dim=0).clamp_min(1e-300)

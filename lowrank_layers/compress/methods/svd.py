@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -21,7 +21,7 @@ from .regression import Regression
 class SVDMethod:
     """Linear, convolution (channel SVD) and embedding as a pair; the optimum of the weighted problem."""
 
-    name: str = "svd"
+    name: ClassVar[str] = "svd"
 
     @property
     def layers(self) -> Mapping[type[nn.Module], type[FactoredModule]]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import reduce as fold_left
 from operator import add
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -30,11 +30,11 @@ class TuckerMethod:
     core and expansion are the optimum of the weighted regression.
 
     Args:
-        name: what plans and files call it.
         steps: how many input ranks are considered.
     """
 
-    name: str = "tucker"
+    name: ClassVar[str] = "tucker"
+
     steps: int = 10
 
     @property
