@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import LowRankError
+from .layers import is_derived
 from .walk import module_aliases, own_layers
 
 Selector = str | type[nn.Module] | Callable[[str, nn.Module], bool]
@@ -68,9 +69,9 @@ def reasons_to_stay(model: nn.Module) -> dict[str, str]:
         if isinstance(module, nn.TransformerEncoderLayer):
             for child in ("linear1", "linear2"):
                 reasons[f"{prefix}{child}"] = "nn.TransformerEncoderLayer's fast path reads its weight"
-        if nn.utils.parametrize.is_parametrized(module) or hasattr(module, "weight_g"):
-            reasons[name] = "its weight is parametrized; remove the parametrization to factorize it"
-        if _hooked(module):
+        if is_derived(module):
+            reasons[name] = "its weight is computed (parametrized or normed); fold it to factorize it"
+        elif _hooked(module):
             reasons[name] = "it carries hooks, which a replacement would drop"
     for names in users.values():
         if len(names) > 1:

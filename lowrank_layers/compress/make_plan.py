@@ -10,7 +10,7 @@ from torch import nn
 from ..calibrate import LayerStats, Statistics
 from ..cost import Cost
 from ..errors import BudgetError, LowRankError
-from ..layers import bias_of, is_factored, weight_of
+from ..layers import bias_of, is_derived, is_factored, weight_of
 from ..rank import Rank, check_rank
 from ..surgery import Selector, reasons_to_stay, select
 from ..walk import check_model, own_layers
@@ -190,7 +190,9 @@ def _candidates(
     layers, skipped = {}, {}
     for name, module in own_layers(model):
         weights = [p for p in module.parameters(recurse=False) if p.ndim > 1]
-        if not weights or is_factored(module):
+        if is_factored(module) or isinstance(module, nn.utils.parametrize.ParametrizationList):
+            continue
+        if not weights and not is_derived(module):
             continue
         if name in asked:
             skipped[name] = "as asked"

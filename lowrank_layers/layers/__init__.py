@@ -1,6 +1,6 @@
 """Drop-in ``nn.Module``s whose weight is stored in factors. Their children are ordinary torch modules."""
 
-from .base import FACTORED_LAYERS, FactoredModule, bias_of, is_factored, weight_of
+from .base import FACTORED_LAYERS, FactoredModule, bias_of, is_derived, is_factored, weight_of
 from .conv import LowRankConv2d
 from .count import layer_cost
 from .cp import CPConv2d
@@ -17,6 +17,7 @@ __all__ = [
     "LowRankLinear",
     "TuckerConv2d",
     "bias_of",
+    "is_derived",
     "is_factored",
     "layer_cost",
     "weight_of",

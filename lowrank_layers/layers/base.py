@@ -85,18 +85,24 @@ def check_dense(cls: type[FactoredModule], dense: nn.Module) -> Tensor:
     who = f"{cls.__name__}.from_dense"
     if isinstance(getattr(dense, "weight", None), nn.parameter.UninitializedParameter):
         raise UnsupportedLayerError(f"{who}: the weight is not initialized yet; run one batch through the model.")
+    if is_derived(dense):
+        raise UnsupportedLayerError(
+            f"{who}: the weight is parametrized: computed from others by weight norm, spectral norm, pruning...;"
+            " fold it first with torch.nn.utils.parametrize.remove_parametrizations, remove_weight_norm,"
+            " remove_spectral_norm or prune.remove."
+        )
     if type(dense) is not cls.dense_type:
         hint = " Factorize it once; to change its rank, use factors().truncate." if is_factored(dense) else ""
         raise UnsupportedLayerError(
             f"{who}: got {type(dense).__name__}, expected {cls.dense_type.__module__}.{cls.dense_type.__name__}"
             f" itself.{hint}"
         )
-    if nn.utils.parametrize.is_parametrized(dense) or hasattr(dense, "weight_g"):
-        raise UnsupportedLayerError(
-            f"{who}: the weight is parametrized (weight norm, spectral norm, pruning...);"
-            " fold it first with torch.nn.utils.parametrize.remove_parametrizations or remove_weight_norm."
-        )
     return check_tensor(weight_of(dense), who)
+
+
+def is_derived(module: nn.Module) -> bool:
+    """Whether ``module.weight`` is no parameter but computed from some, by a parametrization or a hook."""
+    return isinstance(getattr(module, "weight", None), Tensor) and "weight" not in module._parameters
 
 
 def weight_of(module: nn.Module) -> Tensor:

@@ -112,7 +112,8 @@ class FactoredConv2d(FactoredModule):
         """The ``nn.Conv2d`` that computes the same."""
         bias = bias_of(self.last)
         weight = self.weight_from_children().detach()
-        dense = nn.Conv2d(
+        dense: nn.Conv2d = nn.utils.skip_init(  # type: ignore[no-untyped-call]
+            nn.Conv2d,
             self.in_channels,
             self.out_channels,
             self.kernel_size,
@@ -122,8 +123,8 @@ class FactoredConv2d(FactoredModule):
             1,
             bias is not None,
             self.padding_mode,
-            weight.device,
-            weight.dtype,
+            device=weight.device,
+            dtype=weight.dtype,
         )
         with torch.no_grad():
             dense.weight.copy_(weight)

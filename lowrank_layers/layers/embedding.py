@@ -168,7 +168,8 @@ class LowRankEmbedding(FactoredModule):
     def to_dense(self) -> nn.Embedding:
         """The ``nn.Embedding`` that computes the same."""
         down = self.down
-        dense = nn.Embedding(
+        dense: nn.Embedding = nn.utils.skip_init(  # type: ignore[no-untyped-call]
+            nn.Embedding,
             self.num_embeddings,
             self.embedding_dim,
             down.padding_idx,

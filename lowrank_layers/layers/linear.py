@@ -115,7 +115,10 @@ class LowRankLinear(FactoredModule):
     def to_dense(self) -> nn.Linear:
         """The ``nn.Linear`` that computes the same."""
         up = self.up
-        dense = nn.Linear(self.in_features, self.out_features, up.bias is not None, up.weight.device, up.weight.dtype)
+        settings = {"bias": up.bias is not None, "device": up.weight.device, "dtype": up.weight.dtype}
+        dense: nn.Linear = nn.utils.skip_init(  # type: ignore[no-untyped-call]
+            nn.Linear, self.in_features, self.out_features, **settings
+        )
         with torch.no_grad():
             dense.weight.copy_(up.weight @ self.down.weight)
             if up.bias is not None:

@@ -125,10 +125,11 @@ class TuckerConv2d(FactoredConv2d):
 
     def factors(self) -> Tucker:
         """The kernel ``[out, in, kh, kw]`` as a Tucker value with orthonormal factors."""
-        expand = torch.linalg.qr(self.expand.weight.detach().flatten(1))
-        reduce = torch.linalg.qr(self.reduce.weight.detach().flatten(1).mT)
-        core = mode_product(mode_product(self.core.weight.detach(), expand.R, 0), reduce.R, 1)
-        return Tucker(core, (expand.Q, reduce.Q, None, None))
+        dtype = self.core.weight.dtype
+        expand = torch.linalg.qr(self.expand.weight.detach().double().flatten(1))
+        reduce = torch.linalg.qr(self.reduce.weight.detach().double().flatten(1).mT)
+        core = mode_product(mode_product(self.core.weight.detach().double(), expand.R, 0), reduce.R, 1)
+        return Tucker(core.to(dtype), (expand.Q.to(dtype), reduce.Q.to(dtype), None, None))
 
 
 def tucker_limits(shape: Sequence[int]) -> tuple[int, int]:

@@ -38,7 +38,7 @@ def check_tensor(tensor: Tensor, who: str, *, ndim: int | None = None) -> Tensor
             " (to_empty, then load_state_dict)."
         )
     tensor = tensor.detach()
-    if not bool(torch.isfinite(tensor).all()):
+    if not bool(torch.isfinite(tensor if tensor.element_size() > 1 else tensor.float()).all()):
         raise LowRankError(f"{who}: got NaN or Inf entries; find the step that produced them before factorizing.")
     return tensor
 

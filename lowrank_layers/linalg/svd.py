@@ -24,12 +24,14 @@ def gram_svd(matrix: Tensor, rank: int) -> Triplet:
         return vh.mT, s, u.mT
     wide = matrix.double()
     u = leading_eigenvectors(wide @ wide.mT, rank)
-    # S V^T = U^T A has orthogonal rows; taking their norms keeps small values accurate
+    # S V^T = U^T A: the norms of its rows are accurate where the square roots of eigenvalues are not
     rows = u.mT @ wide
-    s = torch.linalg.vector_norm(rows, dim=1)
-    order = s.argsort(descending=True)
-    u, s, rows = u[:, order], s[order], rows[order]
-    vh = _orthonormal_rows(rows, s)
+    order = torch.linalg.vector_norm(rows, dim=1).argsort(descending=True)
+    u, rows = u[:, order], rows[order]
+    # rows of tiny norm have lost their orthogonality: QR mends them, and completes the basis where they vanish
+    q, r = torch.linalg.qr(rows.mT)
+    s = r.diagonal().abs()
+    vh = (q * torch.where(r.diagonal() < 0, -1.0, 1.0)).mT
     return u.to(matrix.dtype), s.to(matrix.dtype), vh.to(matrix.dtype)
 
 
@@ -61,16 +63,3 @@ def leading_eigenvectors(gram: Tensor, rank: int) -> Tensor:
     """The eigenvectors of the ``rank`` largest eigenvalues of a symmetric matrix, largest first, in fp64."""
     vectors: Tensor = torch.linalg.eigh(gram.double()).eigenvectors
     return vectors.flip(1)[:, :rank]
-
-
-def _orthonormal_rows(rows: Tensor, norms: Tensor) -> Tensor:
-    """Rows over their norms; those that are zero up to rounding become any orthonormal completion."""
-    null = norms <= norms[0] * 1e-12
-    if not bool(null.any()):
-        return rows / norms[:, None]
-    kept = rows[~null] / norms[~null, None]
-    generator = torch.Generator().manual_seed(0)
-    filler = torch.randn(int(null.sum()), rows.shape[1], generator=generator, dtype=rows.dtype).to(rows.device)
-    filler = filler - (filler @ kept.mT) @ kept
-    filler = filler - (filler @ kept.mT) @ kept
-    return torch.cat([kept, torch.linalg.qr(filler.mT).Q.mT])

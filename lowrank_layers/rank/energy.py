@@ -2,8 +2,6 @@
 
 from dataclasses import dataclass
 
-import torch
-
 from .rule import Spectrum, check_fraction
 
 
@@ -26,12 +24,8 @@ class Energy:
 
     def __call__(self, spectrum: Spectrum) -> int:
         """The rank to use."""
-        energy = spectrum.require_values(self).square()
-        # summed from the small end: tail[r] is what rank r loses
-        tail = energy.flip(0).cumsum(0).flip(0)
-        lost = torch.cat([tail, tail.new_zeros(1)])
-        enough = lost <= (1 - self.fraction) * tail[0]
-        return max(1, int(enough.nonzero()[0]))
+        kept = spectrum.require_values(self).square().cumsum(0)
+        return int((kept < self.fraction * kept[-1]).sum()) + 1
 
 
 @dataclass(frozen=True)
@@ -53,4 +47,7 @@ class RelativeError:
 
     def __call__(self, spectrum: Spectrum) -> int:
         """The rank to use."""
-        return Energy(1 - self.bound**2)(spectrum)
+        energy = spectrum.require_values(self).square()
+        # summed from the small end, which loses nothing: tail[r] is the squared error of rank r
+        tail = energy.flip(0).cumsum(0).flip(0)
+        return max(1, int((tail > self.bound**2 * tail[0]).sum()))

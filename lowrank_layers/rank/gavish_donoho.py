@@ -23,5 +23,5 @@ class GavishDonoho:
         """The rank to use."""
         values = spectrum.require_values(self)
         b = min(spectrum.shape) / max(spectrum.shape)
-        threshold = (0.56 * b**3 - 0.95 * b**2 + 1.82 * b + 1.43) * values.median()
+        threshold = (0.56 * b**3 - 0.95 * b**2 + 1.82 * b + 1.43) * values.quantile(0.5)
         return max(1, int((values > threshold).sum()))

@@ -221,7 +221,7 @@ LAYERS = [
         small=2,
         excess=1000,
         matrix=lambda weight: weight,
-        smoke=("plain", "padding_idx"),
+        smoke=("plain", "padding_idx", "max_norm"),
     ),
 ]
 
