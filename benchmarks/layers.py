@@ -158,7 +158,8 @@ def run(args: argparse.Namespace) -> str:
             "Each layer in the faster of its two memory formats; speed-up over `nn.Conv2d` in its faster one.",
             conv_table,
             "## LowRankLinear",
-            "Speed-up over `nn.Linear`; in brackets the ideal, the ratio of weight bytes (and MACs).",
+            "Speed-up over `nn.Linear`; in brackets the ideal, the ratio of weight bytes (and MACs). Calls repeat with"
+            " the same weights: factors that fit into a cache that the dense weight overflows beat the ideal.",
             linear_table,
         ]
     )
