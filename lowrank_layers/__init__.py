@@ -1,6 +1,6 @@
 """Makes the big matrices of a PyTorch network low-rank wherever they live."""
 
-from .calibrate import Calibration, LayerStats, SampledCrossEntropy, Statistics, calibrate
+from .calibrate import Calibration, SampledCrossEntropy, calibrate
 from .checkpoint import load, save
 from .compress import (
     METHODS,
@@ -29,6 +29,7 @@ from .layers import (
     TuckerConv2d,
     layer_cost,
 )
+from .moments import LayerStats, Statistics
 from .rank import (
     EVBMF,
     Elbow,

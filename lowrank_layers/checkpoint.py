@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from .compress.spec import describe
 from .errors import CheckpointError, LowRankError
+from .files import replacing
 from .layers import FACTORED_LAYERS, FactoredModule, is_factored
 from .surgery import replace_
 from .walk import check_model, module_aliases, own_layers
@@ -61,13 +61,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     body = {"version": VERSION, "layers": _layers(model), "shared": shared}
     if not path.parent.is_dir():
         raise CheckpointError(f"save: the folder {path.parent} does not exist.")
-    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
-        temporary = Path(file.name)
-    try:
+    with replacing(path) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt", KEY: json.dumps(body)})
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def load(path: str | os.PathLike[str], into: nn.Module) -> nn.Module:

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import nn
 
-from .calibrate import Statistics
 from .compress.methods import Regression
 from .compress.plan import Plan
 from .errors import LowRankError, MissingExtraError
+from .moments import Statistics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..calibrate import LayerStats, Statistics, calibrate, quiet_eval
+from ..calibrate import calibrate, quiet_eval
 from ..errors import LowRankError
 from ..layers import FactoredModule, bias_of, is_factored, weight_of
 from ..linalg import check_tensor
+from ..moments import LayerStats, Statistics
 from ..surgery import reasons_to_stay, remap_optimizer_, replace_
 from ..walk import check_model, own_layers
 from .methods import METHODS, Regression

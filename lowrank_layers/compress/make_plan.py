@@ -7,10 +7,10 @@ from typing import Any, Literal
 
 from torch import nn
 
-from ..calibrate import LayerStats, Statistics
 from ..cost import Cost
 from ..errors import BudgetError, LowRankError
 from ..layers import bias_of, is_derived, is_factored, weight_of
+from ..moments import LayerStats, Statistics
 from ..rank import Rank, check_rank
 from ..surgery import Selector, reasons_to_stay, select
 from ..walk import check_model, own_layers

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import nn
 
 from ..cost import Cost
 from ..errors import LowRankError
+from ..files import replacing
 from ..layers import FactoredModule, is_factored, layer_cost
 from ..walk import check_model, own_layers
 from .methods import METHODS, Method
@@ -193,10 +193,10 @@ class Plan:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes JSON; under a temporary name first, so that no reader ever sees half a file."""
-        path = Path(path)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False, encoding="utf-8") as file:
-            file.write(self.to_json())
-        os.replace(file.name, path)
+        if not Path(path).parent.is_dir():
+            raise LowRankError(f"Plan.save: the folder {Path(path).parent} does not exist.")
+        with replacing(path) as temporary:
+            temporary.write_text(self.to_json(), encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Plan:

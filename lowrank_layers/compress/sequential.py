@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..calibrate import LayerStats, Moments, forward, input_rows, layer_input, quiet_eval
+from ..calibrate import forward, layer_input, quiet_eval
 from ..errors import LowRankError
+from ..moments import LayerStats, Moments, input_rows
 
 
 class _Reached(Exception):

@@ -8,9 +8,9 @@ from typing import Any, ClassVar, Protocol
 
 from torch import nn
 
-from ...calibrate import LayerStats
 from ...cost import Cost
 from ...layers import FactoredModule, bias_of, layer_cost
+from ...moments import LayerStats
 
 
 @dataclass(frozen=True)

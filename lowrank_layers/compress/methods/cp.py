@@ -9,13 +9,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ...calibrate import LayerStats
 from ...decompose import cp
 from ...factors import CP
 from ...layers import CPConv2d, FactoredModule
 from ...layers.base import fill
 from ...layers.cp import choose_cp_rank, cp_limit
 from ...linalg import khatri_rao
+from ...moments import LayerStats
 from .base import Option, affine, factored_cost, has_bias, matches_type, repeated_cost
 from .regression import Regression
 from .weighting import weighted_kernel

@@ -20,10 +20,10 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from ...calibrate import LayerStats
 from ...errors import LowRankError
 from ...layers import bias_of, weight_of
 from ...linalg import Root, check_tensor, damp, exact_svd, gram_svd, psd_root
+from ...moments import LayerStats
 
 INPUT_DAMPING = 1e-3
 """Ridge on the inputs, relative to their mean variance; it pulls towards the dense weight."""

@@ -8,10 +8,10 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from ...calibrate import LayerStats
 from ...layers import FactoredModule, LowRankConv2d, LowRankEmbedding, LowRankLinear
 from ...layers.base import fill
 from ...layers.linear import pair_spectrum
+from ...moments import LayerStats
 from ...rank import choose_rank
 from .base import Option, affine, factored_cost, has_bias, matches_type, repeated_cost
 from .regression import Regression

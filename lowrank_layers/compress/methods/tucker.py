@@ -11,12 +11,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ...calibrate import LayerStats
 from ...cost import Cost
 from ...layers import FactoredModule, TuckerConv2d
 from ...layers.base import fill
 from ...layers.tucker import choose_tucker_rank, tucker_limits
 from ...linalg import exact_svd, leading_eigenvectors, mode_product, unfold
+from ...moments import LayerStats
 from .base import Option, factored_cost, has_bias, matches_type, repeated_cost
 from .regression import Regression
 from .weighting import weighted_kernel
