@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .errors import LowRankError
-from .layers import is_factored, layer_cost, weight_of
+from .layers import is_derived, is_factored, layer_cost, weight_of
 from .moments import LayerStats, Moments, Statistics, input_rows
 from .walk import check_model, own_layers
 
@@ -108,7 +108,7 @@ def calibrate(
                     output, target = forward(model, batch, with_target=loss is not None)
                     if loss is not None:
                         # the hooks on the outputs do the work; autograd.grad leaves .grad alone
-                        torch.autograd.grad(loss(output, target), weights, allow_unused=True)
+                        torch.autograd.grad(_check_loss(loss(output, target)), weights, allow_unused=True)
         finally:
             for weight, flag in zip(weights, trainable, strict=True):
                 weight.requires_grad_(flag)
@@ -150,7 +150,7 @@ class Calibration:
         for name, module in own_layers(self._model):
             if name in calibrated:
                 self._hooks.append(module.register_forward_hook(self._watch(name), with_kwargs=True))
-            elif isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+            elif isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)) and not is_factored(module):
                 self._hooks.append(module.register_forward_hook(self._count_macs, with_kwargs=True))
         return self._stats
 
@@ -176,10 +176,10 @@ class Calibration:
         self._batch = len(first) if first is not None and first.ndim else 1
         self._stats.samples += self._batch
 
-    def _count_macs(self, conv: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _: Any) -> None:
+    def _count_macs(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _: Any) -> None:
         x = layer_input(args, kwargs)
-        shape = tuple(x.shape[-1 - len(conv.kernel_size) :])  # type: ignore[arg-type]
-        self._other_macs += layer_cost(conv, shape).macs * (x.numel() // math.prod(shape))
+        shape = tuple(x.shape[-1 - len(getattr(module, "kernel_size", ())) :])
+        self._other_macs += layer_cost(module, shape).macs * (x.numel() // math.prod(shape))
 
     def _watch(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -220,6 +220,15 @@ class Calibration:
         return hook
 
 
+def _check_loss(value: object) -> Tensor:
+    if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
+        got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise LowRankError(
+            f"calibrate: the loss returned {got}, expected a scalar tensor that depends on the model's output."
+        )
+    return value
+
+
 def layer_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """The one tensor that a layer was called with."""
     x = args[0] if args else kwargs["input"]
@@ -257,4 +266,4 @@ def quiet_eval(model: nn.Module) -> Iterator[None]:
 
 def _calibrated_layers(model: nn.Module) -> list[tuple[str, Any]]:
     layers = [(n, m) for n, m in own_layers(model) if isinstance(m, CALIBRATED) and not is_factored(m)]
-    return [(n, m) for n, m in layers if not (isinstance(m, nn.Conv2d) and m.groups != 1)]
+    return [(n, m) for n, m in layers if getattr(m, "groups", 1) == 1 and not is_derived(m)]

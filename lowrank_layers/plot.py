@@ -6,7 +6,6 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from torch import nn
 
 from .compress.methods import Regression
@@ -45,9 +44,11 @@ def spectra(model: nn.Module, plan: Plan, stats: Statistics | None = None, *, ax
     axes = ax if ax is not None else panels(1)[0]
     for k, entry in enumerate(plan):
         tails = Regression.of(model.get_submodule(entry.name), None if stats is None else stats[entry.name]).tails()
-        lost = (tails / tails[0]).clamp_min(1e-6).sqrt().cpu().numpy()
+        lost = (tails / tails[0]).clamp_min(1e-6).sqrt().tolist()
         colour = _COLOURS[k % len(_COLOURS)]
-        axes.plot(np.arange(len(lost)) / (len(lost) - 1), lost, color=colour, label=_label(entry.name, entry.rank))
+        axes.plot(
+            [r / (len(lost) - 1) for r in range(len(lost))], lost, color=colour, label=_label(entry.name, entry.rank)
+        )
         rank = max(entry.rank) if isinstance(entry.rank, tuple) else entry.rank
         if rank is not None and rank < len(lost):
             axes.plot(rank / (len(lost) - 1), lost[rank], "o", color=colour)

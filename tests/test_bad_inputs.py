@@ -228,6 +228,9 @@ ON_A_MODEL = {
         lambda m: lr.calibrate(m, DATA, loss=lambda out, y: lr.SampledCrossEntropy()(out.sum(), y)),
         "2 dimensions",
     ),
+    "a loss that is a float": (lambda m: lr.calibrate(m, DATA, loss=lambda out, y: 1.0), "returned float"),
+    "a loss that is no scalar": (lambda m: lr.calibrate(m, DATA, loss=lambda out, y: out), "shape (16, 5)"),
+    "a detached loss": (lambda m: lr.calibrate(m, DATA, loss=lambda out, y: out.detach().sum()), "depends on"),
     "sample labels of no logits": (
         lambda m: lr.calibrate(m, DATA, loss=lambda out, y: lr.SampledCrossEntropy()({"a": out}, y)),
         "logits",

@@ -134,6 +134,13 @@ def test_a_dict_batch_and_a_shared_layer():
     assert stats["layer"].gradients is not None
 
 
+def test_layers_with_computed_weights_are_passed_over_but_counted():
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(6, 5)), nn.Linear(5, 4))
+    stats = lr.calibrate(model, [torch.randn(8, 6)], loss=lr.SampledCrossEntropy())
+    assert set(stats) == {"1"}
+    assert stats.other_macs == 30
+
+
 def test_every_convolution_is_counted():
     """2 * MACs is what torch's own counter says, grouped and 1-d convolutions included."""
     model = nn.Sequential(
