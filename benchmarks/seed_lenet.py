@@ -69,6 +69,13 @@ def main() -> None:
         table.append(row)
     head = ("budget", "parameters", "published", "ours, one shot", "ours", "bar", "plan")
     report.append(f"## Ours: make_plan(budget), then factorize_ with data, defaults\n\n{markdown_table(head, table)}\n")
+
+    table = []
+    for units in ("absolute", "relative", "balanced"):
+        plans = [lr.make_plan(dense, lr.Budget(params=size), stats=stats, units=units) for size in BARS]
+        models = [lr.factorize_(copy.deepcopy(dense), plan, stats=stats, data=batches) for plan in plans]
+        table.append((units, *(f"{measure(model)[1]:.2f}" for model in models)))
+    report.append(f"## How losses of layers compare\n\n{markdown_table(('units', *map(str, BARS)), table)}\n")
     report.append("All reproduced, all bars met." if not failed else "Not met: " + "; ".join(failed))
     text = "\n".join(report)
     print(text)
