@@ -44,8 +44,10 @@ def make_plan(
     ``units`` says how the estimates of different layers compare. ``"absolute"`` takes them as they are: right where
     the quadratic estimate can be trusted. ``"relative"`` divides by the layer's total, as whitening methods do: a
     guard against estimates that are off by a factor. The default, ``"balanced"``, divides by the square root of the
-    total, halfway between in the logarithm. ``benchmarks/results/resnet_cifar_*.md`` has the table from which it was
-    taken.
+    total, halfway between in the logarithm. The reason is measured (``benchmarks/results``): on ResNet-20 with channel
+    SVD alone the three give 87.86 / 87.75 / 88.04 % at half the parameters and 74.66 / 75.89 / 76.34 % at 30 %, so the
+    middle is the best of both; with all methods (91.24 / 91.18 / 91.19 and 88.82 / 88.93 / 88.83 %) and on LeNet they
+    are within 0.2 points.
 
     Args:
         model: a trained model; it is not changed.
