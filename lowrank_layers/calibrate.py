@@ -28,7 +28,8 @@ class SampledCrossEntropy:
 
     No labels are needed. At temperature 1 a network that fits its training data is so sure of itself that the
     sampled gradients vanish for almost every sample; a softened prediction keeps them alive. ResNet-20 at half the
-    parameters, channel SVD: 85.38 % at temperature 1, 88.04 % at 4; at 30 %: 73.48 and 76.34 % (``benchmarks/results``).
+    parameters, channel SVD: 85.38 % at temperature 1, 88.04 % at 4; at 30 %: 73.48 and 76.34 %
+    (``benchmarks/results``).
 
     Args:
         temperature: divides the logits.
