@@ -14,6 +14,8 @@ from pathlib import Path
 
 import torch
 
+from lowrank_layers.files import replacing
+
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -62,7 +64,6 @@ def write_result(args: argparse.Namespace, theme: str, text: str) -> Path:
     args.out.mkdir(parents=True, exist_ok=True)
     hardware = "cpu" if args.device == "cpu" else torch.cuda.get_device_name().lower().replace(" ", "-")
     path = args.out / f"{theme}_{hardware}_{datetime.date.today():%Y%m}.md"
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text.rstrip() + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        temporary.write_text(text.rstrip() + "\n", encoding="utf-8")
     return path

@@ -13,12 +13,21 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .errors import LowRankError
-from .layers import is_derived, is_factored, layer_cost, weight_of
-from .moments import LayerStats, Moments, Statistics, input_rows
+from .layers import (
+    ConvNd,
+    LowRankTransposedLinear,
+    is_derived,
+    is_factored,
+    is_table,
+    layer_cost,
+    linear_shape,
+    weight_of,
+)
+from .moments import LayerStats, Moments, Statistics, input_rows, output_rows
 from .walk import check_model, own_layers
 
-CALIBRATED = (nn.Linear, nn.Conv2d, nn.Embedding)
-"""Layers whose moments are taken."""
+CALIBRATED = (nn.Linear, ConvNd, nn.Embedding, nn.EmbeddingBag)
+"""Layers whose moments are taken; so are those of transformers' ``Conv1D``."""
 
 Loss = Callable[[Any, Any], Tensor]
 
@@ -68,7 +77,7 @@ class SampledCrossEntropy:
 def calibrate(
     model: nn.Module, batches: Iterable[Any], loss: Loss | None = None, *, progress: bool = False
 ) -> Statistics:
-    """Second moments of the inputs, and of the output gradients, of every Linear, Conv2d and Embedding.
+    """Second moments of the inputs, and of the output gradients, of every linear layer, convolution and table.
 
     Runs the model in eval mode on its own device; hooks are always removed, the train / eval flags,
     ``requires_grad`` and ``.grad`` are left as they were.
@@ -151,7 +160,7 @@ class Calibration:
         for name, module in own_layers(self._model):
             if name in calibrated:
                 self._hooks.append(module.register_forward_hook(self._watch(name), with_kwargs=True))
-            elif isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)) and not is_factored(module):
+            elif isinstance(module, (nn.Linear, ConvNd)) and not is_factored(module):
                 self._hooks.append(module.register_forward_hook(self._count_macs, with_kwargs=True))
         return self._stats
 
@@ -185,36 +194,30 @@ class Calibration:
     def _watch(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             x = layer_input(args, kwargs).detach()
-            batched = x if x.ndim > (3 if isinstance(module, nn.Conv2d) else 1) else x[None]
+            batched = as_batch(module, x)
             stats = self._stats.layers.get(name)
             if stats is None:
-                weight = weight_of(module)
-                table = isinstance(module, nn.Embedding)
-                size = len(weight) if table else weight[0].numel()
-                moments = Moments.zeros(size, weight.device, diagonal=table)
+                groups, _, size = linear_shape(module)
+                moments = Moments.zeros(size, weight_of(module).device, groups=groups, diagonal=is_table(module))
                 stats = self._stats.layers[name] = LayerStats(moments, input_shape=tuple(batched.shape[1:]))
                 self._lengths[name] = 0
             self._lengths[name] += len(batched)
-            if isinstance(module, nn.Embedding):
+            if is_table(module):
                 stats.inputs.update_counts(batched)
             else:
                 for rows in input_rows(module, batched):
                     stats.inputs.update(rows)
             if isinstance(output, Tensor) and output.requires_grad:
-                output.register_hook(  # type: ignore[no-untyped-call]
-                    self._watch_gradient(name, module, self._batch)
-                )
+                output.register_hook(self._watch_gradient(name, module, self._batch))
 
         return hook
 
     def _watch_gradient(self, name: str, module: nn.Module, samples: int) -> Callable[[Tensor], None]:
         def hook(gradient: Tensor) -> None:
-            rows = gradient.detach().float() if gradient.dtype != torch.float64 else gradient.detach()
-            if isinstance(module, nn.Conv2d):
-                rows = rows.movedim(-3, -1)
-            rows = rows.flatten(0, -2) if rows.ndim > 1 else rows[None]
+            rows = output_rows(module, gradient.detach())
             if name not in self._gradients:
-                self._gradients[name] = Moments.zeros(rows.shape[-1], rows.device)
+                groups = rows.shape[0] if rows.ndim == 3 else 1
+                self._gradients[name] = Moments.zeros(rows.shape[-1], rows.device, groups=groups)
             # the loss is a mean over the batch; the moment is that of one sample's loss
             self._gradients[name].update(rows * samples)
 
@@ -265,6 +268,14 @@ def quiet_eval(model: nn.Module) -> Iterator[None]:
             module.training = flag
 
 
+def as_batch(module: nn.Module, x: Tensor) -> Tensor:
+    """The input with a batch dimension, which torch's layers do without."""
+    return x if x.ndim > 1 + (len(module.kernel_size) if isinstance(module, ConvNd) else 0) else x[None]
+
+
 def _calibrated_layers(model: nn.Module) -> list[tuple[str, Any]]:
-    layers = [(n, m) for n, m in own_layers(model) if isinstance(m, CALIBRATED) and not is_factored(m)]
-    return [(n, m) for n, m in layers if getattr(m, "groups", 1) == 1 and not is_derived(m)]
+    def fits(module: nn.Module) -> bool:
+        known = isinstance(module, CALIBRATED) or LowRankTransposedLinear.stands_for(module)
+        return known and not is_derived(module)
+
+    return [(name, module) for name, module in own_layers(model) if fits(module)]

@@ -104,7 +104,8 @@ def _layers(model: nn.Module) -> dict[str, Any]:
             layers[name] = {
                 "type": type(module).__name__,
                 "rank": module.rank,
-                "bias": getattr(module.last, "bias", None) is not None,
+                "bias": module.bias is not None,
+                "form": module.form,
                 "dense": describe(module.dense_twin()),
             }
     return layers
@@ -159,20 +160,20 @@ def _build(model: nn.Module, layers: dict[str, Any], path: object) -> dict[str, 
             raise CheckpointError(f"{path}: has a layer {name!r}, but the model has not; it is for another model.")
         try:
             kind = FACTORED_LAYERS[wanted["type"]]
-            rank, bias, dense = wanted["rank"], wanted["bias"], wanted["dense"]
-        except (KeyError, TypeError):
+            rank, bias, dense, form = wanted["rank"], wanted["bias"], wanted["dense"], dict(wanted.get("form", {}))
+        except (KeyError, TypeError, ValueError):
             raise CheckpointError(f"{path}: {name!r}: its description {wanted!r} is damaged or newer.") from None
         rank = tuple(rank) if isinstance(rank, list) else rank
         if is_factored(module):
-            if type(module) is not kind or module.rank != rank:
+            if type(module) is not kind or (module.rank, module.form) != (rank, form):
                 raise CheckpointError(
                     f"{path}: {name!r} is {wanted['type']} of rank {rank}, but the model has {type(module).__name__}"
                     f" of rank {module.rank}; load into the dense model."
                 )
             continue
-        if type(module) is not kind.dense_type:
+        if not kind.stands_for(module):
             raise CheckpointError(
-                f"{path}: {name!r} replaces a {kind.dense_type.__name__}, but the model has a"
+                f"{path}: {name!r} replaces {kind.dense_name()}, but the model has a"
                 f" {type(module).__name__}; it is for another model."
             )
         ours = describe(module)
@@ -181,7 +182,7 @@ def _build(model: nn.Module, layers: dict[str, Any], path: object) -> dict[str, 
             text = ", ".join(f"{k} {saved!r} (the model: {own!r})" for k, (saved, own) in different.items())
             raise CheckpointError(f"{path}: {name!r} was saved with {text}; it is for another model.")
         try:
-            built[name] = kind.like(module, rank=rank, bias=bias)
+            built[name] = kind.like(module, rank=rank, bias=bias, **form)
         except (LowRankError, TypeError, ValueError) as error:
             raise CheckpointError(f"{path}: {name!r}: {error}") from None
     return built

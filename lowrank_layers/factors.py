@@ -208,6 +208,45 @@ class CP:
         return _relative_error(self, dense)
 
 
+@dataclass(frozen=True)
+class Blocks:
+    """The groups of a convolution, each with a factorization of its own, stacked along the first mode.
+
+    Args:
+        parts: one factorization a group, all of one shape.
+
+    Examples:
+        >>> f = lr.LowRankConv1d(8, 6, 3, groups=2, rank=2).factors()
+        >>> f.shape, f.rank, f.parts[0].shape
+        ((6, 12), 2, (3, 12))
+    """
+
+    parts: tuple[SVD | Tucker | CP, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the dense tensor."""
+        first, *rest = self.parts[0].shape
+        return first * len(self.parts), *rest
+
+    @property
+    def rank(self) -> int | tuple[int, ...]:
+        """The rank that all groups have."""
+        return self.parts[0].rank
+
+    def numel(self) -> int:
+        """Numbers stored."""
+        return sum(part.numel() for part in self.parts)
+
+    def to_dense(self) -> Tensor:
+        """The groups, one below the other."""
+        return torch.cat([part.to_dense() for part in self.parts])
+
+    def relative_error(self, dense: Tensor) -> float:
+        """``||dense - self|| / ||dense||`` in the Frobenius norm."""
+        return _relative_error(self, dense)
+
+
 def _check_truncation(rank: int) -> None:
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
         raise LowRankError(f"truncate: got rank {rank!r}, expected an integer of at least 1.")

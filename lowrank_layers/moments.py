@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .layers import ConvNd
 
 _CHUNK = 2**24
 """Most patch entries formed at once (64 MiB in fp32)."""
@@ -18,8 +21,8 @@ class Moments:
     """Running mean and second moment of rows, in fp64.
 
     Args:
-        mean: ``[n]``.
-        second: ``E[x x^T]``, ``[n, n]``; its diagonal ``[n]`` for one-hot rows (embeddings).
+        mean: ``[n]``, or ``[groups, n]``.
+        second: ``E[x x^T]``, ``[n, n]`` (``[groups, n, n]``); its diagonal ``[n]`` for one-hot rows (embeddings).
         rows: how many rows went in.
     """
 
@@ -28,15 +31,15 @@ class Moments:
     rows: int = 0
 
     @classmethod
-    def zeros(cls, n: int, device: torch.device, *, diagonal: bool = False) -> Moments:
+    def zeros(cls, n: int, device: torch.device, *, groups: int = 1, diagonal: bool = False) -> Moments:
         """Nothing seen yet."""
         device = torch.device("cpu") if device.type == "mps" else device  # mps has no fp64
-        mean = torch.zeros(n, dtype=torch.float64, device=device)
-        return cls(mean, mean.clone() if diagonal else mean.new_zeros(n, n))
+        mean = torch.zeros((n,) if groups == 1 else (groups, n), dtype=torch.float64, device=device)
+        return cls(mean, mean.clone() if diagonal else mean.new_zeros(*mean.shape, n))
 
     def update(self, rows: Tensor) -> None:
-        """Takes in ``[count, n]``: products in the precision of the data, sums in fp64."""
-        self._add(rows.sum(0), rows.mT @ rows, len(rows))
+        """Takes in ``[count, n]`` (``[groups, count, n]``): products in the precision of the data, sums in fp64."""
+        self._add(rows.sum(-2), rows.mT @ rows, rows.shape[-2])
 
     def update_counts(self, indices: Tensor) -> None:
         """Takes in one-hot rows, given by their index."""
@@ -53,7 +56,13 @@ class Moments:
 
     def covariance(self) -> Tensor:
         """``E[x x^T] - E[x] E[x]^T``; a diagonal stays as it is, since one-hot rows are not centred."""
-        return self.second if self.second.ndim == 1 else self.second - torch.outer(self.mean, self.mean)
+        if self.second.ndim == 1:
+            return self.second
+        return self.second - self.mean[..., :, None] * self.mean[..., None, :]
+
+    def group(self, index: int) -> Moments:
+        """Those of one group."""
+        return self if self.mean.ndim == 1 else Moments(self.mean[index], self.second[index], self.rows)
 
 
 @dataclass
@@ -61,8 +70,8 @@ class LayerStats:
     """What calibration knows of one layer.
 
     Args:
-        inputs: moments of the inputs (a convolution's patches); of the already compressed prefix's, when
-            ``cross`` is there.
+        inputs: moments of the inputs (a convolution's patches, group by group); of those that the already compressed
+            prefix delivers, when ``cross`` is there.
         gradients: ``E[g g^T]`` of the loss's gradients at the output, ``[m, m]``, or ``None``.
         input_shape: shape of one sample's input, without the batch.
         positions: rows a sample of the model, over all calls.
@@ -79,6 +88,15 @@ class LayerStats:
     cross: Tensor | None = None
     target_mean: Tensor | None = None
 
+    def group(self, index: int) -> LayerStats:
+        """Those of one group of a grouped convolution."""
+        if self.inputs.mean.ndim == 1:
+            return self
+        parts = (None if t is None else t[index] for t in (self.gradients, self.cross, self.target_mean))
+        gradients, cross, target_mean = parts
+        inputs = self.inputs.group(index)
+        return replace(self, inputs=inputs, gradients=gradients, cross=cross, target_mean=target_mean)
+
 
 @dataclass
 class Statistics(Mapping[str, LayerStats]):
@@ -88,7 +106,7 @@ class Statistics(Mapping[str, LayerStats]):
         layers: the statistics of every calibrated layer that was called.
         samples: how many samples were seen.
         with_target: whether the last item of a tuple batch is the target.
-        other_macs: MACs a sample of layers that are counted but not calibrated (grouped and 1-d, 3-d convolutions).
+        other_macs: MACs a sample of layers that are counted but not calibrated (those with a computed weight).
     """
 
     layers: dict[str, LayerStats] = field(default_factory=dict)
@@ -107,20 +125,62 @@ class Statistics(Mapping[str, LayerStats]):
 
 
 def input_rows(module: nn.Module, x: Tensor) -> Iterator[Tensor]:
-    """The inputs as rows of the layer's weight matrix: ``[count, in]``, or a convolution's patches, in chunks."""
+    """The inputs as rows of the layer's matrix: a convolution's patches, in chunks.
+
+    Shape:
+        ``[count, in]``; with groups ``[groups, count, in / groups]``.
+    """
     x = x if x.dtype == torch.float64 else x.float()
-    if not isinstance(module, nn.Conv2d):
+    if not isinstance(module, ConvNd):
         yield x.reshape(-1, x.shape[-1])
         return
+    if module.transposed:
+        ones = (1,) * len(module.kernel_size)
+        yield _patches(x, ones, ones, ones, module.groups)
+        return
     x = pad_input(module, x)
-    area = x.shape[-1] * x.shape[-2] // (module.stride[0] * module.stride[1])
-    step = max(1, _CHUNK // max(1, area * module.weight[0].numel()))
+    area = math.prod(x.shape[2:]) // math.prod(module.stride)
+    step = max(1, _CHUNK // max(1, area * module.in_channels * math.prod(module.kernel_size)))
     for chunk in torch.split(x, step):
-        patches = F.unfold(chunk, module.kernel_size, module.dilation, stride=module.stride)
-        yield patches.mT.reshape(-1, patches.shape[1])
+        yield _patches(chunk, module.kernel_size, module.stride, module.dilation, module.groups)
 
 
-def pad_input(conv: nn.Conv2d, x: Tensor) -> Tensor:
+def output_rows(module: nn.Module, y: Tensor) -> Tensor:
+    """The gradients at the output as rows of what the layer's matrix makes: a transposed convolution's patches.
+
+    Shape:
+        ``[count, out]``; with groups ``[groups, count, out / groups]``.
+    """
+    y = y if y.dtype == torch.float64 else y.float()
+    if not isinstance(module, ConvNd):
+        return y.reshape(-1, y.shape[-1])
+    dims = len(module.kernel_size)
+    y = y if y.ndim > dims + 1 else y[None]
+    ones = (1,) * dims
+    if not module.transposed:
+        return _patches(y, ones, ones, ones, module.groups)
+    pads: list[int] = []
+    for axis in range(dims):
+        k, s, d, p = (int(v[axis]) for v in (module.kernel_size, module.stride, module.dilation, module.padding))
+        n = y.shape[2 + axis] + 2 * p
+        whole = (n - d * (k - 1) - 1) // s * s + d * (k - 1) + 1
+        pads = [p, whole - n + p, *pads]
+    return _patches(F.pad(y, pads), module.kernel_size, module.stride, module.dilation, module.groups)
+
+
+def _patches(x: Tensor, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int], groups: int) -> Tensor:
+    """``[N, C, ...]`` as rows of patches, channels slowest, group by group."""
+    dims = len(kernel)
+    for axis, (k, s, d) in enumerate(zip(kernel, stride, dilation, strict=True)):
+        x = x.unfold(2 + axis, d * (k - 1) + 1, s)[..., ::d]
+    x = x.unflatten(1, (groups, -1))  # [N, groups, C / groups, *positions, *k]
+    positions = range(3, 3 + dims)
+    area = math.prod(kernel) * x.shape[2]
+    rows = x.permute(1, 0, *positions, 2, *range(3 + dims, 3 + 2 * dims)).reshape(groups, -1, area)
+    return rows[0] if groups == 1 else rows
+
+
+def pad_input(conv: ConvNd, x: Tensor) -> Tensor:
     """What the convolution sees: its input padded by its own numbers and mode."""
     if isinstance(conv.padding, str):
         totals = [
@@ -128,6 +188,6 @@ def pad_input(conv: nn.Conv2d, x: Tensor) -> Tensor:
         ]
         sides = [(total // 2, total - total // 2) for total in totals]
     else:
-        sides = [(p, p) for p in conv.padding]
+        sides = [(int(p), int(p)) for p in conv.padding]
     mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
-    return F.pad(x, (*sides[1], *sides[0]), mode=mode)
+    return F.pad(x, [n for side in reversed(sides) for n in side], mode=mode)

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from .compress.methods import Regression
+from .compress.methods import regressions
+from .compress.methods.svd import total_tails
 from .compress.plan import Plan
 from .errors import LowRankError, MissingExtraError
 from .moments import Statistics
@@ -43,7 +44,7 @@ def spectra(model: nn.Module, plan: Plan, stats: Statistics | None = None, *, ax
     """
     axes = ax if ax is not None else panels(1)[0]
     for k, entry in enumerate(plan):
-        tails = Regression.of(model.get_submodule(entry.name), None if stats is None else stats[entry.name]).tails()
+        tails = total_tails(regressions(model.get_submodule(entry.name), None if stats is None else stats[entry.name]))
         lost = (tails / tails[0]).clamp_min(1e-6).sqrt().tolist()
         colour = _COLOURS[k % len(_COLOURS)]
         axes.plot(

@@ -3,7 +3,7 @@
 from .budget import Budget
 from .factorize import densify_, factorize_
 from .make_plan import make_plan
-from .methods import METHODS, CPMethod, Method, Option, SVDMethod, TuckerMethod
+from .methods import METHODS, CPMethod, Method, Option, SpatialMethod, SVDMethod, TuckerMethod
 from .plan import Entry, Plan
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "Option",
     "Plan",
     "SVDMethod",
+    "SpatialMethod",
     "TuckerMethod",
     "densify_",
     "factorize_",

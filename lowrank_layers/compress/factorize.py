@@ -12,12 +12,13 @@ from tqdm import tqdm
 
 from ..calibrate import calibrate, quiet_eval
 from ..errors import LowRankError
-from ..layers import FactoredModule, bias_of, is_factored, weight_of
+from ..layers import FactoredModule, bias_of, is_factored, is_table, weight_from_matrices, weight_of
 from ..linalg import check_tensor
 from ..moments import LayerStats, Statistics
 from ..surgery import reasons_to_stay, remap_optimizer_, replace_
 from ..walk import check_model, own_layers
-from .methods import METHODS, Regression
+from .methods import METHODS, regressions
+from .methods.regression import joint_bias
 from .plan import Entry, Plan
 from .sequential import forward_order, paired_stats
 from .spec import describe
@@ -138,7 +139,7 @@ def _in_sequence(
         for name in tqdm(order, desc="factorize", disable=not progress):
             entry, dense = plan[name], model.get_submodule(name)
             layer_stats = stats.get(name)
-            regress = layer_stats is not None and name in calls and not isinstance(dense, nn.Embedding)
+            regress = layer_stats is not None and name in calls and not is_table(dense)
             if regress and changed:
                 assert layer_stats is not None
                 layer_stats = paired_stats(
@@ -158,16 +159,14 @@ def _in_sequence(
 
 def _refit(dense: nn.Module, stats: LayerStats) -> tuple[Tensor, Tensor | None]:
     """The dense layer's best weight and bias on the compressed prefix; without a bias, through the origin."""
-    has_bias = bias_of(dense) is not None
-    problem = Regression.of(dense, stats, centred=has_bias)
-    weight = problem.full
-    return weight, problem.corrected_bias(weight) if has_bias else None
+    problems = regressions(dense, stats, centred=bias_of(dense) is not None)
+    fulls = [problem.full for problem in problems]
+    return weight_from_matrices(dense, torch.stack(fulls)), joint_bias(problems, fulls)
 
 
 @torch.no_grad()
 def _write(layer: nn.Module, weight: Tensor, bias: Tensor | None) -> None:
-    own = weight_of(layer)
-    own.copy_(weight.reshape(own.shape))
+    weight_of(layer).copy_(weight)
     if bias is not None:
         layer.get_parameter("bias").copy_(bias)
 

@@ -9,14 +9,14 @@ from torch import nn
 
 from ..cost import Cost
 from ..errors import BudgetError, LowRankError
-from ..layers import bias_of, is_derived, is_factored, weight_of
+from ..layers import bias_of, is_derived, is_factored, linear_shape, weight_of
 from ..moments import LayerStats, Statistics
 from ..rank import Rank, check_rank
 from ..surgery import Selector, reasons_to_stay, select
 from ..walk import check_model, own_layers
 from .allocate import allocate
 from .budget import Budget, as_budget
-from .methods import METHODS, Method, Option, Regression
+from .methods import METHODS, Method, Option, regressions
 from .methods.base import factored_cost, has_bias, repeated_cost
 from .plan import Entry, Plan, model_cost
 from .spec import describe
@@ -88,7 +88,7 @@ def make_plan(
     if not layers:
         why = (
             "; ".join(f"{name!r}: {reason}" for name, reason in skipped.items())
-            or "it has no Linear, Conv2d or Embedding"
+            or "it has no linear layer, convolution or table"
         )
         raise LowRankError(f"make_plan: nothing to factorize: {why}.")
     total = model_cost(model) + Cost(macs=_model_macs(model, stats))
@@ -98,7 +98,10 @@ def make_plan(
         return Plan(entries, skipped=skipped, total=total, settings={"rank": repr(rank)})
     assert budget is not None
     tables = {name: _options(module, _of(stats, name), chosen) for name, module in layers.items()}
-    energies = {name: Regression.of(module, _of(stats, name)).energy for name, module in layers.items()}
+    energies = {
+        name: sum(problem.energy for problem in regressions(module, _of(stats, name)))
+        for name, module in layers.items()
+    }
     picks = _solve(layers, tables, energies, budget, total, stats, _EXPONENT[units])
     entries = []
     for name, module in layers.items():
@@ -201,9 +204,7 @@ def _candidates(
         elif name in reasons:
             skipped[name] = reasons[name]
         elif not any(method.matches(module) for method in methods):
-            groups = getattr(module, "groups", 1)
-            kind = f"{type(module).__name__} with groups={groups}" if groups != 1 else type(module).__name__
-            skipped[name] = f"no method for {kind}"
+            skipped[name] = _no_method(module)
         elif name == "":
             raise LowRankError(
                 f"the model itself is a {type(module).__name__} and cannot be replaced in place;"
@@ -216,6 +217,19 @@ def _candidates(
         else:
             layers[name] = module
     return layers, skipped
+
+
+def _no_method(module: nn.Module) -> str:
+    kind = type(module).__name__
+    if isinstance(module, nn.RNNBase):
+        return f"no method for {kind}: torch's recurrent kernels take whole matrices"
+    if isinstance(module, nn.EmbeddingBag):
+        return f"no method for {kind} with mode={module.mode!r}"
+    known = {cls.dense_name() for method in METHODS.values() for cls in method.layers}
+    parents = [parent for parent in type(module).__mro__[1:] if f"nn.{parent.__name__}" in known]
+    if parents:
+        return f"no method for {kind}, a subclass of nn.{parents[0].__name__} that may compute something else"
+    return f"no method for {kind}"
 
 
 def _check_methods(methods: Sequence[Method] | None) -> list[Method]:
@@ -237,6 +251,14 @@ def _check_stats(model: nn.Module, stats: Statistics) -> None:
     unknown = [name for name in stats if name not in dict(own_layers(model))]
     if unknown:
         raise LowRankError(f"the statistics know {unknown[0]!r}, which this model has not; calibrate this model.")
+    layers = dict(own_layers(model))
+    for name, each in stats.items():
+        seen, expected = each.inputs.mean.shape[-1], linear_shape(layers[name])[2]
+        if seen != expected:
+            raise LowRankError(
+                f"{name!r}: got statistics of {seen} inputs for a layer of {expected}; calibrate this model, not"
+                " another one."
+            )
 
 
 def _of(stats: Statistics | None, name: str) -> LayerStats | None:

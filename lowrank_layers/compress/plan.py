@@ -17,7 +17,7 @@ from ..errors import LowRankError
 from ..files import replacing
 from ..layers import FactoredModule, is_factored, layer_cost
 from ..walk import check_model, own_layers
-from .methods import METHODS, Method
+from .methods import METHODS, Method, factored_like
 from .spec import Spec, blank, describe
 
 FORMAT = "lowrank_layers.plan"
@@ -56,7 +56,7 @@ class Entry:
     def with_rank(self, method: str, rank: Any) -> Entry:
         """The same layer at another rank."""
         dense = blank(self.layer)
-        meta = METHODS[method].layers[type(dense)].like(dense, rank=rank, bias=self.bias)
+        meta = factored_like(METHODS[method], dense, rank, self.bias)
         cost = layer_cost(meta, self.input_shape)
         after = Cost(cost.params, round(cost.macs * self.repeats), cost.bytes)
         return replace(self, method=method, rank=meta.rank, after=after, error=None)
@@ -133,13 +133,13 @@ class Plan:
             LowRankError: for a layer that is not in the plan, an unknown method or a bad rank; nothing changes.
         """
         entry = self[name]
-        kind = type(blank(entry.layer))
+        dense = blank(entry.layer)
+        fits = [m.name for m in METHODS.values() if m.matches(dense)]
         if method is None:
-            fits = [m.name for m in METHODS.values() if kind in m.layers]
             method = entry.method if entry.method != "dense" else fits[0]
-        if method not in METHODS or kind not in METHODS[method].layers:
-            fits = [m.name for m in METHODS.values() if kind in m.layers]
-            raise LowRankError(f"{name!r}: got method {method!r}, expected one of {fits} for a {kind.__name__}.")
+        if method not in fits:
+            kind = entry.layer["type"]
+            raise LowRankError(f"{name!r}: got method {method!r}, expected one of {fits} for this {kind}.")
         self._entries[name] = entry.with_rank(method, rank)
         return self
 
@@ -172,7 +172,7 @@ class Plan:
                 continue
             assert isinstance(module, FactoredModule)
             dense = module.dense_twin()
-            method = method_of(module, dense)
+            method = method_of(module)
             before, after = layer_cost(dense), layer_cost(module)
             saved += before - after
             bias = getattr(module.last, "bias", None) is not None
@@ -275,12 +275,12 @@ class Plan:
         return f"Plan({factored} of {len(self)} layers factored, {sizes})"
 
 
-def method_of(module: FactoredModule, dense: nn.Module) -> Method:
+def method_of(module: FactoredModule) -> Method:
     """The method whose layer this is."""
     for method in METHODS.values():
-        if method.layers.get(type(dense)) is type(module):
+        if type(module) in method.layers and module.form == method.form:
             return method
-    raise LowRankError(f"no method builds a {type(module).__name__} from a {type(dense).__name__}.")
+    raise LowRankError(f"no method builds a {type(module).__name__}{module.form or ''}.")
 
 
 def model_cost(model: nn.Module) -> Cost:

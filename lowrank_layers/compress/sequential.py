@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..calibrate import forward, layer_input, quiet_eval
+from ..calibrate import as_batch, forward, layer_input, quiet_eval
 from ..errors import LowRankError
-from ..moments import LayerStats, Moments, input_rows
+from ..moments import LayerStats, input_rows
 
 
 class _Reached(Exception):
@@ -54,7 +54,7 @@ def paired_stats(
     paired), the statistics come back as they were.
     """
     layer = dense.get_submodule(name)
-    inputs = Moments.zeros(len(stats.inputs.mean), stats.inputs.mean.device)
+    inputs = replace(stats.inputs, mean=stats.inputs.mean * 0, second=stats.inputs.second * 0, rows=0)
     target_mean = torch.zeros_like(inputs.mean)
     cross = torch.zeros_like(inputs.second)
     for batch in batches:
@@ -65,12 +65,12 @@ def paired_stats(
         for x, x_dense in zip(ours, theirs, strict=True):
             for rows, rows_dense in zip(input_rows(layer, x), input_rows(layer, x_dense), strict=True):
                 inputs.update(rows)
-                weight = len(rows) / inputs.rows
-                target_mean.lerp_(rows_dense.mean(0).to(target_mean), weight)
-                cross.lerp_((rows_dense.mT @ rows).to(cross) / len(rows), weight)
+                count = rows.shape[-2]
+                target_mean.lerp_(rows_dense.mean(-2).to(target_mean), count / inputs.rows)
+                cross.lerp_((rows_dense.mT @ rows).to(cross) / count, count / inputs.rows)
     if not bool(torch.isfinite(cross).all() & torch.isfinite(inputs.second).all()):
         raise LowRankError(f"{name!r}: got NaN or Inf in its inputs; look at the batches in data.")
-    cross = cross - torch.outer(target_mean, inputs.mean)
+    cross = cross - target_mean[..., :, None] * inputs.mean[..., None, :]
     return replace(stats, inputs=inputs, cross=cross, target_mean=target_mean)
 
 
@@ -79,7 +79,7 @@ def _inputs(model: nn.Module, name: str, batch: Any, calls: int, with_target: bo
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = layer_input(args, kwargs).detach()
-        seen.append(x if x.ndim > (3 if isinstance(module, nn.Conv2d) else 1) else x[None])
+        seen.append(as_batch(module, x))
         if len(seen) == calls:
             raise _Reached
 

@@ -1,24 +1,70 @@
 """Drop-in ``nn.Module``s whose weight is stored in factors. Their children are ordinary torch modules."""
 
-from .base import FACTORED_LAYERS, FactoredModule, bias_of, is_derived, is_factored, weight_of
-from .conv import LowRankConv2d
+from .base import FACTORED_LAYERS, FactoredModule, bias_of, is_derived, is_factored, meta_twin, weight_of
+from .channel import (
+    LowRankConv1d,
+    LowRankConv2d,
+    LowRankConv3d,
+    LowRankConvTranspose1d,
+    LowRankConvTranspose2d,
+    LowRankConvTranspose3d,
+    PairConv,
+)
 from .count import layer_cost
-from .cp import CPConv2d
-from .embedding import LowRankEmbedding
-from .linear import LowRankLinear
-from .tucker import TuckerConv2d
+from .cp import CPConv, CPConv1d, CPConv2d, CPConv3d, CPConvTranspose1d, CPConvTranspose2d, CPConvTranspose3d
+from .embedding import LowRankEmbedding, LowRankEmbeddingBag
+from .kernel import ConvNd
+from .linear import LowRankLinear, LowRankTransposedLinear
+from .matrix import is_table, is_transposed, linear_shape, matrices_of, takes_bias, weight_from_matrices
+from .tucker import (
+    TuckerConv,
+    TuckerConv1d,
+    TuckerConv2d,
+    TuckerConv3d,
+    TuckerConvTranspose1d,
+    TuckerConvTranspose2d,
+    TuckerConvTranspose3d,
+)
 
 __all__ = [
     "FACTORED_LAYERS",
+    "CPConv",
+    "CPConv1d",
     "CPConv2d",
+    "CPConv3d",
+    "CPConvTranspose1d",
+    "CPConvTranspose2d",
+    "CPConvTranspose3d",
+    "ConvNd",
     "FactoredModule",
+    "LowRankConv1d",
     "LowRankConv2d",
+    "LowRankConv3d",
+    "LowRankConvTranspose1d",
+    "LowRankConvTranspose2d",
+    "LowRankConvTranspose3d",
     "LowRankEmbedding",
+    "LowRankEmbeddingBag",
     "LowRankLinear",
+    "LowRankTransposedLinear",
+    "PairConv",
+    "TuckerConv",
+    "TuckerConv1d",
     "TuckerConv2d",
+    "TuckerConv3d",
+    "TuckerConvTranspose1d",
+    "TuckerConvTranspose2d",
+    "TuckerConvTranspose3d",
     "bias_of",
     "is_derived",
     "is_factored",
+    "is_table",
+    "is_transposed",
     "layer_cost",
+    "linear_shape",
+    "matrices_of",
+    "meta_twin",
+    "takes_bias",
+    "weight_from_matrices",
     "weight_of",
 ]

@@ -31,12 +31,41 @@ class FactoredModule(nn.Module):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        FACTORED_LAYERS[cls.__name__] = cls
+        if "dense_type" in cls.__dict__:
+            FACTORED_LAYERS[cls.__name__] = cls
+
+    @classmethod
+    def stands_for(cls, module: nn.Module) -> bool:
+        """Whether this is the dense layer that it replaces: the type itself, no subclass, whose forward may differ."""
+        return type(module) is cls.dense_type
+
+    @classmethod
+    def dense_name(cls) -> str:
+        """What users call the dense layer."""
+        return f"nn.{cls.dense_type.__name__}"
 
     @property
-    def rank(self) -> int | tuple[int, int]:
+    def rank(self) -> Any:
         """Size of the inner dimension (Tucker: of the output and input channels)."""
         raise LowRankError(f"{type(self).__name__} does not define rank.")
+
+    @property
+    def form(self) -> dict[str, Any]:
+        """What besides the rank tells one such layer from another: keywords of the constructor and of ``like``."""
+        return {}
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight, multiplied out on every access, differentiable.
+
+        For code that reads ``layer.weight`` instead of calling the layer: it gets the right answer at the dense price.
+        """
+        raise LowRankError(f"{type(self).__name__} does not define weight.")
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias, which the last child holds."""
+        return bias_of(self.last)
 
     @classmethod
     def like(cls: type[Self], dense: nn.Module, *, rank: Any, bias: bool | None = None) -> Self:
@@ -50,7 +79,7 @@ class FactoredModule(nn.Module):
         raise LowRankError(f"{cls.__name__} does not define like.")
 
     @classmethod
-    def from_dense(cls: type[Self], dense: nn.Module, *, rank: Any) -> Self:
+    def from_dense(cls: type[Self], dense: nn.Module, /, *, rank: Any) -> Self:
         """The best layer of this kind for the weight of ``dense``."""
         raise LowRankError(f"{cls.__name__} does not define from_dense.")
 
@@ -91,17 +120,16 @@ def check_dense(cls: type[FactoredModule], dense: nn.Module) -> Tensor:
             " fold it first with torch.nn.utils.parametrize.remove_parametrizations, remove_weight_norm,"
             " remove_spectral_norm or prune.remove."
         )
-    if type(dense) is not cls.dense_type:
+    if not cls.stands_for(dense):
         hint = " Factorize it once; to change its rank, use factors().truncate." if is_factored(dense) else ""
-        raise UnsupportedLayerError(
-            f"{who}: got {type(dense).__name__}, expected {cls.dense_type.__module__}.{cls.dense_type.__name__}"
-            f" itself.{hint}"
-        )
+        raise UnsupportedLayerError(f"{who}: got {type(dense).__name__}, expected {cls.dense_name()} itself.{hint}")
     return check_tensor(weight_of(dense), who)
 
 
 def is_derived(module: nn.Module) -> bool:
     """Whether ``module.weight`` is no parameter but computed from some, by a parametrization or a hook."""
+    if is_factored(module):
+        return False
     return isinstance(getattr(module, "weight", None), Tensor) and "weight" not in module._parameters
 
 
@@ -116,6 +144,17 @@ def bias_of(module: nn.Module) -> Tensor | None:
     """``module.bias``, or ``None`` where there is none."""
     bias = getattr(module, "bias", None)
     return bias if isinstance(bias, Tensor) else None
+
+
+def meta_twin(module: nn.Module) -> nn.Module:
+    """The same layer without values."""
+    twin: nn.Module = object.__new__(type(module))
+    twin.__dict__.update(module.__dict__)
+    twin._parameters = {
+        key: None if p is None else nn.Parameter(p.detach().to("meta"), p.requires_grad)
+        for key, p in module._parameters.items()
+    }
+    return twin
 
 
 def adopt(new: Self, dense: nn.Module) -> Self:
@@ -155,14 +194,26 @@ def fill(layer: Self, weights: list[Tensor], bias: Tensor | None) -> Self:
 def reset_chain(layer: FactoredModule, fan_in: int) -> None:
     """Gives a fresh layer the output variance of its dense twin.
 
-    torch.nn draws a dense weight from ``U(-1/sqrt(fan_in), 1/sqrt(fan_in))``, which scales the variance of
-    the input by 1/3. Here every child but the last preserves the variance and the last one brings the 1/3.
+    torch.nn draws a dense weight from ``U(-1/sqrt(fan_in), 1/sqrt(fan_in))``, whose variance is ``1/(3 fan_in)``.
+    Here every child but the last preserves the variance of its input, and the last one makes up what is left: an entry
+    of the product sums over all inner indices, as many as the ranks multiply to.
     """
-    children = list(layer.children())
-    for child in children:
-        weight = weight_of(child)
-        bound = math.sqrt((1.0 if child is children[-1] else 3.0) / max(1, weight[0].numel()))
-        nn.init.uniform_(weight, -bound, bound)
-    bias = bias_of(layer.last)
+    inner = math.prod(layer.rank) if isinstance(layer.rank, tuple) else layer.rank
+    left = 1 / (3 * max(1, fan_in) * inner)
+    *others, last = layer.children()
+    for child in others:
+        fan = max(1, _fan_in(child))
+        nn.init.uniform_(weight_of(child), -math.sqrt(3 / fan), math.sqrt(3 / fan))
+        left *= fan
+    nn.init.uniform_(weight_of(last), -math.sqrt(3 * left), math.sqrt(3 * left))
+    bias = bias_of(last)
     if bias is not None:
         nn.init.uniform_(bias, -1 / math.sqrt(max(1, fan_in)), 1 / math.sqrt(max(1, fan_in)))
+
+
+def _fan_in(child: nn.Module) -> int:
+    """Inputs that meet in one output, all positions of a kernel counted."""
+    weight = weight_of(child)
+    if getattr(child, "transposed", False):
+        return weight.numel() // weight.shape[1] // getattr(child, "groups", 1)
+    return weight[0].numel()

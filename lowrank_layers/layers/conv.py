@@ -1,31 +1,27 @@
-"""nn.Conv2d as a convolution to fewer channels and a 1 x 1 convolution (channel SVD)."""
+"""What the factored convolutions share: torch.nn's settings, and the way to and from the dense layer."""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import UnsupportedLayerError
-from ..factors import SVD
-from ..rank import Rank, choose_rank
-from .base import FactoredModule, adopt, adopt_dense, bias_of, check_dense, fill, reset_chain
-from .linear import pair_factors, pair_spectrum, truncated_pair
+from ..errors import LowRankError
+from .base import FactoredModule, adopt, adopt_dense, bias_of, reset_chain
+from .kernel import CONVS, ConvNd, weight_of_kernel
 
-Size = int | tuple[int, int]
+Size = int | tuple[int, ...]
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
-Conv = TypeVar("Conv", bound="FactoredConv2d")
+Conv = TypeVar("Conv", bound="FactoredConv")
 
 
-class FactoredConv2d(FactoredModule):
-    """What the factored convolutions share: torch.nn's settings and the way to and from ``nn.Conv2d``.
+class FactoredConv(FactoredModule):
+    """A chain of thin convolutions in the place of one, of any dimension; groups are factorized one by one.
 
-    A subclass builds its children in ``_build`` and says what weight they make in ``weight``.
+    A subclass builds its children in ``_build`` and says which kernel they make in ``kernel``.
     """
-
-    dense_type = nn.Conv2d
 
     def __init__(
         self,
@@ -44,90 +40,76 @@ class FactoredConv2d(FactoredModule):
         rank: Any,
     ) -> None:
         super().__init__()
-        name = type(self).__name__
-        if groups != 1:
-            raise UnsupportedLayerError(
-                f"{name}: got groups={groups}, expected 1; a grouped convolution is left dense"
-                " (it is already block-diagonal)."
-            )
-        # torch checks the settings; nothing is allocated on the meta device
-        dense = nn.Conv2d(
-            in_channels,
-            out_channels,
-            kernel_size,
-            stride,
-            padding,
-            dilation,
-            1,
-            bias,
-            padding_mode,
-            "meta",
-            dtype,
+        self._take(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, "meta", dtype
         )
-        self.in_channels = in_channels
-        self.out_channels = out_channels
-        self.kernel_size: tuple[int, int] = dense.kernel_size  # type: ignore[assignment]
-        self.stride: tuple[int, int] = dense.stride  # type: ignore[assignment]
-        self.padding: str | tuple[int, int] = dense.padding  # type: ignore[assignment]
-        self.dilation: tuple[int, int] = dense.dilation  # type: ignore[assignment]
-        self.groups = 1
-        self.padding_mode: PaddingMode = padding_mode
         self._build(rank, bias, {"device": device, "dtype": dtype})
         self.reset_parameters()
 
-    def _build(self, rank: Any, bias: bool, factory: dict[str, Any]) -> None:
-        raise UnsupportedLayerError(f"{type(self).__name__} does not define its children.")
+    def _take(self, *settings: Any) -> None:
+        """Lets torch check the settings; nothing is allocated on the meta device."""
+        try:
+            dense = self.dense_type(*settings)
+        except (ValueError, RuntimeError) as error:
+            raise LowRankError(f"{type(self).__name__}: {error}") from None
+        assert isinstance(dense, ConvNd)
+        self.in_channels: int = dense.in_channels
+        self.out_channels: int = dense.out_channels
+        self.kernel_size: tuple[int, ...] = dense.kernel_size
+        self.stride: tuple[int, ...] = dense.stride
+        self.padding: str | tuple[int, ...] = dense.padding
+        self.output_padding: tuple[int, ...] = dense.output_padding
+        self.dilation: tuple[int, ...] = dense.dilation
+        self.groups: int = dense.groups
+        self.padding_mode = dense.padding_mode
+        self.transposed: bool = dense.transposed
 
-    def weight_from_children(self) -> Tensor:
-        """The dense kernel ``[out, in, kh, kw]`` that the children make."""
-        raise UnsupportedLayerError(f"{type(self).__name__} does not define its weight.")
+    def _build(self, rank: Any, bias: bool, factory: dict[str, Any]) -> None:
+        raise NotImplementedError
+
+    def kernel(self) -> Tensor:
+        """The dense kernel that the children make, ``[groups, out / groups, in / groups, *k]``."""
+        raise NotImplementedError
+
+    @property
+    def kernel_shape(self) -> tuple[int, ...]:
+        """Shape of one group's kernel, ``[out / groups, in / groups, *k]``."""
+        return self.out_channels // self.groups, self.in_channels // self.groups, *self.kernel_size
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight, multiplied out on every access, differentiable."""
+        return weight_of_kernel(self.kernel(), transposed=self.transposed)
 
     def reset_parameters(self) -> None:
-        """Draws new weights with the output variance of a fresh ``nn.Conv2d``."""
-        reset_chain(self, self.in_channels * math.prod(self.kernel_size))
+        """Draws new weights with the output variance of a fresh dense layer."""
+        out, into, *k = self.kernel_shape
+        reset_chain(self, torch.Size([out if self.transposed else into, *k]).numel())
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``[N, in_channels, ...]`` to ``[N, out_channels, ...]``, as the dense layer."""
+        for child in self.children():
+            input = child(input)
+        return input
 
     @classmethod
-    def like(cls: type[Conv], dense: nn.Module, *, rank: Any, bias: bool | None = None) -> Conv:
+    def like(cls: type[Conv], dense: nn.Module, *, rank: Any, bias: bool | None = None, **form: Any) -> Conv:
         """A layer with the settings, device and dtype of ``dense``, uninitialized."""
-        assert isinstance(dense, nn.Conv2d)
-        check_groups(cls, dense)
-        layer = cls(
-            dense.in_channels,
-            dense.out_channels,
-            dense.kernel_size,  # type: ignore[arg-type]
-            dense.stride,  # type: ignore[arg-type]
-            dense.padding,  # type: ignore[arg-type]
-            dense.dilation,  # type: ignore[arg-type]
-            1,
-            dense.bias is not None if bias is None else bias,
-            dense.padding_mode,
-            "meta",
-            dense.weight.dtype,
-            rank=rank,
-        )
-        layer.to_empty(device=dense.weight.device)
-        return adopt(layer, dense)
+        assert isinstance(dense, ConvNd)
+        with_bias = dense.bias is not None if bias is None else bias
+        device, dtype = dense.weight.device, dense.weight.dtype
+        layer = cls(**_settings(dense), bias=with_bias, device="meta", dtype=dtype, rank=rank, **form)
+        return adopt(layer.to_empty(device=device), dense)
 
-    def to_dense(self) -> nn.Conv2d:
-        """The ``nn.Conv2d`` that computes the same."""
+    def to_dense(self) -> nn.Module:
+        """The torch layer that computes the same."""
         bias = bias_of(self.last)
-        weight = self.weight_from_children().detach()
-        dense: nn.Conv2d = nn.utils.skip_init(  # type: ignore[no-untyped-call]
-            nn.Conv2d,
-            self.in_channels,
-            self.out_channels,
-            self.kernel_size,
-            self.stride,
-            self.padding,
-            self.dilation,
-            1,
-            bias is not None,
-            self.padding_mode,
-            device=weight.device,
-            dtype=weight.dtype,
+        weight = self.weight.detach()
+        dense: nn.Module = nn.utils.skip_init(
+            self.dense_type, **_settings(self), bias=bias is not None, device=weight.device, dtype=weight.dtype
         )
         with torch.no_grad():
-            dense.weight.copy_(weight)
+            dense.get_parameter("weight").copy_(weight)
             if bias is not None:
                 dense.get_parameter("bias").copy_(bias)
         adopt_dense(dense, self)
@@ -136,132 +118,113 @@ class FactoredConv2d(FactoredModule):
     def extra_repr(self) -> str:
         """The settings, as printed."""
         text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"
-        if self.padding not in ((0, 0), 0):
+        if isinstance(self.padding, str) or any(self.padding):
             text += f", padding={self.padding}"
-        if self.dilation != (1, 1):
+        if any(d != 1 for d in self.dilation):
             text += f", dilation={self.dilation}"
+        if any(self.output_padding):
+            text += f", output_padding={self.output_padding}"
+        if self.groups != 1:
+            text += f", groups={self.groups}"
         if bias_of(self.last) is None:
             text += ", bias=False"
         if self.padding_mode != "zeros":
             text += f", padding_mode={self.padding_mode}"
-        return f"{text}, rank={self.rank}"
+        return "".join([text, f", rank={self.rank}", *(f", {key}={value!r}" for key, value in self.form.items())])
 
-    def _spatial(self, axis: int) -> dict[str, Any]:
-        """The settings of a convolution that runs along one axis only."""
+    def _pointwise(self, into: int, out: int, factory: dict[str, Any], *, bias: bool = False) -> nn.Module:
+        """A 1 x 1 convolution within the groups."""
+        conv = CONVS[len(self.kernel_size)]
+        return conv(into, out, 1, groups=self.groups, bias=bias, **factory)
 
-        def only(value: tuple[int, int], neutral: int) -> tuple[int, int]:
-            return (value[0], neutral) if axis == 0 else (neutral, value[1])
+    def _spatial(
+        self,
+        into: int,
+        out: int,
+        factory: dict[str, Any],
+        *,
+        axes: Sequence[int] | None = None,
+        groups: int | None = None,
+        bias: bool = False,
+    ) -> nn.Module:
+        """The convolution itself between other channels, or what it does along some axes only (none: pointwise)."""
+        dims = len(self.kernel_size)
+        taken = range(dims) if axes is None else axes
+        if not taken:
+            return self._pointwise(into, out, factory, bias=bias)
 
-        return {
+        def only(value: Any, neutral: int) -> Any:
+            if isinstance(value, str):
+                return value
+            return tuple(value[axis] if axis in taken else neutral for axis in range(dims))
+
+        settings = {
             "kernel_size": only(self.kernel_size, 1),
             "stride": only(self.stride, 1),
-            "padding": self.padding if isinstance(self.padding, str) else only(self.padding, 0),
+            "padding": only(self.padding, 0),
             "dilation": only(self.dilation, 1),
             "padding_mode": self.padding_mode,
         }
+        if self.transposed:
+            settings["output_padding"] = only(self.output_padding, 0)
+        return self.dense_type(into, out, groups=groups or self.groups, bias=bias, **settings, **factory)
 
 
-class LowRankConv2d(FactoredConv2d):
-    """A 2-d convolution to ``rank`` channels, then a 1 x 1 convolution: the kernel ``[out, in*kh*kw]`` as a pair.
+class TransposedConv(FactoredConv):
+    """The same for transposed convolutions, whose constructor and forward have another signature."""
 
-    Args:
-        in_channels: channels of the input.
-        out_channels: channels of the output.
-        kernel_size: size of the kernel.
-        stride: stride of the convolution.
-        padding: numbers, ``"same"`` or ``"valid"``.
-        dilation: spacing between kernel elements.
-        groups: must be 1.
-        bias: whether a bias is added.
-        padding_mode: ``"zeros"``, ``"reflect"``, ``"replicate"`` or ``"circular"``.
-        device: device of the parameters.
-        dtype: dtype of the parameters.
-        rank: inner channels: an integer (clamped to ``min(out_channels, in_channels*kh*kw)``) or a rule that needs
-            no weights.
-
-    Shape:
-        ``[N, in_channels, H, W]`` or ``[in_channels, H, W]``, as in ``nn.Conv2d``.
-
-    Attributes:
-        down: ``nn.Conv2d(in_channels, rank, kernel_size, ..., bias=False)``.
-        up: ``nn.Conv2d(rank, out_channels, 1, bias=bias)``.
-
-    Raises:
-        UnsupportedLayerError: for ``groups`` other than 1.
-        LowRankError: if the rank is no integer of at least 1 and no rule.
-
-    Examples:
-        >>> layer = lr.LowRankConv2d(64, 128, 3, stride=2, padding=1, rank=16)
-        >>> layer(torch.randn(1, 64, 32, 32)).shape
-        torch.Size([1, 128, 16, 16])
-
-    Channel decomposition of Zhang et al., "Accelerating Very Deep Convolutional Networks", 2015.
-    """
-
-    def _build(self, rank: Any, bias: bool, factory: dict[str, Any]) -> None:
-        columns = self.in_channels * math.prod(self.kernel_size)
-        spectrum = pair_spectrum(self.out_channels, columns, None, type(self).__name__)
-        rank = choose_rank(rank, spectrum, min(self.out_channels, columns))
-        self.down = nn.Conv2d(
-            self.in_channels,
-            rank,
-            self.kernel_size,
-            self.stride,
-            self.padding,
-            self.dilation,
-            bias=False,
-            padding_mode=self.padding_mode,
-            **factory,
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Size,
+        stride: Size = 1,
+        padding: Size = 0,
+        output_padding: Size = 0,
+        groups: int = 1,
+        bias: bool = True,
+        dilation: Size = 1,
+        padding_mode: str = "zeros",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        rank: Any,
+    ) -> None:
+        nn.Module.__init__(self)
+        self._take(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            output_padding,
+            groups,
+            bias,
+            dilation,
+            padding_mode,
+            "meta",
+            dtype,
         )
-        self.up = nn.Conv2d(rank, self.out_channels, 1, bias=bias, **factory)
+        self._build(rank, bias, {"device": device, "dtype": dtype})
+        self.reset_parameters()
 
-    @property
-    def rank(self) -> int:
-        """Number of inner channels."""
-        return self.down.out_channels
-
-    def forward(self, input: Tensor) -> Tensor:
-        """``[N, in_channels, H, W]`` to ``[N, out_channels, H', W']``."""
-        out: Tensor = self.up(self.down(input))
-        return out
-
-    @classmethod
-    def from_dense(cls, conv: nn.Module, *, rank: Rank) -> LowRankConv2d:
-        """The best pair of that rank for a trained convolution: the SVD of its kernel as ``[out, in*kh*kw]``.
-
-        Args:
-            conv: an ``nn.Conv2d``.
-            rank: an integer or a rank rule.
-
-        Raises:
-            UnsupportedLayerError: if it is anything but a plain ``nn.Conv2d`` with one group.
-            LowRankError: for NaN, Inf, integer or meta weights and bad ranks.
-
-        Examples:
-            >>> conv = nn.Conv2d(3, 8, 3, padding="same", padding_mode="reflect")
-            >>> full = lr.LowRankConv2d.from_dense(conv, rank=8)
-            >>> x = torch.randn(2, 3, 9, 9)
-            >>> torch.allclose(full(x), conv(x), atol=1e-5)
-            True
-        """
-        weight = check_dense(cls, conv)
-        check_groups(cls, conv)
-        up, down = truncated_pair(weight.flatten(1), rank, cls.__name__)
-        return fill(cls.like(conv, rank=len(down)), [down, up], bias_of(conv))
-
-    def weight_from_children(self) -> Tensor:
-        """The dense kernel ``[out, in, kh, kw]``."""
-        down = self.down.weight
-        return (self.up.weight.flatten(1) @ down.flatten(1)).reshape(self.out_channels, *down.shape[1:])
-
-    def factors(self) -> SVD:
-        """The kernel ``[out, in*kh*kw]`` as an SVD."""
-        return pair_factors(self.up.weight.flatten(1), self.down.weight.flatten(1))
+    def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
+        """``[N, in_channels, ...]`` to ``[N, out_channels, ...]``; ``output_size`` settles the strides' ambiguity."""
+        dims = len(self.kernel_size)
+        spatial = [child for child in self.children() if getattr(child, "transposed", False)]
+        for child in self.children():
+            if output_size is None or child not in spatial:
+                input = child(input)
+                continue
+            # the only one runs along all axes, else the k-th one along the k-th
+            axes = range(dims) if len(spatial) == 1 else [spatial.index(child)]
+            size = [output_size[axis - dims] if axis in axes else input.shape[axis - dims] for axis in range(dims)]
+            input = child(input, size)
+        return input
 
 
-def check_groups(cls: type[FactoredModule], conv: nn.Module) -> None:
-    """Refuses grouped convolutions by name."""
-    if getattr(conv, "groups", 1) != 1:
-        raise UnsupportedLayerError(
-            f"{cls.__name__}.from_dense: got groups={conv.groups}, expected 1; leave grouped convolutions dense."
-        )
+def _settings(conv: Any) -> dict[str, Any]:
+    names = ["in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode"]
+    if conv.transposed:
+        names.append("output_padding")
+    return {name: getattr(conv, name) for name in names}

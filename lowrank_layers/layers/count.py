@@ -6,13 +6,14 @@ from torch import nn
 
 from ..cost import Cost
 from .base import is_factored, weight_of
+from .linear import LowRankTransposedLinear
 
 
 def layer_cost(module: nn.Module, input_shape: tuple[int, ...] | None = None) -> Cost:
     """Parameters, bytes and multiply-accumulates of one dense or factored layer.
 
     Args:
-        module: Linear, convolution, Embedding or one of our layers.
+        module: Linear, convolution, Embedding, EmbeddingBag or one of our layers.
         input_shape: shape of one sample without the batch; without it MACs are counted as 0.
 
     Examples:
@@ -36,6 +37,12 @@ def _forward(module: nn.Module, shape: tuple[int, ...] | None) -> tuple[int, tup
         return math.prod(shape[:-1]) * weight.numel(), (*shape[:-1], module.out_features)
     if isinstance(module, nn.Embedding):
         return 0, (*shape, module.embedding_dim)
+    if isinstance(module, nn.EmbeddingBag):
+        return 0, (module.embedding_dim,)
+    if LowRankTransposedLinear.stands_for(module):
+        return math.prod(shape[:-1]) * weight.numel(), (*shape[:-1], weight.shape[1])
+    if isinstance(module, nn.modules.conv._ConvTransposeNd):
+        return math.prod(shape[1:]) * weight.numel(), (module.out_channels, *transposed_output_size(module, shape[1:]))
     if isinstance(module, nn.modules.conv._ConvNd):
         size = conv_output_size(module, shape[1:])
         return math.prod(size) * weight.numel(), (module.out_channels, *size)
@@ -49,4 +56,13 @@ def conv_output_size(conv: nn.modules.conv._ConvNd, size: tuple[int, ...]) -> tu
         d, k, s = conv.dilation[axis], conv.kernel_size[axis], conv.stride[axis]
         p = {"same": d * (k - 1), "valid": 0}[conv.padding] if isinstance(conv.padding, str) else 2 * conv.padding[axis]
         result.append((n + p - d * (k - 1) - 1) // s + 1)
+    return tuple(result)
+
+
+def transposed_output_size(conv: nn.modules.conv._ConvTransposeNd, size: tuple[int, ...]) -> tuple[int, ...]:
+    """The same for a transposed convolution."""
+    result = []
+    for axis, n in enumerate(size):
+        s, p, d, k = (int(v[axis]) for v in (conv.stride, conv.padding, conv.dilation, conv.kernel_size))
+        result.append((n - 1) * s - 2 * p + d * (k - 1) + conv.output_padding[axis] + 1)
     return tuple(result)

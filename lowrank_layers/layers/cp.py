@@ -1,21 +1,124 @@
-"""nn.Conv2d as four thin convolutions (canonical polyadic form)."""
+"""Convolutions as sums of separable kernels (canonical polyadic form)."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ..decompose import cp
-from ..factors import CP
+from ..factors import CP, Blocks
 from ..rank import Rank, Spectrum, choose_rank
 from .base import bias_of, check_dense, fill
-from .conv import FactoredConv2d, check_groups
+from .conv import FactoredConv, TransposedConv
+from .kernel import kernel_of
+
+Conv = TypeVar("Conv", bound="CPConv")
+AXES = {1: ("horizontal",), 2: ("vertical", "horizontal"), 3: ("depth", "vertical", "horizontal")}
+"""The depthwise children by the number of spatial dimensions, in the order in which they run."""
+_LETTERS = "dhw"
 
 
-class CPConv2d(FactoredConv2d):
+class CPConv(FactoredConv):
+    """Reduce the channels, one depthwise convolution along each axis, expand; every group on its own."""
+
+    def _build(self, rank: Any, bias: bool, factory: dict[str, Any]) -> None:
+        inner = self.groups * choose_cp_rank(rank, self.kernel_shape, type(self).__name__)
+        self.reduce = self._pointwise(self.in_channels, inner, factory)
+        for axis, name in enumerate(AXES[len(self.kernel_size)]):
+            setattr(self, name, self._spatial(inner, inner, factory, axes=(axis,), groups=inner))
+        self.expand = self._pointwise(inner, self.out_channels, factory, bias=bias)
+
+    @property
+    def rank(self) -> int:
+        """Number of components of a group."""
+        return kernel_of(self.reduce).shape[1]
+
+    @classmethod
+    def from_dense(cls: type[Conv], conv: nn.Module, *, rank: Rank) -> Conv:
+        """The CP decomposition of a trained convolution, by alternating least squares, group by group.
+
+        Args:
+            conv: the dense convolution.
+            rank: an integer or ``ParameterFraction``.
+
+        Raises:
+            UnsupportedLayerError: if it is anything but that plain torch layer.
+            LowRankError: for NaN, Inf, integer or meta weights and bad ranks.
+        """
+        check_dense(cls, conv)
+        kernels = kernel_of(conv).detach()
+        chosen = choose_cp_rank(rank, tuple(kernels.shape[1:]), cls.__name__)
+        return cls.from_parts(conv, [cp(kernel, chosen) for kernel in kernels])
+
+    @classmethod
+    def from_parts(cls: type[Conv], conv: nn.Module, parts: Sequence[CP]) -> Conv:
+        """The layer with the settings of ``conv`` and, for each group, the components of its ``[out, in, *k]``."""
+        matrices = [torch.stack(modes) for modes in zip(*(part.balanced() for part in parts), strict=True)]
+        return cls.from_matrices(conv, matrices, bias_of(conv))
+
+    @classmethod
+    def from_matrices(cls: type[Conv], conv: nn.Module, matrices: Sequence[Tensor], bias: Tensor | None) -> Conv:
+        """The layer with the settings of ``conv`` and the given ``[groups, n, rank]`` for out, in and each axis."""
+        expand, reduce, *axes = matrices
+        layer = cls.like(conv, rank=reduce.shape[2], bias=bias is not None)
+        return fill(layer, [reduce.mT, *(axis.mT for axis in axes), expand], bias)
+
+    def _matrices(self) -> list[Tensor]:
+        """Out, in and every axis' factors, ``[groups, n, rank]`` each."""
+        reduce, *axes, expand = (kernel_of(child) for child in self.children())
+        thin = [axis.flatten(1).unflatten(0, (self.groups, -1)).mT for axis in axes]
+        return [expand.flatten(2), reduce.flatten(2).mT, *thin]
+
+    def kernel(self) -> Tensor:
+        """The dense kernel, ``[groups, out / groups, in / groups, *k]``."""
+        letters = _LETTERS[-len(self.kernel_size) :]
+        sides = ",".join(f"g{letter}r" for letter in letters)
+        return torch.einsum(f"gor,gir,{sides}->goi{letters}", *self._matrices())
+
+    def factors(self) -> CP | Blocks:
+        """The weight as a CP value with unit columns; with groups, one below the other."""
+        parts = []
+        for group in zip(*(matrix.detach() for matrix in self._matrices()), strict=True):
+            norms = [torch.linalg.vector_norm(matrix, dim=0) for matrix in group]
+            units = [matrix / norm.clamp_min(1e-30) for matrix, norm in zip(group, norms, strict=True)]
+            weights = torch.stack(norms).prod(0)
+            order = weights.argsort(descending=True)
+            units = [unit[:, order] for unit in units]
+            if self.transposed:
+                units[:2] = units[1::-1]
+            parts.append(CP(weights[order], tuple(units)))
+        return parts[0] if len(parts) == 1 else Blocks(tuple(parts))
+
+
+class CPConv1d(CPConv):
+    """Length 1, depthwise, length 1: a sum of ``rank`` separable kernels.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, \
+dtype: those of ``nn.Conv1d``.
+        rank: number of components of a group: an integer (clamped) or ``ParameterFraction``.
+
+    Shape:
+        ``[N, in_channels, L]`` or ``[in_channels, L]``, as in ``nn.Conv1d``.
+
+    Attributes:
+        reduce: ``nn.Conv1d(in_channels, groups*rank, 1, bias=False)``.
+        horizontal: ``nn.Conv1d(groups*rank, groups*rank, kernel_size, groups=groups*rank, bias=False)``.
+        expand: ``nn.Conv1d(groups*rank, out_channels, 1, bias=bias)``.
+
+    Examples:
+        >>> lr.CPConv1d(16, 32, 5, padding=2, rank=8)(torch.randn(1, 16, 20)).shape
+        torch.Size([1, 32, 20])
+    """
+
+    dense_type = nn.Conv1d
+
+
+class CPConv2d(CPConv):
     """1 x 1, k x 1 depthwise, 1 x k depthwise, 1 x 1: a sum of ``rank`` separable kernels (Lebedev et al., 2015).
 
     Args:
@@ -25,99 +128,139 @@ class CPConv2d(FactoredConv2d):
         stride: stride of the convolution.
         padding: numbers, ``"same"`` or ``"valid"``.
         dilation: spacing between kernel elements.
-        groups: must be 1.
+        groups: each one is factorized on its own, at the same rank.
         bias: whether a bias is added.
         padding_mode: ``"zeros"``, ``"reflect"``, ``"replicate"`` or ``"circular"``.
         device: device of the parameters.
         dtype: dtype of the parameters.
-        rank: number of components: an integer (clamped to the largest rank that such a kernel can have) or
-            ``ParameterFraction``; there are no singular values for other rules.
+        rank: number of components of a group: an integer (clamped to the largest rank that such a kernel can have)
+            or ``ParameterFraction``; there are no singular values for other rules.
 
     Shape:
         ``[N, in_channels, H, W]`` or ``[in_channels, H, W]``, as in ``nn.Conv2d``.
 
     Attributes:
-        reduce: ``nn.Conv2d(in_channels, rank, 1, bias=False)``.
-        vertical: ``nn.Conv2d(rank, rank, (kh, 1), groups=rank, bias=False)``.
-        horizontal: ``nn.Conv2d(rank, rank, (1, kw), groups=rank, bias=False)``.
-        expand: ``nn.Conv2d(rank, out_channels, 1, bias=bias)``.
+        reduce: ``nn.Conv2d(in_channels, groups*rank, 1, bias=False)``.
+        vertical: ``nn.Conv2d(groups*rank, groups*rank, (kh, 1), groups=groups*rank, bias=False)``.
+        horizontal: ``nn.Conv2d(groups*rank, groups*rank, (1, kw), groups=groups*rank, bias=False)``.
+        expand: ``nn.Conv2d(groups*rank, out_channels, 1, bias=bias)``.
 
     Raises:
-        UnsupportedLayerError: for ``groups`` other than 1.
         LowRankError: if the rank is no integer of at least 1 and no rule.
 
     Examples:
         >>> layer = lr.CPConv2d(64, 64, 3, padding=1, rank=96)
         >>> layer(torch.randn(1, 64, 8, 8)).shape
         torch.Size([1, 64, 8, 8])
+        >>> conv = nn.Conv2d(4, 3, 3, padding=1)
+        >>> full = lr.CPConv2d.from_dense(conv, rank=27)
+        >>> x = torch.randn(2, 4, 5, 5)
+        >>> torch.allclose(full(x), conv(x), atol=1e-4)
+        True
     """
 
-    def _build(self, rank: Any, bias: bool, factory: dict[str, Any]) -> None:
-        rank = choose_cp_rank(rank, (self.out_channels, self.in_channels, *self.kernel_size), type(self).__name__)
-        self.reduce = nn.Conv2d(self.in_channels, rank, 1, bias=False, **factory)
-        self.vertical = nn.Conv2d(rank, rank, groups=rank, bias=False, **self._spatial(0), **factory)
-        self.horizontal = nn.Conv2d(rank, rank, groups=rank, bias=False, **self._spatial(1), **factory)
-        self.expand = nn.Conv2d(rank, self.out_channels, 1, bias=bias, **factory)
+    dense_type = nn.Conv2d
 
-    @property
-    def rank(self) -> int:
-        """Number of components."""
-        return self.reduce.out_channels
 
-    def forward(self, input: Tensor) -> Tensor:
-        """``[N, in_channels, H, W]`` to ``[N, out_channels, H', W']``."""
-        out: Tensor = self.expand(self.horizontal(self.vertical(self.reduce(input))))
-        return out
+class CPConv3d(CPConv):
+    """1 x 1 x 1, a depthwise convolution along each axis, 1 x 1 x 1: a sum of separable kernels.
 
-    @classmethod
-    def from_dense(cls, conv: nn.Module, *, rank: Rank) -> CPConv2d:
-        """The CP decomposition of a trained convolution, by alternating least squares.
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, \
+dtype: those of ``nn.Conv3d``.
+        rank: number of components of a group: an integer (clamped) or ``ParameterFraction``.
 
-        Args:
-            conv: an ``nn.Conv2d``.
-            rank: an integer or ``ParameterFraction``.
+    Shape:
+        ``[N, in_channels, D, H, W]`` or ``[in_channels, D, H, W]``, as in ``nn.Conv3d``.
 
-        Raises:
-            UnsupportedLayerError: if it is anything but a plain ``nn.Conv2d`` with one group.
-            LowRankError: for NaN, Inf, integer or meta weights and bad ranks.
+    Attributes:
+        reduce: ``nn.Conv3d(in_channels, groups*rank, 1, bias=False)``.
+        depth: ``nn.Conv3d(groups*rank, groups*rank, (kd, 1, 1), groups=groups*rank, bias=False)``.
+        vertical: ``nn.Conv3d(groups*rank, groups*rank, (1, kh, 1), groups=groups*rank, bias=False)``.
+        horizontal: ``nn.Conv3d(groups*rank, groups*rank, (1, 1, kw), groups=groups*rank, bias=False)``.
+        expand: ``nn.Conv3d(groups*rank, out_channels, 1, bias=bias)``.
 
-        Examples:
-            >>> conv = nn.Conv2d(4, 3, 3, padding=1)
-            >>> full = lr.CPConv2d.from_dense(conv, rank=27)
-            >>> x = torch.randn(2, 4, 5, 5)
-            >>> torch.allclose(full(x), conv(x), atol=1e-4)
-            True
-        """
-        weight = check_dense(cls, conv)
-        check_groups(cls, conv)
-        return cls.from_cp(conv, cp(weight, choose_cp_rank(rank, tuple(weight.shape), cls.__name__)))
+    Examples:
+        >>> lr.CPConv3d(8, 16, 3, rank=4)(torch.randn(1, 8, 5, 5, 5)).shape
+        torch.Size([1, 16, 3, 3, 3])
+    """
 
-    @classmethod
-    def from_cp(cls, conv: nn.Module, factors: CP) -> CPConv2d:
-        """The layer with the settings of ``conv`` and the given components of its kernel."""
-        expand, reduce, vertical, horizontal = factors.balanced()
-        layer = cls.like(conv, rank=factors.rank)
-        weights = [reduce.mT, vertical.mT, horizontal.mT, expand]
-        return fill(layer, weights, bias_of(conv))
+    dense_type = nn.Conv3d
 
-    def weight_from_children(self) -> Tensor:
-        """The dense kernel ``[out, in, kh, kw]``."""
-        expand, reduce, vertical, horizontal = self._matrices()
-        return torch.einsum("or,ir,hr,wr->oihw", expand, reduce, vertical, horizontal)
 
-    def factors(self) -> CP:
-        """The kernel ``[out, in, kh, kw]`` as a CP value with unit columns."""
-        matrices = [matrix.detach() for matrix in self._matrices()]
-        norms = [torch.linalg.vector_norm(matrix, dim=0) for matrix in matrices]
-        units = [matrix / norm.clamp_min(1e-30) for matrix, norm in zip(matrices, norms, strict=True)]
-        weights = torch.stack(norms).prod(0)
-        order = weights.argsort(descending=True)
-        return CP(weights[order], tuple(unit[:, order] for unit in units))
+class CPConvTranspose1d(TransposedConv, CPConv):
+    """Pointwise, one transposed depthwise convolution along each axis, pointwise.
 
-    def _matrices(self) -> list[Tensor]:
-        """Out, in, vertical, horizontal factors, ``[n, rank]`` each."""
-        thin = [self.reduce, self.vertical, self.horizontal]
-        return [self.expand.weight.flatten(1), *(child.weight.flatten(1).mT for child in thin)]
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, output_padding, groups, bias, dilation, padding_mode, \
+device, dtype: those of ``nn.ConvTranspose1d``.
+        rank: number of components of a group: an integer (clamped) or ``ParameterFraction``.
+
+    Shape:
+        ``[N, in_channels, L]`` or ``[in_channels, L]``, as in ``nn.ConvTranspose1d``.
+
+    Attributes:
+        reduce: ``nn.Conv1d(in_channels, groups*rank, 1, bias=False)``.
+        horizontal: ``nn.ConvTranspose1d(groups*rank, groups*rank, kernel_size, groups=groups*rank, bias=False)``.
+        expand: ``nn.Conv1d(groups*rank, out_channels, 1, bias=bias)``.
+
+    Examples:
+        >>> lr.CPConvTranspose1d(8, 16, 4, stride=2, rank=4)(torch.randn(1, 8, 10)).shape
+        torch.Size([1, 16, 22])
+    """
+
+    dense_type = nn.ConvTranspose1d
+
+
+class CPConvTranspose2d(TransposedConv, CPConv):
+    """Pointwise, one transposed depthwise convolution along each axis, pointwise.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, output_padding, groups, bias, dilation, padding_mode, \
+device, dtype: those of ``nn.ConvTranspose2d``.
+        rank: number of components of a group: an integer (clamped) or ``ParameterFraction``.
+
+    Shape:
+        ``[N, in_channels, H, W]`` or ``[in_channels, H, W]``, as in ``nn.ConvTranspose2d``.
+
+    Attributes:
+        reduce: ``nn.Conv2d(in_channels, groups*rank, 1, bias=False)``.
+        vertical: ``nn.ConvTranspose2d(groups*rank, groups*rank, (kh, 1), groups=groups*rank, bias=False)``.
+        horizontal: ``nn.ConvTranspose2d(groups*rank, groups*rank, (1, kw), groups=groups*rank, bias=False)``.
+        expand: ``nn.Conv2d(groups*rank, out_channels, 1, bias=bias)``.
+
+    Examples:
+        >>> lr.CPConvTranspose2d(8, 16, 4, stride=2, padding=1, rank=4)(torch.randn(1, 8, 5, 5)).shape
+        torch.Size([1, 16, 10, 10])
+    """
+
+    dense_type = nn.ConvTranspose2d
+
+
+class CPConvTranspose3d(TransposedConv, CPConv):
+    """Pointwise, one transposed depthwise convolution along each axis, pointwise.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, output_padding, groups, bias, dilation, padding_mode, \
+device, dtype: those of ``nn.ConvTranspose3d``.
+        rank: number of components of a group: an integer (clamped) or ``ParameterFraction``.
+
+    Shape:
+        ``[N, in_channels, D, H, W]`` or ``[in_channels, D, H, W]``, as in ``nn.ConvTranspose3d``.
+
+    Attributes:
+        reduce: ``nn.Conv3d(in_channels, groups*rank, 1, bias=False)``.
+        depth: ``nn.ConvTranspose3d(groups*rank, groups*rank, (kd, 1, 1), groups=groups*rank, bias=False)``.
+        vertical: ``nn.ConvTranspose3d(groups*rank, groups*rank, (1, kh, 1), groups=groups*rank, bias=False)``.
+        horizontal: ``nn.ConvTranspose3d(groups*rank, groups*rank, (1, 1, kw), groups=groups*rank, bias=False)``.
+        expand: ``nn.Conv3d(groups*rank, out_channels, 1, bias=bias)``.
+
+    Examples:
+        >>> lr.CPConvTranspose3d(8, 16, 2, stride=2, rank=4)(torch.randn(1, 8, 3, 4, 4)).shape
+        torch.Size([1, 16, 6, 8, 8])
+    """
+
+    dense_type = nn.ConvTranspose3d
 
 
 def cp_limit(shape: tuple[int, ...]) -> int:

@@ -1,4 +1,4 @@
-"""nn.Linear as a pair."""
+"""Linear layers as a pair."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from ..decompose import svd
+from ..errors import MissingExtraError
 from ..factors import SVD
 from ..linalg import exact_svd
 from ..rank import Rank, Spectrum, choose_rank
-from .base import FactoredModule, adopt, adopt_dense, bias_of, check_dense, fill, reset_chain
+from .base import FactoredModule, adopt, adopt_dense, bias_of, check_dense, fill, reset_chain, weight_of
 
 
 class LowRankLinear(FactoredModule):
@@ -71,6 +72,11 @@ class LowRankLinear(FactoredModule):
         """Size of the inner dimension."""
         return self.down.out_features
 
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight ``[out_features, in_features]``, multiplied out on every access, differentiable."""
+        return self.up.weight @ self.down.weight
+
     def reset_parameters(self) -> None:
         """Draws new weights with the output variance of a fresh ``nn.Linear``."""
         reset_chain(self, self.in_features)
@@ -116,11 +122,9 @@ class LowRankLinear(FactoredModule):
         """The ``nn.Linear`` that computes the same."""
         up = self.up
         settings = {"bias": up.bias is not None, "device": up.weight.device, "dtype": up.weight.dtype}
-        dense: nn.Linear = nn.utils.skip_init(  # type: ignore[no-untyped-call]
-            nn.Linear, self.in_features, self.out_features, **settings
-        )
+        dense: nn.Linear = nn.utils.skip_init(nn.Linear, self.in_features, self.out_features, **settings)
         with torch.no_grad():
-            dense.weight.copy_(up.weight @ self.down.weight)
+            dense.weight.copy_(self.weight)
             if up.bias is not None:
                 dense.bias.copy_(up.bias)
         adopt_dense(dense, self)
@@ -136,6 +140,89 @@ class LowRankLinear(FactoredModule):
             f"in_features={self.in_features}, out_features={self.out_features},"
             f" bias={self.up.bias is not None}, rank={self.rank}"
         )
+
+
+class LowRankTransposedLinear(LowRankLinear):
+    """The pair in the place of transformers' ``Conv1D``, a linear layer whose weight is stored as ``[in, out]``.
+
+    In a model definition :class:`LowRankLinear` does the same; this one remembers what it stands for, so that a
+    compressed GPT-2 can be saved, loaded and multiplied out again.
+
+    Args:
+        in_features: size of each input sample, Conv1D's ``nx``.
+        out_features: size of each output sample, Conv1D's ``nf``.
+        bias: whether a bias is added.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
+        rank: inner dimension, as in :class:`LowRankLinear`.
+
+    Shape:
+        ``[*, in_features]`` to ``[*, out_features]``.
+
+    Examples:
+        >>> lr.LowRankTransposedLinear(64, 192, rank=8)(torch.randn(2, 64)).shape
+        torch.Size([2, 192])
+    """
+
+    dense_type = nn.Module  # type: ignore[assignment]
+
+    @classmethod
+    def stands_for(cls, module: nn.Module) -> bool:
+        """Whether this is transformers' ``Conv1D`` itself; told by its name, since transformers is an extra."""
+        kind = type(module)
+        return (kind.__module__, kind.__name__) == ("transformers.pytorch_utils", "Conv1D")
+
+    @classmethod
+    def dense_name(cls) -> str:
+        """What users call the dense layer."""
+        return "transformers' Conv1D"
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight ``[in_features, out_features]``, multiplied out on every access, differentiable."""
+        return super().weight.mT
+
+    @classmethod
+    def like(cls, dense: nn.Module, *, rank: int, bias: bool | None = None) -> LowRankTransposedLinear:
+        """A layer with the settings, device and dtype of ``dense``, uninitialized; Conv1D always has a bias."""
+        weight = weight_of(dense)
+        layer = cls(weight.shape[0], weight.shape[1], True, "meta", weight.dtype, rank=rank)
+        return adopt(layer.to_empty(device=weight.device), dense)
+
+    @classmethod
+    def from_dense(cls, linear: nn.Module, *, rank: Rank) -> LowRankTransposedLinear:
+        """The best pair of that rank for a trained ``Conv1D``."""
+        weight = check_dense(cls, linear)
+        up, down = truncated_pair(weight.mT, rank, cls.__name__)
+        return fill(cls.like(linear, rank=len(down)), [down, up], bias_of(linear))
+
+    @staticmethod
+    def blank(nf: int, nx: int, device: torch.device | str, dtype: torch.dtype) -> nn.Module:
+        """A ``Conv1D`` with transformers' own arguments, uninitialized."""
+        try:
+            from transformers.pytorch_utils import Conv1D
+        except ImportError:
+            raise MissingExtraError(
+                "this model has transformers' Conv1D layers; install the extra: pip install"
+                " 'lowrank-layers[transformers]'."
+            ) from None
+        with torch.device("meta"):
+            empty = Conv1D(nf, nx).to(dtype)
+        filled: nn.Module = empty.to_empty(device=device)
+        return filled
+
+    def to_dense(self) -> nn.Module:  # type: ignore[override]
+        """The ``Conv1D`` that computes the same."""
+        dense = self.blank(self.out_features, self.in_features, self.up.weight.device, self.up.weight.dtype)
+        with torch.no_grad():
+            dense.get_parameter("weight").copy_(self.weight)
+            dense.get_parameter("bias").copy_(self.up.bias)
+        adopt_dense(dense, self)
+        return dense
+
+    def factors(self) -> SVD:
+        """The weight ``[in_features, out_features]`` as an SVD."""
+        return pair_factors(self.down.weight.mT, self.up.weight.mT)
 
 
 def pair_spectrum(rows: int, columns: int, values: Tensor | None, owner: str) -> Spectrum:

@@ -1,10 +1,10 @@
-"""nn.Conv2d in Tucker-2 form."""
+"""Convolutions in Tucker-2 form."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,16 +12,124 @@ from torch import Tensor, nn
 from ..decompose import tucker
 from ..decompose.tucker import tucker_spectrum
 from ..errors import LowRankError
-from ..factors import Tucker
-from ..linalg import mode_product
+from ..factors import Blocks, Tucker
 from ..rank import ParameterFraction, RankRule, Spectrum, check_rank, choose_rank
-from .base import bias_of, check_dense, fill
-from .conv import FactoredConv2d, check_groups
+from .base import bias_of, check_dense, fill, weight_of
+from .conv import FactoredConv, TransposedConv
+from .kernel import kernel_of, weight_of_kernel
 
 TuckerRank = int | RankRule | Sequence[int | RankRule]
+Conv = TypeVar("Conv", bound="TuckerConv")
 
 
-class TuckerConv2d(FactoredConv2d):
+class TuckerConv(FactoredConv):
+    """Reduce the channels, convolve, expand; every group on its own."""
+
+    def _build(self, rank: Any, bias: bool, factory: dict[str, Any]) -> None:
+        out, into = choose_tucker_rank(rank, self.kernel_shape, None, type(self).__name__)
+        out, into = out * self.groups, into * self.groups
+        self.reduce = self._pointwise(self.in_channels, into, factory)
+        self.core = self._spatial(into, out, factory)
+        self.expand = self._pointwise(out, self.out_channels, factory, bias=bias)
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        """``(rank_out, rank_in)`` of a group."""
+        return kernel_of(self.expand).shape[2], kernel_of(self.reduce).shape[1]
+
+    @classmethod
+    def from_dense(cls: type[Conv], conv: nn.Module, *, rank: TuckerRank) -> Conv:
+        """The Tucker-2 decomposition of a trained convolution, by HOOI; the kernel's own modes stay whole.
+
+        Args:
+            conv: the dense convolution.
+            rank: ``(rank_out, rank_in)``, one integer for both, or a rule. A rule on singular values looks at
+                the unfolding of each mode (of the root mean square of the groups); ``ParameterFraction`` shrinks
+                both ranks in proportion.
+
+        Raises:
+            UnsupportedLayerError: if it is anything but that plain torch layer.
+            LowRankError: for NaN, Inf, integer or meta weights and bad ranks.
+        """
+        check_dense(cls, conv)
+        kernels = kernel_of(conv).detach()
+        ranks = choose_tucker_rank(rank, tuple(kernels.shape[1:]), kernels, cls.__name__)
+        whole = (None,) * (kernels.ndim - 3)
+        return cls.from_parts(conv, [tucker(kernel, (*ranks, *whole)) for kernel in kernels])
+
+    @classmethod
+    def from_parts(cls: type[Conv], conv: nn.Module, parts: Sequence[Tucker]) -> Conv:
+        """The layer with the settings of ``conv`` and, for each group, the factors of its ``[out, in, *k]``."""
+        expand, reduce = (torch.stack([_factor(part, mode) for part in parts]) for mode in (0, 1))
+        core = torch.stack([part.core for part in parts])
+        return cls.from_chain(conv, reduce.mT, core, expand, bias_of(conv))
+
+    @classmethod
+    def from_chain(
+        cls: type[Conv], conv: nn.Module, reduce: Tensor, core: Tensor, expand: Tensor, bias: Tensor | None
+    ) -> Conv:
+        """The layer with the settings of ``conv`` and the given children.
+
+        Shape:
+            ``[groups, rank_in, in]``, ``[groups, rank_out, rank_in, *k]``, ``[groups, out, rank_out]``.
+        """
+        layer = cls.like(conv, rank=tuple(core.shape[1:3]), bias=bias is not None)
+        return fill(layer, [reduce, weight_of_kernel(core, transposed=layer.transposed), expand], bias)
+
+    def _matrices(self) -> tuple[Tensor, Tensor, Tensor]:
+        """``[groups, rank_in, in]``, core kernel, ``[groups, out, rank_out]``."""
+        return kernel_of(self.reduce).flatten(2), kernel_of(self.core), kernel_of(self.expand).flatten(2)
+
+    def kernel(self) -> Tensor:
+        """The dense kernel, ``[groups, out / groups, in / groups, *k]``."""
+        reduce, core, expand = self._matrices()
+        return torch.einsum("gos,gsr...,gri->goi...", expand, core, reduce)
+
+    def factors(self) -> Tucker | Blocks:
+        """The weight as a Tucker value with orthonormal factors; with groups, one below the other."""
+        parts = []
+        for reduce, core, expand in zip(*(matrix.detach().double() for matrix in self._matrices()), strict=True):
+            left, right = torch.linalg.qr(expand), torch.linalg.qr(reduce.mT)
+            small = torch.einsum("as,sr...,br->ab...", left.R, core, right.R).to(weight_of(self.core).dtype)
+            sides = [side.to(small.dtype) for side in (left.Q, right.Q)]
+            if self.transposed:
+                small, sides = small.transpose(0, 1), sides[::-1]
+            parts.append(Tucker(small, (*sides, *[None] * (core.ndim - 2))))
+        return parts[0] if len(parts) == 1 else Blocks(tuple(parts))
+
+
+def _factor(part: Tucker, mode: int) -> Tensor:
+    factor = part.factors[mode]
+    if factor is None:
+        raise LowRankError(f"TuckerConv: mode {mode} of the factorization was left whole, expected a factor.")
+    return factor
+
+
+class TuckerConv1d(TuckerConv):
+    """Reduce the channels, convolve along the line, expand (Tucker-2).
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, \
+dtype: those of ``nn.Conv1d``.
+        rank: ``(rank_out, rank_in)`` of a group, one integer for both, or a rule; integers are clamped.
+
+    Shape:
+        ``[N, in_channels, L]`` or ``[in_channels, L]``, as in ``nn.Conv1d``.
+
+    Attributes:
+        reduce: ``nn.Conv1d(in_channels, groups*rank_in, 1, bias=False)``.
+        core: ``nn.Conv1d(groups*rank_in, groups*rank_out, kernel_size, ..., bias=False)``.
+        expand: ``nn.Conv1d(groups*rank_out, out_channels, 1, bias=bias)``.
+
+    Examples:
+        >>> lr.TuckerConv1d(16, 32, 5, padding=2, rank=(8, 4))(torch.randn(1, 16, 20)).shape
+        torch.Size([1, 32, 20])
+    """
+
+    dense_type = nn.Conv1d
+
+
+class TuckerConv2d(TuckerConv):
     """A 1 x 1 convolution to fewer channels, a small core convolution, and a 1 x 1 back (Tucker-2; Kim et al., 2016).
 
     Args:
@@ -31,115 +139,142 @@ class TuckerConv2d(FactoredConv2d):
         stride: stride of the convolution.
         padding: numbers, ``"same"`` or ``"valid"``.
         dilation: spacing between kernel elements.
-        groups: must be 1.
+        groups: each one is factorized on its own, at the same ranks.
         bias: whether a bias is added.
         padding_mode: ``"zeros"``, ``"reflect"``, ``"replicate"`` or ``"circular"``.
         device: device of the parameters.
         dtype: dtype of the parameters.
-        rank: ``(rank_out, rank_in)``, one integer for both, or a rule; integers are clamped to the dimensions.
+        rank: ``(rank_out, rank_in)`` of a group, one integer for both, or a rule; integers are clamped.
 
     Shape:
         ``[N, in_channels, H, W]`` or ``[in_channels, H, W]``, as in ``nn.Conv2d``.
 
     Attributes:
-        reduce: ``nn.Conv2d(in_channels, rank_in, 1, bias=False)``.
-        core: ``nn.Conv2d(rank_in, rank_out, kernel_size, ..., bias=False)``.
-        expand: ``nn.Conv2d(rank_out, out_channels, 1, bias=bias)``.
+        reduce: ``nn.Conv2d(in_channels, groups*rank_in, 1, bias=False)``.
+        core: ``nn.Conv2d(groups*rank_in, groups*rank_out, kernel_size, ..., bias=False)``.
+        expand: ``nn.Conv2d(groups*rank_out, out_channels, 1, bias=bias)``.
 
     Raises:
-        UnsupportedLayerError: for ``groups`` other than 1.
         LowRankError: if a rank is no integer of at least 1 and no rule.
 
     Examples:
         >>> layer = lr.TuckerConv2d(256, 256, 3, stride=2, padding=1, rank=(64, 64))
         >>> layer(torch.randn(1, 256, 14, 14)).shape
         torch.Size([1, 256, 7, 7])
+        >>> conv = nn.Conv2d(16, 8, 3, stride=(2, 1))
+        >>> full = lr.TuckerConv2d.from_dense(conv, rank=(8, 16))
+        >>> x = torch.randn(2, 16, 9, 9)
+        >>> torch.allclose(full(x), conv(x), atol=1e-5)
+        True
     """
 
-    def _build(self, rank: Any, bias: bool, factory: dict[str, Any]) -> None:
-        rank_out, rank_in = choose_tucker_rank(
-            rank, (self.out_channels, self.in_channels, *self.kernel_size), None, type(self).__name__
-        )
-        self.reduce = nn.Conv2d(self.in_channels, rank_in, 1, bias=False, **factory)
-        self.core = nn.Conv2d(
-            rank_in,
-            rank_out,
-            self.kernel_size,
-            self.stride,
-            self.padding,
-            self.dilation,
-            bias=False,
-            padding_mode=self.padding_mode,
-            **factory,
-        )
-        self.expand = nn.Conv2d(rank_out, self.out_channels, 1, bias=bias, **factory)
+    dense_type = nn.Conv2d
 
-    @property
-    def rank(self) -> tuple[int, int]:
-        """``(rank_out, rank_in)``."""
-        return self.core.out_channels, self.core.in_channels
 
-    def forward(self, input: Tensor) -> Tensor:
-        """``[N, in_channels, H, W]`` to ``[N, out_channels, H', W']``."""
-        out: Tensor = self.expand(self.core(self.reduce(input)))
-        return out
+class TuckerConv3d(TuckerConv):
+    """Reduce the channels, convolve the volume, expand (Tucker-2).
 
-    @classmethod
-    def from_dense(cls, conv: nn.Module, *, rank: TuckerRank) -> TuckerConv2d:
-        """The Tucker-2 decomposition of a trained convolution, by HOOI; the kernel's own modes stay whole.
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, \
+dtype: those of ``nn.Conv3d``.
+        rank: ``(rank_out, rank_in)`` of a group, one integer for both, or a rule; integers are clamped.
 
-        Args:
-            conv: an ``nn.Conv2d``.
-            rank: ``(rank_out, rank_in)``, one integer for both, or a rule. A rule on singular values looks at
-                the unfolding of each mode; ``ParameterFraction`` shrinks both ranks in proportion.
+    Shape:
+        ``[N, in_channels, D, H, W]`` or ``[in_channels, D, H, W]``, as in ``nn.Conv3d``.
 
-        Raises:
-            UnsupportedLayerError: if it is anything but a plain ``nn.Conv2d`` with one group.
-            LowRankError: for NaN, Inf, integer or meta weights and bad ranks.
+    Attributes:
+        reduce: ``nn.Conv3d(in_channels, groups*rank_in, 1, bias=False)``.
+        core: ``nn.Conv3d(groups*rank_in, groups*rank_out, kernel_size, ..., bias=False)``.
+        expand: ``nn.Conv3d(groups*rank_out, out_channels, 1, bias=bias)``.
 
-        Examples:
-            >>> conv = nn.Conv2d(16, 8, 3, stride=(2, 1))
-            >>> full = lr.TuckerConv2d.from_dense(conv, rank=(8, 16))
-            >>> x = torch.randn(2, 16, 9, 9)
-            >>> torch.allclose(full(x), conv(x), atol=1e-5)
-            True
-        """
-        weight = check_dense(cls, conv)
-        check_groups(cls, conv)
-        ranks = choose_tucker_rank(rank, tuple(weight.shape), weight, cls.__name__)
-        return cls.from_tucker(conv, tucker(weight, (*ranks, None, None)))
+    Examples:
+        >>> lr.TuckerConv3d(8, 16, 3, rank=4)(torch.randn(1, 8, 5, 5, 5)).shape
+        torch.Size([1, 16, 3, 3, 3])
+    """
 
-    @classmethod
-    def from_tucker(cls, conv: nn.Module, factors: Tucker) -> TuckerConv2d:
-        """The layer with the settings of ``conv`` and the given factors of its kernel."""
-        expand, reduce = factors.factors[0], factors.factors[1]
-        assert expand is not None
-        assert reduce is not None
-        layer = cls.like(conv, rank=(expand.shape[1], reduce.shape[1]))
-        return fill(layer, [reduce.mT, factors.core, expand], bias_of(conv))
+    dense_type = nn.Conv3d
 
-    def weight_from_children(self) -> Tensor:
-        """The dense kernel ``[out, in, kh, kw]``."""
-        core = mode_product(self.core.weight, self.expand.weight.flatten(1), 0)
-        return mode_product(core, self.reduce.weight.flatten(1).mT, 1)
 
-    def factors(self) -> Tucker:
-        """The kernel ``[out, in, kh, kw]`` as a Tucker value with orthonormal factors."""
-        dtype = self.core.weight.dtype
-        expand = torch.linalg.qr(self.expand.weight.detach().double().flatten(1))
-        reduce = torch.linalg.qr(self.reduce.weight.detach().double().flatten(1).mT)
-        core = mode_product(mode_product(self.core.weight.detach().double(), expand.R, 0), reduce.R, 1)
-        return Tucker(core.to(dtype), (expand.Q.to(dtype), reduce.Q.to(dtype), None, None))
+class TuckerConvTranspose1d(TransposedConv, TuckerConv):
+    """Reduce the channels, convolve transposed, expand (Tucker-2).
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, output_padding, groups, bias, dilation, padding_mode, \
+device, dtype: those of ``nn.ConvTranspose1d``.
+        rank: ``(rank_out, rank_in)`` of a group, one integer for both, or a rule; integers are clamped.
+
+    Shape:
+        ``[N, in_channels, L]`` or ``[in_channels, L]``, as in ``nn.ConvTranspose1d``.
+
+    Attributes:
+        reduce: ``nn.Conv1d(in_channels, groups*rank_in, 1, bias=False)``.
+        core: ``nn.ConvTranspose1d(groups*rank_in, groups*rank_out, kernel_size, ..., bias=False)``.
+        expand: ``nn.Conv1d(groups*rank_out, out_channels, 1, bias=bias)``.
+
+    Examples:
+        >>> lr.TuckerConvTranspose1d(8, 16, 4, stride=2, rank=4)(torch.randn(1, 8, 10)).shape
+        torch.Size([1, 16, 22])
+    """
+
+    dense_type = nn.ConvTranspose1d
+
+
+class TuckerConvTranspose2d(TransposedConv, TuckerConv):
+    """Reduce the channels, convolve transposed, expand (Tucker-2).
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, output_padding, groups, bias, dilation, padding_mode, \
+device, dtype: those of ``nn.ConvTranspose2d``.
+        rank: ``(rank_out, rank_in)`` of a group, one integer for both, or a rule; integers are clamped.
+
+    Shape:
+        ``[N, in_channels, H, W]`` or ``[in_channels, H, W]``, as in ``nn.ConvTranspose2d``.
+
+    Attributes:
+        reduce: ``nn.Conv2d(in_channels, groups*rank_in, 1, bias=False)``.
+        core: ``nn.ConvTranspose2d(groups*rank_in, groups*rank_out, kernel_size, ..., bias=False)``.
+        expand: ``nn.Conv2d(groups*rank_out, out_channels, 1, bias=bias)``.
+
+    Examples:
+        >>> lr.TuckerConvTranspose2d(8, 16, 4, stride=2, padding=1, rank=4)(torch.randn(1, 8, 5, 5)).shape
+        torch.Size([1, 16, 10, 10])
+    """
+
+    dense_type = nn.ConvTranspose2d
+
+
+class TuckerConvTranspose3d(TransposedConv, TuckerConv):
+    """Reduce the channels, convolve transposed, expand (Tucker-2).
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, output_padding, groups, bias, dilation, padding_mode, \
+device, dtype: those of ``nn.ConvTranspose3d``.
+        rank: ``(rank_out, rank_in)`` of a group, one integer for both, or a rule; integers are clamped.
+
+    Shape:
+        ``[N, in_channels, D, H, W]`` or ``[in_channels, D, H, W]``, as in ``nn.ConvTranspose3d``.
+
+    Attributes:
+        reduce: ``nn.Conv3d(in_channels, groups*rank_in, 1, bias=False)``.
+        core: ``nn.ConvTranspose3d(groups*rank_in, groups*rank_out, kernel_size, ..., bias=False)``.
+        expand: ``nn.Conv3d(groups*rank_out, out_channels, 1, bias=bias)``.
+
+    Examples:
+        >>> lr.TuckerConvTranspose3d(8, 16, 2, stride=2, rank=4)(torch.randn(1, 8, 3, 4, 4)).shape
+        torch.Size([1, 16, 6, 8, 8])
+    """
+
+    dense_type = nn.ConvTranspose3d
 
 
 def tucker_limits(shape: Sequence[int]) -> tuple[int, int]:
-    """The largest ranks that the two channel modes of a kernel ``[out, in, kh, kw]`` can have."""
+    """The largest ranks that the two channel modes of a kernel ``[out, in, *k]`` can have."""
     out, in_, area = shape[0], shape[1], math.prod(shape[2:])
     return min(out, in_ * area), min(in_, out * area)
 
 
-def choose_tucker_rank(rank: Any, shape: tuple[int, ...], weight: Tensor | None, owner: str) -> tuple[int, int]:
-    """``(rank_out, rank_in)`` that ``rank`` means for a kernel."""
+def choose_tucker_rank(rank: Any, shape: tuple[int, ...], kernels: Tensor | None, owner: str) -> tuple[int, int]:
+    """``(rank_out, rank_in)`` that ``rank`` means for kernels of that shape; ``kernels`` has one a group."""
     both = tuple(rank) if isinstance(rank, Sequence) and not isinstance(rank, str) else (rank, rank)
     if len(both) != 2:
         raise LowRankError(f"{owner}: got rank {rank!r}, expected (rank_out, rank_in), one integer or one rule.")
@@ -154,10 +289,15 @@ def choose_tucker_rank(rank: Any, shape: tuple[int, ...], weight: Tensor | None,
             sizes = [size for _, size in path]
             chosen.append(path[each(Spectrum(None, (shape[0], shape[1]), sizes, dense, owner)) - 1][0][mode])
             continue
-        values = tucker_spectrum(weight, mode) if weight is not None and not isinstance(each, int) else None
+        values = _spectrum(kernels, mode) if kernels is not None and not isinstance(each, int) else None
         columns = dense // shape[mode]
         chosen.append(choose_rank(each, Spectrum(values, (shape[mode], columns), (), dense, owner), limit))
     return chosen[0], chosen[1]
+
+
+def _spectrum(kernels: Tensor, mode: int) -> Tensor:
+    """Singular values of one mode's unfolding, the root mean square over the groups."""
+    return torch.stack([tucker_spectrum(kernel, mode) for kernel in kernels]).square().mean(0).sqrt()
 
 
 def _proportional_path(shape: tuple[int, ...]) -> list[tuple[tuple[int, int], int]]:

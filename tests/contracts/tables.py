@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -51,12 +51,14 @@ class LayerRow:
         wide: keywords of a larger layer, for statistics, and the rank it gets.
         sample: from a dense layer and a leading shape (``()`` is unbatched) to an input.
         sample_shape: from a dense layer to the shape of one sample, as ``layer_cost`` takes it.
-        full: from the shape of the weight to the rank at which nothing is lost.
+        full: from a dense layer to the rank at which nothing is lost.
         small: a rank at which something is lost, for the sizes in ``variants``.
         excess: a rank above every dimension.
         matrix: the unfolding whose Eckart-Young tail is the error at ``small``; ``None`` where there is no such law.
         smoke: the variants for slow checks.
         channels_last: whether inputs have a memory format.
+        form: what ``from_dense`` and the constructor take besides the rank.
+        unbatched: whether one sample without a batch is an input.
     """
 
     cls: type[lr.FactoredModule]
@@ -64,16 +66,18 @@ class LayerRow:
     wide: tuple[dict[str, Any], Any]
     sample: Callable[[nn.Module, tuple[int, ...]], Tensor]
     sample_shape: Callable[[nn.Module], tuple[int, ...]]
-    full: Callable[[tuple[int, ...]], Any]
+    full: Callable[[Any], Any]
     small: Any
     excess: Any
     matrix: Callable[[Tensor], Tensor] | None = None
     smoke: tuple[str, ...] = ("plain", "no bias")
     channels_last: bool = False
+    form: Mapping[str, Any] = field(default_factory=dict)
+    unbatched: bool = True
 
     @property
     def name(self) -> str:
-        return self.cls.__name__
+        return "-".join([self.cls.__name__, *self.form.values()])
 
     def dense(self, variant: str = "plain", **more: Any) -> nn.Module:
         """The torch layer of a variant."""
@@ -81,11 +85,14 @@ class LayerRow:
 
     def fresh(self, variant: str = "plain", rank: Any = None, **more: Any) -> lr.FactoredModule:
         """The factored layer of a variant by its constructor: the dense one's keywords and a rank."""
-        settings = {**self.variants[variant], **more}
+        settings = {**self.variants[variant], **self.form, **more}
         return self.cls(**settings, rank=self.small if rank is None else rank)
 
+    def from_dense(self, dense: nn.Module, rank: Any) -> lr.FactoredModule:
+        return self.cls.from_dense(dense, rank=rank, **self.form)
+
     def full_rank(self, dense: nn.Module) -> Any:
-        return self.full(tuple(dense.weight.shape))
+        return self.full(dense)
 
     def input(self, dense: nn.Module, batch: int | None = 2) -> Tensor:
         """A batch (``None``: one unbatched sample) in the dtype of the layer."""
@@ -132,17 +139,88 @@ CONV_VARIANTS: dict[str, dict[str, Any]] = {
     "kernel 1": {**_CONV, "kernel_size": 1},
     "prime": {"in_channels": 5, "out_channels": 7, "kernel_size": 3},
     "one channel": {"in_channels": 1, "out_channels": 3, "kernel_size": 3},
+    "groups": {"in_channels": 4, "out_channels": 6, "kernel_size": 3, "groups": 2},
+    "depthwise": {"in_channels": 4, "out_channels": 4, "kernel_size": 3, "groups": 4, "padding": 1},
+    "depthwise, twice the channels": {"in_channels": 3, "out_channels": 6, "kernel_size": 3, "groups": 3},
     "everything": {
-        "in_channels": 5,
+        "in_channels": 6,
         "out_channels": 4,
         "kernel_size": (3, 2),
         "stride": (2, 1),
         "padding": (2, 1),
         "dilation": (1, 2),
+        "groups": 2,
         "bias": False,
         "padding_mode": "replicate",
     },
 }
+
+_LINE: dict[str, Any] = {"in_channels": 3, "out_channels": 4, "kernel_size": 3}
+
+CONV1D_VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": _LINE,
+    "no bias": {**_LINE, "bias": False},
+    "same, even kernel, dilation": {**_LINE, "kernel_size": 4, "padding": "same", "dilation": 2},
+    "circular": {**_LINE, "padding": 2, "padding_mode": "circular"},
+    "kernel 1, stride": {**_LINE, "kernel_size": 1, "stride": 2},
+    "prime": {"in_channels": 5, "out_channels": 7, "kernel_size": 3},
+    "depthwise": {"in_channels": 4, "out_channels": 4, "kernel_size": 3, "groups": 4},
+    "everything": {
+        "in_channels": 6,
+        "out_channels": 4,
+        "kernel_size": 3,
+        "stride": 2,
+        "padding": 2,
+        "dilation": 2,
+        "groups": 2,
+        "bias": False,
+        "padding_mode": "reflect",
+    },
+}
+
+CONV3D_VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {"in_channels": 3, "out_channels": 4, "kernel_size": 2},
+    "no bias": {"in_channels": 3, "out_channels": 4, "kernel_size": (1, 2, 3), "bias": False},
+    "same": {"in_channels": 3, "out_channels": 4, "kernel_size": 3, "padding": "same"},
+    "kernel (1, 1, 3)": {"in_channels": 3, "out_channels": 4, "kernel_size": (1, 1, 3)},
+    "prime": {"in_channels": 5, "out_channels": 7, "kernel_size": 2},
+    "depthwise": {"in_channels": 4, "out_channels": 4, "kernel_size": 2, "groups": 4},
+    "everything": {
+        "in_channels": 6,
+        "out_channels": 4,
+        "kernel_size": (3, 2, 1),
+        "stride": (2, 1, 2),
+        "padding": (2, 1, 0),
+        "dilation": (1, 2, 1),
+        "groups": 2,
+        "bias": False,
+        "padding_mode": "replicate",
+    },
+}
+
+
+def _transposed(dims: int) -> dict[str, dict[str, Any]]:
+    plain = {"in_channels": 4, "out_channels": 3, "kernel_size": 3 if dims < 3 else 2}
+    return {
+        "plain": plain,
+        "no bias": {**plain, "bias": False},
+        "stride, output_padding": {**plain, "stride": 2, "padding": 1, "output_padding": 1},
+        "stride beyond the kernel": {**plain, "stride": 4},
+        "prime": {"in_channels": 5, "out_channels": 7, "kernel_size": 3 if dims < 3 else 2},
+        "depthwise": {"in_channels": 4, "out_channels": 4, "kernel_size": 2, "groups": 4},
+        "everything": {
+            "in_channels": 4,
+            "out_channels": 6,
+            "kernel_size": (2, 3, 2)[:dims],
+            "stride": (2, 1, 2)[:dims],
+            "padding": (1, 1, 0)[:dims],
+            "output_padding": (1, 0, 1)[:dims],
+            "dilation": (1, 2, 1)[:dims],
+            "groups": 2,
+            "bias": False,
+        },
+    }
+
 
 EMBEDDING_VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {"num_embeddings": 9, "embedding_dim": 6},
@@ -156,23 +234,86 @@ EMBEDDING_VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
+BAG_VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {"num_embeddings": 9, "embedding_dim": 6},
+    "sum": {"num_embeddings": 9, "embedding_dim": 6, "mode": "sum"},
+    "padding_idx": {"num_embeddings": 9, "embedding_dim": 6, "padding_idx": 2},
+    "max_norm": {"num_embeddings": 9, "embedding_dim": 6, "max_norm": 1.5},
+    "sparse, sum": {"num_embeddings": 9, "embedding_dim": 6, "sparse": True, "mode": "sum"},
+    "prime": {"num_embeddings": 5, "embedding_dim": 11},
+}
+
+_SIZES = {1: (12,), 2: (9, 8), 3: (5, 6, 4)}
+
+
 def _image(conv: nn.Module, lead: tuple[int, ...]) -> Tensor:
-    return torch.randn(*lead, conv.in_channels, 9, 8)
+    return torch.randn(*lead, *_image_shape(conv))
 
 
 def _image_shape(conv: nn.Module) -> tuple[int, ...]:
-    return conv.in_channels, 9, 8
+    return conv.in_channels, *_SIZES[len(conv.kernel_size)]
 
 
-_CONV_COMMON: dict[str, Any] = {
-    "variants": CONV_VARIANTS,
-    "sample": _image,
-    "sample_shape": _image_shape,
-    "smoke": ("plain", "everything", "same, circular"),
-    "channels_last": True,
-}
+def group_shape(conv: nn.Module) -> tuple[int, ...]:
+    """The kernel of one group: out, in, and its own axes."""
+    return conv.out_channels // conv.groups, conv.in_channels // conv.groups, *conv.kernel_size
 
-_WIDE_CONV = {"in_channels": 24, "out_channels": 32, "kernel_size": 3}
+
+def _channel_limit(conv: nn.Module) -> int:
+    out, into, *k = group_shape(conv)
+    area = math.prod(k)
+    return min(into, out * area) if conv.transposed else min(out, into * area)
+
+
+def _spatial_limit(conv: nn.Module) -> int:
+    out, into, height, width = group_shape(conv)
+    return min(out * width, into * height)
+
+
+def _tucker_limits(conv: nn.Module) -> tuple[int, ...]:
+    shape = group_shape(conv)
+    return tuple(min(shape[k], math.prod(shape) // shape[k]) for k in (0, 1))
+
+
+def _cp_limit(conv: nn.Module) -> int:
+    return math.prod(group_shape(conv)) // max(group_shape(conv))
+
+
+def _conv_rows(dims: int, *, transposed: bool) -> list[LayerRow]:
+    """Channel SVD, Tucker and CP of one kind of convolution."""
+    kind = f"Conv{'Transpose' if transposed else ''}{dims}d"
+    variants = {1: CONV1D_VARIANTS, 2: CONV_VARIANTS, 3: CONV3D_VARIANTS}[dims]
+    channels = {1: (40, 48), 2: (24, 32), 3: (24, 32)}[dims]
+    wide = {"in_channels": channels[0], "out_channels": channels[1], "kernel_size": 3 if dims < 3 else 2}
+    common: dict[str, Any] = {
+        "variants": _transposed(dims) if transposed else variants,
+        "sample": _image,
+        "sample_shape": _image_shape,
+        "smoke": ("plain", "everything", *(["same, circular"] if kind == "Conv2d" else [])),
+        "channels_last": dims == 2,
+        "excess": 1000,
+    }
+    pair, tucker, cp = (getattr(lr, f"{family}{kind}") for family in ("LowRank", "Tucker", "CP"))
+    return [
+        LayerRow(
+            pair,
+            wide=(wide, 12),
+            full=_channel_limit,
+            small=2,
+            matrix=lambda weight: weight.flatten(1),
+            **common,
+        ),
+        LayerRow(
+            tucker, wide=(wide, (14, 10)), full=_tucker_limits, small=(2, 2), **{**common, "excess": (1000, 1000)}
+        ),
+        LayerRow(cp, wide=(wide, 24), full=_cp_limit, small=2, **common),
+    ]
+
+
+def _as_spatial(weight: Tensor) -> Tensor:
+    out, into, height, width = weight.shape
+    return weight.permute(0, 3, 1, 2).reshape(out * width, into * height)
+
 
 LAYERS = [
     LayerRow(
@@ -181,35 +322,25 @@ LAYERS = [
         wide=({"in_features": 64, "out_features": 96}, 24),
         sample=lambda linear, lead: torch.randn(*lead, linear.in_features),
         sample_shape=lambda linear: (linear.in_features,),
-        full=lambda shape: min(shape),
+        full=lambda linear: min(linear.weight.shape),
         small=2,
         excess=1000,
         matrix=lambda weight: weight,
     ),
+    *(row for dims in (1, 2, 3) for transposed in (False, True) for row in _conv_rows(dims, transposed=transposed)),
     LayerRow(
         lr.LowRankConv2d,
-        wide=(_WIDE_CONV, 20),
-        full=lambda shape: min(shape[0], math.prod(shape[1:])),
+        CONV_VARIANTS,
+        wide=({"in_channels": 24, "out_channels": 32, "kernel_size": 3}, 20),
+        sample=_image,
+        sample_shape=_image_shape,
+        full=_spatial_limit,
         small=2,
         excess=1000,
-        matrix=lambda weight: weight.flatten(1),
-        **_CONV_COMMON,
-    ),
-    LayerRow(
-        lr.TuckerConv2d,
-        wide=(_WIDE_CONV, (20, 16)),
-        full=lambda shape: tuple(min(shape[k], math.prod(shape) // shape[k]) for k in (0, 1)),
-        small=(2, 2),
-        excess=(1000, 1000),
-        **_CONV_COMMON,
-    ),
-    LayerRow(
-        lr.CPConv2d,
-        wide=(_WIDE_CONV, 48),
-        full=lambda shape: math.prod(shape) // max(shape),
-        small=3,
-        excess=1000,
-        **_CONV_COMMON,
+        matrix=_as_spatial,
+        smoke=("plain", "everything"),
+        channels_last=True,
+        form={"mode": "spatial"},
     ),
     LayerRow(
         lr.LowRankEmbedding,
@@ -217,11 +348,24 @@ LAYERS = [
         wide=({"num_embeddings": 96, "embedding_dim": 64}, 24),
         sample=lambda table, lead: torch.randint(table.num_embeddings, (*lead, 7)),
         sample_shape=lambda table: (7,),
-        full=lambda shape: min(shape),
+        full=lambda table: min(table.weight.shape),
         small=2,
         excess=1000,
         matrix=lambda weight: weight,
         smoke=("plain", "padding_idx", "max_norm"),
+    ),
+    LayerRow(
+        lr.LowRankEmbeddingBag,
+        BAG_VARIANTS,
+        wide=({"num_embeddings": 96, "embedding_dim": 64}, 24),
+        sample=lambda table, lead: torch.randint(table.num_embeddings, (*lead, 7)),
+        sample_shape=lambda table: (7,),
+        full=lambda table: min(table.weight.shape),
+        small=2,
+        excess=1000,
+        matrix=lambda weight: weight,
+        smoke=("plain", "sum"),
+        unbatched=False,
     ),
 ]
 

@@ -203,10 +203,27 @@ def test_a_compressed_layer_is_larger_than_the_dense_one():
 
 @convs
 def test_groups_are_ignored_or_crash(cls):
-    """groups > 1 crashes somewhere inside, or is dropped; here it is refused by name."""
-    for conv in (nn.Conv2d(4, 4, 3, groups=2), nn.Conv2d(4, 4, 3, groups=4)):
-        with pytest.raises(lr.UnsupportedLayerError, match=f"{cls.__name__}.*groups={conv.groups}"):
-            cls.from_dense(conv, rank=2)
+    """groups > 1 crashes somewhere inside, or is dropped; here every group is factorized on its own."""
+    x = torch.randn(2, 4, 7, 7)
+    for conv in (nn.Conv2d(4, 4, 3, groups=2), nn.Conv2d(4, 4, 3, groups=4), nn.Conv2d(4, 8, 3, groups=4)):
+        layer = full(cls, conv)
+        assert layer.groups == layer.to_dense().groups == conv.groups
+        assert relative(layer(x), conv(x)) < TIGHT
+
+
+@pytest.mark.parametrize("family", ["LowRank", "Tucker", "CP"])
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_transposed_convolutions_crash(family, dims):
+    """No library factorizes them: an error, or a layer that is not transposed."""
+    cls = getattr(lr, f"{family}ConvTranspose{dims}d")
+    conv = cls.dense_type(4, 6, 3, stride=2, padding=1, output_padding=1, groups=2)
+    layer = full(cls, conv)
+    x = torch.randn(2, 4, *[5] * dims)
+    assert layer(x).shape == conv(x).shape == (2, 6, *[10] * dims)
+    assert relative(layer(x), conv(x)) < TIGHT
+    ambiguous = cls.dense_type(4, 6, 3, stride=2)
+    for size in ([11] * dims, [12] * dims):
+        assert relative(full(cls, ambiguous)(x, output_size=size), ambiguous(x, output_size=size)) < TIGHT
 
 
 @convs

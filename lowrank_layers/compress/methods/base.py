@@ -9,7 +9,8 @@ from typing import Any, ClassVar, Protocol
 from torch import nn
 
 from ...cost import Cost
-from ...layers import FactoredModule, bias_of, layer_cost
+from ...errors import LowRankError
+from ...layers import FactoredModule, bias_of, layer_cost, meta_twin, takes_bias
 from ...moments import LayerStats
 
 
@@ -35,8 +36,12 @@ class Method(Protocol):
     """What plans and files call it."""
 
     @property
-    def layers(self) -> Mapping[type[nn.Module], type[FactoredModule]]:
-        """Dense type to the factored type that replaces it."""
+    def layers(self) -> tuple[type[FactoredModule], ...]:
+        """What it builds, one for each kind of dense layer."""
+
+    @property
+    def form(self) -> Mapping[str, Any]:
+        """What besides the rank it asks of them: see :attr:`FactoredModule.form`."""
 
     def matches(self, module: nn.Module) -> bool:
         """Whether it can factorize this layer."""
@@ -51,15 +56,24 @@ class Method(Protocol):
         """The factored layer; with statistics the one that minimises the weighted error."""
 
 
-def matches_type(method: Method, module: nn.Module) -> bool:
-    """Whether the module is exactly one of the method's types, with one group."""
-    return type(module) in method.layers and getattr(module, "groups", 1) == 1
+def layer_for(method: Method, module: nn.Module) -> type[FactoredModule] | None:
+    """The factored type by which a method replaces a dense layer, if it does."""
+    return next((cls for cls in method.layers if cls.stands_for(module)), None)
+
+
+def factored_like(method: Method, module: nn.Module, rank: Any, bias: bool) -> FactoredModule:
+    """The method's layer with the settings of ``module``, uninitialized."""
+    cls = layer_for(method, module)
+    if cls is None:
+        raise LowRankError(f"the method {method.name!r} does not take a {type(module).__name__}.")
+    like: Any = cls.like  # only those that have a form take one
+    layer: FactoredModule = like(module, rank=rank, bias=bias, **method.form)
+    return layer
 
 
 def factored_cost(method: Method, module: nn.Module, rank: Any, stats: LayerStats | None) -> Cost:
     """The cost of the layer that :meth:`Method.build` would return, without building it."""
-    layer = method.layers[type(module)].like(_meta_twin(module), rank=rank, bias=has_bias(module, stats))
-    return repeated_cost(layer, stats)
+    return repeated_cost(factored_like(method, meta_twin(module), rank, has_bias(module, stats)), stats)
 
 
 def repeated_cost(module: nn.Module, stats: LayerStats | None) -> Cost:
@@ -70,21 +84,10 @@ def repeated_cost(module: nn.Module, stats: LayerStats | None) -> Cost:
 
 def has_bias(module: nn.Module, stats: LayerStats | None) -> bool:
     """Whether the factored layer has a bias: once the input means are known, it corrects the mean of the output."""
-    return bias_of(module) is not None or (stats is not None and not isinstance(module, nn.Embedding))
+    return bias_of(module) is not None or (stats is not None and takes_bias(module))
 
 
 def affine(first: Cost, second: Cost, steps: int) -> Cost:
     """``first + steps * (second - first)``: the cost of rank ``1 + steps`` of a method whose cost is affine in it."""
     d = second - first
     return Cost(first.params + steps * d.params, first.macs + steps * d.macs, first.bytes + steps * d.bytes)
-
-
-def _meta_twin(module: nn.Module) -> nn.Module:
-    """The same layer without values."""
-    twin = object.__new__(type(module))
-    twin.__dict__.update(module.__dict__)
-    twin._parameters = {
-        key: None if p is None else nn.Parameter(p.detach().to("meta"), p.requires_grad)
-        for key, p in module._parameters.items()
-    }
-    return twin

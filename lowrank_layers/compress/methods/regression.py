@@ -14,6 +14,7 @@ it is activation whitening, with ``X = I`` too it is plain SVD.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -21,8 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import LowRankError
-from ...layers import bias_of, weight_of
-from ...linalg import Root, check_tensor, damp, exact_svd, gram_svd, psd_root
+from ...layers import bias_of, matrices_of, takes_bias
+from ...linalg import Root, damp, exact_svd, gram_svd, psd_root
 from ...moments import LayerStats
 
 INPUT_DAMPING = 1e-3
@@ -56,16 +57,16 @@ class Regression:
     scale: float
 
     @classmethod
-    def of(cls, module: nn.Module, stats: LayerStats | None, *, centred: bool = True) -> Regression:
-        """The problem of one layer; without statistics the plain approximation of its weight.
+    def of(cls, matrix: Tensor, bias: Tensor | None, stats: LayerStats | None, *, centred: bool) -> Regression:
+        """The problem of one matrix; without statistics the plain approximation of it.
 
         Args:
-            module: the dense layer.
-            stats: its statistics.
+            matrix: the weight, ``[out, in]``.
+            bias: ``[out]`` or ``None``.
+            stats: the statistics of its inputs and outputs.
             centred: with the bias free; otherwise the map goes through the origin.
         """
-        weight = weight_matrix(module).double()
-        bias = bias_of(module)
+        weight = matrix.double()
         bias = None if bias is None else bias.detach().double()
         rows, columns = weight.shape
         if stats is None:
@@ -76,7 +77,6 @@ class Regression:
                 f"got statistics of {len(stats.inputs.mean)} inputs for a layer of {columns};"
                 " calibrate this model, not another one."
             )
-        centred = centred and not isinstance(module, nn.Embedding)
         mean = stats.inputs.mean.to(weight.device)
         target = mean if stats.target_mean is None else stats.target_mean.to(weight.device)
         moment = stats.inputs.covariance().to(weight.device)
@@ -160,10 +160,28 @@ class Regression:
         return replace(self, moment=_add_ridge(moment, floor), cross=cross, mean=mean)
 
 
-def weight_matrix(module: nn.Module) -> Tensor:
-    """The weight as ``[out, in]``: a kernel flattened, a table transposed."""
-    weight = check_tensor(weight_of(module), type(module).__name__)
-    return weight.mT if isinstance(module, nn.Embedding) else weight.flatten(1)
+def regressions(module: nn.Module, stats: LayerStats | None, *, centred: bool = True) -> list[Regression]:
+    """The problems of a layer, one a group (a layer without groups has one).
+
+    Args:
+        module: the dense layer.
+        stats: its statistics.
+        centred: with the bias free, where the layer can have one; otherwise the map goes through the origin.
+    """
+    matrices = matrices_of(module)
+    groups = len(matrices)
+    bias = bias_of(module)
+    biases = [None] * groups if bias is None else bias.unflatten(0, (groups, -1))
+    known = [None if stats is None else stats.group(k) for k in range(groups)]
+    centred = centred and takes_bias(module)
+    return [Regression.of(m, b, s, centred=centred) for m, b, s in zip(matrices, biases, known, strict=True)]
+
+
+def joint_bias(problems: Sequence[Regression], products: Sequence[Tensor]) -> Tensor | None:
+    """:meth:`Regression.corrected_bias` of all groups, one after the other."""
+    pairs = zip(problems, products, strict=True)
+    parts = [bias for bias in (problem.corrected_bias(product) for problem, product in pairs) if bias is not None]
+    return torch.cat(parts) if parts else None
 
 
 def _times(moment: Tensor, features: Tensor) -> Tensor:

@@ -1,0 +1,322 @@
+"""Convolutions as pairs: to fewer channels with the kernel, then 1 x 1; or k x 1, then 1 x k."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import LowRankError
+from ..factors import SVD, Blocks
+from ..rank import Rank, choose_rank
+from .base import bias_of, check_dense, fill, meta_twin
+from .conv import FactoredConv, PaddingMode, Size, TransposedConv
+from .kernel import factors_of_pair, kernel_of, kernel_of_matrix, matrix_of, pair_kernels, weight_of_kernel
+from .linear import pair_factors, pair_spectrum, truncated_pair
+
+Mode = Literal["channel", "spatial"]
+Pair = TypeVar("Pair", bound="PairConv")
+
+
+class PairConv(FactoredConv):
+    """A convolution as two: the kernel as a matrix from what the first one sees to what the second makes of it."""
+
+    first_axes: tuple[int, ...]
+    """The spatial axes of the first one; the second one has the others."""
+
+    def _build(self, rank: Any, bias: bool, factory: dict[str, Any]) -> None:
+        axes = tuple(range(len(self.kernel_size)))
+        self.first_axes = self._first_axes()
+        rows, columns = self._matrix_shape()
+        spectrum = pair_spectrum(rows, columns, None, type(self).__name__)
+        inner = self.groups * choose_rank(rank, spectrum, min(rows, columns))
+        second = [axis for axis in axes if axis not in self.first_axes]
+        self.down = self._spatial(self.in_channels, inner, factory, axes=self.first_axes)
+        self.up = self._spatial(inner, self.out_channels, factory, axes=second, bias=bias)
+
+    def _first_axes(self) -> tuple[int, ...]:
+        """All of them; the adjoint, a transposed convolution, runs the other way round."""
+        return () if self.transposed else tuple(range(len(self.kernel_size)))
+
+    def _matrix_shape(self) -> tuple[int, int]:
+        out, into, *k = self.kernel_shape
+        inner = math.prod(k[axis] for axis in self.first_axes)
+        return out * math.prod(k) // inner, into * inner
+
+    @property
+    def rank(self) -> int:
+        """Number of inner channels a group."""
+        channels: int = self.down.out_channels  # type: ignore[assignment]
+        return channels // self.groups
+
+    @classmethod
+    def from_dense(cls: type[Pair], conv: nn.Module, *, rank: Rank, **form: Any) -> Pair:
+        """The best pair of that rank for a trained convolution: the SVD of its kernel as a matrix, group by group.
+
+        Args:
+            conv: the dense convolution.
+            rank: an integer or a rank rule, which sees the root mean square of the groups' singular values.
+            form: ``mode`` where the constructor takes it.
+
+        Raises:
+            UnsupportedLayerError: if it is anything but that plain torch layer.
+            LowRankError: for NaN, Inf, integer or meta weights and bad ranks.
+        """
+        check_dense(cls, conv)
+        axes = cls.like(meta_twin(conv), rank=1, **form).first_axes
+        matrix = matrix_of(kernel_of(conv).detach(), axes)
+        lasts, firsts = grouped_pairs(matrix, rank, cls.__name__)
+        return cls.from_pairs(conv, lasts, firsts, bias_of(conv), **form)
+
+    @classmethod
+    def from_pairs(
+        cls: type[Pair], conv: nn.Module, lasts: Tensor, firsts: Tensor, bias: Tensor | None, **form: Any
+    ) -> Pair:
+        """The layer with the settings of ``conv`` and the given ``[groups, rows, r]`` and ``[groups, r, columns]``."""
+        layer = cls.like(conv, rank=firsts.shape[1], bias=bias is not None, **form)
+        shape = (layer.groups, *layer.kernel_shape)
+        last, first = pair_kernels(lasts, firsts, shape, layer.first_axes)
+        children = zip(layer.children(), (first, last), strict=True)
+        weights = [weight_of_kernel(k, transposed=child.transposed) for child, k in children]  # type: ignore[arg-type]
+        return fill(layer, weights, bias)
+
+    def _pairs(self) -> tuple[Tensor, Tensor]:
+        return factors_of_pair(kernel_of(self.up), kernel_of(self.down))
+
+    def kernel(self) -> Tensor:
+        """The dense kernel, ``[groups, out / groups, in / groups, *k]``."""
+        last, first = self._pairs()
+        return kernel_of_matrix(last @ first, (self.groups, *self.kernel_shape), self.first_axes)
+
+    def factors(self) -> SVD | Blocks:
+        """The matrix that the pair makes as an SVD; with groups, one below the other.
+
+        It is the weight flattened to ``[out, in*area]`` (transposed: ``[in, out*area]``); in spatial mode, which no
+        flattening gives, it is ``[out*kw, in*kh]``.
+        """
+        lasts, firsts = self._pairs()
+        if self.transposed:
+            lasts, firsts = firsts.mT, lasts.mT
+        parts = [pair_factors(last, first) for last, first in zip(lasts, firsts, strict=True)]
+        return parts[0] if len(parts) == 1 else Blocks(tuple(parts))
+
+
+def grouped_pairs(matrix: Tensor, rank: Rank, owner: str) -> tuple[Tensor, Tensor]:
+    """The pairs of a stack of matrices ``[groups, rows, columns]`` at one rank for all."""
+    if len(matrix) > 1 and not isinstance(rank, int):
+        values = torch.linalg.svdvals(matrix.double()).square().mean(0).sqrt()
+        rows, columns = matrix.shape[1:]
+        rank = choose_rank(rank, pair_spectrum(rows, columns, values, owner), min(rows, columns))
+    lasts, firsts = zip(*(truncated_pair(each, rank, owner) for each in matrix), strict=True)
+    return torch.stack(lasts), torch.stack(firsts)
+
+
+class LowRankConv1d(PairConv):
+    """A 1-d convolution to ``rank`` channels, then one of length 1: the kernel ``[out, in*k]`` as a pair.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype:
+            those of ``nn.Conv1d``.
+        rank: inner channels a group: an integer (clamped) or a rule that needs no weights.
+
+    Shape:
+        ``[N, in_channels, L]`` or ``[in_channels, L]``, as in ``nn.Conv1d``.
+
+    Attributes:
+        down: ``nn.Conv1d(in_channels, groups*rank, kernel_size, ..., bias=False)``.
+        up: ``nn.Conv1d(groups*rank, out_channels, 1, bias=bias)``.
+
+    Examples:
+        >>> conv = nn.Conv1d(16, 32, 5, stride=2, padding=2, groups=4)
+        >>> full = lr.LowRankConv1d.from_dense(conv, rank=8)
+        >>> x = torch.randn(2, 16, 20)
+        >>> torch.allclose(full(x), conv(x), atol=1e-5)
+        True
+    """
+
+    dense_type = nn.Conv1d
+
+
+class LowRankConv2d(PairConv):
+    """A 2-d convolution to ``rank`` channels, then a 1 x 1 one; or, spatially, a k x 1 and then a 1 x k one.
+
+    Args:
+        in_channels: channels of the input.
+        out_channels: channels of the output.
+        kernel_size: size of the kernel.
+        stride: stride of the convolution.
+        padding: numbers, ``"same"`` or ``"valid"``.
+        dilation: spacing between kernel elements.
+        groups: each one becomes a pair of its own, of the same rank.
+        bias: whether a bias is added.
+        padding_mode: ``"zeros"``, ``"reflect"``, ``"replicate"`` or ``"circular"``.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
+        rank: inner channels a group: an integer (clamped to the sides of the matrix) or a rule that needs no weights.
+        mode: ``"channel"`` (Zhang et al., 2015): a pair for ``[out, in*kh*kw]``; ``"spatial"`` (Jaderberg et al.,
+            2014): one for ``[out*kw, in*kh]``.
+
+    Shape:
+        ``[N, in_channels, H, W]`` or ``[in_channels, H, W]``, as in ``nn.Conv2d``.
+
+    Attributes:
+        down: ``nn.Conv2d(in_channels, groups*rank, kernel_size, ..., bias=False)``; spatially its kernel is k x 1.
+        up: ``nn.Conv2d(groups*rank, out_channels, 1, bias=bias)``; spatially its kernel is 1 x k.
+
+    Raises:
+        LowRankError: if the rank is no integer of at least 1 and no rule, or the mode unknown.
+
+    Examples:
+        >>> layer = lr.LowRankConv2d(64, 128, 3, stride=2, padding=1, rank=16)
+        >>> layer(torch.randn(1, 64, 32, 32)).shape
+        torch.Size([1, 128, 16, 16])
+        >>> conv = nn.Conv2d(3, 8, 3, padding="same", padding_mode="reflect")
+        >>> full = lr.LowRankConv2d.from_dense(conv, rank=9, mode="spatial")
+        >>> x = torch.randn(2, 3, 9, 9)
+        >>> torch.allclose(full(x), conv(x), atol=1e-5)
+        True
+    """
+
+    dense_type = nn.Conv2d
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Size,
+        stride: Size = 1,
+        padding: Size | str = 0,
+        dilation: Size = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: PaddingMode = "zeros",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        rank: Rank,
+        mode: Mode = "channel",
+    ) -> None:
+        if mode not in ("channel", "spatial"):
+            raise LowRankError(f"LowRankConv2d: got mode {mode!r}, expected 'channel' or 'spatial'.")
+        self.mode = mode  # before the base builds the children
+        super().__init__(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            bias,
+            padding_mode,
+            device,
+            dtype,
+            rank=rank,
+        )
+
+    def _first_axes(self) -> tuple[int, ...]:
+        return (0,) if self.mode == "spatial" else super()._first_axes()
+
+    @property
+    def form(self) -> dict[str, Any]:
+        """The mode, where it is not the usual one."""
+        return {} if self.mode == "channel" else {"mode": self.mode}
+
+
+class LowRankConv3d(PairConv):
+    """A 3-d convolution to ``rank`` channels, then a 1 x 1 x 1 one: the kernel ``[out, in*kd*kh*kw]`` as a pair.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype:
+            those of ``nn.Conv3d``.
+        rank: inner channels a group: an integer (clamped) or a rule that needs no weights.
+
+    Shape:
+        ``[N, in_channels, D, H, W]`` or ``[in_channels, D, H, W]``, as in ``nn.Conv3d``.
+
+    Attributes:
+        down: ``nn.Conv3d(in_channels, groups*rank, kernel_size, ..., bias=False)``.
+        up: ``nn.Conv3d(groups*rank, out_channels, 1, bias=bias)``.
+
+    Examples:
+        >>> lr.LowRankConv3d(8, 16, 3, padding=1, rank=4)(torch.randn(1, 8, 4, 6, 6)).shape
+        torch.Size([1, 16, 4, 6, 6])
+    """
+
+    dense_type = nn.Conv3d
+
+
+class LowRankConvTranspose1d(TransposedConv, PairConv):
+    """A convolution of length 1 to ``rank`` channels, then a transposed one: the kernel ``[in, out*k]`` as a pair.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, output_padding, groups, bias, dilation, padding_mode, \
+device, dtype: those of ``nn.ConvTranspose1d``.
+        rank: inner channels a group: an integer (clamped) or a rule that needs no weights.
+
+    Shape:
+        ``[N, in_channels, L]`` or ``[in_channels, L]``, as in ``nn.ConvTranspose1d``.
+
+    Attributes:
+        down: ``nn.Conv1d(in_channels, groups*rank, 1, bias=False)``.
+        up: ``nn.ConvTranspose1d(groups*rank, out_channels, kernel_size, ..., bias=bias)``.
+
+    Examples:
+        >>> lr.LowRankConvTranspose1d(8, 16, 4, stride=2, rank=4)(torch.randn(1, 8, 10)).shape
+        torch.Size([1, 16, 22])
+    """
+
+    dense_type = nn.ConvTranspose1d
+
+
+class LowRankConvTranspose2d(TransposedConv, PairConv):
+    """A 1 x 1 convolution to ``rank`` channels, then a transposed one: the kernel ``[in, out*kh*kw]`` as a pair.
+
+    It is the adjoint of :class:`LowRankConv2d`, which runs the other way round.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, output_padding, groups, bias, dilation, padding_mode, \
+device, dtype: those of ``nn.ConvTranspose2d``.
+        rank: inner channels a group: an integer (clamped) or a rule that needs no weights.
+
+    Shape:
+        ``[N, in_channels, H, W]`` or ``[in_channels, H, W]``, as in ``nn.ConvTranspose2d``.
+
+    Attributes:
+        down: ``nn.Conv2d(in_channels, groups*rank, 1, bias=False)``.
+        up: ``nn.ConvTranspose2d(groups*rank, out_channels, kernel_size, ..., bias=bias)``.
+
+    Examples:
+        >>> conv = nn.ConvTranspose2d(16, 8, 4, stride=2, padding=1)
+        >>> full = lr.LowRankConvTranspose2d.from_dense(conv, rank=16)
+        >>> x = torch.randn(2, 16, 5, 5)
+        >>> torch.allclose(full(x), conv(x), atol=1e-5)
+        True
+    """
+
+    dense_type = nn.ConvTranspose2d
+
+
+class LowRankConvTranspose3d(TransposedConv, PairConv):
+    """A 1 x 1 x 1 convolution to ``rank`` channels, then a transposed one: ``[in, out*kd*kh*kw]`` as a pair.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, output_padding, groups, bias, dilation, padding_mode, \
+device, dtype: those of ``nn.ConvTranspose3d``.
+        rank: inner channels a group: an integer (clamped) or a rule that needs no weights.
+
+    Shape:
+        ``[N, in_channels, D, H, W]`` or ``[in_channels, D, H, W]``, as in ``nn.ConvTranspose3d``.
+
+    Attributes:
+        down: ``nn.Conv3d(in_channels, groups*rank, 1, bias=False)``.
+        up: ``nn.ConvTranspose3d(groups*rank, out_channels, kernel_size, ..., bias=bias)``.
+
+    Examples:
+        >>> lr.LowRankConvTranspose3d(8, 16, 2, stride=2, rank=4)(torch.randn(1, 8, 3, 4, 4)).shape
+        torch.Size([1, 16, 6, 8, 8])
+    """
+
+    dense_type = nn.ConvTranspose3d

@@ -1,0 +1,51 @@
+"""Every dense layer as a stack of matrices, one a group: what a linear method factorizes."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from ..linalg import check_tensor
+from .base import weight_of
+from .kernel import ConvNd, kernel_of, kernel_of_matrix, linear_axes, matrix_of, weight_of_kernel
+from .linear import LowRankTransposedLinear
+
+
+def is_table(module: nn.Module) -> bool:
+    """Whether rows are looked up: its inputs are one-hot, so their moments are diagonal and nothing is centred."""
+    return isinstance(module, (nn.Embedding, nn.EmbeddingBag))
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether this is a transposed convolution: its matrix makes patches that overlap and are summed."""
+    return isinstance(module, ConvNd) and module.transposed
+
+
+def takes_bias(module: nn.Module) -> bool:
+    """Whether the mean of what its matrix makes can be corrected by a bias."""
+    return not is_table(module) and not is_transposed(module)
+
+
+def matrices_of(module: nn.Module) -> Tensor:
+    """The weight as ``[groups, out, in]``: a table transposed, a kernel flattened.
+
+    A convolution is a linear map of patches of its input, a transposed one a map to patches of its output.
+    """
+    weight = check_tensor(weight_of(module), type(module).__name__)
+    if isinstance(module, ConvNd):
+        return matrix_of(kernel_of(module).detach(), linear_axes(module))
+    return (weight.mT if is_table(module) or LowRankTransposedLinear.stands_for(module) else weight)[None]
+
+
+def weight_from_matrices(module: nn.Module, matrices: Tensor) -> Tensor:
+    """The way back: the weight of ``module`` as torch lays it out."""
+    if isinstance(module, ConvNd):
+        kernel = kernel_of_matrix(matrices, kernel_of(module).shape, linear_axes(module))
+        return weight_of_kernel(kernel, transposed=module.transposed)
+    matrix = matrices[0]
+    return matrix.mT if is_table(module) or LowRankTransposedLinear.stands_for(module) else matrix
+
+
+def linear_shape(module: nn.Module) -> tuple[int, int, int]:
+    """``(groups, out, in)`` of :func:`matrices_of`."""
+    groups, out, into = matrices_of(module).shape
+    return groups, out, into
