@@ -8,6 +8,8 @@ BIN := .venv/bin
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet -c constraints.txt torch
 	$(BIN)/pip install --quiet -c constraints.txt -e ".[dev]"
+# torchvision asks for the very torch it was built for; what else it needs (numpy, pillow) matplotlib has brought
+	$(BIN)/pip install --quiet -c constraints.txt --no-deps torchvision
 	touch $@
 
 quickstart: .venv/installed
