@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from .layers import (
     weight_of,
 )
 from .moments import LayerStats, Moments, Statistics, input_rows, output_rows
+from .unfuse import unfused
 from .walk import check_model, own_layers
 
 CALIBRATED = (nn.Linear, ConvNd, nn.Embedding, nn.EmbeddingBag)
@@ -132,7 +133,8 @@ def calibrate(
 class Calibration:
     """The context in which moments are taken, for those who run the model themselves.
 
-    Inside, every forward pass adds to the input moments and every backward pass to the gradient moments.
+    Inside, every forward pass adds to the input moments and every backward pass to the gradient moments. Attentions
+    stand open inside (see ``unfuse.py``), so that their own parameters get no gradients there: do not train inside.
 
     Args:
         model: whose layers are watched.
@@ -153,8 +155,11 @@ class Calibration:
         self._batch = 0
         self._other_macs = 0
         self._hooks: list[Any] = []
+        self._open: AbstractContextManager[None] = nullcontext()
 
     def __enter__(self) -> Statistics:
+        self._open = unfused(self._model)
+        self._open.__enter__()
         self._hooks.append(self._model.register_forward_pre_hook(self._count_samples, with_kwargs=True))
         calibrated = dict(_calibrated_layers(self._model))
         for name, module in own_layers(self._model):
@@ -167,6 +172,7 @@ class Calibration:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         for hook in self._hooks:
             hook.remove()
+        self._open.__exit__(None, None, None)
         if kind is not None:
             return
         self._stats.other_macs = round(self._other_macs / max(1, self._stats.samples))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections import defaultdict
+from collections import OrderedDict, defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from .errors import CheckpointError, LowRankError
 from .files import replacing
 from .layers import FACTORED_LAYERS, FactoredModule, is_factored
 from .surgery import replace_
+from .unfuse import unfuse_, unfused, unfused_names
 from .walk import check_model, module_aliases, own_layers
 
 KEY = "lowrank_layers"
@@ -58,7 +59,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
             raise CheckpointError(f"save: {name!r} is on the meta device and has no values to write.")
     shared = _shared(state)
     tensors = {name: tensor.contiguous() for name, tensor in state.items() if name not in shared}
-    body = {"version": VERSION, "layers": _layers(model), "shared": shared}
+    body = {"version": VERSION, "layers": _layers(model), "unfused": unfused_names(model), "shared": shared}
     if not path.parent.is_dir():
         raise CheckpointError(f"save: the folder {path.parent} does not exist.")
     with replacing(path) as temporary:
@@ -83,16 +84,20 @@ def load(path: str | os.PathLike[str], into: nn.Module) -> nn.Module:
     """
     model = check_model(into)
     body, tensors = _read(Path(path))
-    built = _build(model, body["layers"], path)
-    state = _expected_state(model, built)
+    with unfused(model, only=body["unfused"]):
+        built = _build(model, body["layers"], path)
+        state = _expected_state(model, built)
     for alias, name in body["shared"].items():
         if name not in tensors:
             raise CheckpointError(f"{path}: {alias!r} refers to {name!r}, which is not there; the file is damaged.")
         tensors[alias] = tensors[name]
     _compare(state, tensors, path)
+    unfuse_(model, body["unfused"])
     replace_(model, built)
     on_meta = any(tensor.is_meta for tensor in state.values())
-    model.load_state_dict(tensors, strict=True, assign=on_meta)
+    complete: OrderedDict[str, Tensor] = OrderedDict(tensors)
+    complete._metadata = model.state_dict()._metadata  # type: ignore[attr-defined]
+    model.load_state_dict(complete, strict=True, assign=on_meta)
     return model
 
 
@@ -143,6 +148,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         body = json.loads(metadata[KEY])
         version, layers, shared = body["version"], body["layers"], body["shared"]
+        body.setdefault("unfused", [])
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: its metadata is damaged: {type(error).__name__}: {error}") from None
     if version != VERSION or not isinstance(layers, dict) or not isinstance(shared, dict):

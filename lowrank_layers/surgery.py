@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from .errors import LowRankError
 from .layers import is_derived
-from .walk import module_aliases, own_layers
+from .unfuse import mind_fast_paths_
+from .walk import has_hooks, module_aliases, own_layers, put_
 
 Selector = str | type[nn.Module] | Callable[[str, nn.Module], bool]
 
@@ -63,15 +64,12 @@ def reasons_to_stay(model: nn.Module) -> dict[str, str]:
     for name, module in own_layers(model):
         for parameter in module.parameters(recurse=False):
             users[parameter].append(name)
-        prefix = f"{name}." if name else ""
-        if isinstance(module, nn.MultiheadAttention):
+        if isinstance(module, nn.MultiheadAttention):  # one that could not be opened
+            prefix = f"{name}." if name else ""
             reasons[f"{prefix}out_proj"] = "nn.MultiheadAttention reads out_proj.weight itself"
-        if isinstance(module, nn.TransformerEncoderLayer):
-            for child in ("linear1", "linear2"):
-                reasons[f"{prefix}{child}"] = "nn.TransformerEncoderLayer's fast path reads its weight"
-        if is_derived(module):
+        if is_derived(module) or hasattr(module, "parametrizations"):
             reasons[name] = "its weight is computed (parametrized or normed); fold it to factorize it"
-        elif _hooked(module):
+        elif has_hooks(module):
             reasons[name] = "it carries hooks, which a replacement would drop"
     for names in users.values():
         if len(names) > 1:
@@ -79,13 +77,6 @@ def reasons_to_stay(model: nn.Module) -> dict[str, str]:
                 others = ", ".join(repr(other) for other in names if other != name)
                 reasons[name] = f"its parameters are tied to {others}"
     return reasons
-
-
-def _hooked(module: nn.Module) -> bool:
-    return any(
-        getattr(module, kind)
-        for kind in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    )
 
 
 def replace_(model: nn.Module, replacements: Mapping[str, nn.Module]) -> None:
@@ -107,14 +98,8 @@ def replace_(model: nn.Module, replacements: Mapping[str, nn.Module]) -> None:
             )
         if name not in aliases:
             raise LowRankError(f"the model has no module {name!r}.")
-    # resolve every place first: an alias may lie below another replaced name
-    places = [
-        (model.get_submodule(alias.rpartition(".")[0]), alias.rpartition(".")[2], new)
-        for name, new in replacements.items()
-        for alias in aliases[name]
-    ]
-    for parent, attribute, new in places:
-        parent._modules[attribute] = new
+    put_(model, replacements)
+    mind_fast_paths_(model)
 
 
 def remap_optimizer_(optimizer: torch.optim.Optimizer, replaced: Iterable[tuple[nn.Module, nn.Module]]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import nn
@@ -42,6 +42,27 @@ def own_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         yield name, module
         if is_factored(module):
             inside = (*inside, f"{name}." if name else "")
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether it carries hooks, which a replacement would drop."""
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any(getattr(module, kind) for kind in kinds)
+
+
+def put_(model: nn.Module, replacements: Mapping[str, nn.Module]) -> None:
+    """Puts modules in the place of others, under all the names that those have; the names must be known."""
+    if not replacements:
+        return
+    aliases = {name: names for names in module_aliases(model).values() for name in names}
+    # resolve every place first: an alias may lie below another replaced name
+    places = [
+        (model.get_submodule(alias.rpartition(".")[0]), alias.rpartition(".")[2], new)
+        for name, new in replacements.items()
+        for alias in aliases[name]
+    ]
+    for parent, attribute, new in places:
+        parent._modules[attribute] = new
 
 
 def module_aliases(model: nn.Module) -> dict[nn.Module, list[str]]:

@@ -16,6 +16,7 @@ from ..layers import FactoredModule, bias_of, is_factored, is_table, weight_from
 from ..linalg import check_tensor
 from ..moments import LayerStats, Statistics
 from ..surgery import reasons_to_stay, remap_optimizer_, replace_
+from ..unfuse import fuse_, mind_fast_paths_, unfuse_, unfused
 from ..walk import check_model, own_layers
 from .methods import METHODS, regressions
 from .methods.regression import joint_bias
@@ -62,27 +63,27 @@ def factorize_(
         'LowRankLinear'
     """
     check_model(model)
-    _check_plan(model, plan, stats)
     if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
         raise LowRankError(f"factorize_: got optimizer of type {type(optimizer).__name__}, expected a torch.optim one.")
-    if data is None:
-        built = _one_shot(model, plan, stats)
+    with unfused(model):
+        _check_plan(model, plan, stats)
         refits: dict[str, tuple[Tensor, Tensor | None]] = {}
-    else:
-        batches = data if isinstance(data, (list, tuple)) else list(data)
-        if not batches:
-            raise LowRankError("factorize_: got no batches in data.")
-        if stats is None:
-            stats = calibrate(model, batches)
-        built, refits = _in_sequence(model, plan, stats, batches, progress)
+        if data is None:
+            built = _one_shot(model, plan, stats)
+        else:
+            batches = data if isinstance(data, (list, tuple)) else list(data)
+            if not batches:
+                raise LowRankError("factorize_: got no batches in data.")
+            built, refits = _in_sequence(model, plan, stats or calibrate(model, batches), batches, progress)
+        for name, (weight, bias) in refits.items():
+            _write(model.get_submodule(name), weight, bias)
+    opened = unfuse_(model, {name.rpartition(".")[0] for name in built})
     replaced = [(model.get_submodule(name), new) for name, new in built.items()]
     for old, new in replaced:
         new.train(old.training)  # they were built in eval mode
     replace_(model, built)
-    for name, (weight, bias) in refits.items():
-        _write(model.get_submodule(name), weight, bias)
     if optimizer is not None:
-        remap_optimizer_(optimizer, replaced)
+        remap_optimizer_(optimizer, [*opened, *replaced])
     return model
 
 
@@ -103,8 +104,10 @@ def densify_(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -
     factored = {name: module for name, module in own_layers(model) if isinstance(module, FactoredModule)}
     dense = {name: module.to_dense() for name, module in factored.items()}
     replace_(model, dense)
+    fused = fuse_(model)
+    mind_fast_paths_(model)
     if optimizer is not None:
-        remap_optimizer_(optimizer, [(factored[name], dense[name]) for name in factored])
+        remap_optimizer_(optimizer, [*((factored[name], dense[name]) for name in factored), *fused])
     return model
 
 

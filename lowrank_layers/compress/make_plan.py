@@ -13,6 +13,7 @@ from ..layers import bias_of, is_derived, is_factored, linear_shape, weight_of
 from ..moments import LayerStats, Statistics
 from ..rank import Rank, check_rank
 from ..surgery import Selector, reasons_to_stay, select
+from ..unfuse import unfused
 from ..walk import check_model, own_layers
 from .allocate import allocate
 from .budget import Budget, as_budget
@@ -78,13 +79,26 @@ def make_plan(
     if units not in _EXPONENT:
         raise LowRankError(f"make_plan: got units {units!r}, expected one of {list(_EXPONENT)}.")
     chosen = _check_methods(methods)
-    if stats is not None:
-        _check_stats(model, stats)
     if budget is not None and as_budget(budget).unit == "macs" and stats is None:
         raise BudgetError(
             "a budget of MACs needs to know the sizes of the inputs: pass stats=calibrate(model, batches)."
         )
-    layers, skipped = _candidates(model, chosen, skip, stats)
+    with unfused(model):
+        return _plan(model, budget, stats, chosen, skip, rank, units)
+
+
+def _plan(
+    model: nn.Module,
+    budget: Budget | None,
+    stats: Statistics | None,
+    methods: Sequence[Method],
+    skip: Iterable[Selector],
+    rank: Rank | None,
+    units: Units,
+) -> Plan:
+    if stats is not None:
+        _check_stats(model, stats)
+    layers, skipped = _candidates(model, methods, skip, stats)
     if not layers:
         why = (
             "; ".join(f"{name!r}: {reason}" for name, reason in skipped.items())
@@ -94,10 +108,10 @@ def make_plan(
     total = model_cost(model) + Cost(macs=_model_macs(model, stats))
     if rank is not None:
         check_rank(rank, "make_plan")
-        entries = [_by_rule(name, module, _of(stats, name), chosen, rank) for name, module in layers.items()]
+        entries = [_by_rule(name, module, _of(stats, name), methods, rank) for name, module in layers.items()]
         return Plan(entries, skipped=skipped, total=total, settings={"rank": repr(rank)})
     assert budget is not None
-    tables = {name: _options(module, _of(stats, name), chosen) for name, module in layers.items()}
+    tables = {name: _options(module, _of(stats, name), methods) for name, module in layers.items()}
     energies = {
         name: sum(problem.energy for problem in regressions(module, _of(stats, name)))
         for name, module in layers.items()
@@ -225,6 +239,8 @@ def _no_method(module: nn.Module) -> str:
         return f"no method for {kind}: torch's recurrent kernels take whole matrices"
     if isinstance(module, nn.EmbeddingBag):
         return f"no method for {kind} with mode={module.mode!r}"
+    if isinstance(module, nn.MultiheadAttention):
+        return f"{kind} as the model itself cannot be opened in place; wrap it in nn.Sequential"
     known = {cls.dense_name() for method in METHODS.values() for cls in method.layers}
     parents = [parent for parent in type(module).__mro__[1:] if f"nn.{parent.__name__}" in known]
     if parents:

@@ -1,5 +1,6 @@
 """Drop-in ``nn.Module``s whose weight is stored in factors. Their children are ordinary torch modules."""
 
+from .attention import PROJECTIONS, LowRankMultiheadAttention
 from .base import FACTORED_LAYERS, FactoredModule, bias_of, is_derived, is_factored, meta_twin, weight_of
 from .channel import (
     LowRankConv1d,
@@ -28,6 +29,7 @@ from .tucker import (
 
 __all__ = [
     "FACTORED_LAYERS",
+    "PROJECTIONS",
     "CPConv",
     "CPConv1d",
     "CPConv2d",
@@ -46,6 +48,7 @@ __all__ = [
     "LowRankEmbedding",
     "LowRankEmbeddingBag",
     "LowRankLinear",
+    "LowRankMultiheadAttention",
     "LowRankTransposedLinear",
     "PairConv",
     "TuckerConv",

@@ -1,0 +1,87 @@
+"""Opening modules that hide several matrices, so that each can be planned, calibrated and replaced on its own."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from .layers import FactoredModule, LowRankMultiheadAttention, is_derived
+from .walk import has_hooks, own_layers, put_
+
+_FAST_PATHS: dict[type[nn.Module], tuple[str, Any]] = {
+    # in eval mode torch's layer reads the weights of its children and skips their forward, unless this says no
+    nn.TransformerEncoderLayer: ("activation_relu_or_gelu", 0),
+    nn.TransformerEncoder: ("use_nested_tensor", False),
+}
+_MEMORY = "_fast_path_of_dense"
+
+
+def attentions(model: nn.Module) -> dict[str, nn.MultiheadAttention]:
+    """Every ``nn.MultiheadAttention`` below the model that can be opened: no subclass, no computed weight, no hook."""
+    found = {}
+    for name, module in own_layers(model):
+        if name and type(module) is nn.MultiheadAttention:
+            parts = list(module.modules())
+            if not any(is_derived(part) or has_hooks(part) or hasattr(part, "parametrizations") for part in parts):
+                found[name] = module
+    return found
+
+
+@contextmanager
+def unfused(model: nn.Module, only: Collection[str] | None = None) -> Iterator[None]:
+    """Inside, every attention stands open: four ``nn.Linear`` that share its memory. Afterwards all is as it was.
+
+    Args:
+        model: changed in place, and back.
+        only: names of the attentions to open; by default all that can be.
+    """
+    dense = {name: module for name, module in attentions(model).items() if only is None or name in only}
+    put_(model, {name: LowRankMultiheadAttention.over(module) for name, module in dense.items()})
+    mind_fast_paths_(model)
+    try:
+        yield
+    finally:
+        put_(model, dense)
+        mind_fast_paths_(model)
+
+
+def unfuse_(model: nn.Module, names: Iterable[str]) -> list[tuple[nn.Module, nn.Module]]:
+    """Opens attentions for good; returns pairs of the old and the new module."""
+    found = attentions(model)
+    new = {name: LowRankMultiheadAttention.from_dense(found[name], rank=None) for name in names if name in found}
+    put_(model, new)
+    return [(found[name], module) for name, module in new.items()]
+
+
+def fuse_(model: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
+    """Closes every open attention whose projections are all dense; returns pairs of the old and the new module."""
+    opened = {
+        name: module
+        for name, module in own_layers(model)
+        if name and isinstance(module, LowRankMultiheadAttention) and not any(module.rank)
+    }
+    closed = {name: module.to_dense() for name, module in opened.items()}
+    put_(model, closed)
+    return [(opened[name], module) for name, module in closed.items()]
+
+
+def unfused_names(model: nn.Module) -> list[str]:
+    """The attentions that stand open."""
+    return [name for name, module in own_layers(model) if isinstance(module, LowRankMultiheadAttention)]
+
+
+def mind_fast_paths_(model: nn.Module) -> None:
+    """Switches torch's fast paths off where a layer below is low-rank or open, and on again where none is."""
+    for module in model.modules():
+        for kind, (flag, off) in _FAST_PATHS.items():
+            if not isinstance(module, kind):
+                continue
+            factored = any(isinstance(m, (FactoredModule, LowRankMultiheadAttention)) for m in module.modules())
+            if factored and _MEMORY not in module.__dict__:
+                module.__dict__[_MEMORY] = getattr(module, flag)
+                setattr(module, flag, off)
+            elif not factored and _MEMORY in module.__dict__:
+                setattr(module, flag, module.__dict__.pop(_MEMORY))

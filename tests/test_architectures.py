@@ -1,0 +1,302 @@
+"""A table over real architectures: torchvision's classifiers and transformers' models, with random weights.
+
+One row a model. Every row is planned, factorized, densified, saved, loaded, and factorized at full rank; every weight
+that stays dense has a reason in the plan. ``inputs`` are small where the model permits it; the widths are the real ones
+in torchvision, and tiny in transformers.
+"""
+
+import copy
+import importlib.util
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lowrank_layers as lr
+from benchmarks.vision import import_torchvision
+
+# Tucker's offers for one kernel of 512 x 512 x 3 x 3 take half a minute; the full-rank check runs Tucker everywhere
+SVD = (lr.SVDMethod(),)
+SVD_TUCKER = (*SVD, lr.TuckerMethod())
+TUCKER_FIRST = (lr.TuckerMethod(), lr.SVDMethod())
+ALL = (*SVD_TUCKER, lr.CPMethod())
+
+
+BATCH = 16  # enough for the statistics of a batch norm whose input is 1 x 1
+VOCABULARY = 96
+TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One architecture.
+
+    ``methods``: what the budget chooses from. ``skip``: layers left dense as asked. ``floor``: why half the parameters
+    cannot be reached; the plan is then made for the least that can. ``dtype``: float64 where the model is so deep that,
+    untrained, it amplifies the rounding of float32 a thousandfold.
+    """
+
+    name: str
+    package: str
+    build: Callable[[], nn.Module]
+    inputs: Callable[[], dict[str, Tensor]]
+    methods: tuple[Any, ...] = SVD_TUCKER
+    floor: str = ""
+    skip: tuple[str, ...] = ()
+    dtype: torch.dtype = torch.float32
+
+    def fresh(self) -> nn.Module:
+        """A new dense model with other weights every time."""
+        return self.build().to(self.dtype).eval()
+
+
+def vision(name, size=64, methods=SVD_TUCKER, floor="", skip=(), dtype=torch.float32, **kwargs: Any) -> Row:
+    """A classifier of torchvision for ten classes; without weights, as by default."""
+
+    def build():
+        return getattr(import_torchvision().models, name)(num_classes=10, **kwargs)
+
+    return Row(name, "torchvision", build, lambda: {"x": pictures(size)}, methods, floor, skip, dtype)
+
+
+def language(name, inputs=None, methods=SVD_TUCKER, floor="", **kwargs: Any) -> Row:
+    """A model of transformers from its configuration."""
+
+    def build():
+        os.environ["HF_HUB_OFFLINE"] = "1"
+        if importlib.util.find_spec("torchvision"):
+            import_torchvision()  # transformers imports it where it is installed
+        transformers = importlib.import_module("transformers")
+        stem = name.partition("For")[0].removesuffix("LMHeadModel")
+        return getattr(transformers, name)(getattr(transformers, f"{stem}Config")(**kwargs))
+
+    return Row(name, "transformers", build, inputs or tokens, methods, floor)
+
+
+def pictures(size: int) -> Tensor:
+    """Noise around a colour of its own: noise alone looks the same to a network that averages over positions."""
+    return torch.randn(BATCH, 3, size, size) + torch.randn(BATCH, 3, 1, 1)
+
+
+def tokens() -> dict[str, Tensor]:
+    return {"input_ids": torch.randint(0, VOCABULARY, (BATCH, 12))}
+
+
+def translation() -> dict[str, Tensor]:
+    return {**tokens(), "decoder_input_ids": torch.randint(0, VOCABULARY, (BATCH, 7))}
+
+
+def image() -> dict[str, Tensor]:
+    return {"pixel_values": pictures(32)}
+
+
+def speech() -> dict[str, Tensor]:
+    return {"input_features": torch.randn(BATCH, 20, 40), "decoder_input_ids": torch.randint(0, VOCABULARY, (BATCH, 7))}
+
+
+# a standard deviation of 0.1 rather than 0.02: a block of width 64 then adds as much as it is given
+SMALL = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "initializer_range": 0.1,
+}
+
+ROWS = [
+    vision("resnet18", methods=SVD),
+    vision("resnet50", methods=SVD, dtype=torch.float64),
+    vision(
+        "vgg11_bn",
+        floor="its two widest layers, 93 % of it, stay as asked: decomposing 25,088 x 4,096 takes minutes",
+        skip=("classifier.0", "classifier.3"),
+        methods=SVD,
+        init_weights=False,
+    ),
+    vision("mobilenet_v2"),
+    vision("mobilenet_v3_small"),
+    vision("mobilenet_v3_large"),
+    vision("shufflenet_v2_x0_5", methods=ALL),
+    vision("shufflenet_v2_x1_0"),
+    vision("densenet121", methods=SVD),
+    vision("googlenet", init_weights=False),
+    vision("inception_v3", size=96, methods=SVD, dtype=torch.float64, init_weights=False),
+    vision("efficientnet_b0"),
+    vision("convnext_tiny", layer_scale=1.0),  # 1e-6 would hide its blocks from the outputs
+    vision("swin_t"),
+    # vit_b_16 with 3 of its 12 equal blocks
+    vision("VisionTransformer", image_size=64, patch_size=16, num_layers=3, num_heads=12, hidden_dim=768, mlp_dim=3072),
+    vision("squeezenet1_1"),
+    vision("regnet_y_400mf"),
+    vision("mnasnet0_5"),
+    vision("mnasnet1_0"),
+    language("LlamaForCausalLM", num_key_value_heads=2, **SMALL),
+    language(
+        "GPT2LMHeadModel", vocab_size=VOCABULARY, n_positions=32, n_embd=64, n_layer=2, n_head=4, initializer_range=0.1
+    ),
+    language("BertForSequenceClassification", max_position_embeddings=32, **SMALL),
+    language(
+        "T5ForConditionalGeneration",
+        translation,
+        vocab_size=VOCABULARY,
+        d_model=64,
+        d_kv=16,
+        d_ff=160,
+        num_layers=2,
+        num_heads=4,
+    ),
+    language("ViTForImageClassification", image, ALL, image_size=32, patch_size=8, **SMALL),
+    language(
+        "WhisperForConditionalGeneration",
+        speech,
+        vocab_size=VOCABULARY,
+        num_mel_bins=20,
+        d_model=64,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=160,
+        decoder_ffn_dim=160,
+        max_source_positions=20,
+        max_target_positions=16,
+        init_std=0.1,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        decoder_start_token_id=1,
+    ),
+    language(
+        "MixtralForCausalLM",
+        num_key_value_heads=2,
+        num_local_experts=4,
+        floor="all the experts of a layer are two 3-d parameters of one module",
+        **SMALL,
+    ),
+]
+
+
+class Case:
+    """A row's model and what several tests need of it."""
+
+    def __init__(self, row: Row) -> None:
+        self.row = row
+        torch.manual_seed(0)
+        self.model = row.fresh()
+        inputs = {n: t.to(row.dtype) if t.is_floating_point() else t for n, t in row.inputs().items()}
+        wake(self.model, inputs)
+        self.inputs = {name: tensor[:4] for name, tensor in inputs.items()}
+        self.reference = output(self.model, self.inputs)
+
+    @cached_property
+    def plan(self) -> lr.Plan:
+        """Half the parameters, or the least that can be reached where the row says why that is more."""
+        settings = {"methods": self.row.methods, "skip": self.row.skip}
+        half = lr.Budget(params=0.5)
+        if not self.row.floor:
+            return lr.make_plan(self.model, half, **settings)
+        with pytest.raises(lr.BudgetError, match="smallest this model can become") as refused:
+            lr.make_plan(self.model, half, **settings)
+        least = int(re.search(r"can become is ([\d,]+)", str(refused.value))[1].replace(",", ""))
+        return lr.make_plan(self.model, lr.Budget(params=least), **settings)
+
+
+@pytest.fixture(scope="module", params=ROWS, ids=lambda row: row.name)
+def case(request):
+    row = request.param
+    if importlib.util.find_spec(row.package) is None:
+        pytest.skip(f"needs {row.package}; make test installs it")
+    return Case(row)
+
+
+def wake(model: nn.Module, inputs: dict[str, Tensor]) -> None:
+    """Makes a fresh model as demanding as a trained one.
+
+    Fresh biases are zero, fresh scales one, a fresh head may be zero altogether, and running statistics know no data:
+    errors in any of them would not show.
+    """
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter += 0.1 * torch.randn_like(parameter)
+            elif not parameter.any():
+                parameter.normal_(std=parameter[0].numel() ** -0.5)
+    norms = [(m, m.momentum) for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    for norm, _ in norms:
+        norm.train().momentum = 1.0
+    output(model, inputs)
+    for norm, momentum in norms:
+        norm.eval().momentum = momentum
+
+
+@torch.no_grad()
+def output(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    result = model(**inputs)
+    return result if isinstance(result, Tensor) else result[0]
+
+
+def distance(a: Tensor, b: Tensor) -> float:
+    """In the Frobenius norm, relative to ``b``."""
+    return float(torch.dist(a, b) / b.norm())
+
+
+def owners_of_weights(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Modules with a parameter of their own that is more than a vector."""
+    return [(n, m) for n, m in model.named_modules() if any(p.ndim > 1 for p in m.parameters(recurse=False))]
+
+
+def test_the_reference_means_something(case):
+    """Neither vanished, nor exploded, nor blind to its input."""
+    out = case.reference
+    assert torch.isfinite(out).all()
+    assert 1e-3 < out.std() < 1e3
+    assert (out - out.mean(0)).norm() > 0.05 * out.norm()
+
+
+def test_the_plan_meets_the_budget_and_explains_every_weight_that_stays(case):
+    plan, total = case.plan, sum(p.numel() for p in case.model.parameters())
+    assert plan.total.params == total
+    assert plan.after.params <= 0.5 * total or case.row.floor
+    assert any(entry.method != "dense" for entry in plan)
+    assert all(reason.strip() for reason in plan.skipped.values())
+    named = {entry.name for entry in plan} | set(plan.skipped)
+    for name, module in owners_of_weights(case.model):
+        # the projections of an attention are planned one by one, under the attention's name
+        inside = isinstance(module, nn.MultiheadAttention) and any(other.startswith(f"{name}.") for other in named)
+        assert name in named or inside, f"{name!r} ({type(module).__name__}) stays dense without a reason"
+
+
+def test_factored_equals_densified_and_its_checkpoint_is_exact(case, tmp_path):
+    small = lr.factorize_(copy.deepcopy(case.model), case.plan)
+    assert sum(p.numel() for p in small.parameters()) == case.plan.after.params
+    out = output(small, case.inputs)
+    change = distance(out, case.reference)
+    assert change > 1e-3, "the factors took no part in the output"
+    dense = lr.densify_(copy.deepcopy(small))
+    assert sum(p.numel() for p in dense.parameters()) == case.plan.total.params
+    error = distance(output(dense, case.inputs), out)
+    assert error < TOLERANCE[case.row.dtype]
+
+    path = tmp_path / "small.safetensors"
+    lr.save(small, path)
+    loaded = lr.load(path, into=case.row.fresh())
+    path.unlink()  # hundreds of megabytes in all, and pytest keeps them
+    ours, theirs = small.state_dict(), loaded.state_dict()
+    assert list(ours) == list(theirs)
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+    assert torch.equal(output(loaded, case.inputs), out)
+
+
+def test_full_rank_is_the_dense_model(case):
+    plan = lr.make_plan(case.model, rank=10**6, methods=TUCKER_FIRST, skip=case.row.skip)
+    full = lr.factorize_(copy.deepcopy(case.model), plan)
+    assert all(isinstance(full.get_submodule(entry.name), lr.FactoredModule) for entry in plan)
+    error = distance(output(full, case.inputs), case.reference)
+    assert error < TOLERANCE[case.row.dtype]
