@@ -7,6 +7,7 @@ the repository.
 from __future__ import annotations
 
 import gzip
+import json
 import os
 from pathlib import Path
 
@@ -139,3 +140,26 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
     for x, y in zip(images.split(500), labels.split(500), strict=True):
         right += int((model(x.to(device)).argmax(1).cpu() == y).sum())
     return 100 * right / len(labels)
+
+
+def digits() -> Tensor:
+    """scikit-learn's own 8x8 digits, which need no download: ``[1797, 64]``, 0 to 16."""
+    from sklearn.datasets import load_digits
+
+    return torch.from_numpy(load_digits().data).float()
+
+
+def olivetti_faces() -> Tensor:
+    """400 faces of 64x64 pixels, one a row: ``[400, 4096]``, 0 to 1."""
+    raw = np.load(ROOT / "nmf" / "olivetti_faces.npz")
+    return torch.from_numpy(raw["x"].reshape(400, -1)).float() / 255
+
+
+def newsgroup_counts(terms: int = 2000) -> Tensor:
+    """How often 2,000 posts of 20 newsgroups use the commonest English terms: ``[2000, terms]``, mostly zeros."""
+    from sklearn.feature_extraction.text import CountVectorizer
+
+    with gzip.open(ROOT / "nmf" / "mini_newsgroups.jsonl.gz", "rt", encoding="utf-8") as lines:
+        posts = [json.loads(line)["text"] for line in lines]
+    counts = CountVectorizer(max_features=terms, stop_words="english").fit_transform(posts)
+    return torch.from_numpy(counts.toarray()).float()

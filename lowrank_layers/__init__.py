@@ -18,9 +18,9 @@ from .compress import (
     make_plan,
 )
 from .cost import Cost
-from .decompose import cp, svd, tucker
+from .decompose import cp, nmf, svd, tucker
 from .errors import BudgetError, CheckpointError, LowRankError, MissingExtraError, UnsupportedLayerError
-from .factors import CP, SVD, Blocks, Factorization, Tucker
+from .factors import CP, NMF, SVD, Blocks, Factorization, Tucker
 from .layers import (
     CPConv1d,
     CPConv2d,
@@ -67,6 +67,7 @@ __all__ = [
     "CP",
     "EVBMF",
     "METHODS",
+    "NMF",
     "SVD",
     "Blocks",
     "Budget",
@@ -129,6 +130,7 @@ __all__ = [
     "layer_cost",
     "load",
     "make_plan",
+    "nmf",
     "save",
     "svd",
     "tucker",

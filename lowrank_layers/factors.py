@@ -247,6 +247,59 @@ class Blocks:
         return _relative_error(self, dense)
 
 
+@dataclass(frozen=True)
+class NMF:
+    r"""A non-negative matrix as ``W H`` with ``W`` and ``H`` non-negative.
+
+    Args:
+        w: the components' weights in every row.
+        h: the components, as rows.
+
+    Shape:
+        ``w`` ``[m, r]``, ``h`` ``[r, n]``, dense ``[m, n]``.
+
+    Examples:
+        >>> f = lr.nmf(torch.ones(4, 3), rank=1)
+        >>> f.rank, f.numel(), f.relative_error(torch.ones(4, 3)) < 1e-6
+        (1, 7, True)
+    """
+
+    w: Tensor
+    h: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Shape of the dense matrix."""
+        return self.w.shape[0], self.h.shape[1]
+
+    @property
+    def rank(self) -> int:
+        """Number of components."""
+        return self.h.shape[0]
+
+    def numel(self) -> int:
+        """Numbers stored."""
+        return self.w.numel() + self.h.numel()
+
+    def to_dense(self) -> Tensor:
+        """``W H``."""
+        return self.w @ self.h
+
+    def truncate(self, rank: int) -> NMF:
+        """Keeps the ``rank`` components of largest ``||w_k|| ||h_k||``, in their order.
+
+        Unlike SVD's this is not the best approximation of that rank.
+        """
+        _check_truncation(rank)
+        sizes = torch.linalg.vector_norm(self.w.double(), dim=0) * torch.linalg.vector_norm(self.h.double(), dim=1)
+        kept = sizes.argsort(descending=True, stable=True)[:rank].sort().values
+        return NMF(self.w[:, kept], self.h[kept])
+
+    def relative_error(self, dense: Tensor) -> float:
+        """``||dense - self|| / ||dense||`` in the Frobenius norm."""
+        return _relative_error(self, dense)
+
+
 def _check_truncation(rank: int) -> None:
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
         raise LowRankError(f"truncate: got rank {rank!r}, expected an integer of at least 1.")

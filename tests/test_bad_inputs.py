@@ -116,6 +116,8 @@ VALUES = {
     "tucker fractions": (lambda: lr.tucker(T, (0.5, 0.5, None, None)), "0.5"),
     "cp rank 0": (lambda: lr.cp(T, 0), "rank 0"),
     "cp no sweeps": (lambda: lr.cp(T, 2, sweeps=0), "sweeps"),
+    "nmf of negative entries": (lambda: lr.nmf(torch.tensor([[1.0, -2.0]]), 1), "negative entry (-2)"),
+    "nmf kl by hals": (lambda: lr.nmf(torch.eye(3), 1, loss="kl"), "expected solver 'mu'"),
     "truncate to 0": (lambda: lr.svd(torch.eye(3)).truncate(0), "rank 0"),
     "error of another shape": (lambda: lr.svd(torch.eye(3)).relative_error(torch.eye(4)), "shape"),
     # rank rules

@@ -17,19 +17,20 @@ def values() -> list[lr.Factorization]:
         lr.SVD(draw(6, 3), torch.tensor([3.0, 2.0, 1.0], dtype=torch.float64), draw(3, 5)),
         lr.Tucker(draw(2, 3, 4), (draw(6, 2), draw(5, 3), None)),
         lr.CP(torch.tensor([2.0, 1.0], dtype=torch.float64), (draw(6, 2), draw(5, 2), draw(4, 2))),
+        lr.NMF(draw(6, 2).abs(), draw(2, 5).abs()),
     ]
 
 
-kinds = pytest.mark.parametrize("k", range(3), ids=["svd", "tucker", "cp"])
+kinds = pytest.mark.parametrize("k", range(4), ids=["svd", "tucker", "cp", "nmf"])
 
 
 @kinds
 def test_shapes_and_sizes(k):
     f = values()[k]
     assert isinstance(f, lr.Factorization)
-    assert f.shape == [(6, 5), (6, 5, 4), (6, 5, 4)][k]
-    assert f.rank == [3, (2, 3, 4), 2][k]
-    assert f.numel() == [18 + 3 + 15, 24 + 12 + 15, 2 + 12 + 10 + 8][k]
+    assert f.shape == [(6, 5), (6, 5, 4), (6, 5, 4), (6, 5)][k]
+    assert f.rank == [3, (2, 3, 4), 2, 2][k]
+    assert f.numel() == [18 + 3 + 15, 24 + 12 + 15, 2 + 12 + 10 + 8, 12 + 10][k]
     assert f.to_dense().shape == f.shape
 
 
@@ -40,8 +41,10 @@ def test_dense_is_the_defining_sum(k):
         expected = torch.einsum("ir,r,rj->ij", f.u, f.s, f.vh)
     elif k == 1:
         expected = torch.einsum("abk,ia,jb->ijk", f.core, f.factors[0], f.factors[1])
-    else:
+    elif k == 2:
         expected = torch.einsum("r,ir,jr,kr->ijk", f.weights, *f.factors)
+    else:
+        expected = torch.einsum("ir,rj->ij", f.w, f.h)
     assert torch.allclose(f.to_dense(), expected, rtol=1e-12)
 
 
@@ -141,3 +144,11 @@ def test_a_truncated_cp_drops_the_smallest_components():
     kept = f.truncate(1)
     expected = 2.0 * torch.einsum("i,j,k->ijk", *(factor[:, 0] for factor in f.factors))
     assert torch.allclose(kept.to_dense(), expected, atol=1e-12)
+
+
+def test_a_truncated_nmf_keeps_the_largest_components_in_their_order():
+    w, h = torch.eye(4)[:, :3] * torch.tensor([1.0, 5.0, 0.1]), torch.eye(4)[:3] * torch.tensor([[2.0], [0.1], [30.0]])
+    kept = lr.NMF(w, h).truncate(2)
+    assert torch.equal(kept.w, w[:, [0, 2]])
+    assert torch.equal(kept.h, h[[0, 2]])
+    assert torch.equal(lr.NMF(w, h).truncate(1).h, h[[2]])

@@ -1,7 +1,8 @@
 """Tensors into factors."""
 
 from .cp import cp
+from .nmf import nmf
 from .svd import svd
 from .tucker import tucker
 
-__all__ = ["cp", "svd", "tucker"]
+__all__ = ["cp", "nmf", "svd", "tucker"]

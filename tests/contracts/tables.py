@@ -386,6 +386,7 @@ class DecompositionRow:
         full: from a shape to the rank at which nothing is lost.
         exact: the relative error at full rank that is allowed in fp64.
         orthonormal: from a factorization to the matrices whose columns are orthonormal.
+        nonnegative: whether it takes no entry below zero.
     """
 
     name: str
@@ -396,6 +397,12 @@ class DecompositionRow:
     full: Callable[[tuple[int, ...]], Any]
     exact: float
     orthonormal: Callable[[Any], list[Tensor]]
+    nonnegative: bool = False
+
+    def sample(self, *, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+        """A random tensor that it takes."""
+        tensor = torch.randn(*self.shape, generator=generator(seed), dtype=torch.float64).to(dtype)
+        return tensor.abs() if self.nonnegative else tensor
 
     def __call__(self, tensor: Tensor, rank: Any) -> Any:
         return self.function(tensor, rank, **self.keywords)
@@ -418,6 +425,14 @@ def _tucker_row(name: str, **keywords: Any) -> DecompositionRow:
     return DecompositionRow(name, lr.tucker, keywords, (6, 5, 3, 3), True, tuple, 1e-13, factors)
 
 
+def _nmf_row(solver: str, loss: str) -> DecompositionRow:
+    # the start without zeros filled in is exact for a constant, which multiplicative updates only approach
+    keywords = {"solver": solver, "loss": loss, "init": "nndsvd"}
+    return DecompositionRow(
+        f"nmf {solver} {loss}", lr.nmf, keywords, (12, 9), False, min, 1e-13, lambda f: [], nonnegative=True
+    )
+
+
 SVD_METHODS = ["exact", "gram", "randomized", "auto"]
 
 DECOMPOSITIONS = [
@@ -427,6 +442,9 @@ DECOMPOSITIONS = [
     DecompositionRow(
         "cp", lr.cp, {}, (5, 4, 3), False, lambda shape: math.prod(shape) // max(shape), 1e-6, lambda f: []
     ),
+    _nmf_row("hals", "frobenius"),
+    _nmf_row("mu", "frobenius"),
+    _nmf_row("mu", "kl"),
 ]
 
 

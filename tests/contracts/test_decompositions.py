@@ -71,7 +71,7 @@ def low_tucker_rank(shape: tuple[int, ...], rank: tuple[int, ...], seed: int = 0
 
 @rows
 def test_full_rank_is_exact(row):
-    tensor = randn(*row.shape)
+    tensor = row.sample()
     f = row(tensor, row.full(row.shape))
     assert isinstance(f, lr.Factorization)
     assert f.shape == row.shape
@@ -82,7 +82,7 @@ def test_full_rank_is_exact(row):
 
 @rows
 def test_ranks_above_the_dimension_are_clamped(row):
-    tensor = randn(*row.shape)
+    tensor = row.sample()
     full, above = row(tensor, row.full(row.shape)), row(tensor, row.rank(1000))
     assert above.rank == full.rank
     assert torch.equal(above.to_dense(), full.to_dense())
@@ -90,7 +90,7 @@ def test_ranks_above_the_dimension_are_clamped(row):
 
 @rows
 def test_the_rank_asked_for_is_the_rank_given_and_numel_counts_it(row):
-    tensor = randn(*row.shape)
+    tensor = row.sample()
     for rank in (1, 2, 3):
         f = row(tensor, row.rank(rank))
         assert f.rank == row.rank(rank)
@@ -99,7 +99,7 @@ def test_the_rank_asked_for_is_the_rank_given_and_numel_counts_it(row):
 
 @rows
 def test_the_error_falls_as_the_rank_grows(row):
-    tensor = randn(*row.shape)
+    tensor = row.sample()
     errors = [row(tensor, row.rank(rank)).relative_error(tensor) for rank in (1, 2, 3)]
     assert errors == sorted(errors, reverse=True)
     assert 0 < errors[-1] < errors[0] < 1
@@ -109,7 +109,7 @@ def test_the_error_falls_as_the_rank_grows(row):
 def test_factors_are_orthonormal(row):
     for seed, rank in ((0, 1), (1, 2), (2, 3)):
         for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
-            f = row(randn(*row.shape, seed=seed, dtype=dtype), row.rank(rank))
+            f = row(row.sample(seed=seed, dtype=dtype), row.rank(rank))
             for matrix in row.orthonormal(f):
                 assert distance_from_orthonormal(matrix) < tolerance
 
@@ -117,7 +117,7 @@ def test_factors_are_orthonormal(row):
 @rows
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALVES], ids=str)
 def test_the_dtype_comes_back(row, dtype):
-    tensor = randn(*row.shape, dtype=dtype)
+    tensor = row.sample(dtype=dtype)
     f = row(tensor, row.full(row.shape))
     assert f.to_dense().dtype == dtype
     assert {part.dtype for part in parts(f)} == {dtype}
@@ -127,7 +127,7 @@ def test_the_dtype_comes_back(row, dtype):
 
 @rows
 def test_memory_layout_does_not_matter(row):
-    tensor = randn(*row.shape)
+    tensor = row.sample()
     reversed_modes = tensor.permute(*range(tensor.ndim)[::-1]).contiguous().permute(*range(tensor.ndim)[::-1])
     strided = torch.zeros(*row.shape, 2, dtype=tensor.dtype)[..., 0].copy_(tensor)
     expected = row(tensor, row.rank(2)).to_dense()
@@ -138,7 +138,7 @@ def test_memory_layout_does_not_matter(row):
 
 @rows
 def test_the_result_owns_its_memory_and_the_input_is_untouched(row):
-    tensor = randn(*row.shape)
+    tensor = row.sample()
     before = tensor.clone()
     ranks = [row.rank(2), row.full(row.shape)]
     if row.per_mode:
@@ -151,7 +151,7 @@ def test_the_result_owns_its_memory_and_the_input_is_untouched(row):
 
 @rows
 def test_gradients_do_not_flow(row):
-    tensor = randn(*row.shape).requires_grad_()
+    tensor = row.sample().requires_grad_()
     f = row(tensor, row.rank(2))
     assert not f.to_dense().requires_grad
     assert tensor.requires_grad
@@ -165,7 +165,7 @@ def test_gradients_do_not_flow(row):
 
 @rows
 def test_global_random_state_is_untouched_and_the_result_repeats(row):
-    tensor = randn(*row.shape)
+    tensor = row.sample()
     torch.manual_seed(1)
     before = torch.get_rng_state()
     first = row(tensor, row.rank(3)).to_dense()
@@ -177,7 +177,7 @@ def test_global_random_state_is_untouched_and_the_result_repeats(row):
 @rows
 @pytest.mark.parametrize("scale", [2.0**-50, 2.0**50], ids=["tiny", "huge"])
 def test_scaling_the_input_scales_the_result(row, scale):
-    tensor = randn(*row.shape, dtype=torch.float32)
+    tensor = row.sample(dtype=torch.float32)
     expected = row(tensor, row.rank(2)).to_dense()
     assert relative(row(tensor * scale, row.rank(2)).to_dense() / scale, expected) < 1e-5
 
@@ -199,7 +199,7 @@ def test_zero_and_constant_tensors(row):
 
 @rows
 def test_what_has_no_factorization_is_refused_by_name(row):
-    good = randn(*row.shape)
+    good = row.sample()
     name = f"^{row.function.__name__}: got "
     spoilt = {value: good.clone() for value in (math.nan, math.inf, -math.inf)}
     for value, tensor in spoilt.items():
@@ -227,9 +227,9 @@ def test_what_has_no_factorization_is_refused_by_name(row):
 @pytest.mark.parametrize("rank", BAD_RANKS, ids=repr)
 def test_bad_ranks_are_refused_by_name(row, rank):
     with pytest.raises(lr.LowRankError, match=f"^{row.function.__name__}: got rank.*expected"):
-        row(randn(*row.shape), row.rank(rank))
+        row(row.sample(), row.rank(rank))
     with pytest.raises(lr.LowRankError, match=f"^{row.function.__name__}: got rank.*expected"):
-        row(randn(*row.shape), rank)
+        row(row.sample(), rank)
 
 
 # ------------------------------------------------------------------------------------------------------------- svd
