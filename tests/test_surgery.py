@@ -30,15 +30,18 @@ def test_tied_weights_stay_tied_and_dense_with_a_reason():
     assert model["head"].weight is model["table"].weight
 
 
-def test_layers_whose_owner_reads_the_weight_stay_dense():
-    model = nn.Sequential(nn.TransformerEncoderLayer(16, 2, 32), nn.Linear(16, 16))
-    reasons = reasons_to_stay(model)
-    assert set(reasons) == {"0.self_attn.out_proj", "0.linear1", "0.linear2"}
-    lr.factorize_(model, lr.make_plan(model, rank=2))
-    x = torch.randn(3, 5, 16)
-    for mode in (model.train, model.eval):
-        mode()
-        assert model(x).shape == (3, 5, 16)
+def test_an_attention_that_cannot_be_opened_stays_dense_with_a_reason():
+    class Own(nn.MultiheadAttention):
+        pass
+
+    model = nn.ModuleDict({"own": Own(16, 2), "hooked": nn.MultiheadAttention(16, 2), "fc": nn.Linear(16, 16)})
+    model["hooked"].register_forward_hook(lambda *_: None)
+    assert set(reasons_to_stay(model)) == {"own.out_proj", "hooked", "hooked.out_proj"}
+    plan = lr.make_plan(model, rank=2)
+    assert [entry.name for entry in plan] == ["fc"]
+    assert "a subclass of nn.MultiheadAttention" in plan.skipped["own"]
+    assert "hooks" in plan.skipped["hooked"]
+    assert "reads out_proj.weight itself" in plan.skipped["own.out_proj"]
 
 
 def test_parametrized_and_hooked_layers_stay_dense_with_a_reason():

@@ -239,9 +239,9 @@ def _no_method(module: nn.Module) -> str:
         return f"no method for {kind}: torch's recurrent kernels take whole matrices"
     if isinstance(module, nn.EmbeddingBag):
         return f"no method for {kind} with mode={module.mode!r}"
-    if isinstance(module, nn.MultiheadAttention):
+    if type(module) is nn.MultiheadAttention:
         return f"{kind} as the model itself cannot be opened in place; wrap it in nn.Sequential"
-    known = {cls.dense_name() for method in METHODS.values() for cls in method.layers}
+    known = {"nn.MultiheadAttention", *(cls.dense_name() for method in METHODS.values() for cls in method.layers)}
     parents = [parent for parent in type(module).__mro__[1:] if f"nn.{parent.__name__}" in known]
     if parents:
         return f"no method for {kind}, a subclass of nn.{parents[0].__name__} that may compute something else"
