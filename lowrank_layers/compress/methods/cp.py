@@ -27,7 +27,7 @@ from ...layers.kernel import kernel_area, kernel_of
 from ...linalg import khatri_rao
 from ...moments import LayerStats
 from .base import Option, affine, factored_cost, layer_for, repeated_cost
-from .regression import Regression, joint_bias
+from .regression import Front, Regression, joint_bias
 from .weighting import kernel_problems, weighted_kernel
 
 SWEEPS = 30
@@ -77,7 +77,7 @@ class CPMethod:
         options = []
         for rank in ranks:
             features = self._features(module, problem, rank)[0]
-            captured = float(problem.after(features).matrix.square().sum())
+            captured = float(problem.after(Front(features)).matrix.square().sum())
             loss = max(problem.energy - 0.5 * problem.scale * captured, 0.0)
             options.append(Option(rank, affine(one, two, rank - 1), loss))
         return options
@@ -97,7 +97,7 @@ class CPMethod:
             return cls.from_dense(module, rank=rank)
         (problem,) = kernel_problems(module, stats)
         features, thin = self._features(module, problem, rank)
-        expand = problem.after(features).full
+        expand = problem.after(Front(features)).full
         bias = joint_bias([problem], [expand @ features])
         return cls.from_matrices(module, [matrix[None] for matrix in (expand, *thin)], bias)
 

@@ -147,17 +147,44 @@ class Regression:
         shift = self.weight @ self.target_mean - product @ self.mean
         return shift if self.bias is None else self.bias + shift
 
-    def after(self, features: Tensor) -> Regression:
-        """The problem that is left once the inputs pass through fixed ``features`` ``[k, n]`` first.
+    def after(self, front: Front) -> Regression:
+        """The problem that is left once the inputs pass a fixed front end first.
 
-        The target stays ``W x``: its weight is kept, and only ``x'`` is replaced by ``features @ x'``.
+        The target stays ``W x``: its weight is kept, and only ``x'`` is replaced by ``front @ x'``.
         """
-        moment = _times(self.moment, features)
-        moment = features @ moment
+        if self.moment.ndim == 1:
+            half = front.dense() * self.moment
+            moment = front.times(half.mT)
+            cross = half.mT
+        else:
+            moment = front.times(front.times(self.moment).mT)
+            cross = front.times((self.moment if self.cross is None else self.cross).mT).mT
         floor = 1e-10 * moment.diagonal().mean()
-        cross = _times(self.moment if self.cross is None else self.cross, features)
-        mean = None if self.mean is None else features @ self.mean
+        mean = None if self.mean is None else front.times(self.mean[:, None])[:, 0]
         return replace(self, moment=_add_ridge(moment, floor), cross=cross, mean=mean)
+
+
+@dataclass(frozen=True)
+class Front:
+    """A fixed first stage that runs at several positions of a patch: ``factor (x) I``, which is never formed.
+
+    Args:
+        factor: ``[r, n]``.
+        positions: how many of them; the patch has ``n * positions`` entries, positions fastest.
+    """
+
+    factor: Tensor
+    positions: int = 1
+
+    def times(self, matrix: Tensor) -> Tensor:
+        """``front @ matrix``, ``[n * positions, m]`` to ``[r * positions, m]``."""
+        rows = self.factor @ matrix.reshape(self.factor.shape[1], -1)
+        return rows.reshape(-1, matrix.shape[1])
+
+    def dense(self) -> Tensor:
+        """The matrix ``[r * positions, n * positions]``."""
+        eye = torch.eye(self.positions, dtype=self.factor.dtype, device=self.factor.device)
+        return torch.kron(self.factor.contiguous(), eye)
 
 
 def regressions(module: nn.Module, stats: LayerStats | None, *, centred: bool = True) -> list[Regression]:
@@ -182,11 +209,6 @@ def joint_bias(problems: Sequence[Regression], products: Sequence[Tensor]) -> Te
     pairs = zip(problems, products, strict=True)
     parts = [bias for bias in (problem.corrected_bias(product) for problem, product in pairs) if bias is not None]
     return torch.cat(parts) if parts else None
-
-
-def _times(moment: Tensor, features: Tensor) -> Tensor:
-    """``moment @ features^T``."""
-    return moment[:, None] * features.mT if moment.ndim == 1 else moment @ features.mT
 
 
 def _add_ridge(moment: Tensor, ridge: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from ...linalg import Root, exact_svd
 from ...moments import LayerStats
 from ...rank import choose_rank
 from .base import Option, affine, factored_cost, layer_for, repeated_cost
-from .regression import Regression, joint_bias, regressions
+from .regression import Front, Regression, joint_bias, regressions
 from .weighting import weighted_kernel
 
 _AXES = (0,)
@@ -50,17 +50,9 @@ class SpatialMethod:
         top = min(_limit(module), (dense.params - 1 - one.params) // (two - one).params + 1)
         if top < 1:
             return []
-        problems = regressions(module, stats)
-        energy = sum(problem.energy for problem in problems)
-        fronts = [_verticals(module, problem, top) for problem in problems]
-        options = []
-        for rank in sorted({max(1, round(top * k / self.steps)) for k in range(1, self.steps + 1)}):
-            loss = energy
-            for problem, vertical in zip(problems, fronts, strict=True):
-                left = problem.after(_features(module, vertical[:rank]))
-                loss -= 0.5 * problem.scale * float(left.matrix.square().sum())
-            options.append(Option(rank, affine(one, two, rank - 1), max(loss, 0.0)))
-        return options
+        ranks = sorted({max(1, round(top * k / self.steps)) for k in range(1, self.steps + 1)})
+        losses = _losses(module, stats, ranks)
+        return [Option(r, affine(one, two, r - 1), max(loss, 0.0)) for r, loss in zip(ranks, losses, strict=True)]
 
     def choose(self, module: nn.Module, stats: LayerStats | None, rank: Any) -> int:
         """The rank that an integer or a rule means, on the weighted kernel where there are statistics."""
@@ -75,10 +67,10 @@ class SpatialMethod:
             return LowRankConv2d.from_dense(module, rank=rank, **self.form)
         problems = regressions(module, stats)
         verticals = [_verticals(module, problem, rank) for problem in problems]
-        features = [_features(module, vertical) for vertical in verticals]
-        fulls = [problem.after(f).full for problem, f in zip(problems, features, strict=True)]
-        bias = joint_bias(problems, [full @ f for full, f in zip(fulls, features, strict=True)])
         width = kernel_size_of(module)[1]
+        fronts = [Front(vertical, width) for vertical in verticals]  # it runs in every column of a patch
+        fulls = [problem.after(front).full for problem, front in zip(problems, fronts, strict=True)]
+        bias = joint_bias(problems, [full @ front.dense() for full, front in zip(fulls, fronts, strict=True)])
         # [out, rank * width] to the rows (out, width) of the second matrix
         lasts = torch.stack([full.unflatten(1, (-1, width)).mT.flatten(0, 1) for full in fulls])
         return LowRankConv2d.from_pairs(module, lasts, torch.stack(verticals), bias, **self.form)
@@ -103,7 +95,19 @@ def _verticals(conv: nn.Module, problem: Regression, rank: int) -> Tensor:
     return root.divide(moved.flatten(1)).reshape_as(moved).movedim(0, 1).flatten(1)
 
 
-def _features(conv: nn.Module, vertical: Tensor) -> Tensor:
-    """The vertical convolution as a map of patches, ``[rank*kw, in*kh*kw]``: it runs in every column."""
-    eye = torch.eye(kernel_size_of(conv)[1], dtype=vertical.dtype, device=vertical.device)
-    return torch.kron(vertical.contiguous(), eye)
+def _losses(conv: nn.Module, stats: LayerStats | None, ranks: list[int]) -> list[float]:
+    """Loss increase at each rank."""
+    if stats is None:
+        values = torch.linalg.svdvals(matrix_of(kernel_of(conv).detach().double(), _AXES)).square()
+        left = values.sum(1, keepdim=True) - values.cumsum(1)
+        return [0.5 * float(left[:, rank - 1].sum()) for rank in ranks]
+    problems = regressions(conv, stats)
+    fronts = [_verticals(conv, problem, ranks[-1]) for problem in problems]
+    losses = []
+    for rank in ranks:
+        loss = 0.0
+        for problem, vertical in zip(problems, fronts, strict=True):
+            left = problem.after(Front(vertical[:rank], kernel_size_of(conv)[1])).matrix
+            loss += problem.energy - 0.5 * problem.scale * float(left.square().sum())
+        losses.append(loss)
+    return losses

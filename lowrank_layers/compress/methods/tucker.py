@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import reduce as fold_left
 from operator import add
@@ -27,7 +28,7 @@ from ...layers.tucker import choose_tucker_rank, tucker_limits
 from ...linalg import exact_svd, leading_eigenvectors, mode_product, unfold
 from ...moments import LayerStats
 from .base import Option, factored_cost, layer_for, repeated_cost
-from .regression import Regression, joint_bias
+from .regression import Front, Regression, joint_bias
 from .weighting import kernel_problems, weighted_kernel
 
 
@@ -69,19 +70,11 @@ class TuckerMethod:
         price = _bilinear(self, module, stats)
         if price(1, 1).params >= dense.params:
             return []
-        problems = kernel_problems(module, stats)
-        energy = sum(problem.energy for problem in problems)
-        bases = [_input_basis(module, problem) for problem in problems]
         inputs = sorted({max(1, round(top_in * k / self.steps)) for k in range(1, self.steps + 1)})
         options = []
-        for r_in in inputs:
-            losses = torch.full((top_out + 1,), energy, dtype=torch.float64)
-            for problem, basis in zip(problems, bases, strict=True):
-                left = problem.after(_features(module, basis[:, :r_in]))
-                captured = left.singular_values().square().cumsum(0).cpu()[:top_out]
-                losses[1 : len(captured) + 1] -= 0.5 * problem.scale * captured
-            for r_out in range(1, min(top_out, len(captured)) + 1):
-                options.append(Option((r_out, r_in), price(r_out, r_in), max(float(losses[r_out]), 0.0)))
+        for r_in, losses in zip(inputs, _losses(module, stats, inputs), strict=True):
+            for r_out in range(1, min(top_out, len(losses)) + 1):
+                options.append(Option((r_out, r_in), price(r_out, r_in), max(losses[r_out - 1], 0.0)))
         return [option for option in options if option.cost.params < dense.params]
 
     def choose(self, module: nn.Module, stats: LayerStats | None, rank: Any) -> tuple[int, int]:
@@ -103,9 +96,9 @@ class TuckerMethod:
         r_out, r_in = choose_tucker_rank(rank, shape, None, cls.__name__)
         problems = kernel_problems(module, stats)
         reduces = [_input_basis(module, problem, r_out)[:, :r_in] for problem in problems]
-        features = [_features(module, reduce) for reduce in reduces]
-        pairs = [problem.after(f).pair(r_out) for problem, f in zip(problems, features, strict=True)]
-        products = [expand @ core @ f for (expand, core), f in zip(pairs, features, strict=True)]
+        fronts = [Front(reduce.mT, kernel_area(module)) for reduce in reduces]
+        pairs = [problem.after(front).pair(r_out) for problem, front in zip(problems, fronts, strict=True)]
+        products = [expand @ core @ front.dense() for (expand, core), front in zip(pairs, fronts, strict=True)]
         expands, cores = (torch.stack(side) for side in zip(*pairs, strict=True))
         core = cores.unflatten(2, (r_in, *shape[2:]))
         return cls.from_chain(module, torch.stack(reduces).mT, core, expands, joint_bias(problems, products))
@@ -124,10 +117,38 @@ def _input_basis(conv: nn.Module, problem: Regression, r_out: int | None = None)
     return root.divide(leading_eigenvectors(matrix @ matrix.mT, len(matrix)))
 
 
-def _features(conv: nn.Module, reduce: Tensor) -> Tensor:
-    """The reduction as a map of patches: ``reduce^T`` at every position of the kernel, ``[r*area, in*area]``."""
-    eye = torch.eye(kernel_area(conv), dtype=reduce.dtype, device=reduce.device)
-    return torch.kron(reduce.mT.contiguous(), eye)
+def _losses(conv: nn.Module, stats: LayerStats | None, inputs: list[int]) -> Iterator[list[float]]:
+    """Loss increase at output rank 1, 2, ... for each input rank."""
+    if stats is None:
+        yield from _plain_losses(kernel_of(conv).detach().double().flatten(3), inputs)
+        return
+    problems = kernel_problems(conv, stats)
+    bases = [_input_basis(conv, problem) for problem in problems]
+    for r_in in inputs:
+        total: list[Tensor] = []
+        for problem, basis in zip(problems, bases, strict=True):
+            left = problem.after(Front(basis[:, :r_in].mT, kernel_area(conv)))
+            total.append(problem.energy - 0.5 * problem.scale * left.singular_values().square().cumsum(0).cpu())
+        yield torch.stack(total).sum(0).tolist()
+
+
+def _plain_losses(kernels: Tensor, inputs: list[int]) -> Iterator[list[float]]:
+    """The same without weights, where all is orthonormal: the energy outside the leading subspaces (HOSVD).
+
+    Shape:
+        ``[groups, out, in, area]``.
+    """
+    rows = kernels.transpose(1, 2).flatten(2)
+    basis = torch.linalg.eigh(rows @ rows.mT).eigenvectors.flip(-1)
+    turned = (basis.mT @ rows).unflatten(2, (kernels.shape[1], -1))  # [groups, in, out, area]
+    gram = kernels.new_zeros(len(kernels), kernels.shape[1], kernels.shape[1])
+    done = 0
+    for r_in in inputs:
+        new = turned[:, done:r_in].transpose(1, 2).flatten(2)
+        gram += new @ new.mT
+        done = r_in
+        captured = torch.linalg.eigvalsh(gram).flip(-1).cumsum(-1).sum(0)
+        yield (0.5 * (kernels.square().sum() - captured)).tolist()
 
 
 def _bilinear(method: TuckerMethod, conv: nn.Module, stats: LayerStats | None) -> Any:
