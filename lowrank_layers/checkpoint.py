@@ -19,7 +19,7 @@ from .files import replacing
 from .layers import FACTORED_LAYERS, FactoredModule, is_factored
 from .surgery import replace_
 from .unfuse import unfuse_, unfused, unfused_names
-from .walk import check_model, module_aliases, own_layers
+from .walk import check_factors, check_model, module_aliases, own_layers
 
 KEY = "lowrank_layers"
 """The entry of the file's metadata that holds the ranks."""
@@ -50,6 +50,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         True
     """
     check_model(model)
+    check_factors(model)
     path = Path(path)
     state = model.state_dict()
     for name, tensor in state.items():

@@ -6,12 +6,13 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .errors import LowRankError
 from .layers import is_factored
 
 _WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel")
+_PLAIN = (nn.Parameter, nn.parameter.UninitializedParameter)
 
 
 def check_model(model: object) -> nn.Module:
@@ -30,7 +31,24 @@ def check_model(model: object) -> nn.Module:
             raise LowRankError(
                 f"{inner!r} is wrapped in {type(module).__name__}; factorize before wrapping, then wrap again."
             )
+    for inner, parameter in model.named_parameters():
+        if type(parameter) not in _PLAIN:
+            raise LowRankError(
+                f"{inner!r} is a {type(parameter).__name__}, expected a plain parameter; factorize before sharding"
+                " (fully_shard) and before quantizing, or load the full state dict into an unsharded model."
+            )
     return model
+
+
+def check_factors(model: nn.Module) -> None:
+    """Refuses factored layers whose children no longer hold their weight as a parameter."""
+    for name, module in own_layers(model):
+        for key, child in module.named_children() if is_factored(module) else ():
+            if not isinstance(child._parameters.get("weight"), Tensor):
+                raise LowRankError(
+                    f"{name!r}: the weight of its child {key!r} ({type(child).__name__}) is no plain parameter; fold"
+                    " parametrizations and pruning first, and do this before quantizing."
+                )
 
 
 def own_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -17,7 +17,7 @@ from ..linalg import check_tensor
 from ..moments import LayerStats, Statistics
 from ..surgery import reasons_to_stay, remap_optimizer_, replace_
 from ..unfuse import fuse_, mind_fast_paths_, unfuse_, unfused
-from ..walk import check_model, own_layers
+from ..walk import check_factors, check_model, own_layers
 from .methods import METHODS, regressions
 from .methods.regression import joint_bias
 from .plan import Entry, Plan
@@ -101,6 +101,7 @@ def densify_(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -
         )
     """
     check_model(model)
+    check_factors(model)
     factored = {name: module for name, module in own_layers(model) if isinstance(module, FactoredModule)}
     dense = {name: module.to_dense() for name, module in factored.items()}
     replace_(model, dense)

@@ -16,7 +16,7 @@ from ..cost import Cost
 from ..errors import LowRankError
 from ..files import replacing
 from ..layers import FactoredModule, is_factored, layer_cost
-from ..walk import check_model, own_layers
+from ..walk import check_factors, check_model, own_layers
 from .methods import METHODS, Method, factored_like
 from .spec import Spec, blank, describe
 
@@ -165,6 +165,7 @@ class Plan:
             4
         """
         check_model(model)
+        check_factors(model)
         entries = []
         saved = Cost()
         for name, module in own_layers(model):

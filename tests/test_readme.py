@@ -1,0 +1,48 @@
+"""README's table of layers is what the registry of methods says."""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import lowrank_layers as lr
+from lowrank_layers.compress.methods import factored_like
+from lowrank_layers.layers import FACTORED_LAYERS, PROJECTIONS
+
+README = Path(__file__).resolve().parents[1] / "README.md"
+
+
+def dense_of(cls: type[lr.FactoredModule]) -> nn.Module:
+    """A small layer that ``cls`` stands in for."""
+    if cls is lr.LowRankTransposedLinear:
+        return cls.blank(8, 8, "meta", torch.float32)
+    sizes = (8, 8, 3) if "Conv" in cls.dense_type.__name__ else (8, 8)
+    return cls.dense_type(*sizes, device="meta")
+
+
+def table() -> str:
+    """Dense layer, what replaces it, its children, and the method that does it."""
+    rows: dict[str, list[str]] = {}
+    for method in lr.METHODS.values():
+        for cls in method.layers:
+            dense = dense_of(cls)
+            rank = (2, 2) if "Tucker" in cls.__name__ else 2
+            layer = factored_like(method, dense, rank, bias=True)
+            form = ", ".join(f'{key}="{value}"' for key, value in method.form.items())
+            children = ", ".join(f"`{name}`" for name, _ in layer.named_children())
+            name = f"`{cls.__name__}({form})`" if form else f"`{cls.__name__}`"
+            rows.setdefault(cls.dense_name(), []).append(f"{name} | {children} | `{method.name}`")
+    attention = ", ".join(f"`{name}`" for name in PROJECTIONS)
+    rows["nn.MultiheadAttention"] = [f"`LowRankMultiheadAttention` | {attention}, each a layer | as `nn.Linear`"]
+    lines = ["| dense | low-rank | children | method |", "|---|---|---|---|"]
+    lines += [f"| `{dense}` | {entry} |" for dense, entries in rows.items() for entry in entries]
+    return "\n".join(lines)
+
+
+def test_the_table_of_layers_is_the_registry():
+    assert table() in README.read_text(encoding="utf-8"), f"README's table has drifted; it should be\n\n{table()}"
+
+
+def test_every_factored_layer_is_built_by_a_method():
+    built = {cls for method in lr.METHODS.values() for cls in method.layers}
+    assert built == set(FACTORED_LAYERS.values())
