@@ -5,19 +5,22 @@ from __future__ import annotations
 import difflib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .errors import LowRankError
-from .layers import is_derived
+from .layers import PROJECTIONS, is_derived
 from .unfuse import mind_fast_paths_
 from .walk import has_hooks, module_aliases, own_layers, put_
 
 Selector = str | type[nn.Module] | Callable[[str, nn.Module], bool]
 
 
-def select(model: nn.Module, selectors: Iterable[Selector], what: str) -> set[str]:
+def select(
+    model: nn.Module, selectors: Iterable[Selector], what: str, closed: Iterable[tuple[str, nn.Module]] = ()
+) -> set[str]:
     """The first names of the modules that any selector takes.
 
     Args:
@@ -25,6 +28,7 @@ def select(model: nn.Module, selectors: Iterable[Selector], what: str) -> set[st
         selectors: a module's full name, the end of one (``"fc1"``, ``"mlp.fc1"``), the name of a parent (all
             that lies below it), a type, or a predicate ``(name, module) -> bool``.
         what: the argument's name, for the message.
+        closed: the layers of the same model before its attentions were opened: who takes one takes its projections.
 
     Raises:
         LowRankError: if a selector matches nothing.
@@ -32,7 +36,8 @@ def select(model: nn.Module, selectors: Iterable[Selector], what: str) -> set[st
     if isinstance(selectors, (str, type)) or callable(selectors):
         raise LowRankError(f"{what}: got {selectors!r}, expected a list; write [{selectors!r}].")
     aliases = {name: names for names in module_aliases(model).values() for name in names}
-    layers = list(own_layers(model))
+    layers = [*own_layers(model), *closed]
+    attentions = {name for name, module in closed if isinstance(module, nn.MultiheadAttention)}
     taken: set[str] = set()
     for selector in selectors:
         found = {name for name, module in layers if _matches(selector, name, module, aliases)}
@@ -41,6 +46,9 @@ def select(model: nn.Module, selectors: Iterable[Selector], what: str) -> set[st
             hint = f" Did you mean {', '.join(map(repr, close))}?" if close else ""
             raise LowRankError(f"{what}: {selector!r} matches no module of the model.{hint}")
         taken |= found
+        for name in found & attentions:
+            inside = {f"{name}.{projection}" for projection in PROJECTIONS}
+            taken |= inside if not inside & found else set()
     return taken
 
 
@@ -67,7 +75,9 @@ def reasons_to_stay(model: nn.Module) -> dict[str, str]:
         if isinstance(module, nn.MultiheadAttention):  # one that could not be opened
             prefix = f"{name}." if name else ""
             reasons[f"{prefix}out_proj"] = "nn.MultiheadAttention reads out_proj.weight itself"
-        if is_derived(module) or hasattr(module, "parametrizations"):
+            if name and type(module) is nn.MultiheadAttention:
+                reasons[name] = "a weight of it is tied, computed or hooked, so that it cannot be opened"
+        if is_derived(module):
             reasons[name] = "its weight is computed (parametrized or normed); fold it to factorize it"
         elif has_hooks(module):
             reasons[name] = "it carries hooks, which a replacement would drop"
@@ -112,14 +122,25 @@ def remap_optimizer_(optimizer: torch.optim.Optimizer, replaced: Iterable[tuple[
         replaced: pairs of old and new module.
     """
     for old, new in replaced:
-        old_ids = {id(p): key for key, p in old.named_parameters()}
-        bias = getattr(new, "last", new)._parameters.get("bias")
+        before = {id(p): key for key, p in old.named_parameters()}
+        homes: dict[bool, dict[str, Any]] = {}  # the groups of the old weights and of the old biases
         for group in optimizer.param_groups:
-            if not any(id(p) in old_ids for p in group["params"]):
-                continue
-            kept = [p for p in group["params"] if id(p) not in old_ids]
-            group["params"] = kept + list(new.parameters())
+            for p in group["params"]:
+                if id(p) in before:
+                    homes.setdefault(_is_bias(before[id(p)]), group)
+        for group in homes.values():
+            group["params"] = [p for p in group["params"] if id(p) not in before]
+        had_bias = any(map(_is_bias, before.values()))
+        for key, p in new.named_parameters():
+            home = homes.get(_is_bias(key) and had_bias)
+            if home is not None:
+                home["params"].append(p)
+        bias = getattr(new, "last", new)._parameters.get("bias")
         for p in old.parameters():
             state = optimizer.state.pop(p, None)
-            if state and bias is not None and old_ids[id(p)] == "bias" and p.shape == bias.shape:
+            if state and bias is not None and before[id(p)] == "bias" and p.shape == bias.shape:
                 optimizer.state[bias] = state
+
+
+def _is_bias(key: str) -> bool:
+    return key.endswith("bias")

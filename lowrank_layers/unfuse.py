@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from .layers import FactoredModule, LowRankMultiheadAttention, is_derived
-from .walk import has_hooks, own_layers, put_
+from .walk import has_hooks, module_aliases, own_layers, put_
 
 _FAST_PATHS: dict[type[nn.Module], tuple[str, Any]] = {
     # in eval mode torch's layer reads the weights of its children and skips their forward, unless this says no
@@ -20,13 +21,23 @@ _MEMORY = "_fast_path_of_dense"
 
 
 def attentions(model: nn.Module) -> dict[str, nn.MultiheadAttention]:
-    """Every ``nn.MultiheadAttention`` below the model that can be opened: no subclass, no computed weight, no hook."""
+    """Every ``nn.MultiheadAttention`` below the model that can be opened.
+
+    That is no subclass, none with a computed weight or a hook, and none that shares a parameter with another module.
+    """
+    users: dict[int, set[str]] = defaultdict(set)
+    for name, module in model.named_modules(remove_duplicate=False):
+        for parameter in module.parameters(recurse=False):
+            users[id(parameter)].add(name)
+    aliases = module_aliases(model)
     found = {}
     for name, module in own_layers(model):
-        if name and type(module) is nn.MultiheadAttention:
-            parts = list(module.modules())
-            if not any(is_derived(part) or has_hooks(part) or hasattr(part, "parametrizations") for part in parts):
-                found[name] = module
+        if not name or type(module) is not nn.MultiheadAttention:
+            continue
+        own = {inside for alias in aliases[module] for inside in (alias, f"{alias}.out_proj")}
+        shared = any(not users[id(parameter)] <= own for parameter in module.parameters())
+        if not shared and not any(is_derived(part) or has_hooks(part) for part in module.modules()):
+            found[name] = module
     return found
 
 

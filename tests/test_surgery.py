@@ -91,6 +91,34 @@ def test_optimizer_groups_follow_the_layers():
     assert not torch.equal(before, model[0].down.weight)
 
 
+def decay_groups(model):
+    """Weights with weight decay, biases without: the usual two groups."""
+    weights = [p for name, p in model.named_parameters() if "weight" in name]
+    biases = [p for name, p in model.named_parameters() if "bias" in name]
+    return [{"params": weights, "weight_decay": 0.1}, {"params": biases, "weight_decay": 0.0}]
+
+
+@pytest.mark.parametrize("back", [False, True], ids=["factorize", "densify"])
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: nn.Sequential(nn.Linear(8, 8), nn.Conv2d(4, 4, 3)),
+        lambda: nn.Sequential(nn.TransformerEncoderLayer(8, 2, 8)),
+    ],
+    ids=["layers", "attention"],
+)
+def test_weights_and_biases_in_two_groups_stay_there(build, back):
+    model = build()
+    optimizer = torch.optim.SGD(decay_groups(model), lr=0.1)
+    lr.factorize_(model, lr.make_plan(model, rank=2), optimizer=optimizer)
+    if back:
+        lr.densify_(model, optimizer=optimizer)
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    assert len(held) == len({id(p) for p in held})  # else a step would be taken twice
+    for group, expected in zip(optimizer.param_groups, decay_groups(model), strict=True):
+        assert {id(p) for p in group["params"]} == {id(p) for p in expected["params"]}
+
+
 def test_remap_leaves_frozen_parameters_out():
     old, new = nn.Linear(4, 4), lr.LowRankLinear(4, 4, rank=1)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))])

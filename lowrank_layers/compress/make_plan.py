@@ -83,8 +83,10 @@ def make_plan(
         raise BudgetError(
             "a budget of MACs needs to know the sizes of the inputs: pass stats=calibrate(model, batches)."
         )
+    closed = list(own_layers(model))
     with unfused(model):
-        return _plan(model, budget, stats, chosen, skip, rank, units)
+        asked = select(model, skip, "skip", closed)
+        return _plan(model, budget, stats, chosen, asked, rank, units)
 
 
 def _plan(
@@ -92,13 +94,13 @@ def _plan(
     budget: Budget | None,
     stats: Statistics | None,
     methods: Sequence[Method],
-    skip: Iterable[Selector],
+    asked: set[str],
     rank: Rank | None,
     units: Units,
 ) -> Plan:
     if stats is not None:
         _check_stats(model, stats)
-    layers, skipped = _candidates(model, methods, skip, stats)
+    layers, skipped = _candidates(model, methods, asked, stats)
     if not layers:
         why = (
             "; ".join(f"{name!r}: {reason}" for name, reason in skipped.items())
@@ -201,10 +203,9 @@ def _entry(
 
 
 def _candidates(
-    model: nn.Module, methods: Sequence[Method], skip: Iterable[Selector], stats: Statistics | None
+    model: nn.Module, methods: Sequence[Method], asked: set[str], stats: Statistics | None
 ) -> tuple[dict[str, nn.Module], dict[str, str]]:
     """Layers to plan for, and why the others with a weight are left alone."""
-    asked = select(model, skip, "skip")
     reasons = reasons_to_stay(model)
     layers, skipped = {}, {}
     for name, module in own_layers(model):

@@ -206,7 +206,8 @@ class LowRankMultiheadAttention(nn.Module):
             raise UnsupportedLayerError(
                 f"{cls.__name__}.from_dense: got {type(attention).__name__}, expected nn.MultiheadAttention itself."
             )
-        if any(is_derived(m) for m in attention.modules()) or hasattr(attention, "parametrizations"):
+        weights = ["in_proj_weight", *(f"{name}_weight" for name in PROJECTIONS[:3])]
+        if any(map(is_derived, attention.modules())) or any(name not in attention._parameters for name in weights):
             raise UnsupportedLayerError(f"{cls.__name__}.from_dense: a weight is parametrized; fold it first.")
         size = attention.embed_dim
         settings = {"bias": False, "device": "meta", "kdim": attention.kdim, "vdim": attention.vdim}
@@ -268,8 +269,19 @@ class LowRankMultiheadAttention(nn.Module):
             extra = getattr(self, name)
             if extra is not None:
                 dense.get_parameter(name).copy_(extra)
-        dense.requires_grad_(any(p.requires_grad for p in self.parameters()))
+        for key, old in dense.named_parameters():
+            old.requires_grad_(any(p.requires_grad for p in self._sources(key)))
         return dense.train(self.training)
+
+    def _sources(self, key: str) -> list[nn.Parameter]:
+        """The parameters behind one of ``nn.MultiheadAttention``'s."""
+        if key in ("bias_k", "bias_v"):
+            return [self.get_parameter(key)]
+        bias = key.endswith("bias")
+        names = ["out_proj"] if key.startswith("out") else [key.removesuffix("_weight")]
+        names = list(PROJECTIONS[:3]) if key.startswith("in_proj") else names
+        found = [pair for name in names for pair in getattr(self, name).named_parameters()]
+        return [parameter for own, parameter in found if own.endswith("bias") == bias]
 
     def extra_repr(self) -> str:
         """The settings, as printed."""

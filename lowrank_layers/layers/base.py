@@ -96,9 +96,14 @@ class FactoredModule(nn.Module):
         return copy.deepcopy(self).to("meta").to_dense()
 
     @property
+    def parts(self) -> list[nn.Module]:
+        """The children that hold the factors, in the order in which they run."""
+        return [child for name, child in self.named_children() if not name.startswith("lora_")]
+
+    @property
     def last(self) -> nn.Module:
         """The child that runs last and holds the bias."""
-        return list(self.children())[-1]
+        return self.parts[-1]
 
 
 def is_factored(module: nn.Module) -> bool:
@@ -127,9 +132,11 @@ def check_dense(cls: type[FactoredModule], dense: nn.Module) -> Tensor:
 
 
 def is_derived(module: nn.Module) -> bool:
-    """Whether ``module.weight`` is no parameter but computed from some, by a parametrization or a hook."""
+    """Whether a weight is no parameter but computed from some, by a parametrization or a hook."""
     if is_factored(module):
         return False
+    if hasattr(module, "parametrizations"):
+        return True
     return isinstance(getattr(module, "weight", None), Tensor) and "weight" not in module._parameters
 
 
@@ -168,7 +175,7 @@ def adopt(new: Self, dense: nn.Module) -> Self:
 def adopt_dense(dense: nn.Module, factored: FactoredModule) -> None:
     """The way back of :func:`adopt`."""
     dense.train(factored.training)
-    dense.requires_grad_(any(weight_of(child).requires_grad for child in factored.children()))
+    dense.requires_grad_(any(weight_of(child).requires_grad for child in factored.parts))
     _match_bias(dense, factored.last)
 
 
@@ -181,7 +188,7 @@ def _match_bias(new: nn.Module, old: nn.Module) -> None:
 @torch.no_grad()
 def fill(layer: Self, weights: list[Tensor], bias: Tensor | None) -> Self:
     """Copies values into the children, in order; shapes are adapted, dtype and device are the layer's."""
-    for child, weight in zip(layer.children(), weights, strict=True):
+    for child, weight in zip(layer.parts, weights, strict=True):
         parameter = weight_of(child)
         parameter.copy_(weight.reshape(parameter.shape))
     own = bias_of(layer.last)
@@ -200,7 +207,7 @@ def reset_chain(layer: FactoredModule, fan_in: int) -> None:
     """
     inner = math.prod(layer.rank) if isinstance(layer.rank, tuple) else layer.rank
     left = 1 / (3 * max(1, fan_in) * inner)
-    *others, last = layer.children()
+    *others, last = layer.parts
     for child in others:
         fan = max(1, _fan_in(child))
         nn.init.uniform_(weight_of(child), -math.sqrt(3 / fan), math.sqrt(3 / fan))

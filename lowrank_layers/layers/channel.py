@@ -78,7 +78,7 @@ class PairConv(FactoredConv):
         layer = cls.like(conv, rank=firsts.shape[1], bias=bias is not None, **form)
         shape = (layer.groups, *layer.kernel_shape)
         last, first = pair_kernels(lasts, firsts, shape, layer.first_axes)
-        children = zip(layer.children(), (first, last), strict=True)
+        children = zip(layer.parts, (first, last), strict=True)
         weights = [weight_of_kernel(k, transposed=child.transposed) for child, k in children]  # type: ignore[arg-type]
         return fill(layer, weights, bias)
 

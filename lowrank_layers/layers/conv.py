@@ -88,7 +88,7 @@ class FactoredConv(FactoredModule):
 
     def forward(self, input: Tensor) -> Tensor:
         """``[N, in_channels, ...]`` to ``[N, out_channels, ...]``, as the dense layer."""
-        for child in self.children():
+        for child in self.parts:
             input = child(input)
         return input
 
@@ -211,8 +211,8 @@ class TransposedConv(FactoredConv):
     def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
         """``[N, in_channels, ...]`` to ``[N, out_channels, ...]``; ``output_size`` settles the strides' ambiguity."""
         dims = len(self.kernel_size)
-        spatial = [child for child in self.children() if getattr(child, "transposed", False)]
-        for child in self.children():
+        spatial = [child for child in self.parts if getattr(child, "transposed", False)]
+        for child in self.parts:
             if output_size is None or child not in spatial:
                 input = child(input)
                 continue

@@ -5,7 +5,7 @@ import math
 from torch import nn
 
 from ..cost import Cost
-from .base import is_factored, weight_of
+from .base import FactoredModule, weight_of
 from .linear import LowRankTransposedLinear
 
 
@@ -21,7 +21,7 @@ def layer_cost(module: nn.Module, input_shape: tuple[int, ...] | None = None) ->
         Cost(params=216, macs=13824, bytes=864)
     """
     total = Cost()
-    for child in module.children() if is_factored(module) else [module]:
+    for child in module.parts if isinstance(module, FactoredModule) else [module]:
         macs, input_shape = _forward(child, input_shape)
         parameters = list(child.parameters())
         total += Cost(sum(p.numel() for p in parameters), macs, sum(p.numel() * p.element_size() for p in parameters))

@@ -69,7 +69,7 @@ class CPConv(FactoredConv):
 
     def _matrices(self) -> list[Tensor]:
         """Out, in and every axis' factors, ``[groups, n, rank]`` each."""
-        reduce, *axes, expand = (kernel_of(child) for child in self.children())
+        reduce, *axes, expand = (kernel_of(child) for child in self.parts)
         thin = [axis.flatten(1).unflatten(0, (self.groups, -1)).mT for axis in axes]
         return [expand.flatten(2), reduce.flatten(2).mT, *thin]
 
