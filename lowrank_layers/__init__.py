@@ -12,6 +12,7 @@ from .compress import (
     Plan,
     SpatialMethod,
     SVDMethod,
+    TensorizedMethod,
     TuckerMethod,
     densify_,
     factorize_,
@@ -20,7 +21,7 @@ from .compress import (
 from .cost import Cost
 from .decompose import cp, nmf, svd, tucker
 from .errors import BudgetError, CheckpointError, LowRankError, MissingExtraError, UnsupportedLayerError
-from .factors import CP, NMF, SVD, Blocks, Factorization, Tucker
+from .factors import CP, NMF, SVD, Blocks, BlockTT, Factorization, Tucker
 from .layers import (
     CPConv1d,
     CPConv2d,
@@ -40,6 +41,7 @@ from .layers import (
     LowRankLinear,
     LowRankMultiheadAttention,
     LowRankTransposedLinear,
+    TensorizedEmbedding,
     TuckerConv1d,
     TuckerConv2d,
     TuckerConv3d,
@@ -69,6 +71,7 @@ __all__ = [
     "METHODS",
     "NMF",
     "SVD",
+    "BlockTT",
     "Blocks",
     "Budget",
     "BudgetError",
@@ -114,6 +117,8 @@ __all__ = [
     "SpatialMethod",
     "Spectrum",
     "Statistics",
+    "TensorizedEmbedding",
+    "TensorizedMethod",
     "Tucker",
     "TuckerConv1d",
     "TuckerConv2d",

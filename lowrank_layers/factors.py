@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .errors import LowRankError
-from .linalg import mode_product
+from .linalg import mode_product, rounded_train, train_product
 
 
 @runtime_checkable
@@ -241,6 +242,67 @@ class Blocks:
     def to_dense(self) -> Tensor:
         """The groups, one below the other."""
         return torch.cat([part.to_dense() for part in self.parts])
+
+    def relative_error(self, dense: Tensor) -> float:
+        """``||dense - self|| / ||dense||`` in the Frobenius norm."""
+        return _relative_error(self, dense)
+
+
+@dataclass(frozen=True)
+class BlockTT:
+    r"""A table as a block tensor train (Oseledets, 2011; Novikov et al., 2015).
+
+    With a row's digits :math:`i_1 \dots i_K` and a column's :math:`j_1 \dots j_K`, the first ones slowest, an entry is
+    the product of matrices :math:`G_1[i_1, j_1] \cdots G_K[i_K, j_K]`, of which the first has one row and the last one
+    column.
+
+    Args:
+        cores: one for each digit.
+        rows: how many rows the table has; what the digits can count beyond them is cropped.
+
+    Shape:
+        ``cores[k]`` ``[r_{k-1}, n_k, d_k, r_k]`` with ``r_0 = r_K = 1``; dense ``[rows, d_1 * ... * d_K]``.
+
+    Examples:
+        >>> f = lr.TensorizedEmbedding(10, 6, rank=2).factors()
+        >>> f.shape, f.rank, [tuple(core.shape) for core in f.cores]
+        ((10, 6), (2, 2), [(1, 3, 1, 2), (2, 2, 2, 2), (2, 2, 3, 1)])
+    """
+
+    cores: tuple[Tensor, ...]
+    rows: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Shape of the dense table."""
+        return self.rows, math.prod(core.shape[2] for core in self.cores)
+
+    @property
+    def rank(self) -> tuple[int, ...]:
+        """The inner bonds."""
+        return tuple(core.shape[3] for core in self.cores[:-1])
+
+    def numel(self) -> int:
+        """Numbers stored."""
+        return sum(core.numel() for core in self.cores)
+
+    def to_dense(self) -> Tensor:
+        """The table, without the rows that only fill the digits up."""
+        return train_product(self.cores)[: self.rows]
+
+    def truncate(self, rank: tuple[int, ...]) -> BlockTT:
+        """The train of smaller bonds by TT-rounding in fp64: within ``sqrt(K - 1)`` of the best one, over all digits.
+
+        Args:
+            rank: one entry a bond; bonds that are smaller already stay.
+        """
+        if len(rank) != len(self.cores) - 1:
+            raise LowRankError(f"BlockTT.truncate: got {len(rank)} ranks, expected {len(self.cores) - 1}, one a bond.")
+        for r in rank:
+            _check_truncation(r)
+        small = rounded_train([core.detach().double().flatten(1, 2) for core in self.cores], rank)
+        pairs = zip(small, self.cores, strict=True)
+        return BlockTT(tuple(new.unflatten(1, old.shape[1:3]).to(old.dtype) for new, old in pairs), self.rows)
 
     def relative_error(self, dense: Tensor) -> float:
         """``||dense - self|| / ||dense||`` in the Frobenius norm."""

@@ -26,7 +26,7 @@ def table() -> str:
     for method in lr.METHODS.values():
         for cls in method.layers:
             dense = dense_of(cls)
-            rank = (2, 2) if "Tucker" in cls.__name__ else 2
+            rank = (2, 2) if cls in (*lr.TuckerMethod.layers, lr.TensorizedEmbedding) else 2
             layer = factored_like(method, dense, rank, bias=True)
             form = ", ".join(f'{key}="{value}"' for key, value in method.form.items())
             children = ", ".join(f"`{name}`" for name, _ in layer.named_children())
@@ -35,8 +35,12 @@ def table() -> str:
     attention = ", ".join(f"`{name}`" for name in PROJECTIONS)
     rows["nn.MultiheadAttention"] = [f"`LowRankMultiheadAttention` | {attention}, each a layer | as `nn.Linear`"]
     lines = ["| dense | low-rank | children | method |", "|---|---|---|---|"]
-    lines += [f"| `{dense}` | {entry} |" for dense, entries in rows.items() for entry in entries]
+    lines += [f"| {dense_cell(dense)} | {entry} |" for dense, entries in rows.items() for entry in entries]
     return "\n".join(lines)
+
+
+def dense_cell(name: str) -> str:
+    return f"`{name}`" if name.startswith("nn.") else name
 
 
 def test_the_table_of_layers_is_the_registry():

@@ -3,7 +3,16 @@
 from .budget import Budget
 from .factorize import densify_, factorize_
 from .make_plan import make_plan
-from .methods import METHODS, CPMethod, Method, Option, SpatialMethod, SVDMethod, TuckerMethod
+from .methods import (
+    METHODS,
+    CPMethod,
+    Method,
+    Option,
+    SpatialMethod,
+    SVDMethod,
+    TensorizedMethod,
+    TuckerMethod,
+)
 from .plan import Entry, Plan
 
 __all__ = [
@@ -16,6 +25,7 @@ __all__ = [
     "Plan",
     "SVDMethod",
     "SpatialMethod",
+    "TensorizedMethod",
     "TuckerMethod",
     "densify_",
     "factorize_",

@@ -17,6 +17,7 @@ from .embedding import LowRankEmbedding, LowRankEmbeddingBag
 from .kernel import ConvNd
 from .linear import LowRankLinear, LowRankTransposedLinear
 from .matrix import is_table, is_transposed, linear_shape, matrices_of, takes_bias, weight_from_matrices
+from .tensorized import TensorizedEmbedding
 from .tucker import (
     TuckerConv,
     TuckerConv1d,
@@ -51,6 +52,7 @@ __all__ = [
     "LowRankMultiheadAttention",
     "LowRankTransposedLinear",
     "PairConv",
+    "TensorizedEmbedding",
     "TuckerConv",
     "TuckerConv1d",
     "TuckerConv2d",

@@ -91,6 +91,10 @@ class FactoredModule(nn.Module):
         """The weight as a factorization (detached, no copy of the storage is promised)."""
         raise LowRankError(f"{type(self).__name__} does not define factors.")
 
+    def own_macs(self, input_shape: tuple[int, ...]) -> int:
+        """Multiply-accumulates on one sample that happen between the children, not in them."""
+        return 0
+
     def dense_twin(self) -> nn.Module:
         """:meth:`to_dense` without values, on the meta device: only the settings."""
         return copy.deepcopy(self).to("meta").to_dense()

@@ -21,6 +21,8 @@ def layer_cost(module: nn.Module, input_shape: tuple[int, ...] | None = None) ->
         Cost(params=216, macs=13824, bytes=864)
     """
     total = Cost()
+    if isinstance(module, FactoredModule) and input_shape is not None:
+        total += Cost(macs=module.own_macs(input_shape))
     for child in module.parts if isinstance(module, FactoredModule) else [module]:
         macs, input_shape = _forward(child, input_shape)
         parameters = list(child.parameters())

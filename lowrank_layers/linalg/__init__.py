@@ -1,7 +1,7 @@
 """Pure tensor functions under every factorization. fp64 where it decides the result."""
 
 from .check import check_tensor, working_dtype
-from .products import fold, khatri_rao, mode_product, unfold
+from .products import fold, khatri_rao, mode_product, rounded_train, train_product, unfold
 from .psd import Root, damp, psd_root
 from .svd import exact_svd, gram_svd, leading_eigenvectors, randomized_svd
 
@@ -17,6 +17,8 @@ __all__ = [
     "mode_product",
     "psd_root",
     "randomized_svd",
+    "rounded_train",
+    "train_product",
     "unfold",
     "working_dtype",
 ]

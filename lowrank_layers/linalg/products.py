@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .svd import exact_svd
+
 
 def unfold(tensor: Tensor, mode: int) -> Tensor:
     """The matrix whose rows are indexed by ``mode`` and whose columns run over the others in order.
@@ -44,3 +46,37 @@ def khatri_rao(left: Tensor, right: Tensor) -> Tensor:
         ``[m, r]`` and ``[n, r]`` to ``[m * n, r]``, the left index running slower.
     """
     return (left[:, None] * right[None]).reshape(-1, left.shape[1])
+
+
+def train_product(cores: Sequence[Tensor]) -> Tensor:
+    """The matrix that a block tensor train stands for; the first core's digits run slowest.
+
+    Shape:
+        Cores ``[r_{k-1}, n_k, d_k, r_k]`` with ``r_0 = r_K = 1`` to ``[n_1 * ... * n_K, d_1 * ... * d_K]``.
+    """
+    rows, columns = cores[0].shape[1:3]
+    left = cores[0].reshape(rows * columns, -1)
+    for core in cores[1:]:
+        _, n, d, _ = core.shape
+        product = left @ core.flatten(1)
+        left = product.reshape(rows, columns, n, d, -1).transpose(1, 2).reshape(rows * n * columns * d, -1)
+        rows, columns = rows * n, columns * d
+    return left.reshape(rows, columns)
+
+
+def rounded_train(cores: Sequence[Tensor], ranks: Sequence[int]) -> list[Tensor]:
+    """The train of smaller ranks, without forming the tensor: TT-rounding (Oseledets, 2011, algorithm 2).
+
+    Shape:
+        Cores ``[r_{k-1}, m_k, r_k]``.
+    """
+    work = list(cores)
+    for k in range(len(work) - 1, 0, -1):
+        q, r = torch.linalg.qr(work[k].flatten(1).mT)
+        work[k] = q.mT.unflatten(1, work[k].shape[1:])
+        work[k - 1] = work[k - 1] @ r.mT
+    for k, rank in enumerate(ranks):
+        u, s, vh = exact_svd(work[k].flatten(0, 1))
+        work[k] = u[:, :rank].unflatten(0, work[k].shape[:2])
+        work[k + 1] = torch.tensordot(s[:rank, None] * vh[:rank], work[k + 1], dims=1)
+    return work

@@ -59,6 +59,8 @@ class LayerRow:
         channels_last: whether inputs have a memory format.
         form: what ``from_dense`` and the constructor take besides the rank.
         unbatched: whether one sample without a batch is an input.
+        again: whether ``from_dense`` of its own dense form gives the layer back; rows that are only filled up are
+            zero again then.
     """
 
     cls: type[lr.FactoredModule]
@@ -74,6 +76,7 @@ class LayerRow:
     channels_last: bool = False
     form: Mapping[str, Any] = field(default_factory=dict)
     unbatched: bool = True
+    again: bool = True
 
     @property
     def name(self) -> str:
@@ -233,6 +236,11 @@ EMBEDDING_VARIANTS: dict[str, dict[str, Any]] = {
     "prime": {"num_embeddings": 5, "embedding_dim": 11},
 }
 
+TENSORIZED_VARIANTS: dict[str, dict[str, Any]] = {
+    **{name: EMBEDDING_VARIANTS[name] for name in ("plain", "padding_idx", "padding_idx from the end", "prime")},
+    "exact digits": {"num_embeddings": 12, "embedding_dim": 8},
+    "one column": {"num_embeddings": 30, "embedding_dim": 1},
+}
 
 BAG_VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {"num_embeddings": 9, "embedding_dim": 6},
@@ -310,6 +318,12 @@ def _conv_rows(dims: int, *, transposed: bool) -> list[LayerRow]:
     ]
 
 
+def _bond_limits(table: nn.Module) -> tuple[int, ...]:
+    """The smaller side of each unfolding."""
+    sizes = [n * d for n, d in zip(*lr.TensorizedEmbedding.like(table, rank=1).split, strict=True)]
+    return tuple(min(math.prod(sizes[:k]), math.prod(sizes[k:])) for k in range(1, len(sizes)))
+
+
 def _as_spatial(weight: Tensor) -> Tensor:
     out, into, height, width = weight.shape
     return weight.permute(0, 3, 1, 2).reshape(out * width, into * height)
@@ -366,6 +380,18 @@ LAYERS = [
         matrix=lambda weight: weight,
         smoke=("plain", "sum"),
         unbatched=False,
+    ),
+    LayerRow(
+        lr.TensorizedEmbedding,
+        TENSORIZED_VARIANTS,
+        wide=({"num_embeddings": 96, "embedding_dim": 64}, (12, 10)),
+        sample=lambda table, lead: torch.randint(table.num_embeddings, (*lead, 7)),
+        sample_shape=lambda table: (7,),
+        full=_bond_limits,
+        small=(2, 2),
+        excess=1000,
+        smoke=("plain", "padding_idx"),
+        again=False,
     ),
 ]
 

@@ -342,6 +342,13 @@ def test_tucker_error_stands_between_its_bounds(shape, ranks, seed):
         assert factor is None or distance_from_orthonormal(factor) < 1e-10
 
 
+@pytest.fixture(autouse=True)
+def _tensorly_on_numpy():
+    """Importing tensorly-torch moves tensorly to torch for the whole process."""
+    with tensorly.backend_context("numpy"):
+        yield
+
+
 def tensorly_tucker_error(tensor: torch.Tensor, rank: tuple[int, ...]) -> float:
     """Of a fully converged ``partial_tucker`` of the first modes."""
     modes = list(range(len(rank)))

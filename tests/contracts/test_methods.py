@@ -30,6 +30,13 @@ METHOD_ROWS = [
     pytest.param(lr.TuckerMethod(), lambda: nn.Conv2d(8, 8, 3, groups=2), (4, 4), id="tucker-groups"),
     pytest.param(lr.CPMethod(), lambda: nn.Conv2d(5, 8, 3, padding=1, bias=False), 45, id="cp"),
     pytest.param(lr.CPMethod(), lambda: nn.Conv3d(5, 8, 2), 40, id="cp-conv3d"),
+    pytest.param(lr.TensorizedMethod(min_rows=30), lambda: nn.Embedding(40, 6), 1000, id="tensorized"),
+    pytest.param(
+        lr.TensorizedMethod(min_rows=30),
+        lambda: nn.Embedding(40, 12, padding_idx=1),
+        (1000, 1000),
+        id="tensorized-padded",
+    ),
 ]
 ids = {"argnames": ("method", "make", "full"), "argvalues": METHOD_ROWS}
 
@@ -100,6 +107,18 @@ def test_the_estimate_is_the_weighted_error_of_what_is_built(method, make, full)
         # Tucker refines its input basis for the rank that is built, and can only do better than its estimate
         slack = 1.5 if isinstance(method, lr.TuckerMethod) else 1.0
         assert measured <= option.loss_increase * 1.001 * slack + 1e-6 * sum(p.energy for p in problems)
+
+
+@pytest.mark.parametrize("make", [lambda: nn.Linear(12, 9), lambda: nn.Embedding(40, 6)], ids=["linear", "table"])
+def test_the_loss_of_the_best_pair_is_the_tail(make):
+    layer = make()
+    _, stats, _ = calibrated(layer)
+    (problem,) = regressions(layer, stats["0"])
+    tails = problem.tails()
+    for rank in (1, 3, 5):
+        up, down = problem.pair(rank)
+        assert problem.loss(up @ down) == pytest.approx(float(tails[rank]), rel=1e-8)
+    assert problem.loss(torch.zeros_like(problem.weight)) == pytest.approx(problem.energy, rel=1e-10)
 
 
 @pytest.mark.parametrize(**ids)

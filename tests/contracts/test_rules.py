@@ -345,14 +345,16 @@ def test_the_ends_of_the_interval():
 @pytest.mark.parametrize("layer", LAYERS, ids=lambda row: row.name)
 @pytest.mark.parametrize("rule", [lr.Energy, lr.EVBMF, lr.ParameterFraction], ids=lambda rule: rule.__name__)
 def test_a_class_in_place_of_an_instance_is_refused_with_a_hint(layer, rule):
-    with pytest.raises(lr.LowRankError, match=rf"^{layer.name}.*Call the rule: {rule.__name__}\("):
-        layer.cls.from_dense(layer.dense(), rank=rule)
+    with pytest.raises(lr.LowRankError, match=rf"^{layer.cls.__name__}.*Call the rule: {rule.__name__}\("):
+        layer.from_dense(layer.dense(), rank=rule)
 
 
 @pytest.mark.parametrize("layer", LAYERS, ids=lambda row: row.name)
 def test_a_fraction_in_place_of_a_rank_is_refused_with_a_hint(layer):
-    with pytest.raises(lr.LowRankError, match=rf"^{layer.name}.*got rank 0\.25.*write ParameterFraction\(0\.25\)"):
-        layer.cls.from_dense(layer.dense(), rank=0.25)
+    with pytest.raises(
+        lr.LowRankError, match=rf"^{layer.cls.__name__}.*got rank 0\.25.*write ParameterFraction\(0\.25\)"
+    ):
+        layer.from_dense(layer.dense(), rank=0.25)
 
 
 @pytest.mark.parametrize("layer", LAYERS, ids=lambda row: row.name)
@@ -363,7 +365,7 @@ def test_any_function_of_a_spectrum_is_a_rule(layer):
         seen.append(spectrum)
         return 2
 
-    built = layer.cls.from_dense(layer.dense(), rank=rule)
+    built = layer.from_dense(layer.dense(), rank=rule)
     assert built.rank in (2, (2, 2))
     assert all(isinstance(each, lr.Spectrum) for each in seen)
     assert {each.dense for each in seen} == {layer.dense().weight.numel()}
@@ -373,12 +375,14 @@ def test_any_function_of_a_spectrum_is_a_rule(layer):
 @pytest.mark.parametrize("layer", LAYERS, ids=lambda row: row.name)
 @pytest.mark.parametrize("answer", [0, -3, 2.0, True, None, "2"], ids=repr)
 def test_a_rule_with_a_bad_answer_is_refused(layer, answer):
-    with pytest.raises(lr.LowRankError, match=rf"^{layer.name}: the rule .* returned {answer!r}, expected an int"):
-        layer.cls.from_dense(layer.dense(), rank=lambda spectrum: answer)
+    with pytest.raises(
+        lr.LowRankError, match=rf"^{layer.cls.__name__}: the rule .* returned {answer!r}, expected an int"
+    ):
+        layer.from_dense(layer.dense(), rank=lambda spectrum: answer)
 
 
 @pytest.mark.parametrize("layer", LAYERS, ids=lambda row: row.name)
 def test_a_rule_with_too_large_an_answer_is_clamped(layer):
     dense = layer.dense()
-    built = layer.cls.from_dense(dense, rank=lambda spectrum: 10_000)
+    built = layer.from_dense(dense, rank=lambda spectrum: 10_000)
     assert built.rank == layer.full_rank(dense)

@@ -5,10 +5,11 @@ from .cp import CPMethod
 from .regression import Regression, regressions
 from .spatial import SpatialMethod
 from .svd import SVDMethod
+from .tensorized import TensorizedMethod
 from .tucker import TuckerMethod
 
 METHODS: dict[str, Method] = {
-    method.name: method for method in (SVDMethod(), SpatialMethod(), TuckerMethod(), CPMethod())
+    method.name: method for method in (SVDMethod(), SpatialMethod(), TuckerMethod(), CPMethod(), TensorizedMethod())
 }
 """Every method by the name that plans and files use."""
 
@@ -20,6 +21,7 @@ __all__ = [
     "Regression",
     "SVDMethod",
     "SpatialMethod",
+    "TensorizedMethod",
     "TuckerMethod",
     "factored_like",
     "layer_for",

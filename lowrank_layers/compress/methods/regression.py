@@ -31,6 +31,9 @@ INPUT_DAMPING = 1e-3
 OUTPUT_DAMPING = 0.1
 """Ridge on the gradients, relative to their mean: outputs that this sample found unimportant keep some weight."""
 
+_COLUMNS = 8192
+"""How many rows of a table are compared at once."""
+
 
 @dataclass(frozen=True)
 class Regression:
@@ -124,6 +127,22 @@ class Regression:
         captured = self.singular_values().square()
         tails = torch.cat([captured, captured.new_zeros(1)]).flip(0).cumsum(0).flip(0)
         return 0.5 * self.scale * tails
+
+    def loss(self, matrix: Tensor) -> float:
+        """Loss increase of any map, low-rank or not: ``1/2 P ||G^(1/2) (F - matrix) X^(1/2)||^2``.
+
+        Shape:
+            ``[m, n]``.
+        """
+        if self.moment.ndim > 1:
+            error = self.output.times(self._input.times((self.full - matrix.double()).mT).mT)
+            return 0.5 * self.scale * float(error.square().sum())
+        total = 0.0
+        for start in range(0, self.full.shape[1], _COLUMNS):
+            part = slice(start, start + _COLUMNS)
+            error = self.output.times(self.full[:, part] - matrix[:, part].double())
+            total += float(error.square().sum(0) @ self.moment[part])
+        return 0.5 * self.scale * total
 
     def singular_values(self) -> Tensor:
         """Of ``M``, largest first."""

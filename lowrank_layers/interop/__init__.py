@@ -1,0 +1,5 @@
+"""Layers of other libraries, there and back; each file imports its library when it is used."""
+
+from .tensorly_torch import from_tltorch, to_tltorch
+
+__all__ = ["from_tltorch", "to_tltorch"]
