@@ -50,6 +50,16 @@ from .layers import (
     TuckerConvTranspose3d,
     layer_cost,
 )
+from .lora import (
+    add_lora_,
+    lora_disabled,
+    lora_parameters,
+    lora_rows,
+    merge_lora_,
+    remove_lora_,
+    unmerge_lora_,
+    use_adapter,
+)
 from .moments import LayerStats, Statistics
 from .rank import (
     EVBMF,
@@ -128,15 +138,23 @@ __all__ = [
     "TuckerConvTranspose3d",
     "TuckerMethod",
     "UnsupportedLayerError",
+    "add_lora_",
     "calibrate",
     "cp",
     "densify_",
     "factorize_",
     "layer_cost",
     "load",
+    "lora_disabled",
+    "lora_parameters",
+    "lora_rows",
     "make_plan",
+    "merge_lora_",
     "nmf",
+    "remove_lora_",
     "save",
     "svd",
     "tucker",
+    "unmerge_lora_",
+    "use_adapter",
 ]

@@ -1,0 +1,15 @@
+"""Low-rank deltas on frozen weights: adding, choosing, training, merging."""
+
+from .inject import add_lora_, lora_disabled, lora_parameters, lora_rows, remove_lora_, use_adapter
+from .merge import merge_lora_, unmerge_lora_
+
+__all__ = [
+    "add_lora_",
+    "lora_disabled",
+    "lora_parameters",
+    "lora_rows",
+    "merge_lora_",
+    "remove_lora_",
+    "unmerge_lora_",
+    "use_adapter",
+]

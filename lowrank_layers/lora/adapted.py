@@ -1,0 +1,104 @@
+"""A module under adapters stays what it is: the same object, a subclass of its own class, the same base parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from ..layers import FactoredModule
+from .adapter import Bank
+from .fast import Fast, fast_forward
+
+BANK = "lora_{}"
+"""The child that holds the adapters of a parameter: ``fc.lora_weight.adapters.default.A``."""
+
+
+class Adapted:
+    """Mixed into the class of a module that has adapters: reading an adapted parameter gives it with all deltas.
+
+    So whatever the module's own forward does with it (a fused attention, a recurrent kernel, padding, a fast path), it
+    is right. Linear layers, convolutions and tables have a faster forward that never forms the delta.
+    """
+
+    _plain_class: type[nn.Module]
+    _adapted_names: tuple[str, ...]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        state = self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
+        return _blank, (self._plain_class, self._adapted_names), state
+
+
+def _blank(cls: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
+    adapted: nn.Module = object.__new__(adapted_class(cls, names))
+    return adapted
+
+
+_CLASSES: dict[tuple[type[nn.Module], tuple[str, ...]], type[nn.Module]] = {}
+
+
+def adapted_class(cls: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
+    """The subclass of ``cls`` in which the named parameters are read with their adapters."""
+    if (cls, names) not in _CLASSES:
+        _CLASSES[cls, names] = _make_class(cls, names)
+    return _CLASSES[cls, names]
+
+
+def _make_class(cls: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
+    body: dict[str, Any] = {name: _with_adapters(cls, name) for name in names}
+    body |= {"_plain_class": cls, "_adapted_names": names, "__module__": cls.__module__}
+    fast = fast_forward(cls)
+    if fast is not None and names == ("weight",):
+        body["forward"] = _choose(cls, fast)
+    if issubclass(cls, nn.RNNBase):
+        body["_flat_weights"] = property(_flat_weights, lambda *_: None)
+    return cast("type[nn.Module]", type(f"Lora{cls.__name__}", (Adapted, cls), body))
+
+
+def bank_of(module: nn.Module, name: str) -> Bank | None:
+    """The adapters of one parameter."""
+    bank = module._modules.get(BANK.format(name))
+    return bank if isinstance(bank, Bank) else None
+
+
+def banks_of(module: nn.Module) -> dict[str, Bank]:
+    """The adapters of all parameters, by the parameter's name."""
+    names = getattr(module, "_adapted_names", ())
+    return {name: bank for name in names if (bank := bank_of(module, name)) is not None}
+
+
+def base_weight(module: nn.Module, name: str) -> Tensor:
+    """The parameter without its adapters (for a factored layer, its product)."""
+    parameter = module._parameters.get(name)
+    if parameter is not None:
+        return parameter
+    plain = getattr(module, "_plain_class", type(module))
+    return cast(Tensor, getattr(plain, name).fget(module))
+
+
+def _with_adapters(cls: type[nn.Module], name: str) -> property:
+    def read(self: nn.Module) -> Tensor:
+        bank = bank_of(self, name)
+        weight = base_weight(self, name)
+        return weight if bank is None else bank.effective(weight)
+
+    return property(read)
+
+
+def _flat_weights(self: Any) -> list[Tensor]:
+    return [getattr(self, name) for name in self._flat_weights_names]
+
+
+def _choose(cls: type[nn.Module], fast: Fast) -> Callable[..., Any]:
+    """The fast forward, or the class' own with the formed weight where there is a magnitude."""
+
+    def forward(self: Any, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        bank = self._modules["lora_weight"]
+        formed = any(adapter.magnitude is not None for adapter in bank) and not isinstance(self, FactoredModule)
+        if bank.merged is not None or formed or args or kwargs:
+            out: Tensor = cls.forward(self, input, *args, **kwargs)
+            return out
+        return fast(cls, self, bank, input)
+
+    return forward

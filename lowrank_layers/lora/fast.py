@@ -1,0 +1,112 @@
+"""Forwards that add the delta to the output of the base without ever forming it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..layers import LowRankEmbedding, LowRankLinear
+from ..layers.conv import FactoredConv, TransposedConv
+from ..moments import pad_input
+from .adapter import Bank
+from .kinds import Kernel
+
+Fast = Callable[[type[nn.Module], Any, Bank, Tensor], Tensor]
+
+
+def fast_forward(cls: type[nn.Module]) -> Fast | None:
+    """The fast forward of a class, if there is one: only where its own forward is the known one."""
+    if cls.forward is nn.Linear.forward or cls.forward is LowRankLinear.forward:
+        return _linear
+    if cls.forward is nn.Embedding.forward or cls.forward is LowRankEmbedding.forward:
+        return _embedding
+    convolutions = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    if any(cls.forward is conv.forward for conv in convolutions):
+        return _convolution
+    return _convolution if issubclass(cls, FactoredConv) and not issubclass(cls, TransposedConv) else None
+
+
+def _linear(cls: type[nn.Module], self: Any, bank: Bank, input: Tensor) -> Tensor:
+    """``y = W x + b``, then ``y += B s (A x)`` in place: the delta costs no tensor of the output's size."""
+    x = input.reshape(-1, input.shape[-1])
+    plain = self._parameters.get("weight")
+    out: Tensor = cls.forward(self, x) if plain is None else F.linear(x, plain, self.bias)
+    a, b = _stacked(bank)
+    inner = F.linear(_dropped(bank, x), a)
+    strength = _strengths(bank, inner)
+    if bank.rows is not None:
+        strength = strength.repeat_interleave(len(x) // len(strength), 0)
+    out.addmm_(inner * strength, b.mT.to(out.dtype))
+    for gate, adapter in zip(bank.gates, bank, strict=True):
+        if adapter.bias is not None:
+            out += (gate * adapter.bias).to(out.dtype)
+    return out.view(*input.shape[:-1], out.shape[-1])
+
+
+def _embedding(cls: type[nn.Module], self: Any, bank: Bank, input: Tensor) -> Tensor:
+    plain = self._parameters.get("weight")
+    if plain is None:
+        out: Tensor = cls.forward(self, input)
+    else:
+        out = F.embedding(
+            input, plain, self.padding_idx, self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse
+        )
+    a, b = _stacked(bank)
+    inner = F.embedding(input, a.mT)
+    strength = _strengths(bank, inner)
+    if bank.rows is not None:
+        strength = strength.view(len(strength), *[1] * (inner.ndim - 2), -1)
+    return out + (inner * strength) @ b.mT
+
+
+def _convolution(cls: type[nn.Module], self: Any, bank: Bank, input: Tensor) -> Tensor:
+    """A thin convolution with the settings of the base, then a pointwise one."""
+    plain = self._parameters.get("weight")
+    conv = (F.conv1d, F.conv2d, F.conv3d)[len(self.kernel_size) - 1]
+    out: Tensor = cls.forward(self, input) if plain is None else self._conv_forward(input, plain, self.bias)
+    a, b = _stacked(bank)
+    x = pad_input(self, _dropped(bank, input))
+    inner = conv(x, a, None, self.stride, 0, self.dilation, self.groups)
+    strength = _strengths(bank, inner)
+    if bank.rows is not None:
+        strength = strength.view(len(strength), -1)
+    channels = strength.repeat(*[1] * (strength.ndim - 1), self.groups)
+    inner = inner * channels.view(*channels.shape, *[1] * len(self.kernel_size))
+    return out + conv(inner, b, groups=self.groups)
+
+
+def _stacked(bank: Bank) -> tuple[Tensor, Tensor]:
+    """All ``A`` one below the other, all ``B`` side by side; a frozen start counts as ``[A; A0]``, ``[B, -B0]``."""
+    below: list[Tensor] = []
+    beside: list[Tensor] = []
+    for adapter in bank:
+        below.append(adapter.A)
+        beside.append(adapter.B)
+        if adapter.a0 is not None and adapter.b0 is not None:
+            below.append(adapter.a0)
+            beside.append(-adapter.b0)
+    if len(below) == 1:
+        return below[0], beside[0]
+    groups = bank.kind.groups if isinstance(bank.kind, Kernel) else 1
+    joint = torch.cat([a.unflatten(0, (groups, -1)) for a in below], 1).flatten(0, 1)
+    return joint, torch.cat(beside, 1)
+
+
+def _strengths(bank: Bank, like: Tensor) -> Tensor:
+    """How much each inner index counts, ``[sum of ranks]`` (with a gate a row: ``[N, sum of ranks]``)."""
+    gates = bank.gates if bank.rows is None else bank.rows
+    parts = []
+    for k, adapter in enumerate(bank):
+        strength = gates[..., k : k + 1] * adapter.scaling
+        rank = adapter.B.shape[1] * (1 if adapter.a0 is None else 2)
+        parts.append(strength.expand(*strength.shape[:-1], rank))
+    return torch.cat(parts, -1).to(like.dtype)
+
+
+def _dropped(bank: Bank, x: Tensor) -> Tensor:
+    chance = max(adapter.dropout for adapter in bank)
+    return F.dropout(x, chance, bank.training) if chance else x

@@ -1,0 +1,323 @@
+"""Putting adapters on a model, choosing between them, and taking them off."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import LowRankError, UnsupportedLayerError
+from ..layers import FactoredModule, is_derived
+from ..unfuse import mind_fast_paths_
+from ..walk import check_model
+from .adapted import BANK, Adapted, adapted_class, bank_of, banks_of, base_weight
+from .adapter import Adapter, Bank
+from .fast import fast_forward
+from .inits import INITS, Init, Start
+from .kinds import Kind, kind_of
+from .target import Place, Target, targets
+
+DEFAULT = "default"
+_LEARNED = "_learned_before_lora"
+
+
+def add_lora_(
+    model: nn.Module,
+    target: Target = "all-linear",
+    rank: int = 8,
+    alpha: float | None = None,
+    *,
+    name: str = DEFAULT,
+    dropout: float = 0.0,
+    init: Init = "kaiming",
+    rank_pattern: Mapping[str, int] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None,
+    rslora: bool = False,
+    dora: bool = False,
+    freeze_a: bool = False,
+    bias: bool = False,
+    seed: int | None = None,
+) -> nn.Module:
+    r"""Adds :math:`\tfrac{\alpha}{r} B A` to chosen weights, in place, and freezes everything else (Hu et al., 2022).
+
+    Modules stay what they are: an ``nn.Linear`` is still one, the keys of its own parameters are unchanged, and a state
+    dict of the base still loads. Whatever reads an adapted weight (a fused attention, a recurrent kernel, torch's fast
+    paths) sees it with its adapters.
+
+    Args:
+        model: any model, compressed ones included.
+        target: what to adapt: a list of names or ends of names, ``"all-linear"``, a regular expression, or a predicate
+            ``(name, module) -> bool``; see :func:`targets`.
+        rank: of the product.
+        alpha: the product is scaled by ``alpha / rank``; ``None`` is ``rank``, a scale of one.
+        name: of the adapter; several coexist.
+        dropout: on the input of ``A``, in training. Where a weight is read instead of called it cannot be applied.
+        init: ``"kaiming"`` (the usual one: ``B`` is zero), ``"gaussian"``, ``"orthogonal"``, ``"pissa"``, ``"olora"``.
+            The last three start from a product that is not zero, which is taken off again: the base is never touched.
+        rank_pattern: rank for modules whose name ends so.
+        alpha_pattern: likewise alpha.
+        rslora: scales by ``alpha / sqrt(rank)`` (Kalajdzievski, 2023).
+        dora: trains the lengths of the outputs too (Liu et al., 2024).
+        freeze_a: trains ``B`` only (LoRA-FA; Zhang et al., 2023).
+        bias: adds a trained bias to the output of linear layers.
+        seed: of the initial values; ``None`` draws from the global generator.
+
+    Returns:
+        The model.
+
+    Raises:
+        LowRankError: if nothing matches, a rank exceeds the dimensions, the name is taken, or an init does not fit;
+            the model is as it was then.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+        >>> x = torch.randn(4, 64)
+        >>> before = model(x)
+        >>> lr.add_lora_(model, target=["0"], rank=4, alpha=8)[0].__class__.__bases__[-1].__name__
+        'Linear'
+        >>> torch.equal(model(x), before), [name for name, p in model.named_parameters() if p.requires_grad]
+        (True, ['0.lora_weight.adapters.default.A', '0.lora_weight.adapters.default.B'])
+    """
+    check_model(model)
+    if "." in name or not name:
+        raise LowRankError(f"add_lora_: got name {name!r}, expected one without dots.")
+    if not 0 <= dropout < 1:
+        raise LowRankError(f"add_lora_: got dropout {dropout!r}, expected a number in [0, 1).")
+    if init not in INITS:
+        raise LowRankError(f"add_lora_: got init {init!r}, expected one of {list(INITS)}.")
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    made: dict[Place, tuple[Adapter, Kind]] = {}
+    for place in targets(model, target):
+        module, own_rank = model.get_submodule(place[0]), _of_pattern(rank_pattern, place[0], rank)
+        own_alpha = _of_pattern(alpha_pattern, place[0], float(own_rank) if alpha is None else alpha)
+        kind = _check(module, place, own_rank, name, dora)
+        weight = base_weight(module, place[1]).detach()
+        scaling = own_alpha / (math.sqrt(own_rank) if rslora else own_rank)
+        start = INITS[init](Start(weight, kind, own_rank, scaling, generator))
+        adapter = Adapter(
+            start.a,
+            start.b,
+            scaling=scaling,
+            dropout=dropout,
+            start=start.taken_off,
+            magnitude=kind.lengths(weight.float()).to(weight.dtype) if dora else None,
+            bias=weight.new_zeros(kind.matrix(weight).shape[-2]) if bias and isinstance(module, nn.Linear) else None,
+        )
+        adapter.A.requires_grad_(not freeze_a)
+        if (dropout or bias) and fast_forward(getattr(module, "_plain_class", type(module))) is None:
+            raise LowRankError(
+                f"add_lora_: {'.'.join(place)!r} is read by its owner as a whole: no input to drop out from and no"
+                " output to add a bias to; give dropout=0 and bias=False for it."
+            )
+        made[place] = adapter, kind
+    _freeze(model)
+    for (owner, parameter), (adapter, kind) in made.items():
+        attach_(model.get_submodule(owner), parameter, name, adapter, kind)
+    mind_fast_paths_(model)
+    return model
+
+
+def attach_(module: nn.Module, parameter: str, name: str, adapter: Adapter, kind: Kind) -> None:
+    """Puts one adapter on one parameter, making the module adapted where it is not yet."""
+    bank = bank_of(module, parameter)
+    if bank is None:
+        bank = Bank(kind, adapter.A.device)
+        names = (*getattr(module, "_adapted_names", ()), parameter)
+        plain = getattr(module, "_plain_class", type(module))
+        module.add_module(BANK.format(parameter), bank)
+        module.__class__ = adapted_class(plain, names)
+        if len(names) == 1:
+            module._lora_hook = module.register_load_state_dict_post_hook(_without_adapters)
+    bank.add(name, adapter.train(module.training))
+
+
+def remove_lora_(model: nn.Module, name: str | None = None) -> nn.Module:
+    """Takes adapters off, in place, without a trace: classes, keys and ``requires_grad`` are as before the first one.
+
+    Args:
+        model: an adapted model.
+        name: of the adapter; ``None`` takes all of them off. Merged ones are unmerged first.
+
+    Examples:
+        >>> model = lr.add_lora_(nn.Sequential(nn.Linear(8, 8)), rank=2)
+        >>> type(lr.remove_lora_(model)[0]), list(model.state_dict())
+        (<class 'torch.nn.modules.linear.Linear'>, ['0.weight', '0.bias'])
+    """
+    if name is not None:
+        check_name(model, name)
+    for module in [module for module in model.modules() if isinstance(module, Adapted)]:
+        assert isinstance(module, nn.Module)
+        for parameter, bank in banks_of(module).items():
+            if bank.merged is not None:
+                raise LowRankError("remove_lora_: the adapters are merged; call unmerge_lora_ first.")
+            for each in [n for n in bank.names if name in (None, n)]:
+                bank.drop(each)
+            if not bank.names:
+                _detach(module, parameter)
+    if not any(isinstance(module, Adapted) for module in model.modules()):
+        for weight in model.parameters():
+            if hasattr(weight, _LEARNED):
+                weight.requires_grad_(getattr(weight, _LEARNED))
+                delattr(weight, _LEARNED)
+    mind_fast_paths_(model)
+    return model
+
+
+def _detach(module: nn.Module, parameter: str) -> None:
+    delattr(module, BANK.format(parameter))
+    adapted: Any = module
+    plain = adapted._plain_class
+    names = tuple(n for n in adapted._adapted_names if n != parameter)
+    module.__class__ = adapted_class(plain, names) if names else plain
+    if not names:
+        module.__dict__.pop("_lora_hook").remove()
+
+
+def use_adapter(model: nn.Module, name: str | Iterable[str] | None) -> nn.Module:
+    """Chooses which adapters count, all of them by name; ``None`` is none. Values change, no code does.
+
+    Raises:
+        LowRankError: for an unknown name.
+    """
+    wanted = [] if name is None else [name] if isinstance(name, str) else list(name)
+    for each in wanted:
+        check_name(model, each)
+    for bank in banks(model):
+        bank.rows = None
+        with torch.no_grad():
+            bank.gates.copy_(torch.tensor([float(own in wanted) for own in bank.names]))
+    return model
+
+
+@contextmanager
+def lora_disabled(model: nn.Module) -> Iterator[nn.Module]:
+    """Inside, the model is exactly its base.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Linear(8, 8))
+        >>> x = torch.randn(2, 8)
+        >>> base = model(x)
+        >>> with lr.lora_disabled(lr.add_lora_(model, rank=2, init="pissa")):
+        ...     torch.equal(model(x), base)
+        True
+    """
+    kept = [(bank, bank.gates.clone(), bank.rows) for bank in banks(model)]
+    use_adapter(model, None)
+    try:
+        yield model
+    finally:
+        for bank, gates, rows in kept:
+            bank.gates.copy_(gates)
+            bank.rows = rows
+
+
+@contextmanager
+def lora_rows(model: nn.Module, names: list[str | None]) -> Iterator[nn.Module]:
+    """Inside, every row of a batch has the adapter of that name (``None``: the base); trainable.
+
+    Linear layers only: a weight that is read as a whole serves all rows alike.
+
+    Args:
+        model: an adapted model.
+        names: one for each row of the first dimension.
+    """
+    for each in {n for n in names if n is not None}:
+        check_name(model, each)
+    found = banks(model)
+    try:
+        for bank in found:
+            own = bank.names
+            rows = torch.tensor([[float(n == each) for each in own] for n in names], device=bank.gates.device)
+            bank.rows = rows
+        yield model
+    finally:
+        for bank in found:
+            bank.rows = None
+
+
+def lora_parameters(
+    model: nn.Module, name: str | None = None, *, lr: float | None = None, ratio: float = 16.0
+) -> list[Any]:
+    """What to train: the parameters of one adapter or of all; with ``lr``, as optimizer groups in which ``B`` learns
+    ``ratio`` times as fast as ``A`` (LoRA+; Hayou et al., 2024).
+
+    Examples:
+        >>> model = lr.add_lora_(nn.Sequential(nn.Linear(8, 8)), rank=2)
+        >>> groups = lr.lora_parameters(model, lr=1e-4)
+        >>> [group["lr"] for group in groups]
+        [0.0001, 0.0016]
+    """
+    if name is not None:
+        check_name(model, name)
+    adapters = [a for bank in banks(model) for own, a in bank.adapters.items() if name in (None, own)]
+    slow: list[nn.Parameter] = []
+    fast: list[nn.Parameter] = []
+    for adapter in adapters:
+        for key, parameter in adapter.named_parameters():
+            if parameter.requires_grad:
+                (fast if key == "B" else slow).append(parameter)
+    if lr is None:
+        return slow + fast
+    return [{"params": slow, "lr": lr}, {"params": fast, "lr": lr * ratio}]
+
+
+def banks(model: nn.Module) -> list[Bank]:
+    """Of every adapted parameter, once."""
+    return [module for module in model.modules() if isinstance(module, Bank)]
+
+
+def check_name(model: nn.Module, name: str) -> None:
+    """Refuses a name that no adapter has."""
+    known = {own for bank in banks(model) for own in bank.names}
+    if name not in known:
+        raise LowRankError(f"got the adapter {name!r}, expected one of {sorted(known)}.")
+
+
+def _check(module: nn.Module, place: Place, rank: int, name: str, dora: bool) -> Kind:
+    label = ".".join(filter(None, place))
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+        raise LowRankError(f"add_lora_: got rank {rank!r} for {label!r}, expected an integer of at least 1.")
+    if is_derived(module) or hasattr(module, "parametrizations"):
+        raise LowRankError(f"add_lora_: {label!r} is parametrized; fold it first.")
+    bank = bank_of(module, place[1])
+    if bank is not None and name in bank.names:
+        raise LowRankError(f"add_lora_: {label!r} has an adapter {name!r} already; give another name.")
+    if isinstance(module, FactoredModule) and (dora or fast_forward(type(module)) is None):
+        raise UnsupportedLayerError(
+            f"add_lora_: {label!r} is a {type(module).__name__}, whose forward never reads a whole weight"
+            f"{' to renormalise' if dora else ''}; call densify_ first."
+        )
+    kind = kind_of(module, place[1])
+    weight = base_weight(module, place[1])
+    if not weight.is_floating_point():
+        raise LowRankError(f"add_lora_: {label!r} is {weight.dtype}, expected floating point.")
+    limit = kind.limit(weight)
+    if rank > limit:
+        raise LowRankError(f"add_lora_: got rank {rank} for {label!r}, whose matrix has only {limit}.")
+    return kind
+
+
+def _of_pattern(pattern: Mapping[str, Any] | None, name: str, default: Any) -> Any:
+    for ending, value in (pattern or {}).items():
+        if name == ending or name.endswith(f".{ending}"):
+            return value
+    return default
+
+
+def _freeze(model: nn.Module) -> None:
+    """Only adapters learn; what learned before is remembered on the parameter itself."""
+    own = {id(p) for bank in banks(model) for p in bank.parameters()}
+    for parameter in model.parameters():
+        if id(parameter) not in own:
+            if not hasattr(parameter, _LEARNED):
+                setattr(parameter, _LEARNED, parameter.requires_grad)
+            parameter.requires_grad_(False)
+
+
+def _without_adapters(module: nn.Module, incompatible: Any) -> None:
+    """A state dict of the base fits: adapters that it does not mention stay as they are."""
+    incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if ".lora_" not in f".{key}"]

@@ -1,0 +1,81 @@
+"""Which parameters get an adapter."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Iterable
+
+from torch import nn
+
+from ..errors import LowRankError
+from ..layers import LowRankLinear, is_factored
+from ..walk import own_layers
+from .kinds import is_conv1d
+
+Target = str | Iterable[str] | re.Pattern[str] | Callable[[str, nn.Module], bool]
+Place = tuple[str, str]
+"""The name of a module, and of a parameter of it."""
+_NO_WEIGHTS = ("bias_k", "bias_v")
+
+
+def targets(model: nn.Module, target: Target) -> list[Place]:
+    """All that a target means, in the order of the model.
+
+    Args:
+        model: where to look.
+        target: names of modules, or the ends of them, in a list; ``"all-linear"``; a regular expression, as a string
+            or compiled, that must match the whole name (as in PEFT); or a predicate ``(name, module) -> bool``. A name
+            may end with a parameter (``"lstm.weight_hh_l0"``, ``"experts.gate_up_proj"``): then only that one is taken.
+
+    Raises:
+        LowRankError: if nothing matches, or one of the names of a list does not.
+    """
+    places = adaptable(model)
+    if target == "all-linear":
+        found = [place for place, module in places.items() if _is_linear(module)]
+    elif isinstance(target, (str, re.Pattern)):
+        try:
+            pattern = re.compile(target)
+        except re.error as error:
+            raise LowRankError(f"add_lora_: got the regular expression {target!r}, which is none: {error}") from None
+        found = [place for place in places if pattern.fullmatch(place[0]) or pattern.fullmatch(".".join(place))]
+    elif callable(target):
+        found = [place for place, module in places.items() if target(place[0], module)]
+    else:
+        chosen: set[Place] = set()
+        for name in target:
+            taken = {place for place in places if _ends(place, name)}
+            if not taken:
+                close = difflib.get_close_matches(name, [place[0] for place in places], n=3, cutoff=0.4)
+                hint = f" Did you mean {', '.join(map(repr, close))}?" if close else ""
+                raise LowRankError(f"add_lora_: {name!r} matches no layer that can be adapted.{hint}")
+            chosen |= taken
+        found = [place for place in places if place in chosen]
+    if not found:
+        raise LowRankError(f"add_lora_: {target!r} matches no layer that can be adapted.")
+    return found
+
+
+def adaptable(model: nn.Module) -> dict[Place, nn.Module]:
+    """Every matrix, kernel and stack of matrices; a factored layer counts as one weight."""
+    found: dict[Place, nn.Module] = {}
+    for name, module in own_layers(model):
+        if type(module).__name__ in ("Adapter", "Bank"):
+            continue
+        if is_factored(module):
+            found[name, "weight"] = module
+            continue
+        for key, parameter in module.named_parameters(recurse=False):
+            if parameter.ndim > 1 and key not in _NO_WEIGHTS:
+                found[name, key] = module
+    return found
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Linear, LowRankLinear)) or is_conv1d(module)
+
+
+def _ends(place: Place, name: str) -> bool:
+    """The module's name, or the end of it, takes every weight of the module; with the parameter, that one."""
+    return any(own == name or own.endswith(f".{name}") for own in (place[0], ".".join(place)))
