@@ -98,6 +98,10 @@ class Bank(nn.Module):
         """In the order of the gates."""
         return list(self.adapters)
 
+    def named(self, name: str) -> list[Adapter]:
+        """The adapter of that name, if there is one."""
+        return [adapter for own, adapter in zip(self.names, self, strict=True) if own == name]
+
     def __iter__(self) -> Iterator[Adapter]:
         return (adapter for adapter in self.adapters.values() if isinstance(adapter, Adapter))
 

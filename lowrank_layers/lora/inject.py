@@ -114,7 +114,7 @@ def add_lora_(
                 " output to add a bias to; give dropout=0 and bias=False for it."
             )
         made[place] = adapter, kind
-    _freeze(model)
+    freeze_(model)
     for (owner, parameter), (adapter, kind) in made.items():
         attach_(model.get_submodule(owner), parameter, name, adapter, kind)
     mind_fast_paths_(model)
@@ -308,7 +308,7 @@ def _of_pattern(pattern: Mapping[str, Any] | None, name: str, default: Any) -> A
     return default
 
 
-def _freeze(model: nn.Module) -> None:
+def freeze_(model: nn.Module) -> None:
     """Only adapters learn; what learned before is remembered on the parameter itself."""
     own = {id(p) for bank in banks(model) for p in bank.parameters()}
     for parameter in model.parameters():

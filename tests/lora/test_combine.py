@@ -1,0 +1,174 @@
+"""Extracting, and combining several adapters into one."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import lowrank_layers as lr
+from lowrank_layers.lora.adapter import Adapter
+
+
+def everything(name, module):
+    return True
+
+
+def base():
+    return nn.ModuleDict(
+        {
+            "linear": nn.Linear(8, 6),
+            "conv": nn.Conv2d(4, 6, 3, groups=2),
+            "transposed": nn.ConvTranspose2d(4, 6, 3, groups=2),
+            "table": nn.Embedding(9, 5),
+            "recurrent": nn.LSTM(5, 4),
+        }
+    )
+
+
+def changed(model):
+    """The same model after a change of every matrix."""
+    tuned = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in tuned.parameters():
+            if parameter.ndim > 1:
+                parameter += 0.1 * torch.randn_like(parameter)
+    return tuned
+
+
+def two(model, rank=2, **settings):
+    """Two adapters on every weight, neither of them zero."""
+    for name in "ab":
+        lr.add_lora_(model, everything, rank=rank, alpha=3, name=name, **settings)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, Adapter):
+                module.B.normal_()
+    return model
+
+
+def weights(model):
+    return {
+        f"{owner}.{key}": getattr(module, key).detach().clone()
+        for owner, module in model.named_modules()
+        for key in getattr(module, "_adapted_names", ())
+    }
+
+
+def test_at_full_rank_the_extraction_is_the_whole_change():
+    model = base()
+    tuned = changed(model)
+    found = lr.extract_lora(model, tuned, rank=1000)
+    assert len(found) == 6
+    assert all(each.energy == pytest.approx(1) for each in found.values())
+    for key, weight in weights(found.apply_(model)).items():
+        assert torch.allclose(weight, tuned.get_parameter(key), atol=1e-5)
+
+
+def test_its_error_is_the_tail_of_the_singular_values():
+    model = nn.Sequential(nn.Linear(8, 6, dtype=torch.float64))
+    tuned = changed(model)
+    values = torch.linalg.svdvals((tuned[0].weight - model[0].weight).detach())
+    for rank in range(1, 7):
+        found = lr.extract_lora(model, tuned, rank=rank)
+        assert found["0", "weight"].energy == pytest.approx(float(values[:rank].square().sum() / values.square().sum()))
+        left = tuned[0].weight - getattr(found.apply_(copy.deepcopy(model))[0], "weight")  # noqa: B009 - a property
+        assert float(left.norm()) == pytest.approx(float(values[rank:].norm()), abs=1e-12)
+
+
+def test_the_energy_asked_for_is_kept_with_the_smallest_rank():
+    model = base()
+    tuned = changed(model)
+    kept = lr.extract_lora(model, tuned, energy=0.8)
+    assert all(each.energy >= 0.8 for each in kept.values())
+    one_less = {place: each.b.shape[1] - 1 for place, each in kept.items() if each.b.shape[1] > 1}
+    for place, rank in one_less.items():
+        assert lr.extract_lora(model, tuned, rank=rank)[place].energy < 0.8
+    assert "energy kept" in str(kept)
+    assert "linear.weight" in str(kept)
+
+
+def test_models_that_differ_are_refused():
+    model = base()
+    with pytest.raises(lr.LowRankError, match="same weights"):
+        lr.extract_lora(model, copy.deepcopy(model), rank=2)
+    with pytest.raises(lr.LowRankError, match="in both models"):
+        lr.extract_lora(model, nn.ModuleDict({"linear": nn.Linear(4, 4)}), rank=2)
+    with pytest.raises(lr.LowRankError, match="either rank= or energy="):
+        lr.extract_lora(model, changed(model))
+
+
+@pytest.mark.parametrize("init", ["kaiming", "orthogonal"])
+@pytest.mark.parametrize(("how", "settings"), [("concatenation", {}), ("svd", {"rank": 4})])
+def test_a_sum_is_exact(how, settings, init):
+    model = two(base(), init=init)
+    lr.use_adapter(model, ["a", "b"])
+    expected = weights(model)
+    lr.combine_lora_(model, {"a": 1.0, "b": 1.0}, "sum", how=how, **settings)
+    for key, weight in weights(model).items():
+        assert torch.allclose(weight, expected[key], atol=1e-4), key
+
+
+def test_frozen_starts_are_part_of_the_sum():
+    model = nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 5))
+    two(model, init="pissa")
+    lr.use_adapter(model, ["a", "b"])
+    expected = weights(model)
+    lr.combine_lora_(model, {"a": 1.0, "b": 1.0}, "sum", how="concatenation")
+    for key, weight in weights(model).items():
+        assert torch.allclose(weight, expected[key], atol=1e-5), key
+
+
+def test_the_svd_of_the_sum_is_the_best_of_its_rank():
+    model = two(nn.Sequential(nn.Linear(8, 6, dtype=torch.float64)))
+    plain = model[0]._parameters["weight"].detach()
+    lr.use_adapter(model, ["a", "b"])
+    delta = weights(model)["0.weight"] - plain
+    lr.combine_lora_(model, {"a": 1.0, "b": 1.0}, "best", how="svd", rank=2)
+    left = delta - (weights(model)["0.weight"] - plain)
+    assert float(left.norm()) == pytest.approx(float(torch.linalg.svdvals(delta)[2:].norm()), rel=1e-10)
+
+
+def test_weights_scale_and_subtract():
+    model = two(nn.Sequential(nn.Linear(8, 6)))
+    plain = model[0]._parameters["weight"].detach()
+    parts = [weights(lr.use_adapter(model, name))["0.weight"] - plain for name in "ab"]
+    lr.combine_lora_(model, {"a": 0.5, "b": -2.0}, "sum", how="concatenation")
+    assert torch.allclose(weights(model)["0.weight"], plain + 0.5 * parts[0] - 2 * parts[1], atol=1e-5)
+
+
+@pytest.mark.parametrize("how", ["ties", "dare", "linear"])
+def test_of_one_adapter_at_full_density_nothing_changes(how):
+    model = two(base())
+    lr.use_adapter(model, "a")
+    expected = weights(model)
+    lr.combine_lora_(model, {"a": 1.0}, "same", how=how, density=1.0)
+    for key, weight in weights(model).items():
+        assert torch.allclose(weight, expected[key], atol=1e-4), key
+
+
+def test_ties_elects_the_sign_that_outweighs_and_dare_keeps_the_mean():
+    from lowrank_layers.lora.combine import _dropped, _elected, _largest_entries
+
+    stack = torch.tensor([[3.0, -1.0, 0.1], [1.0, -2.0, 0.2], [-2.0, 5.0, 0.0]])
+    assert torch.equal(_largest_entries(stack, 2 / 3)[:, 2], torch.zeros(3))
+    assert torch.equal(_elected(stack), torch.tensor([2.0, 5.0, 0.15]))
+    many = _dropped(torch.ones(1, 100_000), 0.2, torch.Generator().manual_seed(0))
+    assert float(many.mean()) == pytest.approx(1, abs=0.03)
+    assert set(many.unique().tolist()) == {0.0, 5.0}
+
+
+def test_bad_combinations_are_refused_and_change_nothing():
+    model = two(nn.Sequential(nn.Linear(8, 6)))
+    lr.add_lora_(model, rank=3, name="c")
+    before = list(model.state_dict())
+    for arguments, word in [
+        (({"z": 1.0}, "x"), "'z'"),
+        (({"a": 1.0}, "b"), "already"),
+        (({"a": 1.0, "c": 1.0}, "x", "linear"), "equal ranks"),
+        (({"a": 1.0}, "x", "magic"), "magic"),
+    ]:
+        weights_, name, *how = arguments
+        with pytest.raises(lr.LowRankError, match=word):
+            lr.combine_lora_(model, weights_, name, **({"how": how[0]} if how else {}))
+    assert list(model.state_dict()) == before
