@@ -12,20 +12,22 @@ from torch import Tensor
 
 from ..decompose import svd
 from ..errors import LowRankError
+from ..linalg import damp, leading_eigenvectors, psd_root
 from .kinds import Kind
 
-Init = Literal["kaiming", "gaussian", "orthogonal", "pissa", "olora"]
+Init = Literal["kaiming", "gaussian", "orthogonal", "pissa", "olora", "eva", "corda"]
 
 
 @dataclass(frozen=True)
 class Start:
-    """What an init may look at: the frozen weight, its layout, the rank, the scaling and a generator."""
+    """What an init may look at: the frozen weight, its layout, the rank, the scaling, a generator, ``E[x x^T]``."""
 
     weight: Tensor
     kind: Kind
     rank: int
     scaling: float
     generator: torch.Generator | None
+    moment: Tensor | None = None
 
 
 class Started(NamedTuple):
@@ -71,6 +73,32 @@ def _olora(start: Start) -> Started:
     return _taken_off(start, factors.R[: start.rank], factors.Q[:, : start.rank])
 
 
+def _eva(start: Start) -> Started:
+    """``A`` the leading directions of the inputs, ``B`` zero (Paischer et al., 2024)."""
+    moment = _moment(start, "eva")
+    rows = leading_eigenvectors(moment, start.rank).mT
+    a, b = start.kind.shapes(start.weight, start.rank)
+    return Started(rows.reshape(a).to(start.weight).contiguous(), start.weight.new_zeros(b))
+
+
+def _corda(start: Start) -> Started:
+    """The leading triplets of ``W C``, taken back by ``C^-1``, with ``C = E[x x^T]`` (Yang et al., 2024)."""
+    root = psd_root(damp(_moment(start, "corda"), 1e-3))
+    moment = root.factor.mT @ root.factor
+    f = svd(_plain_matrix(start, "corda").double() @ moment, start.rank)
+    up, down = f.pair()
+    return _taken_off(start, root.solve(down.mT).mT, up)
+
+
+def _moment(start: Start, who: str) -> Tensor:
+    if start.moment is None or start.moment.ndim != 2:
+        raise LowRankError(
+            f"add_lora_: init {who!r} needs the input moments of a linear layer or a convolution without groups;"
+            " give stats=calibrate(model, batches), and another init for tables."
+        )
+    return start.moment
+
+
 def _taken_off(start: Start, down: Tensor, up: Tensor) -> Started:
     root = math.sqrt(start.scaling)
     shapes = start.kind.shapes(start.weight, start.rank)
@@ -101,5 +129,7 @@ INITS: dict[str, Callable[[Start], Started]] = {
     "orthogonal": _orthogonal,
     "pissa": _pissa,
     "olora": _olora,
+    "eva": _eva,
+    "corda": _corda,
 }
 """Every init by the name that ``add_lora_`` takes."""

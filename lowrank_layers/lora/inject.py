@@ -8,10 +8,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import LowRankError, UnsupportedLayerError
 from ..layers import FactoredModule, is_derived
+from ..moments import Statistics
 from ..unfuse import mind_fast_paths_
 from ..walk import check_model
 from .adapted import BANK, Adapted, adapted_class, bank_of, banks_of, base_weight
@@ -40,6 +41,7 @@ def add_lora_(
     dora: bool = False,
     freeze_a: bool = False,
     bias: bool = False,
+    stats: Statistics | None = None,
     seed: int | None = None,
 ) -> nn.Module:
     r"""Adds :math:`\tfrac{\alpha}{r} B A` to chosen weights, in place, and freezes everything else (Hu et al., 2022).
@@ -56,14 +58,17 @@ def add_lora_(
         alpha: the product is scaled by ``alpha / rank``; ``None`` is ``rank``, a scale of one.
         name: of the adapter; several coexist.
         dropout: on the input of ``A``, in training. Where a weight is read instead of called it cannot be applied.
-        init: ``"kaiming"`` (the usual one: ``B`` is zero), ``"gaussian"``, ``"orthogonal"``, ``"pissa"``, ``"olora"``.
-            The last three start from a product that is not zero, which is taken off again: the base is never touched.
+        init: ``"kaiming"`` (the usual one: ``B`` is zero), ``"gaussian"``, ``"orthogonal"``, ``"pissa"``, ``"olora"``,
+            ``"eva"`` and ``"corda"``, which look at the inputs and need ``stats``. PiSSA, OLoRA and CorDA start from a
+            product that is not zero, which is taken off again: the base is never touched.
         rank_pattern: rank for modules whose name ends so.
         alpha_pattern: likewise alpha.
         rslora: scales by ``alpha / sqrt(rank)`` (Kalajdzievski, 2023).
         dora: trains the lengths of the outputs too (Liu et al., 2024).
         freeze_a: trains ``B`` only (LoRA-FA; Zhang et al., 2023).
         bias: adds a trained bias to the output of linear layers.
+        stats: what :func:`calibrate` returned for this model. With ``"eva"`` the ranks are redistributed: the
+            directions that explain most of their layer's inputs share ``rank`` times the number of layers.
         seed: of the initial values; ``None`` draws from the global generator.
 
     Returns:
@@ -91,13 +96,16 @@ def add_lora_(
         raise LowRankError(f"add_lora_: got init {init!r}, expected one of {list(INITS)}.")
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     made: dict[Place, tuple[Adapter, Kind]] = {}
-    for place in targets(model, target):
-        module, own_rank = model.get_submodule(place[0]), _of_pattern(rank_pattern, place[0], rank)
+    places = targets(model, target)
+    shared = explained_ranks(places, stats, rank) if init == "eva" else {}
+    for place in places:
+        module = model.get_submodule(place[0])
+        own_rank = _of_pattern(rank_pattern, place[0], shared.get(place, rank))
         own_alpha = _of_pattern(alpha_pattern, place[0], float(own_rank) if alpha is None else alpha)
         kind = _check(module, place, own_rank, name, dora)
         weight = base_weight(module, place[1]).detach()
         scaling = own_alpha / (math.sqrt(own_rank) if rslora else own_rank)
-        start = INITS[init](Start(weight, kind, own_rank, scaling, generator))
+        start = INITS[init](Start(weight, kind, own_rank, scaling, generator, _moment(stats, place)))
         adapter = Adapter(
             start.a,
             start.b,
@@ -275,6 +283,27 @@ def check_name(model: nn.Module, name: str) -> None:
     known = {own for bank in banks(model) for own in bank.names}
     if name not in known:
         raise LowRankError(f"got the adapter {name!r}, expected one of {sorted(known)}.")
+
+
+def _moment(stats: Statistics | None, place: Place) -> Tensor | None:
+    return None if stats is None or place[0] not in stats else stats[place[0]].inputs.second
+
+
+def explained_ranks(places: Iterable[Place], stats: Statistics | None, rank: int) -> dict[Place, int]:
+    """EVA's ranks: the budget goes to the directions that explain most of the variance of their layer's inputs."""
+    ratios: list[tuple[float, Place]] = []
+    result: dict[Place, int] = {}
+    for place in places:
+        moment = _moment(stats, place)
+        if moment is not None and moment.ndim == 2:
+            values = torch.linalg.eigvalsh(moment).flip(0).clamp_min(0)
+            ratios += [(float(value), place) for value in values / values.sum().clamp_min(1e-300)]
+            result[place] = 1
+    ratios.sort(key=lambda pair: -pair[0])
+    counts: dict[Place, int] = {}
+    for _, place in ratios[: rank * len(result)]:
+        counts[place] = counts.get(place, 0) + 1
+    return {place: max(least, counts.get(place, 0)) for place, least in result.items()}
 
 
 def _check(module: nn.Module, place: Place, rank: int, name: str, dora: bool) -> Kind:
