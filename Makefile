@@ -15,8 +15,9 @@ BIN := .venv/bin
 quickstart: .venv/installed
 	$(BIN)/python examples/quickstart.py $(ARGS)
 
+# two workers of one thread each; a file stays with one of them, since its models are shared
 test: lint type
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: .venv/installed
 	$(BIN)/ruff check .

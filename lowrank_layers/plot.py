@@ -91,6 +91,27 @@ def accuracy_against_size(
     return axes
 
 
+def losses(curves: dict[str, Sequence[float]], *, ax: Axes | None = None) -> Axes:
+    """One line a run: the training loss of every step.
+
+    Args:
+        curves: label to losses.
+        ax: where to draw; a new figure by default.
+
+    Raises:
+        LowRankError: if there is no point.
+        MissingExtraError: without matplotlib.
+    """
+    if not any(curves.values()):
+        raise LowRankError("losses: got no points.")
+    axes = ax if ax is not None else panels(1)[0]
+    for k, (label, points) in enumerate(curves.items()):
+        axes.plot(range(1, len(points) + 1), points, color=_COLOURS[k % len(_COLOURS)], label=label)
+    axes.set(xlabel="step", ylabel="training loss", title="Fine-tuning")
+    axes.legend(fontsize="small")
+    return axes
+
+
 def save_figure(axes: Axes, path: str | os.PathLike[str]) -> None:
     """Writes the whole figure that ``axes`` belongs to."""
     figure: Any = axes.figure
