@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor, nn
 
 from ..linalg import check_tensor
@@ -46,6 +48,11 @@ def weight_from_matrices(module: nn.Module, matrices: Tensor) -> Tensor:
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int, int]:
-    """``(groups, out, in)`` of :func:`matrices_of`."""
-    groups, out, into = matrices_of(module).shape
-    return groups, out, into
+    """``(groups, out, in)`` of :func:`matrices_of`, without looking at the values."""
+    if isinstance(module, ConvNd):
+        groups, out, into, *k = kernel_of(module).shape
+        area = math.prod(k)
+        return (groups, out * area, into) if module.transposed else (groups, out, into * area)
+    rows, columns = weight_of(module).shape
+    swapped = is_table(module) or LowRankTransposedLinear.stands_for(module)
+    return (1, columns, rows) if swapped else (1, rows, columns)
