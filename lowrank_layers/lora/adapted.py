@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from ..layers import FactoredModule
 from .adapter import Bank
 from .fast import Fast, fast_forward
+from .kinds import SLICES, stored
 
 BANK = "lora_{}"
 """The child that holds the adapters of a parameter: ``fc.lora_weight.adapters.default.A``."""
@@ -47,6 +49,8 @@ def adapted_class(cls: type[nn.Module], names: tuple[str, ...]) -> type[nn.Modul
 
 def _make_class(cls: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
     body: dict[str, Any] = {name: _with_adapters(cls, name) for name in names}
+    if any(name in SLICES for name in names):
+        body["in_proj_weight"] = property(_joined)
     body |= {"_plain_class": cls, "_adapted_names": names, "__module__": cls.__module__}
     fast = fast_forward(cls)
     if fast is not None and names == ("weight",):
@@ -70,7 +74,7 @@ def banks_of(module: nn.Module) -> dict[str, Bank]:
 
 def base_weight(module: nn.Module, name: str) -> Tensor:
     """The parameter without its adapters (for a factored layer, its product)."""
-    parameter = module._parameters.get(name)
+    parameter = stored(module, name)
     if parameter is not None:
         return parameter
     plain = getattr(module, "_plain_class", type(module))
@@ -84,6 +88,11 @@ def _with_adapters(cls: type[nn.Module], name: str) -> property:
         return weight if bank is None else bank.effective(weight)
 
     return property(read)
+
+
+def _joined(self: nn.Module) -> Tensor:
+    """A fused weight whose parts have adapters of their own."""
+    return torch.cat([getattr(self, name) if bank_of(self, name) else base_weight(self, name) for name in SLICES])
 
 
 def _flat_weights(self: Any) -> list[Tensor]:

@@ -19,7 +19,7 @@ from .adapted import BANK, Adapted, adapted_class, bank_of, banks_of, base_weigh
 from .adapter import Adapter, Bank
 from .fast import fast_forward
 from .inits import INITS, Init, Start
-from .kinds import Kind, kind_of
+from .kinds import SLICES, Kind, kind_of
 from .target import Place, Target, targets
 
 DEFAULT = "default"
@@ -315,6 +315,11 @@ def _check(module: nn.Module, place: Place, rank: int, name: str, dora: bool) ->
     bank = bank_of(module, place[1])
     if bank is not None and name in bank.names:
         raise LowRankError(f"add_lora_: {label!r} has an adapter {name!r} already; give another name.")
+    rivals = SLICES if place[1] == "in_proj_weight" else ("in_proj_weight",) if place[1] in SLICES else ()
+    if any(bank_of(module, rival) is not None for rival in rivals):
+        raise LowRankError(
+            f"add_lora_: {label!r} overlaps with a part of it that is adapted; choose the whole or parts."
+        )
     if isinstance(module, FactoredModule) and (dora or fast_forward(type(module)) is None):
         raise UnsupportedLayerError(
             f"add_lora_: {label!r} is a {type(module).__name__}, whose forward never reads a whole weight"

@@ -125,13 +125,26 @@ class Kernel:
         return turned
 
 
+SLICES = ("q_proj", "k_proj", "v_proj")
+"""The parts of a fused ``in_proj_weight``, which can be adapted each on its own."""
+
+
+def stored(module: nn.Module, name: str) -> Tensor | None:
+    """The parameter of that name, or the part of a fused one; ``None`` for a product of factors."""
+    fused = module._parameters.get("in_proj_weight")
+    if name in SLICES and fused is not None:
+        return fused.chunk(3)[SLICES.index(name)]
+    return module._parameters.get(name)
+
+
 def kind_of(module: nn.Module, name: str) -> Kind:
     """The layout of a module's parameter.
 
     Raises:
         UnsupportedLayerError: if it is no matrix, kernel or stack of matrices.
     """
-    weight = getattr(module, name)
+    own = stored(module, name)
+    weight = getattr(module, name) if own is None else own
     groups = getattr(module, "groups", 1)
     if name == "weight" and isinstance(module, ConvNd):
         return Kernel(groups, module.transposed)

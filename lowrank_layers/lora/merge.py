@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..errors import LowRankError
 from .adapted import banks_of
 from .adapter import Bank
+from .kinds import SLICES, stored
 
 Ties = Literal["refuse", "untie"]
 
@@ -50,13 +51,13 @@ def merge_lora_(model: nn.Module, *, ties: Ties = "refuse") -> nn.Module:
     for module, name, bank, label in places:
         if bank.merged is not None:
             raise LowRankError("merge_lora_: the adapters are merged already; call unmerge_lora_ first.")
-        weight = module._parameters.get(name)
+        weight = stored(module, name)
         if weight is None:
             raise LowRankError(
                 f"merge_lora_: {label!r} is a {type(module).__name__}, whose weight is a product; call densify_ first,"
                 " or keep its adapter."
             )
-        others = [other for other, owner in users[id(weight)] if owner is not module]
+        others = [other for other, owner in users[id(_parameter(module, name))] if owner is not module]
         if others and ties == "refuse":
             raise LowRankError(
                 f"merge_lora_: the weight of {label!r} is tied to {', '.join(map(repr, others))}, which merging would"
@@ -64,13 +65,16 @@ def merge_lora_(model: nn.Module, *, ties: Ties = "refuse") -> nn.Module:
             )
         merged.append(bank.effective(weight.float()).to(weight.dtype))
     for (module, name, bank, _), value in zip(places, merged, strict=True):
-        weight = module._parameters[name]
-        assert weight is not None
+        weight = _parameter(module, name)
         if len({id(owner) for _, owner in users[id(weight)]}) > 1:
-            weight = nn.Parameter(weight.detach(), weight.requires_grad)
-            module._parameters[name] = weight
-        bank.merged = weight.data
-        weight.data = value
+            weight = nn.Parameter(weight.detach().clone(), weight.requires_grad)
+            module._parameters["in_proj_weight" if name in SLICES else name] = weight
+        if name in SLICES:
+            part = weight.detach().chunk(3)[SLICES.index(name)]
+            bank.merged = part.clone()
+            part.copy_(value)
+        else:
+            bank.merged, weight.data = weight.data, value
     return model
 
 
@@ -85,11 +89,21 @@ def unmerge_lora_(model: nn.Module) -> nn.Module:
     if not found:
         raise LowRankError("unmerge_lora_: nothing is merged.")
     for module, name, bank in found:
-        weight = module._parameters[name]
-        assert weight is not None
+        weight = _parameter(module, name)
         assert bank.merged is not None
-        weight.data, bank.merged = bank.merged, None
+        if name in SLICES:
+            weight.detach().chunk(3)[SLICES.index(name)].copy_(bank.merged)
+        else:
+            weight.data = bank.merged
+        bank.merged = None
     return model
+
+
+def _parameter(module: nn.Module, name: str) -> nn.Parameter:
+    """The parameter that holds an adapted weight, or the part of it."""
+    parameter = module._parameters["in_proj_weight" if name in SLICES else name]
+    assert parameter is not None
+    return parameter
 
 
 def _places(model: nn.Module) -> list[tuple[nn.Module, str, Bank, str]]:

@@ -11,7 +11,7 @@ from torch import nn
 from ..errors import LowRankError
 from ..layers import LowRankLinear, is_factored
 from ..walk import own_layers
-from .kinds import is_conv1d
+from .kinds import SLICES, is_conv1d
 
 Target = str | Iterable[str] | re.Pattern[str] | Callable[[str, nn.Module], bool]
 Place = tuple[str, str]
@@ -26,12 +26,14 @@ def targets(model: nn.Module, target: Target) -> list[Place]:
         model: where to look.
         target: names of modules, or the ends of them, in a list; ``"all-linear"``; a regular expression, as a string
             or compiled, that must match the whole name (as in PEFT); or a predicate ``(name, module) -> bool``. A name
-            may end with a parameter (``"lstm.weight_hh_l0"``, ``"experts.gate_up_proj"``): then only that one is taken.
+            may end with a parameter (``"lstm.weight_hh_l0"``, ``"experts.gate_up_proj"``): then only that one is taken;
+            ``"self_attn.q_proj"`` is a part of a fused attention.
 
     Raises:
         LowRankError: if nothing matches, or one of the names of a list does not.
     """
     places = adaptable(model)
+    parts = [(owner, part) for owner, name in places if name == "in_proj_weight" for part in SLICES]
     if target == "all-linear":
         found = [place for place, module in places.items() if _is_linear(module)]
     elif isinstance(target, (str, re.Pattern)):
@@ -40,18 +42,19 @@ def targets(model: nn.Module, target: Target) -> list[Place]:
         except re.error as error:
             raise LowRankError(f"add_lora_: got the regular expression {target!r}, which is none: {error}") from None
         found = [place for place in places if pattern.fullmatch(place[0]) or pattern.fullmatch(".".join(place))]
+        found += [place for place in parts if pattern.fullmatch(".".join(place))]
     elif callable(target):
         found = [place for place, module in places.items() if target(place[0], module)]
     else:
         chosen: set[Place] = set()
         for name in target:
-            taken = {place for place in places if _ends(place, name)}
+            taken = {place for place in places if _ends(place, name)} or {p for p in parts if _ends(p, name)}
             if not taken:
                 close = difflib.get_close_matches(name, [place[0] for place in places], n=3, cutoff=0.4)
                 hint = f" Did you mean {', '.join(map(repr, close))}?" if close else ""
                 raise LowRankError(f"add_lora_: {name!r} matches no layer that can be adapted.{hint}")
             chosen |= taken
-        found = [place for place in places if place in chosen]
+        found = [place for place in (*places, *parts) if place in chosen]
     if not found:
         raise LowRankError(f"add_lora_: {target!r} matches no layer that can be adapted.")
     return found
@@ -78,4 +81,5 @@ def _is_linear(module: nn.Module) -> bool:
 
 def _ends(place: Place, name: str) -> bool:
     """The module's name, or the end of it, takes every weight of the module; with the parameter, that one."""
-    return any(own == name or own.endswith(f".{name}") for own in (place[0], ".".join(place)))
+    full = ".".join(place)
+    return any(own == name or own.endswith(f".{name}") for own in (place[0], full, full.removesuffix("_weight")))

@@ -201,6 +201,32 @@ def test_several_adapters_switch_add_up_and_mix_in_a_batch_without_recompiling()
             assert torch.allclose(compiled(x), base, atol=1e-5)
 
 
+@pytest.mark.parametrize("chosen", [["q_proj"], ["q_proj", "v_proj"], ["self_attn.k_proj", "out_proj"]], ids=str)
+def test_the_projections_of_a_fused_attention_are_chosen_separately(chosen):
+    model, x = make("encoder layer")
+    base, fused = run(model, x), model.self_attn.in_proj_weight.detach().clone()
+    lr.add_lora_(model, chosen, rank=2)
+    assert torch.allclose(run(model, x), base, atol=1e-6)
+    scramble(model)
+    out = run(model, x)
+    with torch.no_grad():
+        assert torch.allclose(run(model, x), out, atol=1e-5)
+    changed = (model.self_attn.in_proj_weight != fused).any(1).view(3, -1).all(1).tolist()
+    assert changed == [any(name.endswith(part) for name in chosen) for part in ("q_proj", "k_proj", "v_proj")]
+    for _ in range(3):
+        lr.merge_lora_(model)
+        assert torch.allclose(run(model, x), out, atol=1e-5)
+        lr.unmerge_lora_(model)
+    assert torch.equal(model.self_attn._parameters["in_proj_weight"], fused)
+    clone = pickle.loads(pickle.dumps(model))
+    assert torch.equal(run(clone, x), out)
+    with pytest.raises(lr.LowRankError, match="overlaps"):
+        lr.add_lora_(model, ["in_proj_weight"], rank=2, name="whole")
+    lr.remove_lora_(model)
+    assert type(model.self_attn) is nn.MultiheadAttention
+    assert torch.equal(run(model, x), base)
+
+
 BAD = {
     "nothing matches": (lambda m: lr.add_lora_(m, ["q_proj"]), "'q_proj' matches no layer"),
     "a pattern that matches nothing": (lambda m: lr.add_lora_(m, "x.*"), "matches no layer"),
