@@ -47,7 +47,7 @@ def make_plan(
     guard against estimates that are off by a factor. The default, ``"balanced"``, divides by the square root of the
     total, halfway between in the logarithm. The reason is measured (``benchmarks/results``): on ResNet-20 with channel
     SVD alone the three give 87.86 / 87.75 / 88.04 % at half the parameters and 74.66 / 75.89 / 76.34 % at 30 %, so the
-    middle is the best of both; with all methods (91.24 / 91.18 / 91.19 and 88.82 / 88.93 / 88.83 %) and on LeNet they
+    middle is the best of both; with all methods (91.24 / 91.19 / 91.06 and 88.76 / 88.93 / 88.81 %) and on LeNet they
     are within 0.2 points.
 
     Args:
