@@ -1,20 +1,24 @@
 """Low-rank deltas on frozen weights: adding, choosing, training, merging, extracting."""
 
+from .checkpoint import load_lora
 from .combine import combine_lora_
 from .extract import Extraction, extract_lora
 from .inject import add_lora_, lora_disabled, lora_parameters, lora_rows, remove_lora_, use_adapter
 from .merge import merge_lora_, unmerge_lora_
+from .writing import save_lora
 
 __all__ = [
     "Extraction",
     "add_lora_",
     "combine_lora_",
     "extract_lora",
+    "load_lora",
     "lora_disabled",
     "lora_parameters",
     "lora_rows",
     "merge_lora_",
     "remove_lora_",
+    "save_lora",
     "unmerge_lora_",
     "use_adapter",
 ]

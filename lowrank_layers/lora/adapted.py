@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..layers import FactoredModule
 from .adapter import Bank
-from .fast import Fast, fast_forward
+from .fast import Fast, add_biases, fast_forward
 from .kinds import SLICES, stored
 
 BANK = "lora_{}"
@@ -107,7 +107,8 @@ def _choose(cls: type[nn.Module], fast: Fast) -> Callable[..., Any]:
         formed = any(adapter.magnitude is not None for adapter in bank) and not isinstance(self, FactoredModule)
         if bank.merged is not None or formed or args or kwargs:
             out: Tensor = cls.forward(self, input, *args, **kwargs)
-            return out
-        return fast(cls, self, bank, input)
+        else:
+            out = fast(cls, self, bank, input)
+        return add_biases(self, bank, out)
 
     return forward

@@ -13,14 +13,14 @@ from ..layers import LowRankEmbedding, LowRankLinear
 from ..layers.conv import FactoredConv, TransposedConv
 from ..moments import pad_input
 from .adapter import Bank
-from .kinds import Kernel
+from .kinds import Kernel, Matrix
 
 Fast = Callable[[type[nn.Module], Any, Bank, Tensor], Tensor]
 
 
 def fast_forward(cls: type[nn.Module]) -> Fast | None:
     """The fast forward of a class, if there is one: only where its own forward is the known one."""
-    if cls.forward is nn.Linear.forward or cls.forward is LowRankLinear.forward:
+    if cls.forward is nn.Linear.forward or cls.forward is LowRankLinear.forward or _is_conv1d(cls):
         return _linear
     if cls.forward is nn.Embedding.forward or cls.forward is LowRankEmbedding.forward:
         return _embedding
@@ -30,20 +30,39 @@ def fast_forward(cls: type[nn.Module]) -> Fast | None:
     return _convolution if issubclass(cls, FactoredConv) and not issubclass(cls, TransposedConv) else None
 
 
+def add_biases(self: Any, bank: Bank, out: Tensor) -> Tensor:
+    """What the adapters add to the output beside their product, row by row where rows differ."""
+    gates = bank.gates if bank.rows is None else bank.rows.mT
+    inner = len(self.kernel_size) if isinstance(bank.kind, Kernel) else 0
+    for gate, adapter in zip(gates, bank, strict=True):
+        if adapter.bias is not None:
+            bias = adapter.bias.view(-1, *[1] * inner)
+            out = out + (gate.view(*gate.shape, *[1] * (out.ndim - gate.ndim)) * bias).to(out.dtype)
+    return out
+
+
+def _is_conv1d(cls: type[nn.Module]) -> bool:
+    """Whether its forward is that of transformers' ``Conv1D``."""
+    owner = next((kind for kind in cls.__mro__ if "forward" in vars(kind)), cls)
+    return (owner.__module__, owner.__name__) == ("transformers.pytorch_utils", "Conv1D")
+
+
 def _linear(cls: type[nn.Module], self: Any, bank: Bank, input: Tensor) -> Tensor:
     """``y = W x + b``, then ``y += B s (A x)`` in place: the delta costs no tensor of the output's size."""
     x = input.reshape(-1, input.shape[-1])
     plain = self._parameters.get("weight")
-    out: Tensor = cls.forward(self, x) if plain is None else F.linear(x, plain, self.bias)
+    if plain is None:
+        out: Tensor = cls.forward(self, x)
+    elif isinstance(bank.kind, Matrix) and bank.kind.transposed:  # transformers' Conv1D
+        out = torch.addmm(self.bias, x, plain)
+    else:
+        out = F.linear(x, plain, self.bias)
     a, b = _stacked(bank)
     inner = F.linear(_dropped(bank, x), a)
     strength = _strengths(bank, inner)
     if bank.rows is not None:
         strength = strength.repeat_interleave(len(x) // len(strength), 0)
     out.addmm_(inner * strength, b.mT.to(out.dtype))
-    for gate, adapter in zip(bank.gates, bank, strict=True):
-        if adapter.bias is not None:
-            out += (gate * adapter.bias).to(out.dtype)
     return out.view(*input.shape[:-1], out.shape[-1])
 
 

@@ -136,7 +136,7 @@ def attach_(module: nn.Module, parameter: str, name: str, adapter: Adapter, kind
         bank = Bank(kind, adapter.A.device)
         names = (*getattr(module, "_adapted_names", ()), parameter)
         plain = getattr(module, "_plain_class", type(module))
-        module.add_module(BANK.format(parameter), bank)
+        module.add_module(BANK.format(parameter), bank.train(module.training))
         module.__class__ = adapted_class(plain, names)
         if len(names) == 1:
             module._lora_hook = module.register_load_state_dict_post_hook(_without_adapters)
@@ -167,10 +167,10 @@ def remove_lora_(model: nn.Module, name: str | None = None) -> nn.Module:
             if not bank.names:
                 _detach(module, parameter)
     if not any(isinstance(module, Adapted) for module in model.modules()):
-        for weight in model.parameters():
-            if hasattr(weight, _LEARNED):
-                weight.requires_grad_(getattr(weight, _LEARNED))
-                delattr(weight, _LEARNED)
+        learned = model.__dict__.pop(_LEARNED, {})
+        for own, weight in model.named_parameters():
+            if own in learned:
+                weight.requires_grad_(learned[own])
     mind_fast_paths_(model)
     return model
 
@@ -313,6 +313,8 @@ def _check(module: nn.Module, place: Place, rank: int, name: str, dora: bool) ->
     if is_derived(module) or hasattr(module, "parametrizations"):
         raise LowRankError(f"add_lora_: {label!r} is parametrized; fold it first.")
     bank = bank_of(module, place[1])
+    if bank is not None and bank.merged is not None:
+        raise LowRankError(f"add_lora_: the adapters of {label!r} are merged; call unmerge_lora_ first.")
     if bank is not None and name in bank.names:
         raise LowRankError(f"add_lora_: {label!r} has an adapter {name!r} already; give another name.")
     rivals = SLICES if place[1] == "in_proj_weight" else ("in_proj_weight",) if place[1] in SLICES else ()
@@ -343,12 +345,12 @@ def _of_pattern(pattern: Mapping[str, Any] | None, name: str, default: Any) -> A
 
 
 def freeze_(model: nn.Module) -> None:
-    """Only adapters learn; what learned before is remembered on the parameter itself."""
+    """Only adapters learn; what learned before is remembered on the model."""
     own = {id(p) for bank in banks(model) for p in bank.parameters()}
-    for parameter in model.parameters():
+    learned = model.__dict__.setdefault(_LEARNED, {})
+    for name, parameter in model.named_parameters():
         if id(parameter) not in own:
-            if not hasattr(parameter, _LEARNED):
-                setattr(parameter, _LEARNED, parameter.requires_grad)
+            learned.setdefault(name, parameter.requires_grad)
             parameter.requires_grad_(False)
 
 

@@ -1,0 +1,199 @@
+"""Reading the adapters that PEFT, loralib and torchtune wrote."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import CheckpointError, LowRankError
+from ..layers import is_derived, is_factored
+from ..unfuse import mind_fast_paths_
+from ..walk import check_model, module_aliases
+from .adapted import bank_of
+from .adapter import Adapter
+from .fast import fast_forward
+from .inject import DEFAULT, attach_, freeze_
+from .kinds import Kernel
+from .peft_config import config_of
+from .peft_format import (
+    CONFIG,
+    OLD_WEIGHTS,
+    PREFIX,
+    WEIGHTS,
+    WHOLE,
+    find_slots,
+    modules_of,
+    own_tensors,
+    peft_path,
+    saved_modules,
+    whole_keys,
+)
+from .reading import Read, differences, find_plain, read_json, read_tensors, refuse
+
+
+def load_lora(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    name: str = DEFAULT,
+    trainable: bool = True,
+    *,
+    rank: int | None = None,
+    alpha: float | None = None,
+) -> nn.Module:
+    """Puts the adapter that :func:`save_lora` or PEFT wrote on a model, in place.
+
+    Everything is read and compared first: settings, names, shapes, values. If anything does not fit, or a setting
+    cannot be honoured, the error lists it and the model is as it was. What PEFT keeps whole (``modules_to_save``,
+    ``bias``) replaces the base's own values.
+
+    Args:
+        model: the plain base; a compressed one is fine too, where a layer still is one matrix.
+        folder: with ``adapter_config.json`` and ``adapter_model.safetensors`` (or ``.bin``); or a file of loralib or
+            torchtune, which say nothing about their settings.
+        name: of the new adapter.
+        trainable: whether it learns.
+        rank: of a file without settings, where it is to be checked.
+        alpha: of a file without settings: the product is scaled by ``alpha / rank``.
+
+    Returns:
+        The model.
+
+    Raises:
+        CheckpointError: if the files are torn, foreign, or for another model.
+
+    Examples:
+        >>> import tempfile
+        >>> folder = tempfile.mkdtemp()
+        >>> build = lambda: nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 4))
+        >>> lr.save_lora(lr.add_lora_(build(), rank=2), folder)
+        >>> try:
+        ...     lr.load_lora(nn.Sequential(nn.Linear(8, 6)), folder)
+        ... except lr.CheckpointError as error:
+        ...     print("'1', which the model has not" in str(error))
+        True
+        >>> model = lr.load_lora(build(), folder, name="french")
+        >>> model[0].lora_weight.names
+        ['french']
+    """
+    check_model(model)
+    if "." in name or not name:
+        raise LowRankError(f"load_lora: got name {name!r}, expected one without dots.")
+    path = Path(folder)
+    if path.is_dir():
+        if rank is not None or alpha is not None:
+            raise LowRankError(
+                "load_lora: got rank or alpha beside a folder, whose settings have them; leave them out."
+            )
+        found, whole, tensors = _find_peft(model, path)
+    else:
+        found, whole, tensors = find_plain(model, path, rank, alpha)
+    problems = [trouble for read in found if (trouble := _trouble(model, read, name))]
+    own = own_tensors(model)
+    problems += [f"{place!r} is on the meta device" for place in whole.values() if own[place].is_meta]
+    if problems:
+        refuse(path, problems)
+    made = [(read.slot, _adapter(read)) for read in found]
+    freeze_(model)
+    with torch.no_grad():
+        for key, place in whole.items():
+            own[place].copy_(tensors[key])
+            if isinstance(own[place], nn.Parameter):
+                own[place].requires_grad_(trainable)
+                setattr(own[place], WHOLE, True)
+    for slot, adapter in made:
+        attach_(slot.module, slot.parameter, name, adapter.requires_grad_(trainable), slot.kind)
+    mind_fast_paths_(model)
+    return model
+
+
+def _find_peft(model: nn.Module, path: Path) -> tuple[list[Read], dict[str, str], dict[str, Tensor]]:
+    config, problems = config_of(read_json(path / CONFIG))
+    if problems:
+        refuse(path / CONFIG, problems)
+    file = path / WEIGHTS
+    if not file.is_file():
+        file = path / OLD_WEIGHTS
+    if not file.is_file():
+        raise CheckpointError(f"{path}: has neither {WEIGHTS} nor {OLD_WEIGHTS}.")
+    tensors = read_tensors(file)
+    slots, wraps, problems = find_slots(model, config)
+    parts = ["a", "b"] + ["magnitude"] * config.use_dora + ["bias"] * config.lora_bias
+    expected: dict[str, tuple[int, ...]] = {}
+    for slot in slots:
+        rank, groups = config.rank(slot.label), slot.kind.groups if isinstance(slot.kind, Kernel) else 1
+        if rank % groups:
+            problems.append(f"{slot.owner!r} has {groups} groups, which do not divide its rank {rank}")
+        shapes = slot.shapes(rank)
+        expected |= {slot.keys[part]: shapes[part] for part in parts}
+    own = own_tensors(model)
+    whole = whole_keys(model, config.bias, saved_modules(model, config.modules_to_save or ()), wraps)
+    whole |= {key: place for key, place in _embeddings(model, wraps).items() if key in tensors}
+    expected |= {key: tuple(own[place].shape) for key, place in whole.items()}
+    problems += differences(tensors, expected)
+    found = []
+    for slot in [] if problems else slots:
+        given = {part: tensors[slot.keys[part]] for part in parts}
+        pair, scaling = slot.decode(given["a"], given["b"]), config.scaling(slot.label)
+        if pair is None:
+            problems.append(
+                f"the adapter of {slot.owner!r} mixes the groups of a convolution, which no weight can hold"
+            )
+            continue
+        magnitude = given["magnitude"].flatten() if "magnitude" in given else None
+        bias = given["bias"] * scaling if "bias" in given else None
+        found.append(Read(slot, *pair, scaling, config.lora_dropout, magnitude, bias))
+    if problems:
+        refuse(path, problems)
+    return found, whole, tensors
+
+
+def _trouble(model: nn.Module, read: Read, name: str) -> str | None:
+    """Why the adapter cannot be put on its layer."""
+    slot, module = read.slot, read.slot.module
+    bank = bank_of(module, slot.parameter)
+    if bank is not None and (name in bank.names or bank.merged is not None):
+        state = f"an adapter {name!r} already" if name in bank.names else "adapters that are merged"
+        return f"{slot.owner!r} has {state}"
+    if is_derived(module) and bank is None:
+        return f"{slot.owner!r} is parametrized; fold it first"
+    if len(module_aliases(model)[module]) > 1:
+        return (
+            f"{slot.owner!r} has several names ({module_aliases(model)[module]}), of which PEFT adapts the first only"
+        )
+    if slot.weight.is_meta or not slot.weight.is_floating_point():
+        return f"{slot.owner!r} is {slot.weight.dtype} on {slot.weight.device}, expected floating point with values"
+    whole = fast_forward(_plain(module)) is None
+    if is_factored(module) and (whole or read.magnitude is not None):
+        return f"{slot.owner!r} is a {type(module).__name__}, which never forms its weight; call densify_ first"
+    if read.bias is not None and whole:
+        return f"{slot.owner!r} is a {type(module).__name__}, which can have no lora_bias"
+    return None
+
+
+def _adapter(read: Read) -> Adapter:
+    like = read.slot.weight
+    a, b, magnitude, bias = (
+        None if t is None else t.to(like.device, like.dtype).clone().contiguous()
+        for t in (read.a, read.b, read.magnitude, read.bias)
+    )
+    assert a is not None
+    assert b is not None
+    # where a weight is read as a whole there is no input to drop out from; PEFT does not either
+    dropout = read.dropout if fast_forward(_plain(read.slot.module)) is not None else 0.0
+    return Adapter(a, b, scaling=read.scaling, dropout=dropout, magnitude=magnitude, bias=bias)
+
+
+def _plain(module: nn.Module) -> type[nn.Module]:
+    plain: type[nn.Module] = getattr(module, "_plain_class", type(module))
+    return plain
+
+
+def _embeddings(model: nn.Module, wraps: Mapping[str, int]) -> dict[str, str]:
+    """PEFT writes the tables of transformers' models whole when they are adapted or were resized."""
+    tables = [getattr(model, f"get_{which}_embeddings", lambda: None)() for which in ("input", "output")]
+    names = [name for name, module in modules_of(model).items() if name and any(module is table for table in tables)]
+    return {f"{PREFIX}{peft_path(name, wraps, wraps.get(name, 0))}.weight": f"{name}.weight" for name in names}
