@@ -57,3 +57,19 @@ def test_readme_has_blocks():
 def test_readme_block(block, tmp_path):
     (tmp_path / "block.py").write_text(block, encoding="utf-8")
     run("block.py", cwd=tmp_path)
+
+
+@pytest.mark.skipif(not available("pycode_llama", "text"), reason="needs pycode_llama and text in LOWRANK_DATA")
+def test_lora_finetune(tmp_path):
+    script = str(ROOT / "examples" / "lora_finetune.py")
+    out = run(script, "--model", str(DATA / "pycode_llama"), "--steps", "4", "--batch", "2", cwd=tmp_path)
+    assert "PiSSA disabled is the base to the bit: True" in out
+    losses = [float(number) for number in re.findall(r"(?:saved and loaded|merged): held-out loss ([\d.]+)", out)]
+    rows = re.findall(r"^(base|LoRA|PiSSA) +[\d,]+ +([\d.]+) +[\d.]+$", out, flags=re.M)
+    table = {label: float(loss) for label, loss in rows}
+    assert table["PiSSA"] < table["base"]
+    assert table["LoRA"] < table["base"]
+    assert losses == [table["PiSSA"]] * 2
+    names = {path.name for path in (tmp_path / "lora_out" / "adapter").iterdir()}
+    assert names == {"adapter_config.json", "adapter_model.safetensors"}
+    assert (tmp_path / "lora_out" / "losses.png").stat().st_size > 10_000

@@ -22,7 +22,7 @@ from ..walk import check_model, module_aliases
 from .adapted import banks_of
 from .adapter import Adapter
 from .inject import banks, check_name
-from .kinds import Matrix, is_conv1d, kind_of
+from .kinds import SLICES, Matrix, is_conv1d, kind_of
 from .peft_config import BIASES, Config
 from .peft_format import (
     CONFIG,
@@ -152,6 +152,8 @@ def _why_not(module: nn.Module, parameter: str, label: str, adapter: Adapter) ->
     kind = type(module).__name__.removeprefix("Lora") if hasattr(module, "_plain_class") else type(module).__name__
     if is_factored(module):
         return f"is a {kind}: call densify_ first"
+    if parameter in SLICES:
+        return "is a part of a fused attention, which PEFT adapts whole: choose 'in_proj_weight'"
     if isinstance(module, nn.MultiheadAttention):
         special = adapter.magnitude is not None or module.in_proj_weight is None
         return "is an attention with kdim, vdim or DoRA" if special else None

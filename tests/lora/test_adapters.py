@@ -202,7 +202,7 @@ def test_several_adapters_switch_add_up_and_mix_in_a_batch_without_recompiling()
 
 
 @pytest.mark.parametrize("chosen", [["q_proj"], ["q_proj", "v_proj"], ["self_attn.k_proj", "out_proj"]], ids=str)
-def test_the_projections_of_a_fused_attention_are_chosen_separately(chosen):
+def test_the_projections_of_a_fused_attention_are_chosen_separately(chosen, tmp_path):
     model, x = make("encoder layer")
     base, fused = run(model, x), model.self_attn.in_proj_weight.detach().clone()
     lr.add_lora_(model, chosen, rank=2)
@@ -222,6 +222,9 @@ def test_the_projections_of_a_fused_attention_are_chosen_separately(chosen):
     assert torch.equal(run(clone, x), out)
     with pytest.raises(lr.LowRankError, match="overlaps"):
         lr.add_lora_(model, ["in_proj_weight"], rank=2, name="whole")
+    with pytest.raises(lr.UnsupportedLayerError, match="fused attention"):
+        lr.save_lora(model, tmp_path)
+    assert not list(tmp_path.iterdir())
     lr.remove_lora_(model)
     assert type(model.self_attn) is nn.MultiheadAttention
     assert torch.equal(run(model, x), base)
