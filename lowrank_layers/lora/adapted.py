@@ -85,7 +85,8 @@ def _with_adapters(cls: type[nn.Module], name: str) -> property:
     def read(self: nn.Module) -> Tensor:
         bank = bank_of(self, name)
         weight = base_weight(self, name)
-        return weight if bank is None else bank.effective(weight)
+        # fully_shard reads its shards by this name; in the forward pass the weight is whole
+        return weight if bank is None or type(weight).__name__ == "DTensor" else bank.effective(weight)
 
     return property(read)
 

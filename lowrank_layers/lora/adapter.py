@@ -50,11 +50,12 @@ class Adapter(nn.Module):
         self.register_buffer("a0", None if start is None else start[0])
         self.register_buffer("b0", None if start is None else start[1])
 
-    def delta(self, kind: Kind) -> Tensor:
-        """``scaling (B A - B0 A0)`` in the layout of the weight."""
-        product = kind.product(self.A, self.B)
+    def delta(self, kind: Kind, dtype: torch.dtype | None = None) -> Tensor:
+        """``scaling (B A - B0 A0)`` in the layout of the weight, computed in that dtype."""
+        dtype = self.A.dtype if dtype is None else dtype
+        product = kind.product(self.A.to(dtype), self.B.to(dtype))
         if self.a0 is not None and self.b0 is not None:
-            product = product - kind.product(self.a0, self.b0)
+            product = product - kind.product(self.a0.to(dtype), self.b0.to(dtype))
         return product * self.scaling.to(product.dtype)
 
     def extra_repr(self) -> str:
@@ -116,7 +117,7 @@ class Bank(nn.Module):
             )
         result = weight
         for adapter, gate in zip(self, self.gates, strict=True):
-            delta = adapter.delta(self.kind)
+            delta = adapter.delta(self.kind, torch.promote_types(adapter.A.dtype, weight.dtype))
             result = result + (delta * gate.to(delta.dtype)).to(weight.dtype)
         for adapter, gate in zip(self, self.gates, strict=True):
             if adapter.magnitude is not None:

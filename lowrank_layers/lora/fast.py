@@ -49,7 +49,7 @@ def _is_conv1d(cls: type[nn.Module]) -> bool:
 
 def _linear(cls: type[nn.Module], self: Any, bank: Bank, input: Tensor) -> Tensor:
     """``y = W x + b``, then ``y += B s (A x)`` in place: the delta costs no tensor of the output's size."""
-    x = input.reshape(-1, input.shape[-1])
+    x = input if input.ndim == 2 else input.reshape(-1, input.shape[-1])
     plain = self._parameters.get("weight")
     if plain is None:
         out: Tensor = cls.forward(self, x)
@@ -57,13 +57,31 @@ def _linear(cls: type[nn.Module], self: Any, bank: Bank, input: Tensor) -> Tenso
         out = torch.addmm(self.bias, x, plain)
     else:
         out = F.linear(x, plain, self.bias)
-    a, b = _stacked(bank)
-    inner = F.linear(_dropped(bank, x), a)
-    strength = _strengths(bank, inner)
-    if bank.rows is not None:
-        strength = strength.repeat_interleave(len(x) // len(strength), 0)
-    out.addmm_(inner * strength, b.mT.to(out.dtype))
-    return out.view(*input.shape[:-1], out.shape[-1])
+    if bank.rows is not None and input.ndim > 2 and _alike(bank):
+        _add_rows(bank, bank.rows, out, _dropped(bank, x))
+    else:
+        a, b = _stacked(bank)
+        inner = F.linear(_dropped(bank, x), a)
+        strength = _strengths(bank, inner)
+        if bank.rows is not None:
+            strength = strength.repeat_interleave(len(x) // len(strength), 0)
+        out.addmm_(inner * strength, b.mT.to(out.dtype))
+    return out if input.ndim == 2 else out.view(*input.shape[:-1], out.shape[-1])
+
+
+def _alike(bank: Bank) -> bool:
+    """Whether the adapters can be stacked: one rank, no frozen start."""
+    return len({adapter.A.shape for adapter in bank}) == 1 and all(adapter.a0 is None for adapter in bank)
+
+
+def _add_rows(bank: Bank, rows: Tensor, out: Tensor, x: Tensor) -> None:
+    """Every row has at most one adapter and many tokens: its own factors are gathered, not all of them multiplied."""
+    gate, index = rows.max(1)
+    a = torch.stack([adapter.A for adapter in bank])[index]
+    b = torch.stack([adapter.B for adapter in bank])[index]
+    inner = torch.bmm(x.unflatten(0, (len(rows), -1)), a.mT)
+    strength = (gate * torch.stack([adapter.scaling for adapter in bank])[index]).to(inner.dtype)
+    out.unflatten(0, (len(rows), -1)).baddbmm_(inner * strength[:, None, None], b.mT.to(out.dtype))
 
 
 def _embedding(cls: type[nn.Module], self: Any, bank: Bank, input: Tensor) -> Tensor:
@@ -93,8 +111,10 @@ def _convolution(cls: type[nn.Module], self: Any, bank: Bank, input: Tensor) -> 
     strength = _strengths(bank, inner)
     if bank.rows is not None:
         strength = strength.view(len(strength), -1)
-    channels = strength.repeat(*[1] * (strength.ndim - 1), self.groups)
-    inner = inner * channels.view(*channels.shape, *[1] * len(self.kernel_size))
+    if strength.numel() > 1:
+        channels = strength.repeat(*[1] * (strength.ndim - 1), self.groups)
+        strength = channels.view(*channels.shape, *[1] * len(self.kernel_size))
+    inner = inner * strength
     return out + conv(inner, b, groups=self.groups)
 
 
@@ -116,14 +136,19 @@ def _stacked(bank: Bank) -> tuple[Tensor, Tensor]:
 
 
 def _strengths(bank: Bank, like: Tensor) -> Tensor:
-    """How much each inner index counts, ``[sum of ranks]`` (with a gate a row: ``[N, sum of ranks]``)."""
+    """How much each inner index counts, ``[sum of ranks]`` (with a gate a row: ``[N, sum of ranks]``).
+
+    One number, ``[1]``, where there is one adapter.
+    """
+    if bank.rows is None and len(bank.adapters) == 1:
+        (only,) = bank
+        return (bank.gates * only.scaling).to(like.dtype)
     gates = bank.gates if bank.rows is None else bank.rows
-    parts = []
-    for k, adapter in enumerate(bank):
-        strength = gates[..., k : k + 1] * adapter.scaling
-        rank = adapter.B.shape[1] * (1 if adapter.a0 is None else 2)
-        parts.append(strength.expand(*strength.shape[:-1], rank))
-    return torch.cat(parts, -1).to(like.dtype)
+    counts = (gates * torch.stack([adapter.scaling for adapter in bank])).to(like.dtype)
+    ranks = [adapter.B.shape[1] * (1 if adapter.a0 is None else 2) for adapter in bank]
+    if len(set(ranks)) == 1:
+        return counts.repeat_interleave(ranks[0], -1)
+    return torch.cat([counts[..., k, None].expand(*counts.shape[:-1], rank) for k, rank in enumerate(ranks)], -1)
 
 
 def _dropped(bank: Bank, x: Tensor) -> Tensor:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 from torch import nn
 
 from ..errors import LowRankError
 from ..layers import LowRankLinear, is_factored
-from ..walk import own_layers
+from ..walk import module_aliases, own_layers
 from .kinds import SLICES, is_conv1d
 
 Target = str | Iterable[str] | re.Pattern[str] | Callable[[str, nn.Module], bool]
@@ -34,6 +34,7 @@ def targets(model: nn.Module, target: Target) -> list[Place]:
     """
     places = adaptable(model)
     parts = [(owner, part) for owner, name in places if name == "in_proj_weight" for part in SLICES]
+    names = {names[0]: names for names in module_aliases(model).values()}
     if target == "all-linear":
         found = [place for place, module in places.items() if _is_linear(module)]
     elif isinstance(target, (str, re.Pattern)):
@@ -41,14 +42,14 @@ def targets(model: nn.Module, target: Target) -> list[Place]:
             pattern = re.compile(target)
         except re.error as error:
             raise LowRankError(f"add_lora_: got the regular expression {target!r}, which is none: {error}") from None
-        found = [place for place in places if pattern.fullmatch(place[0]) or pattern.fullmatch(".".join(place))]
-        found += [place for place in parts if pattern.fullmatch(".".join(place))]
+        found = [place for place in places if any(_matches(pattern, alias, place[1]) for alias in names[place[0]])]
+        found += [p for p in parts if any(pattern.fullmatch(f"{alias}.{p[1]}") for alias in names[p[0]])]
     elif callable(target):
-        found = [place for place, module in places.items() if target(place[0], module)]
+        found = [place for place, module in places.items() if any(target(alias, module) for alias in names[place[0]])]
     else:
         chosen: set[Place] = set()
         for name in target:
-            taken = {place for place in places if _ends(place, name)} or {p for p in parts if _ends(p, name)}
+            taken = {p for p in places if _ends(names, p, name)} or {p for p in parts if _ends(names, p, name)}
             if not taken:
                 close = difflib.get_close_matches(name, [place[0] for place in places], n=3, cutoff=0.4)
                 hint = f" Did you mean {', '.join(map(repr, close))}?" if close else ""
@@ -79,7 +80,14 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, (nn.Linear, LowRankLinear)) or is_conv1d(module)
 
 
-def _ends(place: Place, name: str) -> bool:
-    """The module's name, or the end of it, takes every weight of the module; with the parameter, that one."""
-    full = ".".join(place)
-    return any(own == name or own.endswith(f".{name}") for own in (place[0], full, full.removesuffix("_weight")))
+def _matches(pattern: re.Pattern[str], owner: str, parameter: str) -> bool:
+    return bool(pattern.fullmatch(owner) or pattern.fullmatch(f"{owner}.{parameter}"))
+
+
+def _ends(names: Mapping[str, list[str]], place: Place, name: str) -> bool:
+    """A module's name, or the end of it, takes every weight of the module; with the parameter, that one."""
+    for alias in names[place[0]]:
+        full = f"{alias}.{place[1]}" if alias else place[1]
+        if any(own == name or own.endswith(f".{name}") for own in (alias, full, full.removesuffix("_weight"))):
+            return True
+    return False

@@ -1,0 +1,287 @@
+"""LoRA: time, memory, mixed batches and recompiles of adapters, beside PEFT and the frozen layer without any."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import importlib.util
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import lowrank_layers as lr
+
+from .common import arguments, machine, markdown_table, write_result
+from .vision import import_torchvision
+
+CASES = [(1024, 8), (4096, 64), (4096, 8)]
+TOKENS = 512
+ROWS, ADAPTERS = 32, 16
+TORCHVISION = "from benchmarks.vision import import_torchvision\nimport_torchvision()"
+"""PEFT imports it on its way, and beside a CPU-only torch it needs help."""
+
+
+def peft() -> Any:
+    if importlib.util.find_spec("torchvision"):
+        import_torchvision()
+    import peft as library
+
+    return library
+
+
+def paired(functions: Sequence[Callable[[], object]], rounds: int) -> tuple[list[float], list[float]]:
+    """Median CPU seconds of each, run in turn, and the medians of their ratios to the first one's."""
+    taken: list[list[float]] = [[] for _ in functions]
+    for k in range(rounds + 1):
+        for function, own in zip(functions, taken, strict=True):
+            start = time.process_time()
+            function()
+            if k:
+                own.append(time.process_time() - start)
+    ratios = [statistics.median(t / base for t, base in zip(own, taken[0], strict=True)) for own in taken]
+    return [statistics.median(own) for own in taken], ratios
+
+
+@torch.no_grad()
+def filled(model: nn.Module) -> nn.Module:
+    """With deltas that are not zero."""
+    for name, parameter in model.named_parameters():
+        if name.endswith(".B") or "lora_B." in name:
+            parameter.normal_(std=0.02)
+    return model
+
+
+def ours(layer: nn.Module, rank: int, names: Sequence[str] = ("default",)) -> nn.Module:
+    model = nn.Sequential(copy.deepcopy(layer))
+    for name in names:
+        lr.add_lora_(model, rank=rank, alpha=2 * rank, name=name)
+    return filled(model)
+
+
+def theirs(layer: nn.Module, rank: int, names: Sequence[str] = ("default",)) -> Any:
+    library = peft()
+    config = library.LoraConfig(target_modules=["0"], r=rank, lora_alpha=2 * rank)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = library.get_peft_model(nn.Sequential(copy.deepcopy(layer)), config, adapter_name=names[0])
+        for name in names[1:]:
+            model.add_adapter(name, config)
+    return filled(model)
+
+
+def saved_bytes(model: nn.Module, x: Tensor) -> int:
+    """What autograd keeps from forward to backward: every storage once, parameters and buffers not counted."""
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = model(x)
+    del out
+    return sum(kept.values())
+
+
+def speed_rows(width: int, rank: int, args: argparse.Namespace) -> list[list[object]]:
+    layer = nn.Linear(width, width).requires_grad_(False)
+    x, gradient = torch.randn(args.tokens, width), torch.randn(args.tokens, width)
+    models = {"frozen nn.Linear": nn.Sequential(layer), "ours": ours(layer, rank), "PEFT": theirs(layer, rank)}
+    leaf = x.clone().requires_grad_()
+
+    def forward(model: nn.Module) -> None:
+        with torch.no_grad():
+            for _ in range(args.repeat):
+                model(x)
+
+    def both(model: nn.Module) -> None:
+        for _ in range(args.repeat):
+            model(leaf).backward(gradient)
+
+    first = paired([lambda model=model: forward(model) for model in models.values()], args.rounds)
+    second = paired([lambda model=model: both(model) for model in models.values()], args.rounds)
+    rows: list[list[object]] = []
+    for k, (label, model) in enumerate(models.items()):
+        cells = [f"{1e3 * seconds[k] / args.repeat:.2f} ({ratio[k]:.2f})" for seconds, ratio in (first, second)]
+        rows.append([f"{width}, {rank}", label, *cells, f"{saved_bytes(model, leaf) / 2**20:.2f}"])
+    return rows
+
+
+@torch.no_grad()
+def mixed_rows(width: int, rank: int, tokens: int, args: argparse.Namespace) -> list[list[object]]:
+    layer = nn.Linear(width, width).requires_grad_(False)
+    names = [f"task{k}" for k in range(ADAPTERS)]
+    shape = (ROWS, width) if tokens == 1 else (ROWS, tokens, width)
+    x, rows = torch.randn(shape), [names[k % ADAPTERS] for k in range(ROWS)]
+    base, own, peer = nn.Sequential(layer), ours(layer, rank, names), theirs(layer, rank, names).eval()
+    for name, adapter in own[0].lora_weight.adapters.items():
+        adapter.A.copy_(peer.base_model.model[0].lora_A[name].weight)
+        adapter.B.copy_(peer.base_model.model[0].lora_B[name].weight)
+    count = args.repeat * max(1, 4096 // (tokens * ROWS))
+    with lr.lora_rows(own, rows):
+        difference = float((own(x) - peer(x, adapter_names=rows)).abs().max())
+
+        def repeat(call: Callable[[], object]) -> Callable[[], None]:
+            def run() -> None:
+                for _ in range(count):
+                    call()
+
+            return run
+
+        calls = [lambda: base(x), lambda: own(x), lambda: peer(x, adapter_names=rows)]
+        seconds, ratios = paired([repeat(call) for call in calls], args.rounds)
+    cells = [f"{1e6 * s / count:.0f} ({r:.2f})" for s, r in zip(seconds, ratios, strict=True)]
+    return [[f"{width}, {rank}, {tokens}", *cells, f"{difference:.0e}"]]
+
+
+def recompiles(model: nn.Module, changes: Sequence[Callable[[], object]]) -> int:
+    """Graphs compiled after the first call, over all changes."""
+    count = 0
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        nonlocal count
+        count += 1
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled, x = torch.compile(model, backend=backend), torch.randn(4, 32)
+    compiled(x)
+    before = count
+    for change in changes:
+        change()
+        compiled(x)
+    return count - before
+
+
+def recompile_rows() -> list[list[object]]:
+    layer, names = nn.Linear(32, 32).requires_grad_(False), ["a", "b", "c", "d"]
+    own, peer = ours(layer, 2, names), theirs(layer, 2, names)
+    lr.use_adapter(own, "a")
+    peer_layer = peer.base_model.model[0]
+    cycle = ["b", "c", "d", "a"]
+    switching = (
+        recompiles(own, [lambda n=n: lr.use_adapter(own, n) for n in cycle]),
+        recompiles(peer, [lambda n=n: peer.set_adapter(n) for n in cycle]),
+    )
+    scales = [1.5, 1.25, 1.125, 0.5]
+    scaling = (
+        recompiles(own, [lambda s=s: own[0].lora_weight.adapters["a"].scaling.fill_(s) for s in scales]),
+        recompiles(peer, [lambda s=s: peer_layer.set_scale("a", s) for s in scales]),
+    )
+    merging = (
+        recompiles(own, [lambda: lr.merge_lora_(own), lambda: lr.unmerge_lora_(own)] * 2),
+        recompiles(peer, [peer.merge_adapter, peer.unmerge_adapter] * 2),
+    )
+    return [
+        ["four switches of the adapter", *switching],
+        ["four changes of the scale", *scaling],
+        ["merge, unmerge, merge, unmerge", *merging],
+    ]
+
+
+def import_seconds(package: str, rounds: int) -> float:
+    """Median CPU seconds beyond torch, each in a process of its own."""
+    lines = f"{TORCHVISION}\nimport time, torch\nstart = time.process_time()\nimport {package}\nprint(time.process_time() - start)"
+    command = [sys.executable, "-W", "ignore", "-c", lines]
+    texts = [subprocess.run(command, capture_output=True, text=True, check=True).stdout for _ in range(rounds)]
+    return statistics.median(float(text.split()[-1]) for text in texts)
+
+
+def mlp() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 16))
+
+
+def fine_tuned(init: Any, seed: int, steps: int, args: argparse.Namespace) -> tuple[float, bool]:
+    """The loss after some steps on a shifted task, and whether the model without adapter is the base to the bit."""
+    torch.manual_seed(seed)
+    x, teacher, model = torch.randn(512, 64), mlp(), mlp()
+    y = teacher(x).detach()
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for _ in range(20 if args.smoke else 500):
+        optimizer.zero_grad()
+        F.mse_loss(model(x), y).backward()
+        optimizer.step()
+    with torch.no_grad():
+        for parameter in teacher.parameters():
+            parameter.add_(0.5 * parameter.std() * torch.randn_like(parameter))
+        y, before = teacher(x), model(x)
+    lr.add_lora_(model, rank=8, alpha=8, init=init, seed=seed)
+    optimizer = torch.optim.Adam(lr.lora_parameters(model), lr=1e-3)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        F.mse_loss(model(x), y).backward()
+        optimizer.step()
+    with torch.no_grad(), lr.lora_disabled(model):
+        same = torch.equal(model(x), before)
+    return float(F.mse_loss(model(x), y).detach()), same
+
+
+def pissa_rows(args: argparse.Namespace) -> list[list[object]]:
+    seeds = range(1 if args.smoke else 5)
+    found = {init: [fine_tuned(init, seed, 50, args) for seed in seeds] for init in ("kaiming", "olora", "pissa")}
+    start = [fine_tuned("kaiming", seed, 0, args)[0] for seed in seeds]
+    rows: list[list[object]] = [["before", f"{statistics.median(start):.4f}", "", ""]]
+    for init, values in found.items():
+        losses = [loss for loss, _ in values]
+        ratio = statistics.median(a / b for (a, _), b in zip(found["kaiming"], losses, strict=True))
+        rows.append([init, f"{statistics.median(losses):.4f}", f"{ratio:.2f}", all(same for _, same in values)])
+    return rows
+
+
+def run(args: argparse.Namespace) -> str:
+    torch.manual_seed(0)
+    args.tokens, args.rounds, args.repeat = (8, 2, 1) if args.smoke else (TOKENS, 15, 1)
+    cases = [(32, 2), (64, 4)] if args.smoke else CASES
+    speed = [row for width, rank in cases for row in speed_rows(width, rank, args)]
+    width, rank = (32, 2) if args.smoke else (1024, 8)
+    mixed = [row for tokens in (1, 16) for row in mixed_rows(width, rank, tokens, args)]
+    rounds = 1 if args.smoke else 5
+    imports = [[name, f"{import_seconds(name, rounds):.2f}"] for name in ("lowrank_layers", "peft")]
+    return "\n\n".join(
+        [
+            "CPU seconds of the process, medians of runs in turn; in brackets the median ratio to the frozen layer.",
+            "## One adapter",
+            f"{args.tokens} tokens, fp32. Backward includes the gradient of the input, as inside a deep network. Saved:"
+            " what autograd keeps for the backward pass, every storage once, parameters not counted.",
+            markdown_table(["n, r", "layer", "forward, ms", "forward + backward, ms", "saved, MiB"], speed),
+            "## A batch of many adapters",
+            f"{ROWS} rows, {ADAPTERS} adapters, forward.",
+            markdown_table(["n, r, tokens a row", "frozen, us", "ours, us", "PEFT, us", "largest difference"], mixed),
+            "## Recompiles",
+            "Graphs compiled anew by a compiled model.",
+            markdown_table(["change", "ours", "PEFT"], recompile_rows()),
+            "## Import",
+            "CPU seconds beyond torch.",
+            markdown_table(["package", "s"], imports),
+            "## Starting from singular vectors",
+            "An MLP 64-128-16 is trained on a teacher; the teacher's weights then move by half their deviation, and"
+            " adapters of rank 8 learn the new task: Adam, learning rate 1e-3, 50 steps, full batch of 512; medians of"
+            " five seeds.",
+            markdown_table(["init", "loss", "kaiming's over it", "disabled is the base to the bit"], pissa_rows(args)),
+        ]
+    )
+
+
+def main() -> None:
+    parser = arguments(__doc__, threads=1)
+    parser.add_argument("--smoke", action="store_true", help="tiny shapes, seconds")
+    args = parser.parse_args()
+    peft()
+    text = f"# LoRA\n\n{machine(args, 'peft')}\n\n{run(args)}"
+    print(text)
+    print(f"\nwritten to {write_result(args, 'lora', text)}")
+
+
+if __name__ == "__main__":
+    main()
