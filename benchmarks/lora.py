@@ -192,7 +192,8 @@ def recompile_rows() -> list[list[object]]:
 
 def import_seconds(package: str, rounds: int) -> float:
     """Median CPU seconds beyond torch, each in a process of its own."""
-    lines = f"{TORCHVISION}\nimport time, torch\nstart = time.process_time()\nimport {package}\nprint(time.process_time() - start)"
+    timed = f"start = time.process_time()\nimport {package}\nprint(time.process_time() - start)"
+    lines = f"{TORCHVISION}\nimport time, torch\n{timed}"
     command = [sys.executable, "-W", "ignore", "-c", lines]
     texts = [subprocess.run(command, capture_output=True, text=True, check=True).stdout for _ in range(rounds)]
     return statistics.median(float(text.split()[-1]) for text in texts)
