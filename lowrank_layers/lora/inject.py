@@ -227,7 +227,7 @@ def lora_disabled(model: nn.Module) -> Iterator[nn.Module]:
 def lora_rows(model: nn.Module, names: list[str | None]) -> Iterator[nn.Module]:
     """Inside, every row of a batch has the adapter of that name (``None``: the base); trainable.
 
-    Linear layers only: a weight that is read as a whole serves all rows alike.
+    Linear layers, convolutions and tables; a weight that is read as a whole (attention, recurrent, DoRA) refuses.
 
     Args:
         model: an adapted model.
