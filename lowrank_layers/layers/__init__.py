@@ -13,7 +13,8 @@ from .channel import (
 )
 from .count import layer_cost
 from .cp import CPConv, CPConv1d, CPConv2d, CPConv3d, CPConvTranspose1d, CPConvTranspose2d, CPConvTranspose3d
-from .embedding import LowRankEmbedding, LowRankEmbeddingBag
+from .embedding import LowRankEmbedding
+from .embedding_bag import LowRankEmbeddingBag
 from .kernel import ConvNd
 from .linear import LowRankLinear, LowRankTransposedLinear
 from .matrix import is_table, is_transposed, linear_shape, matrices_of, takes_bias, weight_from_matrices
