@@ -13,6 +13,7 @@ from ..layers import LowRankEmbedding, LowRankLinear
 from ..layers.conv import FactoredConv, TransposedConv
 from ..moments import pad_input
 from .adapter import Bank
+from .dropout import shared_dropout
 from .kinds import Kernel, Matrix
 
 Fast = Callable[[type[nn.Module], Any, Bank, Tensor], Tensor]
@@ -50,6 +51,7 @@ def _is_conv1d(cls: type[nn.Module]) -> bool:
 def _linear(cls: type[nn.Module], self: Any, bank: Bank, input: Tensor) -> Tensor:
     """``y = W x + b``, then ``y += B s (A x)`` in place: the delta costs no tensor of the output's size."""
     x = input if input.ndim == 2 else input.reshape(-1, input.shape[-1])
+    dropped = _dropped(bank, input).reshape(x.shape)
     plain = self._parameters.get("weight")
     if plain is None:
         out: Tensor = cls.forward(self, x)
@@ -58,10 +60,10 @@ def _linear(cls: type[nn.Module], self: Any, bank: Bank, input: Tensor) -> Tenso
     else:
         out = F.linear(x, plain, self.bias)
     if bank.rows is not None and input.ndim > 2 and _alike(bank):
-        _add_rows(bank, bank.rows, out, _dropped(bank, x))
+        _add_rows(bank, bank.rows, out, dropped)
     else:
         a, b = _stacked(bank)
-        inner = F.linear(_dropped(bank, x), a)
+        inner = F.linear(dropped, a)
         strength = _strengths(bank, inner)
         if bank.rows is not None:
             strength = strength.repeat_interleave(len(x) // len(strength), 0)
@@ -153,4 +155,4 @@ def _strengths(bank: Bank, like: Tensor) -> Tensor:
 
 def _dropped(bank: Bank, x: Tensor) -> Tensor:
     chance = max(adapter.dropout for adapter in bank)
-    return F.dropout(x, chance, bank.training) if chance else x
+    return shared_dropout(x, chance, bank) if chance and bank.training else x
