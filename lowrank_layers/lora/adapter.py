@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -104,7 +105,7 @@ class Bank(nn.Module):
         return [adapter for own, adapter in zip(self.names, self, strict=True) if own == name]
 
     def __iter__(self) -> Iterator[Adapter]:
-        return (adapter for adapter in self.adapters.values() if isinstance(adapter, Adapter))
+        return iter(cast("dict[str, Adapter]", self.adapters._modules).values())
 
     def effective(self, weight: Tensor) -> Tensor:
         """The weight with every adapter in it."""

@@ -33,6 +33,8 @@ def fast_forward(cls: type[nn.Module]) -> Fast | None:
 
 def add_biases(self: Any, bank: Bank, out: Tensor) -> Tensor:
     """What the adapters add to the output beside their product, row by row where rows differ."""
+    if all(adapter.bias is None for adapter in bank):
+        return out
     gates = bank.gates if bank.rows is None else bank.rows.mT
     inner = len(self.kernel_size) if isinstance(bank.kind, Kernel) else 0
     for gate, adapter in zip(gates, bank, strict=True):
