@@ -52,6 +52,7 @@ from .layers import (
 )
 from .lora import (
     Extraction,
+    LoraRankAllocator,
     add_lora_,
     combine_lora_,
     extract_lora,
@@ -108,6 +109,7 @@ __all__ = [
     "Factorization",
     "GavishDonoho",
     "LayerStats",
+    "LoraRankAllocator",
     "LowRankConv1d",
     "LowRankConv2d",
     "LowRankConv3d",

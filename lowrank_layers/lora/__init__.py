@@ -1,5 +1,6 @@
 """Low-rank deltas on frozen weights: adding, choosing, training, merging, extracting."""
 
+from .allocate import LoraRankAllocator
 from .checkpoint import load_lora
 from .combine import combine_lora_
 from .extract import Extraction, extract_lora
@@ -9,6 +10,7 @@ from .writing import save_lora
 
 __all__ = [
     "Extraction",
+    "LoraRankAllocator",
     "add_lora_",
     "combine_lora_",
     "extract_lora",

@@ -165,7 +165,7 @@ def remove_lora_(model: nn.Module, name: str | None = None) -> nn.Module:
             for each in [n for n in bank.names if name in (None, n)]:
                 bank.drop(each)
             if not bank.names:
-                _detach(module, parameter)
+                detach_(module, parameter)
     if not any(isinstance(module, Adapted) for module in model.modules()):
         learned = model.__dict__.pop(_LEARNED, {})
         for own, weight in model.named_parameters():
@@ -175,7 +175,8 @@ def remove_lora_(model: nn.Module, name: str | None = None) -> nn.Module:
     return model
 
 
-def _detach(module: nn.Module, parameter: str) -> None:
+def detach_(module: nn.Module, parameter: str) -> None:
+    """Makes one parameter plain again, and the module where it was the last."""
     delattr(module, BANK.format(parameter))
     adapted: Any = module
     plain = adapted._plain_class

@@ -24,6 +24,12 @@ class Kind(Protocol):
     def product(self, a: Tensor, b: Tensor) -> Tensor:
         """``B A`` in the layout of the weight."""
 
+    def directions(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """Views of ``A`` and ``B`` with the rank first, ``[r, ...]`` each."""
+
+    def joined(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """The way back from :meth:`directions`."""
+
     def matrix(self, weight: Tensor) -> Tensor:
         """The weight as ``[..., out, in]``: what an init by singular values looks at."""
 
@@ -55,6 +61,14 @@ class Matrix:
     def product(self, a: Tensor, b: Tensor) -> Tensor:
         """``B A`` in the layout of the weight."""
         return self.matrix(b @ a)
+
+    def directions(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """Views of ``A`` and ``B`` with the rank first."""
+        return a.movedim(-2, 0), b.movedim(-1, 0)
+
+    def joined(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """The way back from :meth:`directions`."""
+        return a.movedim(0, -2), b.movedim(0, -1)
 
     def matrix(self, weight: Tensor) -> Tensor:
         """The weight as ``[..., out, in]``."""
@@ -102,6 +116,14 @@ class Kernel:
         if self.transposed:
             return torch.einsum("gri,gor...->gio...", a.flatten(2), b).flatten(0, 1)
         return torch.einsum("gor,gri...->goi...", b.flatten(2), a).flatten(0, 1)
+
+    def directions(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """Views of ``A`` and ``B`` with the rank first; a direction has its part in every group."""
+        return a.unflatten(0, (self.groups, -1)).transpose(0, 1), b.transpose(0, 1)
+
+    def joined(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """The way back from :meth:`directions`."""
+        return a.transpose(0, 1).flatten(0, 1), b.transpose(0, 1)
 
     def matrix(self, weight: Tensor) -> Tensor:
         """The weight as ``[groups, out, in*area]`` (transposed: ``[groups, out*area, in]``)."""
