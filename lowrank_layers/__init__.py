@@ -57,6 +57,7 @@ from .lora import (
     combine_lora_,
     extract_lora,
     load_lora,
+    loftq_,
     lora_disabled,
     lora_parameters,
     lora_rows,
@@ -65,6 +66,7 @@ from .lora import (
     save_lora,
     unmerge_lora_,
     use_adapter,
+    weight_gradients,
 )
 from .moments import LayerStats, Statistics
 from .rank import (
@@ -156,6 +158,7 @@ __all__ = [
     "layer_cost",
     "load",
     "load_lora",
+    "loftq_",
     "lora_disabled",
     "lora_parameters",
     "lora_rows",
@@ -169,4 +172,5 @@ __all__ = [
     "tucker",
     "unmerge_lora_",
     "use_adapter",
+    "weight_gradients",
 ]

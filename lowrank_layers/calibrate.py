@@ -119,7 +119,7 @@ def calibrate(
                     output, target = forward(model, batch, with_target=loss is not None)
                     if loss is not None:
                         # the hooks on the outputs do the work; autograd.grad leaves .grad alone
-                        torch.autograd.grad(_check_loss(loss(output, target)), weights, allow_unused=True)
+                        torch.autograd.grad(check_loss(loss(output, target), "calibrate"), weights, allow_unused=True)
         finally:
             for weight, flag in zip(weights, trainable, strict=True):
                 weight.requires_grad_(flag)
@@ -230,11 +230,12 @@ class Calibration:
         return hook
 
 
-def _check_loss(value: object) -> Tensor:
+def check_loss(value: object, owner: str) -> Tensor:
+    """The loss, if it is a scalar that something can be learned from."""
     if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
         got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         raise LowRankError(
-            f"calibrate: the loss returned {got}, expected a scalar tensor that depends on the model's output."
+            f"{owner}: the loss returned {got}, expected a scalar tensor that depends on the model's output."
         )
     return value
 

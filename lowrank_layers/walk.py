@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .errors import LowRankError
 from .layers import is_factored
@@ -15,8 +16,8 @@ _WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParalle
 _PLAIN = (nn.Parameter, nn.parameter.UninitializedParameter)
 
 
-def check_model(model: object) -> nn.Module:
-    """Refuses what cannot be operated on in place, with the remedy."""
+def check_model(model: object, *, quantized: bool = False) -> nn.Module:
+    """Refuses what cannot be operated on in place, with the remedy; quantised weights where they are not allowed."""
     if not isinstance(model, nn.Module):
         raise LowRankError(f"got {type(model).__name__}, expected a torch.nn.Module.")
     name = type(model).__name__
@@ -32,12 +33,17 @@ def check_model(model: object) -> nn.Module:
                 f"{inner!r} is wrapped in {type(module).__name__}; factorize before wrapping, then wrap again."
             )
     for inner, parameter in model.named_parameters():
-        if type(parameter) not in _PLAIN:
+        if type(parameter) not in _PLAIN and not (quantized and is_quantized(parameter)):
             raise LowRankError(
                 f"{inner!r} is a {type(parameter).__name__}, expected a plain parameter; factorize before sharding"
                 " (fully_shard) and before quantizing, or load the full state dict into an unsharded model."
             )
     return model
+
+
+def is_quantized(weight: Tensor) -> bool:
+    """Whether it is a tensor of another kind that holds fewer bits and can be dequantised, as torchao's are."""
+    return type(weight).dequantize is not Tensor.dequantize and is_traceable_wrapper_subclass(weight)
 
 
 def check_factors(model: nn.Module) -> None:

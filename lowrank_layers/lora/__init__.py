@@ -4,7 +4,9 @@ from .allocate import LoraRankAllocator
 from .checkpoint import load_lora
 from .combine import combine_lora_
 from .extract import Extraction, extract_lora
+from .gradients import weight_gradients
 from .inject import add_lora_, lora_disabled, lora_parameters, lora_rows, remove_lora_, use_adapter
+from .loftq import loftq_
 from .merge import merge_lora_, unmerge_lora_
 from .writing import save_lora
 
@@ -15,6 +17,7 @@ __all__ = [
     "combine_lora_",
     "extract_lora",
     "load_lora",
+    "loftq_",
     "lora_disabled",
     "lora_parameters",
     "lora_rows",
@@ -23,4 +26,5 @@ __all__ = [
     "save_lora",
     "unmerge_lora_",
     "use_adapter",
+    "weight_gradients",
 ]

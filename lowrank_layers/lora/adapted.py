@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ..layers import FactoredModule
+from ..walk import is_quantized
 from .adapter import Bank
-from .fast import Fast, add_biases, fast_forward
+from .fast import WITH_MORE, Fast, add_biases, fast_forward
 from .kinds import SLICES, stored
 
 BANK = "lora_{}"
@@ -81,12 +82,17 @@ def base_weight(module: nn.Module, name: str) -> Tensor:
     return cast(Tensor, getattr(plain, name).fget(module))
 
 
+def values_of(weight: Tensor) -> Tensor:
+    """The weight as an ordinary tensor: a quantised one is dequantised."""
+    return weight.dequantize() if is_quantized(weight) else weight
+
+
 def _with_adapters(cls: type[nn.Module], name: str) -> property:
     def read(self: nn.Module) -> Tensor:
         bank = bank_of(self, name)
         weight = base_weight(self, name)
         # fully_shard reads its shards by this name; in the forward pass the weight is whole
-        return weight if bank is None or type(weight).__name__ == "DTensor" else bank.effective(weight)
+        return weight if bank is None or type(weight).__name__ == "DTensor" else bank.effective(values_of(weight))
 
     return property(read)
 
@@ -106,10 +112,11 @@ def _choose(cls: type[nn.Module], fast: Fast) -> Callable[..., Any]:
     def forward(self: Any, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         bank = self._modules["lora_weight"]
         formed = any(adapter.magnitude is not None for adapter in bank) and not isinstance(self, FactoredModule)
-        if bank.merged is not None or formed or args or kwargs:
+        formed = formed or getattr(self, "mode", None) == "max"  # the maximum of a bag is no linear function of it
+        if bank.merged is not None or formed or ((args or kwargs) and fast not in WITH_MORE):
             out: Tensor = cls.forward(self, input, *args, **kwargs)
         else:
-            out = fast(cls, self, bank, input)
+            out = fast(cls, self, bank, input, *args, **kwargs)
         return add_biases(self, bank, out)
 
     return forward

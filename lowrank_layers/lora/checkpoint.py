@@ -79,7 +79,7 @@ def load_lora(
         >>> model[0].lora_weight.names
         ['french']
     """
-    check_model(model)
+    check_model(model, quantized=True)
     if "." in name or not name:
         raise LowRankError(f"load_lora: got name {name!r}, expected one without dots.")
     path = Path(folder)

@@ -13,7 +13,7 @@ from ..rank import Energy, Rank, Spectrum, choose_rank
 from ..walk import check_model
 from .adapter import Adapter
 from .inject import attach_, freeze_
-from .kinds import Kernel, Kind, kind_of
+from .kinds import Kind, kind_of
 from .target import Place, Target, targets
 
 
@@ -121,9 +121,7 @@ def _extract(weight: Tensor, change: Tensor, kind: Kind, rule: Rank, key: str) -
     rank = choose_rank(rule, spectrum, len(values))
     pairs = [part.truncate(rank).pair() for part in parts]
     b, a = (torch.stack(side) for side in zip(*pairs, strict=True))
-    shapes = kind.shapes(weight, rank)
-    if isinstance(kind, Kernel) and kind.transposed:
-        b = b.unflatten(1, (-1, *weight.shape[2:])).movedim(-1, 2)
+    a, b = kind.pair(weight, a, b)
     kept = float(values[:rank].square().sum() / values.square().sum())
     size = float(torch.linalg.vector_norm(change) / torch.linalg.vector_norm(weight.double()).clamp_min(1e-300))
-    return Extracted(a.reshape(shapes[0]).to(weight), b.reshape(shapes[1]).to(weight), kept, size)
+    return Extracted(a.contiguous().to(weight), b.contiguous().to(weight), kept, size)

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..layers import LowRankEmbedding, LowRankLinear
+from ..layers import LowRankEmbedding, LowRankEmbeddingBag, LowRankLinear
 from ..layers.conv import FactoredConv, TransposedConv
 from ..moments import pad_input
 from .adapter import Bank
 from .dropout import shared_dropout
 from .kinds import Kernel, Matrix
 
-Fast = Callable[[type[nn.Module], Any, Bank, Tensor], Tensor]
+Fast = Callable[..., Tensor]
+"""``(class, module, bank, input)``, and for those ``WITH_MORE`` what else their forward takes."""
 
 
 def fast_forward(cls: type[nn.Module]) -> Fast | None:
@@ -25,10 +26,14 @@ def fast_forward(cls: type[nn.Module]) -> Fast | None:
         return _linear
     if cls.forward is nn.Embedding.forward or cls.forward is LowRankEmbedding.forward:
         return _embedding
+    if cls.forward is nn.EmbeddingBag.forward or cls.forward is LowRankEmbeddingBag.forward:
+        return _bag
     convolutions = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
     if any(cls.forward is conv.forward for conv in convolutions):
         return _convolution
-    return _convolution if issubclass(cls, FactoredConv) and not issubclass(cls, TransposedConv) else None
+    if issubclass(cls, TransposedConv):
+        return _transposed
+    return _convolution if issubclass(cls, FactoredConv) else None
 
 
 def add_biases(self: Any, bank: Bank, out: Tensor) -> Tensor:
@@ -112,14 +117,62 @@ def _convolution(cls: type[nn.Module], self: Any, bank: Bank, input: Tensor) -> 
     a, b = _stacked(bank)
     x = pad_input(self, _dropped(bank, input))
     inner = conv(x, a, None, self.stride, 0, self.dilation, self.groups)
+    return out + conv(_weighted(self, bank, inner), b, groups=self.groups)
+
+
+def _transposed(
+    cls: type[nn.Module], self: Any, bank: Bank, input: Tensor, output_size: Sequence[int] | None = None
+) -> Tensor:
+    """A thin pointwise convolution, then a transposed one with the settings of the base, to the size of its output."""
+    dims = len(self.kernel_size)
+    out: Tensor = cls.forward(self, input, output_size)
+    a, b = _stacked(bank)
+    inner = (F.conv1d, F.conv2d, F.conv3d)[dims - 1](_dropped(bank, input), a, groups=self.groups)
+    settings = zip(
+        out.shape[-dims:], inner.shape[-dims:], self.kernel_size, self.stride, self.padding, self.dilation, strict=True
+    )
+    more = [n - ((m - 1) * s - 2 * p + d * (k - 1) + 1) for n, m, k, s, p, d in settings]
+    kernel = b.unflatten(0, (self.groups, -1)).transpose(1, 2).flatten(0, 1)
+    conv = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[dims - 1]
+    inner = _weighted(self, bank, inner)
+    return out + conv(inner, kernel, None, self.stride, self.padding, more, self.groups, self.dilation)
+
+
+def _bag(
+    cls: type[nn.Module],
+    self: Any,
+    bank: Bank,
+    input: Tensor,
+    offsets: Tensor | None = None,
+    per_sample_weights: Tensor | None = None,
+) -> Tensor:
+    """Sums and means pass through a projection: bags of thin rows, then ``B``."""
+    bag = self if "weight" in self._parameters else self.down
+    more: dict[str, Any] = {"per_sample_weights": per_sample_weights, "include_last_offset": bag.include_last_offset}
+    more["padding_idx"] = bag.padding_idx
+    plain = self._parameters.get("weight")
+    if plain is None:
+        out: Tensor = cls.forward(self, input, offsets, per_sample_weights)
+    else:
+        norm = self.max_norm, self.norm_type, self.scale_grad_by_freq
+        out = F.embedding_bag(input, plain, offsets, *norm, self.mode, self.sparse, **more)
+    a, b = _stacked(bank)
+    inner = F.embedding_bag(input, a.mT, offsets, mode=bag.mode, **more)
+    return out + (inner * _strengths(bank, inner)) @ b.mT
+
+
+WITH_MORE = (_transposed, _bag)
+
+
+def _weighted(self: Any, bank: Bank, inner: Tensor) -> Tensor:
+    """Every inner channel times how much it counts."""
     strength = _strengths(bank, inner)
     if bank.rows is not None:
         strength = strength.view(len(strength), -1)
     if strength.numel() > 1:
         channels = strength.repeat(*[1] * (strength.ndim - 1), self.groups)
         strength = channels.view(*channels.shape, *[1] * len(self.kernel_size))
-    inner = inner * strength
-    return out + conv(inner, b, groups=self.groups)
+    return inner * strength
 
 
 def _stacked(bank: Bank) -> tuple[Tensor, Tensor]:

@@ -15,12 +15,16 @@ from ..errors import LowRankError
 from ..linalg import damp, leading_eigenvectors, psd_root
 from .kinds import Kind
 
-Init = Literal["kaiming", "gaussian", "orthogonal", "pissa", "olora", "eva", "corda"]
+Init = Literal["kaiming", "gaussian", "orthogonal", "pissa", "olora", "eva", "corda", "lora-ga", "loftq"]
+
+_GAMMA = 16
 
 
 @dataclass(frozen=True)
 class Start:
-    """What an init may look at: the frozen weight, its layout, the rank, the scaling, a generator, ``E[x x^T]``."""
+    """What an init may look at: the frozen weight, its layout, the rank, the scaling, a generator, ``E[x x^T]``, the
+    weight's gradient, and the weight before it was quantised.
+    """
 
     weight: Tensor
     kind: Kind
@@ -28,6 +32,8 @@ class Start:
     scaling: float
     generator: torch.Generator | None
     moment: Tensor | None = None
+    gradient: Tensor | None = None
+    reference: Tensor | None = None
 
 
 class Started(NamedTuple):
@@ -36,6 +42,12 @@ class Started(NamedTuple):
     a: Tensor
     b: Tensor
     taken_off: tuple[Tensor, Tensor] | None = None
+
+    def whole(self, weight: Tensor, kind: Kind, scaling: float) -> Tensor:
+        """The weight that the adapted one starts as, in fp32."""
+        if self.taken_off is not None:
+            return weight.float()
+        return weight.float() + scaling * kind.product(self.a.float(), self.b.float())
 
 
 def _kaiming(start: Start) -> Started:
@@ -90,6 +102,56 @@ def _corda(start: Start) -> Started:
     return _taken_off(start, root.solve(down.mT).mT, up)
 
 
+def _lora_ga(start: Start) -> Started:
+    """``A`` from the leading ``r`` right singular vectors of the gradient, ``B`` from the next ``r`` left ones.
+
+    A small step of plain gradient descent then moves the weight along the best approximation of rank ``2 r`` of its
+    gradient: of that, ``B A'`` is the part of the rows of ``A``, ``B' A`` that of the columns of ``B``. Both have the
+    paper's size ``d_out^(1/4) / sqrt(gamma)``, ``gamma = 16`` (Wang et al., 2024, algorithm 1).
+    """
+    gradient = _same_shape(start, start.gradient, "lora-ga", "gradients=weight_gradients(model, batches, loss)")
+    matrix = start.kind.matrix(gradient)
+    if 2 * start.rank > min(matrix.shape[-2:]):
+        raise LowRankError(
+            f"add_lora_: init 'lora-ga' takes 2 x {start.rank} directions, and a weight of shape"
+            f" {tuple(start.weight.shape)} has {min(matrix.shape[-2:])}; give it half of them with rank_pattern."
+        )
+    up, _, down = triplets(matrix, 2 * start.rank)
+    size = matrix.shape[-2] ** 0.25 / math.sqrt(_GAMMA)
+    a, b = _pair(start, size * down[..., : start.rank, :], size * up[..., start.rank :])
+    return Started(a, b, (a.clone(), b.clone()))
+
+
+def _loftq(start: Start) -> Started:
+    """The best approximation of what quantising took from the weight; it stays on (Li et al., 2023, algorithm 1)."""
+    reference = _same_shape(start, start.reference, "loftq", "reference= the model, or state dict, before quantising")
+    if not start.scaling > 0:
+        raise LowRankError(f"add_lora_: init 'loftq' needs a positive scaling, got {start.scaling}.")
+    up, values, down = triplets(start.kind.matrix(reference - start.weight.to(reference)), start.rank)
+    roots = (values / start.scaling).sqrt()
+    # where nothing was taken, one of the two has to be other than zero to learn
+    a, b = _pair(start, torch.where(roots > 0, roots, 1)[..., None] * down, up * roots[..., None, :])
+    return Started(a, b)
+
+
+def _same_shape(start: Start, tensor: Tensor | None, who: str, remedy: str) -> Tensor:
+    """The tensor that belongs to the weight, in fp32 at least."""
+    if tensor is None or tensor.shape != start.weight.shape:
+        got = "nothing" if tensor is None else f"one of shape {tuple(tensor.shape)}"
+        raise LowRankError(
+            f"add_lora_: init {who!r} needs a tensor for every weight, and for one of shape"
+            f" {tuple(start.weight.shape)} there is {got}; give {remedy}."
+        )
+    return tensor.to(start.weight.device, torch.promote_types(tensor.dtype, torch.float32))
+
+
+def triplets(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The leading ``U [..., out, r]``, ``S [..., r]``, ``Vh [..., r, in]`` of a matrix, or of each of a stack."""
+    parts = [svd(each, rank) for each in matrix.reshape(-1, *matrix.shape[-2:])]
+    u, s, vh = (torch.stack(sides) for sides in zip(*((part.u, part.s, part.vh) for part in parts), strict=True))
+    return (u, s, vh) if matrix.ndim == 3 else (u[0], s[0], vh[0])
+
+
 def _moment(start: Start, who: str) -> Tensor:
     if start.moment is None or start.moment.ndim != 2:
         raise LowRankError(
@@ -101,9 +163,13 @@ def _moment(start: Start, who: str) -> Tensor:
 
 def _taken_off(start: Start, down: Tensor, up: Tensor) -> Started:
     root = math.sqrt(start.scaling)
-    shapes = start.kind.shapes(start.weight, start.rank)
-    a, b = ((t / root).reshape(shape).to(start.weight) for t, shape in zip((down, up), shapes, strict=True))
-    return Started(a.contiguous(), b.contiguous(), (a.clone(), b.clone()))
+    a, b = _pair(start, down / root, up / root)
+    return Started(a, b, (a.clone(), b.clone()))
+
+
+def _pair(start: Start, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    a, b = start.kind.pair(start.weight, down, up)
+    return a.to(start.weight).contiguous(), b.to(start.weight).contiguous()
 
 
 def _plain_matrix(start: Start, who: str) -> Tensor:
@@ -131,5 +197,7 @@ INITS: dict[str, Callable[[Start], Started]] = {
     "olora": _olora,
     "eva": _eva,
     "corda": _corda,
+    "lora-ga": _lora_ga,
+    "loftq": _loftq,
 }
 """Every init by the name that ``add_lora_`` takes."""

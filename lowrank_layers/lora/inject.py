@@ -10,16 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import LowRankError, UnsupportedLayerError
-from ..layers import FactoredModule, is_derived
+from ..errors import LowRankError
 from ..moments import Statistics
 from ..unfuse import mind_fast_paths_
 from ..walk import check_model
-from .adapted import BANK, Adapted, adapted_class, bank_of, banks_of, base_weight
+from .adapted import BANK, Adapted, adapted_class, bank_of, banks_of, base_weight, values_of
 from .adapter import Adapter, Bank
+from .checks import check_place
 from .fast import fast_forward
 from .inits import INITS, Init, Start
-from .kinds import SLICES, Kind, kind_of
+from .kinds import Kind
+from .lookup import Source, tensor_for
+from .ranks import explained_ranks, moment_of, of_pattern
 from .target import Place, Target, targets
 
 DEFAULT = "default"
@@ -42,6 +44,8 @@ def add_lora_(
     freeze_a: bool = False,
     bias: bool = False,
     stats: Statistics | None = None,
+    gradients: Mapping[str, Tensor] | None = None,
+    reference: Source | None = None,
     seed: int | None = None,
 ) -> nn.Module:
     r"""Adds :math:`\tfrac{\alpha}{r} B A` to chosen weights, in place, and freezes everything else (Hu et al., 2022).
@@ -59,8 +63,9 @@ def add_lora_(
         name: of the adapter; several coexist.
         dropout: on the input of ``A``, in training. Where a weight is read instead of called it cannot be applied.
         init: ``"kaiming"`` (the usual one: ``B`` is zero), ``"gaussian"``, ``"orthogonal"``, ``"pissa"``, ``"olora"``,
-            ``"eva"`` and ``"corda"``, which look at the inputs and need ``stats``. PiSSA, OLoRA and CorDA start from a
-            product that is not zero, which is taken off again: the base is never touched.
+            ``"eva"`` and ``"corda"``, which look at the inputs and need ``stats``, ``"lora-ga"``, which looks at the
+            ``gradients``, and ``"loftq"``, which restores what quantising took from ``reference``. PiSSA, OLoRA, CorDA
+            and LoRA-GA start from a product that is not zero, which is taken off again: the base is never touched.
         rank_pattern: rank for modules whose name ends so.
         alpha_pattern: likewise alpha.
         rslora: scales by ``alpha / sqrt(rank)`` (Kalajdzievski, 2023).
@@ -69,6 +74,11 @@ def add_lora_(
         bias: adds a trained bias to the output of linear layers.
         stats: what :func:`calibrate` returned for this model. With ``"eva"`` the ranks are redistributed: the
             directions that explain most of their layer's inputs share ``rank`` times the number of layers.
+        gradients: for ``"lora-ga"``, what :func:`weight_gradients` returned for this model: by the weights' names.
+            The rank is then at most half of the smaller side (Wang et al., 2024).
+        reference: for ``"loftq"``, the model before its weights were quantised, or its state dict: the adapters start
+            at the best approximation of the difference, which stays on (Li et al., 2023). The base may be quantised in
+            place, by torchao (linear layers), or compressed.
         seed: of the initial values; ``None`` draws from the global generator.
 
     Returns:
@@ -87,7 +97,7 @@ def add_lora_(
         >>> torch.equal(model(x), before), [name for name, p in model.named_parameters() if p.requires_grad]
         (True, ['0.lora_weight.adapters.default.A', '0.lora_weight.adapters.default.B'])
     """
-    check_model(model)
+    check_model(model, quantized=True)
     if "." in name or not name:
         raise LowRankError(f"add_lora_: got name {name!r}, expected one without dots.")
     if not 0 <= dropout < 1:
@@ -100,19 +110,20 @@ def add_lora_(
     shared = explained_ranks(places, stats, rank) if init == "eva" else {}
     for place in places:
         module = model.get_submodule(place[0])
-        own_rank = _of_pattern(rank_pattern, place[0], shared.get(place, rank))
-        own_alpha = _of_pattern(alpha_pattern, place[0], float(own_rank) if alpha is None else alpha)
-        kind = _check(module, place, own_rank, name, dora)
-        weight = base_weight(module, place[1]).detach()
+        own_rank = of_pattern(rank_pattern, place[0], shared.get(place, rank))
+        own_alpha = of_pattern(alpha_pattern, place[0], float(own_rank) if alpha is None else alpha)
+        kind = check_place(module, place, own_rank, name, dora)
+        weight = values_of(base_weight(module, place[1])).detach()
         scaling = own_alpha / (math.sqrt(own_rank) if rslora else own_rank)
-        start = INITS[init](Start(weight, kind, own_rank, scaling, generator, _moment(stats, place)))
+        sources = moment_of(stats, place), tensor_for(gradients, place), tensor_for(reference, place)
+        start = INITS[init](Start(weight, kind, own_rank, scaling, generator, *sources))
         adapter = Adapter(
             start.a,
             start.b,
             scaling=scaling,
             dropout=dropout,
             start=start.taken_off,
-            magnitude=kind.lengths(weight.float()).to(weight.dtype) if dora else None,
+            magnitude=kind.lengths(start.whole(weight, kind, scaling)).to(weight.dtype) if dora else None,
             bias=weight.new_zeros(kind.matrix(weight).shape[-2]) if bias and isinstance(module, nn.Linear) else None,
         )
         adapter.A.requires_grad_(not freeze_a)
@@ -284,65 +295,6 @@ def check_name(model: nn.Module, name: str) -> None:
     known = {own for bank in banks(model) for own in bank.names}
     if name not in known:
         raise LowRankError(f"got the adapter {name!r}, expected one of {sorted(known)}.")
-
-
-def _moment(stats: Statistics | None, place: Place) -> Tensor | None:
-    return None if stats is None or place[0] not in stats else stats[place[0]].inputs.second
-
-
-def explained_ranks(places: Iterable[Place], stats: Statistics | None, rank: int) -> dict[Place, int]:
-    """EVA's ranks: the budget goes to the directions that explain most of the variance of their layer's inputs."""
-    ratios: list[tuple[float, Place]] = []
-    result: dict[Place, int] = {}
-    for place in places:
-        moment = _moment(stats, place)
-        if moment is not None and moment.ndim == 2:
-            values = torch.linalg.eigvalsh(moment).flip(0).clamp_min(0)
-            ratios += [(float(value), place) for value in values / values.sum().clamp_min(1e-300)]
-            result[place] = 1
-    ratios.sort(key=lambda pair: -pair[0])
-    counts: dict[Place, int] = {}
-    for _, place in ratios[: rank * len(result)]:
-        counts[place] = counts.get(place, 0) + 1
-    return {place: max(least, counts.get(place, 0)) for place, least in result.items()}
-
-
-def _check(module: nn.Module, place: Place, rank: int, name: str, dora: bool) -> Kind:
-    label = ".".join(filter(None, place))
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-        raise LowRankError(f"add_lora_: got rank {rank!r} for {label!r}, expected an integer of at least 1.")
-    if is_derived(module) or hasattr(module, "parametrizations"):
-        raise LowRankError(f"add_lora_: {label!r} is parametrized; fold it first.")
-    bank = bank_of(module, place[1])
-    if bank is not None and bank.merged is not None:
-        raise LowRankError(f"add_lora_: the adapters of {label!r} are merged; call unmerge_lora_ first.")
-    if bank is not None and name in bank.names:
-        raise LowRankError(f"add_lora_: {label!r} has an adapter {name!r} already; give another name.")
-    rivals = SLICES if place[1] == "in_proj_weight" else ("in_proj_weight",) if place[1] in SLICES else ()
-    if any(bank_of(module, rival) is not None for rival in rivals):
-        raise LowRankError(
-            f"add_lora_: {label!r} overlaps with a part of it that is adapted; choose the whole or parts."
-        )
-    if isinstance(module, FactoredModule) and (dora or fast_forward(type(module)) is None):
-        raise UnsupportedLayerError(
-            f"add_lora_: {label!r} is a {type(module).__name__}, whose forward never reads a whole weight"
-            f"{' to renormalise' if dora else ''}; call densify_ first."
-        )
-    kind = kind_of(module, place[1])
-    weight = base_weight(module, place[1])
-    if not weight.is_floating_point():
-        raise LowRankError(f"add_lora_: {label!r} is {weight.dtype}, expected floating point.")
-    limit = kind.limit(weight)
-    if rank > limit:
-        raise LowRankError(f"add_lora_: got rank {rank} for {label!r}, whose matrix has only {limit}.")
-    return kind
-
-
-def _of_pattern(pattern: Mapping[str, Any] | None, name: str, default: Any) -> Any:
-    for ending, value in (pattern or {}).items():
-        if name == ending or name.endswith(f".{ending}"):
-            return value
-    return default
 
 
 def freeze_(model: nn.Module) -> None:

@@ -30,6 +30,9 @@ class Kind(Protocol):
     def joined(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         """The way back from :meth:`directions`."""
 
+    def pair(self, weight: Tensor, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+        """``A`` and ``B`` from factors ``[..., r, in]`` and ``[..., out, r]`` of :meth:`matrix`."""
+
     def matrix(self, weight: Tensor) -> Tensor:
         """The weight as ``[..., out, in]``: what an init by singular values looks at."""
 
@@ -69,6 +72,11 @@ class Matrix:
     def joined(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         """The way back from :meth:`directions`."""
         return a.movedim(0, -2), b.movedim(0, -1)
+
+    def pair(self, weight: Tensor, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+        """``A`` and ``B`` from factors of the matrix: they are these."""
+        shapes = self.shapes(weight, down.shape[-2])
+        return down.reshape(shapes[0]), up.reshape(shapes[1])
 
     def matrix(self, weight: Tensor) -> Tensor:
         """The weight as ``[..., out, in]``."""
@@ -124,6 +132,13 @@ class Kernel:
     def joined(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         """The way back from :meth:`directions`."""
         return a.transpose(0, 1).flatten(0, 1), b.transpose(0, 1)
+
+    def pair(self, weight: Tensor, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+        """``A`` and ``B`` from factors of the matrix."""
+        shapes = self.shapes(weight, down.shape[-2])
+        if self.transposed:  # [..., out*area, r] holds the area behind r
+            up = up.unflatten(-2, (-1, *weight.shape[2:])).movedim(-1, -1 - (weight.ndim - 2))
+        return down.reshape(shapes[0]), up.reshape(shapes[1])
 
     def matrix(self, weight: Tensor) -> Tensor:
         """The weight as ``[groups, out, in*area]`` (transposed: ``[groups, out*area, in]``)."""

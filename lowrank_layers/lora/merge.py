@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import LowRankError
+from ..walk import is_quantized
 from .adapted import banks_of
 from .adapter import Bank
 from .kinds import SLICES, stored
@@ -32,7 +33,8 @@ def merge_lora_(model: nn.Module, *, ties: Ties = "refuse") -> nn.Module:
         The model.
 
     Raises:
-        LowRankError: if they are merged already, a weight is tied, or it is a product of factors; nothing changes then.
+        LowRankError: if they are merged already, a weight is tied, quantised, or a product of factors; nothing
+            changes then.
 
     Examples:
         >>> model = lr.add_lora_(nn.Sequential(nn.Linear(8, 8)), rank=2, init="pissa")
@@ -46,7 +48,7 @@ def merge_lora_(model: nn.Module, *, ties: Ties = "refuse") -> nn.Module:
     places = list(_places(model))
     if not places:
         raise LowRankError("merge_lora_: the model has no adapters; call add_lora_ first.")
-    users = _users(model)
+    users = users_of(model)
     merged: list[Tensor] = []
     for module, name, bank, label in places:
         if bank.merged is not None:
@@ -56,6 +58,11 @@ def merge_lora_(model: nn.Module, *, ties: Ties = "refuse") -> nn.Module:
             raise LowRankError(
                 f"merge_lora_: {label!r} is a {type(module).__name__}, whose weight is a product; call densify_ first,"
                 " or keep its adapter."
+            )
+        if is_quantized(weight):
+            raise LowRankError(
+                f"merge_lora_: {label!r} is quantised ({type(weight).__name__}), which the sum would have to be again;"
+                " keep its adapter, or merge into the full-precision model and quantise that."
             )
         others = [other for other, owner in users[id(_parameter(module, name))] if owner is not module]
         if others and ties == "refuse":
@@ -114,7 +121,7 @@ def _places(model: nn.Module) -> list[tuple[nn.Module, str, Bank, str]]:
     ]
 
 
-def _users(model: nn.Module) -> dict[int, list[tuple[str, nn.Module]]]:
+def users_of(model: nn.Module) -> dict[int, list[tuple[str, nn.Module]]]:
     """The modules of every parameter, with its name there."""
     users: dict[int, list[tuple[str, nn.Module]]] = defaultdict(list)
     for owner, module in model.named_modules():

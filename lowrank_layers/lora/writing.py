@@ -79,7 +79,7 @@ def save_lora(
         >>> torch.allclose(lr.load_lora(fresh, folder)(x), model(x), atol=1e-6)
         True
     """
-    check_model(model)
+    check_model(model, quantized=True)
     names = sorted({own for bank in banks(model) for own in bank.names})
     if name is None and len(names) != 1:
         raise LowRankError(f"save_lora: the model has the adapters {names}, expected one; give the name of it.")

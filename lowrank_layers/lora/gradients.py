@@ -1,0 +1,105 @@
+"""The full gradient of every weight at the start: what LoRA-GA looks at."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..calibrate import Loss, check_loss, forward, quiet_eval
+from ..errors import LowRankError
+from ..walk import check_model, is_quantized
+from .kinds import SLICES
+from .target import Target, targets
+
+
+def weight_gradients(
+    model: nn.Module, batches: Iterable[Any], loss: Loss, *, target: Target | None = None
+) -> dict[str, Tensor]:
+    """The gradient of the loss by every weight, averaged over batches, in fp32: for ``add_lora_(init="lora-ga")``.
+
+    Runs the model in eval mode on its own device; the train / eval flags, ``requires_grad`` and ``.grad`` are left as
+    they were. On an adapted model they are the gradients at base and adapters together.
+
+    Args:
+        model: any model; frozen weights have gradients here too, quantised and factored ones have none.
+        batches: tensors, tuples ``(inputs..., target)``, or dicts of keyword arguments (their ``"labels"`` are the
+            target), as in :func:`calibrate`.
+        loss: ``loss(output, target) -> scalar``.
+        target: of which weights, as in :func:`add_lora_`; by default of every matrix and kernel. All of them together
+            take four bytes a parameter.
+
+    Returns:
+        Gradients by the names of ``named_parameters``; a weight of several names has one under each. Weights that the
+        loss does not depend on are left out.
+
+    Raises:
+        LowRankError: for no batches, batches of another kind, a loss that is no scalar, or gradients that are not
+            finite.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+        >>> batches = [(torch.randn(32, 8), torch.randint(4, (32,))) for _ in range(2)]
+        >>> gradients = lr.weight_gradients(model, batches, nn.functional.cross_entropy)
+        >>> {name: tuple(gradient.shape) for name, gradient in gradients.items()}
+        {'0.weight': (16, 8), '2.weight': (4, 16)}
+
+    Wang et al., "LoRA-GA: Low-Rank Adaptation with Gradient Approximation", 2024, section 3.
+    """
+    check_model(model, quantized=True)
+    if isinstance(batches, (Tensor, dict)):
+        raise LowRankError(
+            f"weight_gradients: got one {type(batches).__name__}, expected a list of batches; write [batch]."
+        )
+    weights = _weights(model, target)
+    trainable = [weight.requires_grad for weight in weights]
+    sums: list[Tensor | None] = [None] * len(weights)
+    count = 0
+    try:
+        for weight in weights:
+            weight.requires_grad_(True)
+        with quiet_eval(model), torch.enable_grad():
+            for batch in batches:
+                count += 1
+                value = check_loss(loss(*forward(model, batch, with_target=True)), "weight_gradients")
+                found = torch.autograd.grad(value, weights, allow_unused=True)
+                sums = [_plus(total, gradient) for total, gradient in zip(sums, found, strict=True)]
+    finally:
+        for weight, flag in zip(weights, trainable, strict=True):
+            weight.requires_grad_(flag)
+    if not count:
+        raise LowRankError("weight_gradients: batches is empty.")
+    means = {id(weight): total / count for weight, total in zip(weights, sums, strict=True) if total is not None}
+    names = _names(model)
+    for key, mean in means.items():
+        if not bool(torch.isfinite(mean).all()):
+            raise LowRankError(f"weight_gradients: that of {names[key][0]!r} has NaN or Inf; look at the batches.")
+    return {name: means[key] for key, own in names.items() if key in means for name in own}
+
+
+def _weights(model: nn.Module, target: Target | None) -> list[nn.Parameter]:
+    found: dict[int, nn.Parameter] = {}
+    for owner, name in targets(model, (lambda *_: True) if target is None else target):
+        weight = model.get_submodule(owner)._parameters.get("in_proj_weight" if name in SLICES else name)
+        if weight is not None and weight.is_floating_point() and not is_quantized(weight):
+            found[id(weight)] = weight
+    if not found:
+        raise LowRankError("weight_gradients: no weight of the target is a dense floating point parameter.")
+    return list(found.values())
+
+
+def _plus(total: Tensor | None, gradient: Tensor | None) -> Tensor | None:
+    if gradient is None:
+        return total
+    wide = (gradient.to_dense() if gradient.is_sparse else gradient).float()
+    return wide if total is None else total.add_(wide)
+
+
+def _names(model: nn.Module) -> dict[int, list[str]]:
+    names: dict[int, list[str]] = defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names[id(parameter)].append(name)
+    return names

@@ -1,0 +1,127 @@
+"""Quantising weights and choosing adapters together, in turns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import LowRankError
+from ..walk import check_model
+from .adapted import base_weight
+from .checks import check_place
+from .inits import triplets
+from .inject import DEFAULT, add_lora_
+from .kinds import SLICES, kind_of
+from .merge import users_of
+from .target import Place, Target, targets
+
+Quantize = Callable[[Tensor], Tensor]
+
+
+@torch.no_grad()
+def loftq_(
+    model: nn.Module,
+    rank: int,
+    quantize: Quantize,
+    *,
+    steps: int = 5,
+    target: Target = "all-linear",
+    alpha: float | None = None,
+    name: str = DEFAULT,
+) -> nn.Module:
+    r"""Quantises weights and adds adapters that restore as much of them as their rank can, in place (Li et al., 2023).
+
+    In turns :math:`Q = q(W - s B A)` and :math:`s B A = \mathrm{SVD}_r(W - Q)`, so that each makes up for the other.
+    Rounding is no projection, and a later turn may be worse: the best of all is kept. Unlike :func:`add_lora_` this
+    writes the base, which is then :math:`Q`.
+
+    Args:
+        model: any model of dense weights.
+        rank: of the adapters.
+        quantize: the values of a weight after quantising, as a tensor of the same shape: rounded, not packed.
+        steps: how many turns; with one, the plain weight is quantised.
+        target: what to quantise and adapt, as in :func:`add_lora_`.
+        alpha: as in :func:`add_lora_`.
+        name: of the adapter.
+
+    Returns:
+        The model.
+
+    Raises:
+        LowRankError: as :func:`add_lora_`, or if a weight is tied, factored or quantised already, or ``quantize``
+            returns another shape or NaN; the model is as it was then.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Linear(32, 32))
+        >>> weight = model[0].weight.detach().clone()
+        >>> to_eighths = lambda w: (w * 8).round() / 8
+        >>> _ = lr.loftq_(model, 8, to_eighths)
+        >>> bool((model[0].weight - weight).norm() < (to_eighths(weight) - weight).norm())
+        True
+
+    Li et al., "LoftQ: LoRA-Fine-Tuning-Aware Quantization for Large Language Models", 2023, algorithm 1.
+    """
+    check_model(model)
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise LowRankError(f"loftq_: got steps {steps!r}, expected an integer of at least 1.")
+    places = targets(model, target)
+    owners = users_of(model)
+    for place in places:
+        _check_own(model.get_submodule(place[0]), place, owners)
+        check_place(model.get_submodule(place[0]), place, rank, name)
+    kept = {place: _weight(model, place).clone() for place in places}
+    found = {place: _alternate(weight, model, place, rank, quantize, steps) for place, weight in kept.items()}
+    reference = {".".join(filter(None, place)): weight for place, weight in kept.items()}
+    try:
+        for place, value in found.items():
+            _weight(model, place).copy_(value)
+        return add_lora_(model, target, rank, alpha, name=name, init="loftq", reference=reference)
+    except BaseException:
+        for place, weight in kept.items():
+            _weight(model, place).copy_(weight)
+        raise
+
+
+def _weight(model: nn.Module, place: Place) -> Tensor:
+    return base_weight(model.get_submodule(place[0]), place[1]).detach()
+
+
+def _check_own(module: nn.Module, place: Place, owners: dict[int, list[tuple[str, nn.Module]]]) -> None:
+    label = ".".join(filter(None, place))
+    weight = module._parameters.get("in_proj_weight" if place[1] in SLICES else place[1])
+    if weight is None:
+        raise LowRankError(
+            f"loftq_: {label!r} is a {type(module).__name__}, whose weight is a product; quantise its factors."
+        )
+    others = [other for other, owner in owners[id(weight)] if owner is not module]
+    if others:
+        raise LowRankError(
+            f"loftq_: the weight of {label!r} is tied to {', '.join(map(repr, others))}, which quantising would change;"
+            " choose another target."
+        )
+
+
+def _alternate(weight: Tensor, model: nn.Module, place: Place, rank: int, quantize: Quantize, steps: int) -> Tensor:
+    """The quantised weight that leaves least when its best correction is added."""
+    kind = kind_of(model.get_submodule(place[0]), place[1])
+    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    correction = torch.zeros_like(wide)
+    best, least = weight, float("inf")
+    for _ in range(steps):
+        value = quantize((wide - correction).to(weight.dtype))
+        if not isinstance(value, Tensor) or value.shape != weight.shape or not bool(torch.isfinite(value).all()):
+            got = f"NaN, Inf or shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise LowRankError(
+                f"loftq_: quantize returned {got} for {'.'.join(filter(None, place))!r}, expected finite values of"
+                f" shape {tuple(weight.shape)}."
+            )
+        value = value.detach().to(weight)
+        residual = wide - value
+        up, values, down = triplets(kind.matrix(residual), rank)
+        correction = kind.product(*kind.pair(weight, down, up * values[..., None, :]))
+        left = float(torch.linalg.vector_norm(residual - correction))
+        if left < least:
+            best, least = value, left
+    return best
