@@ -38,14 +38,15 @@ def peft() -> Any:
 
 
 def paired(functions: Sequence[Callable[[], object]], rounds: int) -> tuple[list[float], list[float]]:
-    """Median CPU seconds of each, run in turn, and the medians of their ratios to the first one's."""
+    """Median CPU seconds of each, run in turn (another one first every time), and of their ratios to the first's."""
     taken: list[list[float]] = [[] for _ in functions]
     for k in range(rounds + 1):
-        for function, own in zip(functions, taken, strict=True):
+        for turn in range(len(functions)):
+            which = (k + turn) % len(functions)
             start = time.process_time()
-            function()
+            functions[which]()
             if k:
-                own.append(time.process_time() - start)
+                taken[which].append(time.process_time() - start)
     ratios = [statistics.median(t / base for t, base in zip(own, taken[0], strict=True)) for own in taken]
     return [statistics.median(own) for own in taken], ratios
 
@@ -205,6 +206,17 @@ def import_seconds(package: str, rounds: int) -> float:
     return statistics.median(float(text.split()[-1]) for text in texts)
 
 
+def lora_import_seconds(rounds: int) -> float:
+    """Median seconds of that part alone, from Python's own clock of imports."""
+    command = [sys.executable, "-X", "importtime", "-c", "import torch, lowrank_layers"]
+    found = []
+    for _ in range(rounds):
+        lines = subprocess.run(command, capture_output=True, text=True, check=True).stderr.splitlines()
+        (line,) = [line for line in lines if line.split("|")[-1].strip() == "lowrank_layers.lora"]
+        found.append(1e-6 * float(line.split("|")[1]))
+    return statistics.median(found)
+
+
 class Projections(nn.Module):
     """Query, key and value, which read the same tensor."""
 
@@ -264,13 +276,15 @@ def init_rows(args: argparse.Namespace) -> list[list[object]]:
     rows: list[list[object]] = []
     for kind, rates in RATES.items():
         losses: dict[tuple[str, float], float] = {}
-        inits = ("kaiming", "olora", "pissa")
+        inits = ("kaiming", "olora", "pissa", "lora-ga")
         for init in inits:
             same = True
             for rate in rates:
                 found = []
                 for seed, base, out in zip(seeds, bases, before, strict=True):
-                    model = lr.add_lora_(copy.deepcopy(base), rank=8, alpha=8, init=init, seed=seed)
+                    gradients = lr.weight_gradients(base, [(x[~odd], y[~odd])], F.cross_entropy)
+                    model = copy.deepcopy(base)
+                    lr.add_lora_(model, rank=8, alpha=8, init=init, seed=seed, gradients=gradients)
                     optimizer = OPTIMIZERS[kind](lr.lora_parameters(model), lr=rate)
                     found.append(train(model, optimizer, x[~odd], y[~odd], 50))
                     with lr.lora_disabled(model):
@@ -305,7 +319,7 @@ def extraction_rows(args: argparse.Namespace) -> list[list[object]]:
 
 def run(args: argparse.Namespace) -> str:
     torch.manual_seed(0)
-    args.tokens, args.rounds, args.repeat = (8, 2, 1) if args.smoke else (TOKENS, 15, 1)
+    args.tokens, args.rounds, args.repeat = (8, 2, 1) if args.smoke else (TOKENS, 30, 1)
     cases = [(32, 2), (64, 4)] if args.smoke else CASES
     speed = [row for width, rank in cases for row in speed_rows(width, rank, args)]
     width, rank = (32, 2) if args.smoke else (1024, 8)
@@ -313,6 +327,7 @@ def run(args: argparse.Namespace) -> str:
     mixed = [row for tokens in (1, 16) for row in mixed_rows(width, rank, tokens, args)]
     rounds = 1 if args.smoke else 5
     imports = [[name, f"{import_seconds(name, rounds):.2f}"] for name in ("lowrank_layers", "peft")]
+    imports.insert(0, ["the part lowrank_layers.lora", f"{lora_import_seconds(rounds):.2f}"])
     return "\n\n".join(
         [
             "CPU seconds of the process, medians of runs in turn; in brackets the median ratio to the frozen layer.",
