@@ -22,6 +22,7 @@ from .cost import Cost
 from .decompose import cp, nmf, svd, tucker
 from .errors import BudgetError, CheckpointError, LowRankError, MissingExtraError, UnsupportedLayerError
 from .factors import CP, NMF, SVD, Blocks, BlockTT, Factorization, Tucker
+from .kv_cache import KVSettings, LowRankKV, Rotation
 from .layers import (
     CPConv1d,
     CPConv2d,
@@ -110,6 +111,7 @@ __all__ = [
     "FactoredModule",
     "Factorization",
     "GavishDonoho",
+    "KVSettings",
     "LayerStats",
     "LoraRankAllocator",
     "LowRankConv1d",
@@ -121,6 +123,7 @@ __all__ = [
     "LowRankEmbedding",
     "LowRankEmbeddingBag",
     "LowRankError",
+    "LowRankKV",
     "LowRankLinear",
     "LowRankMultiheadAttention",
     "LowRankTransposedLinear",
@@ -132,6 +135,7 @@ __all__ = [
     "Rank",
     "RankRule",
     "RelativeError",
+    "Rotation",
     "SVDMethod",
     "SampledCrossEntropy",
     "SpatialMethod",

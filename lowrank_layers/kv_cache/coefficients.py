@@ -1,0 +1,73 @@
+"""The coefficients of old tokens: what grows with every token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+
+class Coefficients:
+    """``[batch, groups, rank, tokens]`` in a floating dtype, or in int8 with an fp16 scale a token and group.
+
+    The tokens come last: a query times the coefficients is then a product of thin and long matrices that both are read
+    row by row.
+
+    Args:
+        values: the first tokens', in fp32.
+        dtype: to be stored in.
+    """
+
+    def __init__(self, values: Tensor, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self.values, self.scales = self._stored(values)
+
+    @property
+    def rank(self) -> int:
+        """Of each group."""
+        return self.values.shape[2]
+
+    @property
+    def tokens(self) -> int:
+        """How many are held."""
+        return self.values.shape[3]
+
+    def append(self, values: Tensor) -> None:
+        """More tokens, in fp32."""
+        more, scales = self._stored(values)
+        self.values = torch.cat([self.values, more], -1)
+        if self.scales is not None and scales is not None:
+            self.scales = torch.cat([self.scales, scales], -1)
+
+    def read(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        """``[batch, groups, rank, stop - start]``."""
+        whole = start == 0 and stop == self.tokens
+        values = (self.values if whole else self.values[..., start:stop]).to(dtype)
+        if self.scales is None:
+            return values
+        scales = self.scales if whole else self.scales[..., start:stop]
+        return values.mul_(scales[:, :, None].to(dtype))
+
+    def truncate(self, tokens: int) -> None:
+        """Leaves the first ones."""
+        self.apply(lambda t: t[..., :tokens].contiguous())
+
+    def apply(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Replaces every tensor."""
+        self.values = change(self.values)
+        self.scales = None if self.scales is None else change(self.scales)
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """What is stored, by name."""
+        yield "values", self.values
+        if self.scales is not None:
+            yield "scales", self.scales
+
+    def _stored(self, values: Tensor) -> tuple[Tensor, Tensor | None]:
+        if self.dtype != torch.int8:
+            return values.to(self.dtype).contiguous(), None
+        # rounding is against the scale as it is stored; its least value keeps rows of zeros from dividing by zero
+        scales = (values.abs().amax(2) / 127).clamp_min(2.0**-24).half()
+        codes = (values / scales[:, :, None].float()).round().clamp(-127, 127)
+        return codes.to(torch.int8).contiguous(), scales

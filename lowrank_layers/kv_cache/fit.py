@@ -1,0 +1,61 @@
+"""From the first old tokens to subspaces and coefficients."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import torch
+from torch import Tensor
+
+from .coefficients import Coefficients
+from .latent import Heads, Latent, Part, grouped
+from .settings import KVSettings
+from .subspace import Scatter, Subspace, chosen_ranks
+
+
+def fit_latent(
+    x: Tensor, settings: KVSettings, dtype: torch.dtype, given: Subspace | None = None, *, values: bool
+) -> Latent:
+    """Keys or values ``[batch, heads, tokens, size]`` at the rank that was asked for.
+
+    Args:
+        x: in fp32, keys without their rotation.
+        settings: the rank and the dtypes.
+        dtype: of the cache.
+        given: a subspace that is fixed already.
+        values: whether these are values.
+    """
+    heads, size = x.shape[1], x.shape[3]
+    together = heads if settings.joint else 1
+    in_bases, in_coefficients = settings.dtypes(dtype)
+    if given is not None:
+        chosen: list[tuple[Heads, Subspace]] = [(slice(None), given.to(x.device, in_bases))]
+        together = given.mean.shape[2] // size
+    else:
+        scatter = Scatter.of(grouped(x, together))
+        rank = settings.rank_of(values)
+        if isinstance(rank, int):
+            ranks = [rank * together] * (heads // together)
+        else:
+            ranks = chosen_ranks(rank, scatter, "LowRankKV")
+        chosen = _by_rank(scatter, ranks, in_bases)
+    parts, left = [], 0.0
+    for which, subspace in chosen:
+        rows = grouped(x[:, which], together)
+        parts.append(Part(which, size, subspace, Coefficients(subspace.coefficients(rows), in_coefficients)))
+        left = max(left, subspace.discarded(rows))
+    return Latent(parts, left)
+
+
+def _by_rank(scatter: Scatter, ranks: list[int], dtype: torch.dtype) -> list[tuple[Heads, Subspace]]:
+    """One subspace for all groups of a rank."""
+    if len(set(ranks)) == 1:
+        return [(slice(None), scatter.fit(ranks[0], dtype))]
+    groups: dict[int, list[int]] = defaultdict(list)
+    for group, rank in enumerate(ranks):
+        groups[rank].append(group)
+    whole = scatter.fit(max(ranks), dtype)
+    return [
+        (which, Subspace(whole.basis[:, which, :, :rank].contiguous(), whole.mean[:, which].contiguous()))
+        for rank, which in groups.items()
+    ]

@@ -1,0 +1,274 @@
+"""The keys and values of one layer: first and recent tokens as they are, those between as coefficients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from ..errors import LowRankError
+from .attend import Exact, Old, Piece, attend
+from .fit import fit_latent
+from .latent import Latent
+from .rotation import Rotation
+from .settings import KVSettings
+from .subspace import Subspace
+from .tail import Tail
+
+
+class LowRankKV:
+    r"""A key/value cache of one attention layer that stores old tokens at low rank and attends without rebuilding them.
+
+    The first tokens (attention sinks) and the most recent ones are exact. The others are
+    :math:`k_i \approx \bar k + B c_i`, so that :math:`q^T k_i = q^T \bar k + (q^T B) c_i` and
+    :math:`\sum_i p_i v_i = \bar v \sum_i p_i + B \sum_i p_i c_i` need the coefficients only. The subspace is fitted to
+    the first tokens that are compressed and then frozen, until it fits a block much worse than those.
+
+    Args:
+        settings: the ranks, how many tokens stay exact...
+        rotation: how keys were rotated when they come (RoPE), so that it can be taken off.
+        subspaces: of keys and values, with a batch of one, from calibration; ``None`` fits them to the tokens.
+
+    Shape:
+        keys and values ``[batch, heads, tokens, size]``; queries have a multiple of the heads.
+
+    Examples:
+        >>> cache = lr.LowRankKV(lr.KVSettings(rank=8, keep_recent=16), lr.Rotation.of(64))
+        >>> k, v = torch.randn(2, 1, 2, 600, 64)
+        >>> cache.append(k, v)
+        >>> exact = cache.attend(q := torch.randn(1, 8, 1, 64))
+        >>> cache.compress()
+        >>> cache.attend(q).shape, len(cache), round((k.nbytes + v.nbytes) / cache.nbytes(), 1)
+        (torch.Size([1, 8, 1, 64]), 600, 3.5)
+    """
+
+    def __init__(
+        self,
+        settings: KVSettings,
+        rotation: Rotation | None = None,
+        subspaces: tuple[Subspace, Subspace] | None = None,
+    ) -> None:
+        self.settings = settings
+        self.rotation = rotation if settings.rope == "before" else None
+        self.subspaces = subspaces
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets all tokens."""
+        self.first: tuple[Tensor, Tensor] | None = None
+        self.old: tuple[Latent, Latent] | None = None
+        self.tail: tuple[Tail, Tail] | None = None
+
+    def __len__(self) -> int:
+        return self._before_tail() + (0 if self.tail is None else self.tail[0].tokens)
+
+    @property
+    def compressed(self) -> int:
+        """How many tokens are coefficients."""
+        return 0 if self.old is None else self.old[0].tokens
+
+    def append(self, keys: Tensor, values: Tensor) -> None:
+        """More tokens, exact as they are.
+
+        Raises:
+            LowRankError: for no tokens, other shapes, dtypes or devices than before, NaN or Inf, or more than
+                ``max_length``; nothing is appended then.
+        """
+        self._check(keys, values)
+        if self.tail is None:
+            room = self.settings.keep_recent + self.settings.block
+            self.tail = Tail(keys, room), Tail(values, room)
+        for tail, x in zip(self.tail, (keys, values), strict=True):
+            tail.append(x)
+
+    def attend(
+        self,
+        query: Tensor,
+        *,
+        mask: Tensor | None = None,
+        scale: float | None = None,
+        causal: bool = True,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        """Softmax attention of the last tokens' queries; see :func:`lowrank_layers.kv_cache.attend`."""
+        return attend(query, self.pieces(), mask=mask, scale=scale, causal=causal, softcap=softcap, sinks=sinks)
+
+    def pieces(self) -> list[Piece]:
+        """All tokens, in order."""
+        if self.tail is None:
+            raise LowRankError("LowRankKV: the cache is empty; append keys and values first.")
+        found: list[Piece] = [] if self.first is None else [Exact(*self.first)]
+        if self.old is not None:
+            found.append(Old(*self.old, self.rotation, found[0].tokens if found else 0))
+        keys, values = self.tail
+        return [*found, Exact(keys.read(), values.read())] if keys.tokens or not found else found
+
+    def dense(self) -> tuple[Tensor, Tensor]:
+        """All keys and values, rebuilt: for an attention that knows nothing of coefficients."""
+        dtype = self._like().dtype
+        keys, values = zip(*(piece.dense(dtype) for piece in self.pieces()), strict=True)
+        return torch.cat(keys, 2), torch.cat(values, 2)
+
+    @torch.no_grad()
+    def compress(self) -> None:
+        """Turns tokens that are neither first nor recent into coefficients, once there is a block of them."""
+        if self.tail is None:
+            return
+        count = self.tail[0].tokens - self.settings.keep_recent
+        if self.old is None:
+            self._begin(count)
+        elif count >= self.settings.block:
+            limits = self._limits()
+            for latent, x, limit in zip(self.old, self._leaving(0, count), limits, strict=True):
+                latent.extend(x, limit)
+            self._drop(count)
+
+    def crop(self, tokens: int) -> None:
+        """Leaves the first ``tokens`` tokens."""
+        tokens = max(0, min(tokens, len(self)))
+        if tokens == 0:
+            self.reset()
+            return
+        first, before = self._first_tokens(), self._before_tail()
+        assert self.tail is not None
+        for tail in self.tail:
+            tail.truncate(max(0, tokens - before))
+        if self.old is not None and tokens < before:
+            if tokens <= first:
+                self.old = None
+            else:
+                for latent in self.old:
+                    latent.truncate(tokens - first)
+        if self.first is not None and tokens < first:
+            keys, values = (t[:, :, :tokens].contiguous() for t in self.first)
+            self.first = keys, values
+
+    def select(self, index: Tensor) -> None:
+        """Takes these rows of the batch, in this order (beam search, finished rows)."""
+        self._over_batch(lambda t: t.index_select(0, index.to(t.device)))
+
+    def repeat(self, times: int) -> None:
+        """Repeats every row of the batch."""
+        self._over_batch(lambda t: t.repeat_interleave(times, 0))
+
+    def nbytes(self) -> int:
+        """All that is stored, room for more included."""
+        return sum(t.nbytes for _, t in self.tensors())
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """What is stored, by name."""
+        for index, side in enumerate(("keys", "values")):
+            if self.first is not None:
+                yield f"{side}.first", self.first[index]
+            if self.old is not None:
+                for name, tensor in self.old[index].tensors():
+                    yield f"{side}.{name}", tensor
+            if self.tail is not None:
+                yield f"{side}.tail", self.tail[index].buffer
+
+    def _begin(self, count: int) -> None:
+        """The first fit."""
+        assert self.tail is not None
+        skip = min(self.settings.keep_first, self.tail[0].tokens) if self.first is None else 0
+        if count - skip < self.settings.block:
+            return
+        keys, values = self._leaving(skip, count)
+        subspaces = (None, None) if self.subspaces is None else self.subspaces
+        made = [
+            fit_latent(x, self.settings, self._like().dtype, given, values=index == 1)
+            for index, (x, given) in enumerate(zip((keys, values), subspaces, strict=True))
+        ]
+        if skip:
+            first, second = (tail.read()[:, :, :skip].clone() for tail in self.tail)
+            self.first = first, second
+        self.old = made[0], made[1]
+        self._drop(count)
+
+    def _leaving(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Tokens of the tail, the rotation taken off the keys, in fp32."""
+        assert self.tail is not None
+        keys, values = (tail.read()[:, :, start:stop].float() for tail in self.tail)
+        if self.rotation is not None:
+            index = self._before_tail() + start
+            keys = self.rotation.turn(keys, -torch.arange(index, index + stop - start, device=keys.device))
+        return keys, values
+
+    def _drop(self, count: int) -> None:
+        assert self.tail is not None
+        for tail in self.tail:
+            tail.drop(count)
+
+    def _limits(self) -> list[float | None]:
+        assert self.old is not None
+        factor = self.settings.refresh
+        # looking at the error waits for the device, and breaks a compiled graph
+        if factor is None or torch.compiler.is_compiling():
+            return [None, None]
+        return [factor * latent.discarded + 1e-4 for latent in self.old]
+
+    def _first_tokens(self) -> int:
+        return 0 if self.first is None else self.first[0].shape[2]
+
+    def _before_tail(self) -> int:
+        return self._first_tokens() + self.compressed
+
+    def _like(self) -> Tensor:
+        assert self.tail is not None
+        return self.tail[0].buffer
+
+    def _over_batch(self, change: Callable[[Tensor], Tensor]) -> None:
+        if self.tail is None:
+            return
+        if self.first is not None:
+            keys, values = map(change, self.first)
+            self.first = keys, values
+        for latent in self.old or ():
+            latent.over_batch(change)
+        for tail in self.tail:
+            tail.over_batch(change)
+
+    def _check(self, keys: Tensor, values: Tensor) -> None:
+        if keys.ndim != 4 or values.ndim != 4 or keys.shape[:3] != values.shape[:3]:
+            raise LowRankError(
+                f"LowRankKV: got keys {tuple(keys.shape)} and values {tuple(values.shape)}, expected"
+                " [batch, heads, tokens, size] with the same batch, heads and tokens."
+            )
+        if keys.shape[2] == 0:
+            raise LowRankError(
+                "LowRankKV: got keys of no tokens, expected at least one; give a prompt that is not empty."
+            )
+        if keys.dtype != values.dtype or keys.device != values.device:
+            raise LowRankError(
+                f"LowRankKV: got keys in {keys.dtype} on {keys.device} and values in {values.dtype} on {values.device},"
+                " expected one dtype and one device."
+            )
+        for rank, x, what in (
+            (self.settings.rank, keys, "keys"),
+            (self.settings.rank_of(values=True), values, "values"),
+        ):
+            if isinstance(rank, int) and rank > x.shape[3]:
+                raise LowRankError(
+                    f"LowRankKV: got rank {rank} for {what} of {x.shape[3]} entries a head, expected at most that many."
+                )
+        if self.tail is not None:
+            for tail, x, what in zip(self.tail, (keys, values), ("keys", "values"), strict=True):
+                known = tail.buffer
+                same = known.shape[:2] == x.shape[:2] and known.shape[3] == x.shape[3]
+                if not same or known.dtype != x.dtype or known.device != x.device:
+                    raise LowRankError(
+                        f"LowRankKV: got {what} {_described(x)}, but the cache holds {_described(known)}; a cache"
+                        " belongs to one model, batch, dtype and device: make a new one."
+                    )
+        limit = self.settings.max_length
+        if limit is not None and len(self) + keys.shape[2] > limit:
+            raise LowRankError(
+                f"LowRankKV: got {keys.shape[2]} more tokens after {len(self)}, expected at most max_length={limit}."
+            )
+        if not torch.compiler.is_compiling() and not bool(torch.isfinite(keys.sum() + values.sum())):
+            raise LowRankError("LowRankKV: got keys or values with NaN or Inf; look at the model's input and dtype.")
+
+
+def _described(x: Tensor) -> str:
+    return f"[{x.shape[0]}, {x.shape[1]}, tokens, {x.shape[3]}] in {x.dtype} on {x.device}"

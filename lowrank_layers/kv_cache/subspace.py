@@ -1,0 +1,102 @@
+"""The subspace in which the keys or values of a group of heads lie."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..rank import Rank, Spectrum, choose_rank
+
+
+@dataclass(frozen=True, eq=False)
+class Subspace:
+    """Rows ``x`` as ``mean + basis c``.
+
+    Args:
+        basis: ``[batch, groups, width, rank]``; a batch of one serves all rows.
+        mean: ``[batch, groups, width]``.
+    """
+
+    basis: Tensor
+    mean: Tensor
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> Subspace:
+        """On that device, stored in that dtype."""
+        return Subspace(self.basis.to(device, dtype), self.mean.to(device, dtype))
+
+    def coefficients(self, rows: Tensor) -> Tensor:
+        """The least-squares ``c`` of ``[batch, groups, tokens, width]``, in fp32, ``[batch, groups, rank, tokens]``.
+
+        Against the basis as it is stored: rounded to fewer bits it is no longer orthonormal.
+        """
+        basis = self.basis.float()
+        centred = rows.float() - self.mean.float()[:, :, None]
+        solved: Tensor = torch.linalg.solve(basis.mT @ basis, basis.mT @ centred.mT)
+        return solved
+
+    def rows(self, coefficients: Tensor) -> Tensor:
+        """``mean + basis c``, ``[batch, groups, tokens, width]``, in the dtype of the coefficients."""
+        dtype = coefficients.dtype
+        return coefficients.mT @ self.basis.to(dtype).mT + self.mean.to(dtype)[:, :, None]
+
+    def discarded(self, rows: Tensor) -> float:
+        """The part of the rows' energy about the mean that the subspace does not hold."""
+        centred = rows.float() - self.mean.float()[:, :, None]
+        left = rows.float() - self.rows(self.coefficients(rows))
+        return float(left.square().sum() / centred.square().sum().clamp_min(1e-30))
+
+
+@dataclass(frozen=True, eq=False)
+class Scatter:
+    """Count, mean and centred second moment of rows (``[batch, groups, width, width]``): what is fitted."""
+
+    count: int
+    mean: Tensor
+    second: Tensor
+
+    @classmethod
+    def of(cls, rows: Tensor) -> Scatter:
+        """Of ``[batch, groups, tokens, width]``."""
+        wide = rows.float()
+        mean = wide.mean(2)
+        centred = wide - mean[:, :, None]
+        return cls(rows.shape[2], mean, centred.mT @ centred)
+
+    @classmethod
+    def of_latent(cls, subspace: Subspace, coefficients: Tensor) -> Scatter:
+        """Of rows that are known by their coefficients; they are not formed."""
+        basis, middle = subspace.basis.float(), coefficients.mean(3)
+        centred = coefficients - middle[..., None]
+        mean = subspace.mean.float() + (basis @ middle[..., None])[..., 0]
+        return cls(coefficients.shape[3], mean, basis @ (centred @ centred.mT) @ basis.mT)
+
+    def __add__(self, other: Scatter) -> Scatter:
+        count = self.count + other.count
+        apart = other.mean - self.mean
+        between = apart[..., :, None] * apart[..., None, :] * (self.count * other.count / count)
+        return Scatter(count, self.mean + apart * (other.count / count), self.second + other.second + between)
+
+    def spectrum(self) -> tuple[Tensor, Tensor]:
+        """Eigenvalues, largest first, and their vectors as columns."""
+        # wide ones in fp32: their vectors have to span, not to be exact
+        second = self.second if self.second.shape[-1] > 256 else self.second.double()
+        values, vectors = torch.linalg.eigh(second)
+        return values.flip(-1).clamp_min(0), vectors.flip(-1)
+
+    def fit(self, rank: int, dtype: torch.dtype) -> Subspace:
+        """The best subspace of that rank, stored in that dtype."""
+        _, vectors = self.spectrum()
+        return Subspace(vectors[..., :rank].to(dtype).contiguous(), self.mean.to(dtype))
+
+
+def chosen_ranks(rule: Rank, scatter: Scatter, owner: str) -> list[int]:
+    """The rank of every group by a rule; the rows of a batch are looked at together."""
+    width = scatter.mean.shape[-1]
+    values = scatter.spectrum()[0].mean(0).sqrt()
+    sizes = range(scatter.count + width, (scatter.count + width) * width + 1, scatter.count + width)
+    shape = (scatter.count, width)
+    return [
+        choose_rank(rule, Spectrum(each, shape, sizes, scatter.count * width, owner), width) for each in values.cpu()
+    ]
