@@ -22,7 +22,7 @@ from .cost import Cost
 from .decompose import cp, nmf, svd, tucker
 from .errors import BudgetError, CheckpointError, LowRankError, MissingExtraError, UnsupportedLayerError
 from .factors import CP, NMF, SVD, Blocks, BlockTT, Factorization, Tucker
-from .kv_cache import KVSettings, LowRankKV, Rotation
+from .kv_cache import KVSettings, LowRankAttention, LowRankKV, Rotation, compress_together, kv_subspaces
 from .layers import (
     CPConv1d,
     CPConv2d,
@@ -114,6 +114,7 @@ __all__ = [
     "KVSettings",
     "LayerStats",
     "LoraRankAllocator",
+    "LowRankAttention",
     "LowRankConv1d",
     "LowRankConv2d",
     "LowRankConv3d",
@@ -155,10 +156,12 @@ __all__ = [
     "add_lora_",
     "calibrate",
     "combine_lora_",
+    "compress_together",
     "cp",
     "densify_",
     "extract_lora",
     "factorize_",
+    "kv_subspaces",
     "layer_cost",
     "load",
     "load_lora",

@@ -175,6 +175,8 @@ class Calibration:
         self._open.__exit__(None, None, None)
         if kind is not None:
             return
+        if self._stats.layers and not self._stats.samples:
+            raise LowRankError("calibrate: layers were called, but not the model itself; call it as a whole.")
         self._stats.other_macs = round(self._other_macs / max(1, self._stats.samples))
         for name, stats in self._stats.layers.items():
             gradients = self._gradients.get(name)

@@ -7,6 +7,7 @@ from collections import defaultdict
 import torch
 from torch import Tensor
 
+from ..rank import Rank
 from .coefficients import Coefficients
 from .latent import Heads, Latent, Part, grouped
 from .settings import KVSettings
@@ -14,7 +15,13 @@ from .subspace import Scatter, Subspace, chosen_ranks
 
 
 def fit_latent(
-    x: Tensor, settings: KVSettings, dtype: torch.dtype, given: Subspace | None = None, *, values: bool
+    x: Tensor,
+    settings: KVSettings,
+    dtype: torch.dtype,
+    given: Subspace | None = None,
+    ranks: list[int] | None = None,
+    *,
+    values: bool,
 ) -> Latent:
     """Keys or values ``[batch, heads, tokens, size]`` at the rank that was asked for.
 
@@ -23,6 +30,7 @@ def fit_latent(
         settings: the rank and the dtypes.
         dtype: of the cache.
         given: a subspace that is fixed already.
+        ranks: of every group, where they are chosen already.
         values: whether these are values.
     """
     heads, size = x.shape[1], x.shape[3]
@@ -33,18 +41,20 @@ def fit_latent(
         together = given.mean.shape[2] // size
     else:
         scatter = Scatter.of(grouped(x, together))
-        rank = settings.rank_of(values)
-        if isinstance(rank, int):
-            ranks = [rank * together] * (heads // together)
-        else:
-            ranks = chosen_ranks(rank, scatter, "LowRankKV")
-        chosen = _by_rank(scatter, ranks, in_bases)
+        chosen = _by_rank(scatter, ranks or _ranks(settings.rank_of(values), scatter, together), in_bases)
     parts, left = [], 0.0
     for which, subspace in chosen:
         rows = grouped(x[:, which], together)
         parts.append(Part(which, size, subspace, Coefficients(subspace.coefficients(rows), in_coefficients)))
         left = max(left, subspace.discarded(rows))
     return Latent(parts, left)
+
+
+def _ranks(rank: Rank, scatter: Scatter, together: int) -> list[int]:
+    """Of every group; an integer is meant a head."""
+    if isinstance(rank, int):
+        return [rank * together] * scatter.mean.shape[1]
+    return chosen_ranks(rank, scatter, "LowRankKV")
 
 
 def _by_rank(scatter: Scatter, ranks: list[int], dtype: torch.dtype) -> list[tuple[Heads, Subspace]]:

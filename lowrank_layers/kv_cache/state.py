@@ -10,10 +10,10 @@ from torch import Tensor
 from ..errors import LowRankError
 from .attend import Exact, Old, Piece, attend
 from .fit import fit_latent
-from .latent import Latent
+from .latent import Latent, grouped
 from .rotation import Rotation
 from .settings import KVSettings
-from .subspace import Subspace
+from .subspace import Scatter, Subspace
 from .tail import Tail
 
 
@@ -52,6 +52,7 @@ class LowRankKV:
         self.settings = settings
         self.rotation = rotation if settings.rope == "before" else None
         self.subspaces = subspaces
+        self.ranks: tuple[list[int], list[int]] | None = None
         self.reset()
 
     def reset(self) -> None:
@@ -92,7 +93,7 @@ class LowRankKV:
         softcap: float | None = None,
         sinks: Tensor | None = None,
     ) -> Tensor:
-        """Softmax attention of the last tokens' queries; see :func:`lowrank_layers.kv_cache.attend`."""
+        """Softmax attention of the last tokens' queries; see ``lowrank_layers.kv_cache.attend``."""
         return attend(query, self.pieces(), mask=mask, scale=scale, causal=causal, softcap=softcap, sinks=sinks)
 
     def pieces(self) -> list[Piece]:
@@ -118,7 +119,7 @@ class LowRankKV:
             return
         count = self.tail[0].tokens - self.settings.keep_recent
         if self.old is None:
-            self._begin(count)
+            self._begin()
         elif count >= self.settings.block:
             limits = self._limits()
             for latent, x, limit in zip(self.old, self._leaving(0, count), limits, strict=True):
@@ -168,17 +169,59 @@ class LowRankKV:
             if self.tail is not None:
                 yield f"{side}.tail", self.tail[index].buffer
 
-    def _begin(self, count: int) -> None:
-        """The first fit."""
+    def scatters(self) -> tuple[Scatter, Scatter] | None:
+        """What a first fit of keys and values would look at; ``None`` where there is no block of old tokens yet."""
+        span = self._span()
+        if span is None:
+            return None
+        keys, values = (Scatter.of(grouped(x, x.shape[1] if self.settings.joint else 1)) for x in self._leaving(*span))
+        return keys, values
+
+    def exact_nbytes(self) -> int:
+        """Of all tokens, if they were stored as they came."""
+        return len(self) * self._token_nbytes()
+
+    def fixed_nbytes(self) -> int:
+        """Of what a first fit leaves at any rank: exact tokens, means and scales."""
         assert self.tail is not None
-        skip = min(self.settings.keep_first, self.tail[0].tokens) if self.first is None else 0
-        if count - skip < self.settings.block:
+        bases, coefficients = self.settings.dtypes(self._like().dtype)
+        batch, heads = self._like().shape[:2]
+        first, stop = self._span() or (0, 0)
+        kept = first + max(self.settings.keep_recent + self.settings.block, len(self) - stop)
+        means = sum(batch * heads * tail.buffer.shape[3] * bases.itemsize for tail in self.tail)
+        scales = 2 * 2 * (stop - first) * batch * (1 if self.settings.joint else heads)
+        return kept * self._token_nbytes() + means + (scales if coefficients == torch.int8 else 0)
+
+    def direction_nbytes(self, width: int) -> int:
+        """Of one more direction of a group of that width: coefficients and basis."""
+        bases, coefficients = self.settings.dtypes(self._like().dtype)
+        first, stop = self._span() or (0, 0)
+        return self._like().shape[0] * ((stop - first) * coefficients.itemsize + width * bases.itemsize)
+
+    def _token_nbytes(self) -> int:
+        assert self.tail is not None
+        return sum(tail.buffer[:, :, :1].nbytes for tail in self.tail)
+
+    def _span(self) -> tuple[int, int] | None:
+        """The tokens of the tail that a first fit takes."""
+        if self.tail is None:
+            return None
+        stop = self.tail[0].tokens - self.settings.keep_recent
+        skip = self.settings.keep_first if self.first is None else 0
+        return (skip, stop) if stop - skip >= self.settings.block else None
+
+    def _begin(self) -> None:
+        """The first fit."""
+        span = self._span()
+        if span is None:
             return
-        keys, values = self._leaving(skip, count)
+        assert self.tail is not None
+        skip, count = span
         subspaces = (None, None) if self.subspaces is None else self.subspaces
+        ranks = (None, None) if self.ranks is None else self.ranks
         made = [
-            fit_latent(x, self.settings, self._like().dtype, given, values=index == 1)
-            for index, (x, given) in enumerate(zip((keys, values), subspaces, strict=True))
+            fit_latent(x, self.settings, self._like().dtype, given, own, values=index == 1)
+            for index, (x, given, own) in enumerate(zip(self._leaving(*span), subspaces, ranks, strict=True))
         ]
         if skip:
             first, second = (tail.read()[:, :, :skip].clone() for tail in self.tail)

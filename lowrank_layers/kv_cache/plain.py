@@ -1,0 +1,51 @@
+"""The cache for any module that calls ``F.scaled_dot_product_attention``."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from .rotation import Rotation
+from .settings import KVSettings
+from .state import LowRankKV
+
+
+class LowRankAttention(nn.Module):
+    """Causal attention that remembers: in place of appending to a cache and ``F.scaled_dot_product_attention``.
+
+    Every call attends exactly as a cache of all keys and values would, but for the old tokens' error, and compresses
+    afterwards. It has no parameters; a module has one for each of its attention layers.
+
+    Args:
+        settings: of the cache.
+        rotation: how queries and keys were rotated when they come (RoPE), so that it can be taken off.
+
+    Shape:
+        query ``[batch, query heads, tokens, size]``, key and value ``[batch, heads, tokens, size]`` of the new tokens;
+        the output is like the query.
+
+    Examples:
+        >>> attention = lr.LowRankAttention(lr.KVSettings(rank=8, keep_recent=32), lr.Rotation.of(16))
+        >>> q, k, v = torch.randn(3, 1, 2, 100, 16)
+        >>> exact = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        >>> torch.allclose(attention(q, k, v), exact, atol=1e-6)  # the prompt
+        True
+        >>> attention(q[:, :, :1], k[:, :, :1], v[:, :, :1]).shape, len(attention.cache)  # one more token
+        (torch.Size([1, 2, 1, 16]), 101)
+    """
+
+    def __init__(self, settings: KVSettings, rotation: Rotation | None = None) -> None:
+        super().__init__()
+        self.cache = LowRankKV(settings, rotation)
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, scale: float | None = None
+    ) -> Tensor:
+        """Appends, attends, compresses."""
+        self.cache.append(key, value)
+        out = self.cache.attend(query, mask=mask, scale=scale)
+        self.cache.compress()
+        return out
+
+    def reset(self) -> None:
+        """Forgets all tokens: a new sequence begins."""
+        self.cache.reset()
