@@ -161,3 +161,9 @@ def test_sampled_cross_entropy_gives_the_fisher_matrix():
         lr.SampledCrossEntropy(temperature=1.0)(model(x), None).backward()
     p = model(x[:1]).softmax(-1)[0].double().detach()
     assert torch.allclose(stats[""].gradients, p.diag() - torch.outer(p, p), atol=6e-3)
+
+
+def test_a_model_that_is_never_called_as_a_whole_is_refused():
+    model = nn.Sequential(nn.Linear(4, 4))
+    with pytest.raises(lr.LowRankError, match="call it as a whole"), lr.Calibration(model):
+        model[0](torch.randn(2, 4))
