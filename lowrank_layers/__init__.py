@@ -20,6 +20,7 @@ from .compress import (
 )
 from .cost import Cost
 from .decompose import cp, nmf, svd, tucker
+from .distributed import LowRankCommState, low_rank_hook
 from .errors import BudgetError, CheckpointError, LowRankError, MissingExtraError, UnsupportedLayerError
 from .factors import CP, NMF, SVD, Blocks, BlockTT, Factorization, Tucker
 from .kv_cache import KVSettings, LowRankAttention, LowRankKV, Rotation, compress_together, kv_subspaces
@@ -115,6 +116,7 @@ __all__ = [
     "LayerStats",
     "LoraRankAllocator",
     "LowRankAttention",
+    "LowRankCommState",
     "LowRankConv1d",
     "LowRankConv2d",
     "LowRankConv3d",
@@ -169,6 +171,7 @@ __all__ = [
     "lora_disabled",
     "lora_parameters",
     "lora_rows",
+    "low_rank_hook",
     "make_plan",
     "merge_lora_",
     "nmf",

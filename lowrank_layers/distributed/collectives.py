@@ -1,0 +1,52 @@
+"""Means over processes, through process groups of their own."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+import torch.distributed as dist
+from torch import Tensor
+
+from ..errors import LowRankError
+
+
+def own_group(group: dist.ProcessGroup | None, timeout: timedelta | None) -> dist.ProcessGroup:
+    """A new group of the same processes: what goes through it cannot be taken for another's."""
+    if not dist.is_initialized():
+        raise LowRankError("LowRankCommState: there is no process group; call dist.init_process_group first.")
+    ranks = dist.get_process_group_ranks(dist.group.WORLD if group is None else group)
+    made = dist.new_group(ranks, timeout=timeout, backend=dist.get_backend(group), use_local_synchronization=True)
+    assert isinstance(made, dist.ProcessGroup)
+    return made
+
+
+class Mean:
+    """Averages tensors in place; over the processes of a node first, if there is a group of them.
+
+    Args:
+        group: of all processes, or of those of the same place in each node.
+        node: of the processes of a node.
+        timeout: of a collective.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None, node: dist.ProcessGroup | None, timeout: timedelta | None):
+        self.group = own_group(group, timeout)
+        self.node = None if node is None else own_group(node, timeout)
+        self.size = self.group.size()
+
+    def within_node_(self, tensor: Tensor) -> None:
+        """Among the processes of the node, as it is."""
+        if self.node is not None:
+            dist.all_reduce(tensor.div_(self.node.size()), group=self.node)
+
+    def over_(self, tensor: Tensor) -> None:
+        """Over the group."""
+        dist.all_reduce(tensor.div_(self.size), group=self.group)
+
+    def agree_(self, tensor: Tensor) -> None:
+        """What the first process of the group has."""
+        dist.broadcast(tensor, dist.get_global_rank(self.group, 0), group=self.group)
+
+    def greatest_(self, tensor: Tensor) -> None:
+        """The greatest of all processes."""
+        dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.group)

@@ -1,0 +1,236 @@
+"""What a low-rank gradient hook knows: ranks, warm starts, errors, its own process group and worker."""
+
+from __future__ import annotations
+
+import time
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed import GradBucket  # type: ignore[attr-defined]
+from torch.futures import Future
+
+from ..errors import LowRankError
+from ..rank import Rank, Spectrum, choose_rank
+from ..rank import check_rank as check_rank_or_rule
+from .collectives import Mean
+from .link import Link
+from .reduce import How, Piece, reduce_
+from .tensors import ERROR_DTYPES, Memory, matrix_shape
+from .traffic import Traffic
+from .worker import Worker
+
+WIRE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class LowRankCommState:
+    r"""Averages gradients as :math:`P Q^T` over processes: for ``ddp.register_comm_hook(state, lr.low_rank_hook)``.
+
+    Every gradient with an error from the step before, :math:`M`, is sent as :math:`P = M Q` (averaged, made
+    orthonormal) and :math:`Q = M^T P` (averaged); what is missing is the next error (PowerSGD; Vogels et al., 2019).
+    The state is kept by parameter, so that it outlives rebuilt buckets; collectives go through a process group of their
+    own and one worker, so that they go out in one order everywhere. A gradient that is not finite in any process leaves
+    the state as it was and is averaged as it is, for a ``GradScaler`` to see.
+
+    Args:
+        rank: of every gradient: an integer, or a rule that looks at the singular values of the averaged gradient of
+            step ``start_step``.
+        model: names the parameters; without it the state cannot be saved.
+        start_step: averages whole gradients before.
+        process_group: of the processes that share gradients; ``None`` is all of them.
+        node_group: processes of one node: gradients are averaged among them as they are, and ``process_group`` joins
+            those of the same place in each node.
+        saving: a gradient whose factors are not smaller by that factor is sent whole.
+        alternate: sends :math:`P` and :math:`Q` in turn, one collective a step (ACP-SGD; Zhang et al., 2023).
+        refresh: steps after which directions are drawn anew; ``None`` never does.
+        wire: dtype on the wire; ``None`` is fp32 for factors and the gradient's own for the rest.
+        error_dtype: what is left over is remembered in: fp32 or bf16.
+        error_feedback: adds what was left over to the next gradient.
+        warm_start: goes on from the last directions.
+        scaler: a ``GradScaler`` whose changes of scale the errors follow.
+        fallback: measures both ways, a few steps each, and sends whole gradients where the link is fast enough that
+            compression loses.
+        timeout: of a collective; a process that is gone then raises in ``backward``.
+
+    Raises:
+        LowRankError: for a setting that is out of range, or without a process group.
+
+    Examples:
+        >>> import torch.distributed as dist
+        >>> store = dist.HashStore()
+        >>> dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+        >>> ddp = nn.parallel.DistributedDataParallel(nn.Linear(64, 64))
+        >>> state = lr.LowRankCommState(rank=4, model=ddp.module)
+        >>> ddp.register_comm_hook(state, lr.low_rank_hook)
+        >>> ddp(torch.randn(8, 64)).square().mean().backward()
+        >>> int(torch.linalg.matrix_rank(ddp.module.weight.grad))
+        4
+        >>> dist.destroy_process_group()
+    """
+
+    def __init__(
+        self,
+        rank: Rank = 4,
+        *,
+        model: nn.Module | None = None,
+        start_step: int = 0,
+        process_group: dist.ProcessGroup | None = None,
+        node_group: dist.ProcessGroup | None = None,
+        saving: float = 1.0,
+        alternate: bool = False,
+        refresh: int | None = None,
+        wire: torch.dtype | None = None,
+        error_dtype: torch.dtype = torch.float32,
+        error_feedback: bool = True,
+        warm_start: bool = True,
+        scaler: Any = None,
+        fallback: bool = False,
+        timeout: timedelta | None = None,
+    ) -> None:
+        check_rank_or_rule(rank, "LowRankCommState")
+        for what, value, least in (("start_step", start_step, 0), ("refresh", refresh, 1)):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+                raise LowRankError(f"LowRankCommState: got {what}={value!r}, expected an integer of at least {least}.")
+        if error_dtype not in ERROR_DTYPES:
+            raise LowRankError(f"LowRankCommState: got error_dtype={error_dtype}, expected one of {ERROR_DTYPES}.")
+        if wire is not None and wire not in WIRE_DTYPES:
+            raise LowRankError(f"LowRankCommState: got wire={wire}, expected None or one of {list(WIRE_DTYPES)}.")
+        if not saving > 0:
+            raise LowRankError(f"LowRankCommState: got saving={saving!r}, expected a positive number.")
+        if scaler is not None and not hasattr(scaler, "get_scale"):
+            raise LowRankError(f"LowRankCommState: got scaler {type(scaler).__name__}, expected a GradScaler.")
+        self.mean = Mean(process_group, node_group, timeout)
+        self.worker = Worker()
+        self.rank, self.start_step, self.saving = rank, start_step, saving
+        self.alternate, self.refresh, self.wire = alternate, refresh, wire
+        self.error_dtype, self.error_feedback, self.warm_start = error_dtype, error_feedback, warm_start
+        self.scaler, self.link = scaler, Link() if fallback else None
+        self.step = 0
+        self.ranks: dict[str, int] = {}
+        self.memories: dict[str, Memory] = {}
+        self.traffic = Traffic()
+        inner = getattr(model, "module", model) if isinstance(model, nn.parallel.DistributedDataParallel) else model
+        self.names = None if inner is None else {id(p): name for name, p in inner.named_parameters()}
+        self._unnamed: dict[int, str] = {}
+
+    def submit(self, bucket: GradBucket) -> Future[Tensor]:
+        """Averages a bucket, in the worker; what a hook returns."""
+        buffer, step = bucket.buffer(), self.step
+        compress = step >= self.start_step and (self.link is None or self.link.trying)
+        if bucket.is_last():
+            self.step += 1
+        if not compress and self.mean.node is None and (self.link is None or self.link.compress is not None):
+            return self._whole(buffer)
+        named = [(self._name(p), g) for p, g in zip(bucket.parameters(), bucket.gradients(), strict=True)]
+        scale = 1.0 if self.scaler is None else float(self.scaler.get_scale())
+        last = bucket.is_last()
+
+        def job() -> Tensor:
+            self._reduce(buffer, named, step, scale, compress=compress)
+            if last and self.link is not None:
+                self._measure(self.link, compress)
+            return buffer
+
+        return self.worker.submit(job, buffer.device)
+
+    def stats(self) -> dict[str, Any]:
+        """Bytes sent and saved, seconds, and by parameter: rank, ratio, and the norm of what was not sent yet."""
+        layers = {
+            name: {
+                "rank": memory.rank,
+                "ratio": memory.shape[1] * memory.shape[2] / (memory.rank * sum(memory.shape[1:])),
+                "residual": float(torch.linalg.vector_norm(memory.error.float())),
+            }
+            for name, memory in self.memories.items()
+        }
+        return {"steps": self.step, **self.traffic.summary(), "layers": layers}
+
+    def _whole(self, buffer: Tensor) -> Future[Tensor]:
+        """The ordinary mean, as early as can be."""
+        work = dist.all_reduce(buffer.div_(self.mean.size), group=self.mean.group, async_op=True)
+        self.traffic.count(buffer.nbytes, buffer.nbytes, 0.0)
+        future: Future[Tensor] = work.get_future().then(lambda done: done.value()[0])
+        return future
+
+    def _reduce(
+        self, buffer: Tensor, named: list[tuple[str, Tensor]], step: int, scale: float, *, compress: bool
+    ) -> None:
+        start = time.perf_counter()
+        self.mean.within_node_(buffer)
+        sent = 0
+        if compress and self._ranks_known(named):
+            pieces = [Piece(gradient, self._memory(name, gradient, scale)) for name, gradient in named]
+            how = How(step, self.alternate, self.error_feedback, self.wire)
+            sent = reduce_(buffer, pieces, self.mean, how)
+        else:
+            self.mean.over_(buffer)
+            sent = buffer.nbytes
+            if compress:
+                self._choose_ranks(named)
+        self.traffic.count(sent, buffer.nbytes, time.perf_counter() - start)
+
+    def _memory(self, name: str, gradient: Tensor, scale: float) -> Memory | None:
+        """What is remembered of a gradient, if its factors are smaller than it is."""
+        shape = matrix_shape(gradient.shape)
+        if shape is None:
+            return None
+        if name not in self.memories:
+            rank = min(self.ranks[name] if name in self.ranks else self._fixed_rank(), *shape[1:])
+            if self.saving * rank * (shape[1] + shape[2]) >= shape[1] * shape[2]:
+                return None
+            self.memories[name] = Memory(
+                shape,
+                rank,
+                name,
+                gradient.device,
+                error_dtype=self.error_dtype,
+                warm_start=self.warm_start,
+                refresh=self.refresh,
+            )
+            self.memories[name].scale = scale
+        self.memories[name].rescale(scale)
+        return self.memories[name]
+
+    def _fixed_rank(self) -> int:
+        assert isinstance(self.rank, int)
+        return self.rank
+
+    def _ranks_known(self, named: list[tuple[str, Tensor]]) -> bool:
+        return isinstance(self.rank, int) or all(name in self.ranks or g.ndim < 2 for name, g in named)
+
+    def _choose_ranks(self, named: list[tuple[str, Tensor]]) -> None:
+        """By the rule, from averaged gradients; the first process decides."""
+        names = [(name, matrix_shape(g.shape), g) for name, g in named]
+        found = []
+        for name, shape, gradient in names:
+            if shape is None:
+                continue
+            matrix = gradient.detach().float().reshape(shape)
+            if not bool(torch.isfinite(matrix).all()):
+                return
+            values = torch.linalg.svdvals(matrix).square().mean(0).sqrt()
+            step = shape[1] + shape[2]
+            sizes = range(step, step * len(values) + 1, step)
+            spectrum = Spectrum(values, shape[1:], sizes, shape[1] * shape[2], f"LowRankCommState, {name!r}")
+            found.append((name, choose_rank(self.rank, spectrum, len(values)) if bool(values.any()) else 1))
+        ranks = torch.tensor([rank for _, rank in found], device=named[0][1].device)
+        self.mean.agree_(ranks)
+        self.ranks |= {name: int(rank) for (name, _), rank in zip(found, ranks, strict=True)}
+
+    def _measure(self, link: Link, compressed: bool) -> None:
+        link.stepped(compressed)
+        if link.ready():
+            times = link.times()
+            self.mean.greatest_(times)
+            link.decide(times)
+
+    def _name(self, parameter: Tensor) -> str:
+        if self.names is not None:
+            if id(parameter) not in self.names:
+                raise LowRankError(
+                    "low_rank_hook: a bucket has a parameter that model= has not; give the model of this wrapper."
+                )
+            return self.names[id(parameter)]
+        return self._unnamed.setdefault(id(parameter), f"parameter{len(self._unnamed)}")

@@ -1,0 +1,31 @@
+"""What went over the wire."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass
+class Traffic:
+    """Sums over all buckets of this process.
+
+    Args:
+        sent: bytes that collectives were given.
+        whole: bytes that whole gradients would have been.
+        seconds: in the worker, waiting for other processes included.
+    """
+
+    sent: int = 0
+    whole: int = 0
+    seconds: float = 0.0
+
+    def count(self, sent: int, whole: int, seconds: float) -> None:
+        """One more bucket."""
+        self.sent += sent
+        self.whole += whole
+        self.seconds += seconds
+
+    def summary(self) -> dict[str, float]:
+        """With the ratio of the two."""
+        ratio = self.whole / max(1, self.sent)
+        return {"bytes_sent": self.sent, "bytes_whole": self.whole, "ratio": ratio, "seconds": self.seconds}
