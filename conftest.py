@@ -1,9 +1,18 @@
 """Names that every docstring example may use."""
 
+import importlib.util
+
 import pytest
 import torch
 
 import lowrank_layers
+from benchmarks.vision import import_torchvision
+
+
+def pytest_collect_file(file_path):
+    """Transformers imports torchvision where it is installed, also for doctests."""
+    if "transformers" in file_path.parts and importlib.util.find_spec("torchvision"):
+        import_torchvision()
 
 
 @pytest.fixture(autouse=True)

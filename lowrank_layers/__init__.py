@@ -1,5 +1,8 @@
 """Makes the big matrices of a PyTorch network low-rank wherever they live."""
 
+from typing import TYPE_CHECKING, Any
+
+from . import kv_cache
 from .calibrate import Calibration, SampledCrossEntropy, calibrate
 from .checkpoint import load, save
 from .compress import (
@@ -83,6 +86,9 @@ from .rank import (
     Spectrum,
 )
 
+if TYPE_CHECKING:
+    from .kv_cache import LowRankCache
+
 __version__ = "0.1.0"
 
 __all__ = [
@@ -116,6 +122,7 @@ __all__ = [
     "LayerStats",
     "LoraRankAllocator",
     "LowRankAttention",
+    "LowRankCache",
     "LowRankCommState",
     "LowRankConv1d",
     "LowRankConv2d",
@@ -184,3 +191,14 @@ __all__ = [
     "use_adapter",
     "weight_gradients",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # it needs transformers, which importing this library must not
+    if name == "LowRankCache":
+        return kv_cache.LowRankCache
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -36,9 +36,9 @@ class Coefficients:
     def append(self, values: Tensor) -> None:
         """More tokens, in fp32."""
         more, scales = self._stored(values)
-        self.values = torch.cat([self.values, more], -1)
+        self.values = _growing(torch.cat([self.values, more], -1))
         if self.scales is not None and scales is not None:
-            self.scales = torch.cat([self.scales, scales], -1)
+            self.scales = _growing(torch.cat([self.scales, scales], -1))
 
     def read(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         """``[batch, groups, rank, stop - start]``."""
@@ -55,8 +55,8 @@ class Coefficients:
 
     def apply(self, change: Callable[[Tensor], Tensor]) -> None:
         """Replaces every tensor."""
-        self.values = change(self.values)
-        self.scales = None if self.scales is None else change(self.scales)
+        self.values = _growing(change(self.values))
+        self.scales = None if self.scales is None else _growing(change(self.scales))
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """What is stored, by name."""
@@ -66,8 +66,16 @@ class Coefficients:
 
     def _stored(self, values: Tensor) -> tuple[Tensor, Tensor | None]:
         if self.dtype != torch.int8:
-            return values.to(self.dtype).contiguous(), None
+            return _growing(values.to(self.dtype).contiguous()), None
         # rounding is against the scale as it is stored; its least value keeps rows of zeros from dividing by zero
         scales = (values.abs().amax(2) / 127).clamp_min(2.0**-24).half()
         codes = (values / scales[:, :, None].float()).round().clamp(-127, 127)
-        return codes.to(torch.int8).contiguous(), scales
+        return _growing(codes.to(torch.int8).contiguous()), _growing(scales)
+
+
+def _growing(x: Tensor) -> Tensor:
+    """Says that the last size changes, so that torch.compile does not make a graph for the first one that it meets."""
+    if not torch.compiler.is_compiling():
+        # what torch._dynamo.maybe_mark_dynamic does, without a second of importing torch._dynamo
+        vars(x).update(_dynamo_weak_dynamic_indices={x.ndim - 1}, _has_dynamo_dim_marking=True)
+    return x

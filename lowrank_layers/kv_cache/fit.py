@@ -46,7 +46,8 @@ def fit_latent(
     for which, subspace in chosen:
         rows = grouped(x[:, which], together)
         parts.append(Part(which, size, subspace, Coefficients(subspace.coefficients(rows), in_coefficients)))
-        left = max(left, subspace.discarded(rows))
+        # looking at the error breaks a compiled graph; without it the subspace is never fitted again
+        left = float("inf") if torch.compiler.is_compiling() else max(left, subspace.discarded(rows))
     return Latent(parts, left)
 
 

@@ -23,12 +23,16 @@ class Tail:
     def append(self, x: Tensor) -> None:
         """More tokens; beyond the room the buffer becomes as long as need be."""
         stop = self.tokens + x.shape[2]
-        frozen = self.buffer.is_inference() and not torch.is_inference_mode_enabled()
-        if stop > self.buffer.shape[2] or frozen or x.requires_grad or self.buffer.requires_grad:
+        if stop > self.buffer.shape[2] or x.requires_grad or self.buffer.requires_grad or self._is_frozen():
             self.buffer = torch.cat([self.read(), x], 2)
         else:
             self.buffer[:, :, self.tokens : stop] = x
         self.tokens = stop
+
+    def _is_frozen(self) -> bool:
+        """Whether it was made in inference mode and that has ended (a compiled graph cannot ask)."""
+        compiling = torch.compiler.is_compiling()
+        return not compiling and self.buffer.is_inference() and not torch.is_inference_mode_enabled()
 
     def read(self) -> Tensor:
         """All tokens."""

@@ -1,0 +1,80 @@
+"""Runs LowRankCache's tests against several versions of transformers; for development only.
+
+    python -m benchmarks.transformers_versions 5.2.0 5.23.0
+
+Each version is installed beside this environment (``pip install --target``, with what it needs itself), in
+``--target-root``, where a folder of its name that exists already is used as it is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+VERSIONS = ("5.2.0", "5.9.0", "5.14.1", "5.20.2", "5.23.0")
+TESTS = "tests/kv_cache/test_transformers.py"
+
+
+def needs(version: str) -> list[str]:
+    """What a version asks for that newer ones do not accept."""
+    number = tuple(map(int, version.split(".")))
+    found = []
+    if number < (5, 17):
+        found += ["huggingface_hub<2", "httpx"]
+    if number < (5, 15):
+        found.append("tokenizers<0.23")
+    return found
+
+
+def install(version: str, folder: Path) -> None:
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--target", str(folder)]
+    subprocess.run([*pip, "--no-deps", f"transformers=={version}"], check=True)
+    if needs(version):
+        subprocess.run([*pip, *needs(version)], check=True)
+
+
+def run(version: str, paths: list[str], more: list[str]) -> tuple[str, float]:
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([*paths, os.getcwd()]),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+    check = "import transformers; print(transformers.__version__)"
+    found = subprocess.run([sys.executable, "-c", check], env=environment, capture_output=True, text=True)
+    if found.stdout.strip() != version:
+        return f"not importable: {(found.stdout + found.stderr).strip().splitlines()[-1:]}", 0.0
+    start = time.perf_counter()
+    command = [sys.executable, "-m", "pytest", "-q", "--no-header", "--tb=line", "-p", "no:logging", TESTS, *more]
+    out = subprocess.run(command, env=environment, capture_output=True, text=True)
+    lines = out.stdout.strip().splitlines()
+    failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
+    for line in failed:
+        print(f"  {version} {line}", flush=True)
+    return lines[-1] if lines else out.stderr[-300:], time.perf_counter() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("versions", nargs="*", default=VERSIONS)
+    parser.add_argument("--target-root", type=Path, default=Path(".venv/transformers"))
+    parser.add_argument("--also", nargs="*", default=[], help="version:folder, more folders that a version needs")
+    parser.add_argument("--only", help="pytest's -k")
+    options = parser.parse_args()
+    rows = []
+    for version in options.versions:
+        folder = options.target_root / version
+        if not folder.is_dir():
+            install(version, folder)
+        also = [name.partition(":")[2] for name in options.also if name.partition(":")[0] == version]
+        rows.append((version, *run(version, [str(folder), *also], ["-k", options.only] if options.only else [])))
+    print("| transformers | tests | seconds |\n|---|---|---|")
+    for version, text, seconds in rows:
+        print(f"| {version} | {text} | {seconds:.0f} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,307 @@
+"""The cache for ``past_key_values=``."""
+
+from __future__ import annotations
+
+import copy
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+
+from ...errors import LowRankError
+from ...rank import Rank
+from ..rotation import Rotation
+from ..settings import KVSettings
+from ..state import LowRankKV
+from . import files
+from .attention import NAME
+from .binding import calling_module, rotation_of, text_config
+from .layer import LowRankLayer
+from .versions import caches_latents, forget, own_layers, plain_layer
+
+_NONE_YET = sys.maxsize
+
+
+class LowRankCache(Cache):
+    """The key/value cache of a transformers model, old tokens at low rank.
+
+    It goes where a ``DynamicCache`` goes: ``generate`` with every way of decoding, and a model's own call. With
+    ``model.set_attn_implementation("lowrank")`` attention reads the coefficients, and old keys and values are never
+    rebuilt as a whole; any other implementation gets them rebuilt at every step, which saves no time. The tokens of a
+    step are attended to exactly and compressed afterwards, so that a prompt's own logits are exact.
+
+    MLA layers that cache latents stay exact. Without ``config`` a layer with a sliding window keeps all tokens (its
+    mask hides the old ones), as in a ``DynamicCache()``. transformers knows the name ``"lowrank"`` from the moment that
+    this class is looked up, so that is what comes first.
+
+    Args:
+        rank: see :class:`KVSettings`, as for all that is not named here.
+        value_rank: see there.
+        keep_recent: see there.
+        keep_first: see there.
+        joint: see there.
+        rope: see there.
+        dtype: see there.
+        block: see there.
+        refresh: see there.
+        max_length: see there.
+        config: the model's: layers with a sliding window, and others that are no plain attention, become transformers'
+            own.
+
+    Raises:
+        LowRankError: for settings out of range; in use for no tokens, NaN, more tokens than ``max_length``, or another
+            model, batch, dtype or device than before; the cache then is as long as it was.
+
+    Examples:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4)
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=99, **sizes)).eval()
+        >>> cache = lr.LowRankCache(rank=4, keep_recent=32)
+        >>> model.set_attn_implementation("lowrank")
+        >>> prompt = torch.randint(3, 99, (1, 200))
+        >>> out = model.generate(prompt, past_key_values=cache, max_new_tokens=8, do_sample=False, pad_token_id=0)
+        >>> out.shape[1], cache.get_seq_length(), cache.layers[0].compressed
+        (208, 207, 164)
+    """
+
+    def __init__(
+        self,
+        rank: Rank = 16,
+        *,
+        value_rank: Rank | None = None,
+        keep_recent: int = 128,
+        keep_first: int = 4,
+        joint: bool = True,
+        rope: Literal["before", "after"] = "before",
+        dtype: torch.dtype | None = None,
+        block: int = 64,
+        refresh: float | None = 2.0,
+        max_length: int | None = None,
+        config: Any = None,
+    ) -> None:
+        self.settings = KVSettings(
+            rank, value_rank, keep_recent, keep_first, joint, rope, dtype, block, refresh, max_length
+        )
+        self._start(config)
+
+    def _start(self, config: Any) -> None:
+        self._config = None if config is None else text_config(config)
+        made = [] if config is None else own_layers(config)
+        super().__init__(layers=[LowRankLayer() if layer is None else layer for layer in made])
+        self._given = bool(made)
+        self._depth: int | None = None
+        self._latest = _NONE_YET
+        self._before = 0
+        self._warned = False
+        self._rotations: dict[Any, Rotation] = {}
+
+    # mypy reads the signature of the newest version
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """More tokens of a layer.
+
+        Args:
+            key_states: ``[batch, heads, tokens, size]``, rotated.
+            value_states: likewise.
+            layer_idx: which layer.
+            args: of older versions; not looked at.
+            kwargs: likewise.
+
+        Returns:
+            All keys and values: as tensors, or as what the attention ``"lowrank"`` reads coefficients from.
+        """
+        if torch.compiler.is_compiling():
+            # a graph can neither look at frames nor make a layer
+            if not self._has(layer_idx):
+                raise LowRankError(
+                    "LowRankCache: got a compiled model before any prompt, expected one call that is not compiled;"
+                    " run the prompt with the plain model."
+                )
+            return self._update(self.layers[layer_idx], key_states, value_states, *args, **kwargs)
+        begins = layer_idx <= self._latest
+        if begins:
+            self._before = self.get_seq_length()
+        self._latest = layer_idx
+        module = calling_module(sys._getframe(1)) if begins or not self._has(layer_idx) else None
+        try:
+            if begins and module is not None:
+                self._bind(module)
+            layer = self._layer(layer_idx, module)
+            if isinstance(layer, LowRankLayer) and layer.kv is None:
+                layer.kv = self._make(layer_idx, key_states, module)
+            return self._update(layer, key_states, value_states, *args, **kwargs)
+        except LowRankError:
+            self._undo()
+            raise
+
+    def is_filled(self) -> bool:
+        """Whether every layer has tokens: the first pass through the model is over."""
+        lengths = [layer.get_seq_length() for layer in self.layers if isinstance(layer, LowRankLayer)]
+        return len(self.layers) >= (self._depth or 1) and bool(lengths) and min(lengths) > 0
+
+    def nbytes(self) -> int:
+        """All that is stored, room for more included; the table of a rotation that layers share counts once."""
+        return sum(tensor.nbytes for _, tensor in self.tensors()) + sum(
+            rotation.nbytes() for rotation in self._rotations.values()
+        )
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """What is stored, by name."""
+        for index, layer in enumerate(self.layers):
+            if not isinstance(layer, LowRankLayer):
+                for name in ("keys", "values"):
+                    if isinstance(tensor := getattr(layer, name, None), Tensor):
+                        yield f"{index}.{name}", tensor
+            elif layer.kv is not None:
+                for name, tensor in layer.kv.tensors():
+                    yield f"{index}.{name}", tensor
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the cache as safetensors: a long prompt need not be read again.
+
+        Args:
+            path: the file, usually ``*.safetensors``.
+
+        Raises:
+            CheckpointError: for layers other than attention, and folders that do not exist.
+        """
+        files.save(self, path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> LowRankCache:
+        """What :meth:`save` wrote; generation goes on as it would have.
+
+        Args:
+            path: the file.
+            device: where to put it.
+
+        Raises:
+            CheckpointError: for a file that is torn or foreign.
+
+        Examples:
+            >>> import tempfile, os
+            >>> path = os.path.join(tempfile.mkdtemp(), "prompt.safetensors")
+            >>> cache = lr.LowRankCache(rank=8, keep_recent=16)
+            >>> _ = cache.update(torch.randn(1, 2, 200, 32), torch.randn(1, 2, 200, 32), 0)
+            >>> cache.save(path)
+            >>> lr.LowRankCache.load(path).get_seq_length()
+            200
+        """
+        made = cls()
+        files.load_into(made, path, torch.device(device))
+        return made
+
+    @property
+    def depth(self) -> int | None:
+        """Layers of the model, once one was met."""
+        return self._depth
+
+    def rotations(self) -> Iterator[Rotation]:
+        """Those that layers share."""
+        yield from self._rotations.values()
+
+    def fill(self, settings: KVSettings, layers: list[Any], rotations: list[Rotation], depth: int | None) -> None:
+        """Takes what a file held."""
+        self.settings, self.layers, self._depth = settings, layers, depth
+        for rotation in rotations:
+            self._shared(rotation)
+
+    def reset(self) -> None:
+        """Forgets all tokens."""
+        for layer in self.layers:
+            forget(layer)
+        self._rotations.clear()
+        self._latest, self._depth = _NONE_YET, None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LowRankCache:
+        # the model's config stays the model's: it says which attention runs
+        memo[id(self._config)] = self._config
+        made = memo[id(self)] = type(self).__new__(type(self))
+        made.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return made
+
+    def __getstate__(self) -> dict[str, Any]:
+        # the next call says whose cache it is
+        return self.__dict__ | {"_config": None, "_latest": _NONE_YET}
+
+    def _update(self, layer: Any, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if not isinstance(layer, LowRankLayer):
+            found: tuple[Tensor, Tensor] = layer.update(keys, values, *args, **kwargs)
+            return found
+        learning = torch.is_grad_enabled() and (keys.requires_grad or values.requires_grad)
+        if not learning and getattr(self._config, "_attn_implementation", None) == NAME:
+            return layer.update_lazily(keys, values)
+        if not self._warned and layer.compressed and not torch.compiler.is_compiling():
+            self._warned = True
+            warnings.warn(
+                "LowRankCache: this attention needs whole keys and values, which are rebuilt at every step; call"
+                f' model.set_attn_implementation("{NAME}") to attend without.',
+                stacklevel=3,
+            )
+        return layer.update(keys, values)
+
+    def _make(self, layer_idx: int, keys: Tensor, module: nn.Module | None) -> LowRankKV:
+        """A layer's cache, when its first tokens come."""
+        return LowRankKV(self.settings, self._rotation(layer_idx, keys, module))
+
+    def _rotation(self, layer_idx: int, keys: Tensor, module: nn.Module | None) -> Rotation | None:
+        config = getattr(module, "config", None) if module is not None else None
+        config = self._config if config is None else config
+        if self.settings.rope == "after" or config is None or keys.ndim != 4:
+            return None
+        found = rotation_of(config, module, layer_idx, keys.shape[3])
+        return None if found is None else self._shared(found.to(keys.device))
+
+    def _shared(self, rotation: Rotation) -> Rotation:
+        key = (rotation.frequencies.device, rotation.interleaved, rotation.start, *rotation.frequencies.tolist())
+        return self._rotations.setdefault(key, rotation)
+
+    def _bind(self, module: nn.Module) -> None:
+        config = getattr(module, "config", None)
+        if config is None:
+            return
+        depth = getattr(config, "num_hidden_layers", None)
+        if self._depth is not None and depth != self._depth and self._before:
+            raise LowRankError(
+                f"LowRankCache: got a model of {depth} layers, but the cache holds tokens of one with {self._depth};"
+                " a cache belongs to one model: make a new one."
+            )
+        self._config, self._depth = config, depth
+
+    def _has(self, layer_idx: int) -> bool:
+        if layer_idx >= len(self.layers):
+            return False
+        layer = self.layers[layer_idx]
+        return not isinstance(layer, LowRankLayer) or layer.kv is not None
+
+    def _layer(self, layer_idx: int, module: nn.Module | None) -> Any:
+        if layer_idx >= len(self.layers) and self._before and module is None:
+            raise LowRankError(
+                f"LowRankCache: got keys of layer {layer_idx}, but the cache holds tokens of a model with"
+                f" {len(self.layers)} layers; a cache belongs to one model: make a new one."
+            )
+        while len(self.layers) <= layer_idx:
+            self.layers.append(LowRankLayer())
+        layer = self.layers[layer_idx]
+        if isinstance(layer, LowRankLayer) and layer.kv is None and caches_latents(module):
+            layer = self.layers[layer_idx] = plain_layer()
+        return layer
+
+    def _undo(self) -> None:
+        """Takes the tokens of this step from the layers that have them already."""
+        self._latest = _NONE_YET
+        if not self._before:
+            self.reset()
+            if not self._given:
+                self.layers.clear()
+            return
+        layers: list[Any] = self.layers
+        for layer in layers:
+            if (more := layer.get_seq_length() - self._before) > 0:
+                layer.crop(-more)

@@ -1,0 +1,90 @@
+"""One attention layer of a cache, as transformers sees it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..state import LowRankKV
+from .lazy import Handle, LazyKV
+from .versions import LayerInterface, cropped_length, query_length
+
+
+class LowRankLayer(LayerInterface):
+    """A :class:`LowRankKV` that comes with the first tokens, since only they show size, dtype and device."""
+
+    kv: LowRankKV | None = None
+
+    def __len__(self) -> int:
+        return 0 if self.kv is None else len(self.kv)
+
+    def __bool__(self) -> bool:
+        return True
+
+    @property
+    def compressed(self) -> int:
+        """How many tokens are coefficients."""
+        return 0 if self.kv is None else self.kv.compressed
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing is made before there are tokens."""
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """More tokens; all of them rebuilt, for an attention that knows nothing of coefficients."""
+        assert self.kv is not None, "a LowRankCache makes it"
+        keys, values = key_states.detach(), value_states.detach()
+        if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
+            past = self.kv.dense() if len(self.kv) else None
+            self.kv.append(keys, values)
+            self.kv.compress()
+            if past is None:
+                return key_states, value_states
+            return torch.cat([past[0], key_states], 2), torch.cat([past[1], value_states], 2)
+        self.kv.append(keys, values)
+        found = self.kv.dense()
+        self.kv.compress()  # only now: what came in this step is attended to as it is
+        return found
+
+    def update_lazily(self, key_states: Tensor, value_states: Tensor) -> tuple[Any, Any]:
+        """More tokens, for the attention ``"lowrank"``, which compresses when it is done."""
+        assert self.kv is not None, "a LowRankCache makes it"
+        self.kv.compress()  # of a step whose attention was another
+        self.kv.append(key_states.detach(), value_states.detach())
+        handle = Handle(self.kv)
+        if torch.compiler.is_compiling():
+            return handle, handle
+        return LazyKV.of(handle, 0), LazyKV.of(handle, 1)
+
+    def get_mask_sizes(self, query_length_: int | Tensor) -> tuple[int, int]:
+        """Tokens after the next step, and the first one's index."""
+        return len(self) + query_length(query_length_), 0
+
+    def get_seq_length(self) -> int:
+        """Tokens so far."""
+        return len(self)
+
+    def crop(self, tokens_to_remove: int | Tensor) -> None:
+        """Removes ``-tokens_to_remove`` tokens; a positive number is the length that is left."""
+        if self.kv is not None:
+            self.kv.crop(cropped_length(tokens_to_remove, len(self)))
+
+    def reset(self) -> None:
+        """Forgets all tokens."""
+        self.kv = None
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Rows of the batch, one for every beam."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Takes these rows of the batch."""
+        if self.kv is not None:
+            self.kv.select(indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeats every row of the batch."""
+        if self.kv is not None:
+            self.kv.repeat(repeats)

@@ -1,0 +1,69 @@
+"""What ``update`` returns where the attention can read coefficients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from ..state import LowRankKV
+
+
+class Handle:
+    """A layer's tokens at one step, in the place of its keys and of its values."""
+
+    def __init__(self, kv: LowRankKV) -> None:
+        self.kv = kv
+        self._dense: tuple[Tensor, Tensor] | None = None
+
+    def dense(self) -> tuple[Tensor, Tensor]:
+        """Keys and values, rebuilt once."""
+        if self._dense is None:
+            self._dense = self.kv.dense()
+        return self._dense
+
+
+class LazyKV(torch.Tensor):
+    """A handle that looks like a tensor, and becomes one where a model computes with it itself.
+
+    It cannot be made under torch.compile, where the handle itself goes to the attention.
+    """
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    handle: Handle
+    side: int
+
+    @staticmethod
+    def of(handle: Handle, side: int) -> LazyKV:
+        """Keys (``side`` 0) or values (1)."""
+        assert handle.kv.tail is not None
+        like = handle.kv.tail[side].buffer
+        shape = (*like.shape[:2], len(handle.kv), like.shape[3])
+        found: LazyKV = torch.Tensor._make_wrapper_subclass(LazyKV, shape, dtype=like.dtype, device=like.device)
+        found.handle, found.side = handle, side
+        return found
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return f"LazyKV(shape={tuple(self.shape)})"
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Any operation: on what was rebuilt."""
+        return func(*tree_map(_plain, args), **tree_map(_plain, kwargs or {}))
+
+
+def stored(keys: object, values: object) -> LowRankKV | None:
+    """Whose keys and values these are; ``None`` if they are plain tensors."""
+    if isinstance(keys, Handle):
+        return keys.kv
+    if isinstance(keys, LazyKV) and isinstance(values, LazyKV) and keys.handle is values.handle:
+        return keys.handle.kv if len(keys.handle.kv) == keys.shape[2] else None
+    return None
+
+
+def _plain(x: Any) -> Any:
+    return x.handle.dense()[x.side] if isinstance(x, LazyKV) else x

@@ -1,0 +1,108 @@
+"""Everything in which transformers 5.2 and later differ from each other."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+from ...errors import CheckpointError
+
+
+class LayerInterface(CacheLayerMixin):
+    """The class attributes and names that one version or another asks of a layer."""
+
+    is_sliding = False
+    # True makes generate compile by itself, and 5.2 ... 5.4 refuse assisted decoding
+    is_compileable = False
+    is_croppable = True
+    supports_early_init = True
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__()  # type: ignore[no-untyped-call] # 5.2 ... 5.13 take no arguments
+
+    def get_max_length(self) -> int:
+        """No limit that masks have to know of."""
+        return -1
+
+    get_max_cache_shape = get_max_length  # until 5.19
+
+    def offload(self) -> None:
+        """Stays where it is."""
+
+    def prefetch(self) -> None:
+        """Stays where it is."""
+
+    def activate_past_recording(self) -> None:
+        """Nothing is forgotten that a crop could ask for."""
+
+
+def query_length(given: int | Tensor) -> int:
+    """Of ``get_mask_sizes``, which gets the positions themselves until 5.3."""
+    if isinstance(given, Tensor):
+        return given.shape[0] if given.ndim else int(given)
+    return given
+
+
+def cropped_length(amount: int | Tensor, length: int) -> int:
+    """What ``crop`` leaves: a positive number is a length (until 5.19), a negative one (from 5.14) goes from the end.
+
+    Until 5.13 generate crops at every assisted step to a length that may be the present one; 5.14 gives a tensor.
+    """
+    amount = int(amount)
+    return min(length, amount) if amount > 0 else max(0, length + amount)
+
+
+def own_layers(config: Any) -> list[Any]:
+    """The layers that transformers itself makes for a model; ``None`` for each that is plain attention."""
+    return [None if type(layer) is DynamicLayer else layer for layer in DynamicCache(config=config).layers]
+
+
+def plain_layer() -> DynamicLayer:
+    """A layer that keeps everything exact."""
+    return DynamicLayer()
+
+
+def forget(layer: Any) -> None:
+    """Leaves a layer without tokens; until 5.17 transformers' own were filled with zeros and kept their length."""
+    layer.reset()
+    if isinstance(layer, DynamicLayer):
+        layer.keys = layer.values = None
+        layer.is_initialized = False
+
+
+def caches_latents(module: nn.Module | None) -> bool:
+    """Whether an MLA layer caches its latents (from 5.15), which are few already, and not its keys."""
+    return hasattr(module, "expand_kv")
+
+
+def turned_last(config: Any) -> bool:
+    """Whether the turned entries are a head's last: MLA, whose expanded keys are cached until 5.14."""
+    return getattr(config, "qk_rope_head_dim", None) is not None
+
+
+def exact_to(layer: Any, index: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What a file holds of one of transformers' own layers."""
+    if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+        raise CheckpointError(
+            f"save: layer {index} is a {type(layer).__name__}, expected attention; it cannot be saved."
+        )
+    body = {
+        "exact": True,
+        "window": getattr(layer, "sliding_window", None),
+        "tokens": layer.get_seq_length(),
+    }
+    return body, {} if layer.keys is None else {"keys": layer.keys, "values": layer.values}
+
+
+def exact_from(body: dict[str, Any], tensors: dict[str, Tensor]) -> Any:
+    """The layer again."""
+    window = body["window"]
+    layer = DynamicLayer() if window is None else DynamicSlidingWindowLayer(sliding_window=window)
+    if tensors:
+        layer.lazy_initialization(tensors["keys"], tensors["values"])
+        layer.keys, layer.values = tensors["keys"], tensors["values"]
+    if window is not None:
+        layer.cumulative_length = body["tokens"]
+    return layer
