@@ -47,11 +47,7 @@ def compress_together(layers: Sequence[LowRankKV], budget: float | int) -> None:
         >>> sum(layer.nbytes() for layer in layers) <= 0.5 * exact
         True
     """
-    number = isinstance(budget, (int, float)) and not isinstance(budget, bool)
-    if not number or not (0 < budget <= 1 if isinstance(budget, float) else budget >= 1):
-        raise LowRankError(
-            f"compress_together: got budget={budget!r}, expected a part in (0, 1] (a float) or bytes (an integer)."
-        )
+    check_budget(budget)
     if any(layer.old is not None for layer in layers):
         raise LowRankError("compress_together: a layer is compressed already; call reset() first.")
     groups, fixed, exact = [], 0, 0
@@ -73,8 +69,15 @@ def compress_together(layers: Sequence[LowRankKV], budget: float | int) -> None:
             [rank for rank, group in zip(ranks, groups, strict=True) if group.layer == index and group.values == values]
             for values in (False, True)
         ]
-        layer.ranks = own[0], own[1]
+        layer.ranks, layer.waits = (own[0], own[1]), False
         layer.compress()
+
+
+def check_budget(budget: object) -> None:
+    """Refuses what is neither a part of a cache nor a number of bytes."""
+    number = isinstance(budget, (int, float)) and not isinstance(budget, bool)
+    if not number or not (0 < budget <= 1 if isinstance(budget, float) else budget >= 1):  # type: ignore[operator]
+        raise LowRankError(f"got budget={budget!r}, expected a part in (0, 1] (a float) or bytes (an integer).")
 
 
 def _share(groups: Sequence[_Group], left: int) -> list[int]:

@@ -53,6 +53,7 @@ class LowRankKV:
         self.rotation = rotation if settings.rope == "before" else None
         self.subspaces = subspaces
         self.ranks: tuple[list[int], list[int]] | None = None
+        self.waits = False  # for the other layers: see compress_together
         self.reset()
 
     def reset(self) -> None:
@@ -119,7 +120,8 @@ class LowRankKV:
             return
         count = self.tail[0].tokens - self.settings.keep_recent
         if self.old is None:
-            self._begin()
+            if not self.waits:
+                self._begin()
         elif count >= self.settings.block:
             limits = self._limits()
             for latent, x, limit in zip(self.old, self._leaving(0, count), limits, strict=True):

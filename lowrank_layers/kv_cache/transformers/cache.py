@@ -6,7 +6,7 @@ import copy
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -15,9 +15,11 @@ from transformers.cache_utils import Cache
 
 from ...errors import LowRankError
 from ...rank import Rank
+from ..allocate import check_budget, compress_together
 from ..rotation import Rotation
 from ..settings import KVSettings
 from ..state import LowRankKV
+from ..subspace import Subspace
 from . import files
 from .attention import NAME
 from .binding import calling_module, rotation_of, text_config
@@ -50,6 +52,9 @@ class LowRankCache(Cache):
         block: see there.
         refresh: see there.
         max_length: see there.
+        budget: in place of ranks: what the cache may take after the prompt, a part of the exact one (a float) or bytes
+            (an integer); layers, keys, values and heads share it (see :func:`compress_together`), one step later.
+        subspaces: a pair for every layer, from :func:`kv_subspaces`, in place of those of the tokens.
         config: the model's: layers with a sliding window, and others that are no plain attention, become transformers'
             own.
 
@@ -82,8 +87,18 @@ class LowRankCache(Cache):
         block: int = 64,
         refresh: float | None = 2.0,
         max_length: int | None = None,
+        budget: float | int | None = None,
+        subspaces: Sequence[tuple[Subspace, Subspace]] | None = None,
         config: Any = None,
     ) -> None:
+        if budget is not None:
+            check_budget(budget)
+            rank, value_rank = 1, None  # not used, and allowed for heads of any size
+        if budget is not None and subspaces is not None:
+            raise LowRankError(
+                "LowRankCache: got budget= and subspaces=, expected one; the subspaces have their ranks."
+            )
+        self.budget, self._subspaces = budget, None if subspaces is None else list(subspaces)
         self.settings = KVSettings(
             rank, value_rank, keep_recent, keep_first, joint, rope, dtype, block, refresh, max_length
         )
@@ -127,6 +142,7 @@ class LowRankCache(Cache):
         begins = layer_idx <= self._latest
         if begins:
             self._before = self.get_seq_length()
+            self._share_budget()
         self._latest = layer_idx
         module = calling_module(sys._getframe(1)) if begins or not self._has(layer_idx) else None
         try:
@@ -248,7 +264,21 @@ class LowRankCache(Cache):
 
     def _make(self, layer_idx: int, keys: Tensor, module: nn.Module | None) -> LowRankKV:
         """A layer's cache, when its first tokens come."""
-        return LowRankKV(self.settings, self._rotation(layer_idx, keys, module))
+        given = self._subspaces
+        if given is not None and layer_idx >= len(given):
+            raise LowRankError(f"LowRankCache: got subspaces of {len(given)} layers and keys of layer {layer_idx}.")
+        pair = None if given is None else given[layer_idx]
+        made = LowRankKV(self.settings, self._rotation(layer_idx, keys, module), pair)
+        made.waits = self.budget is not None
+        return made
+
+    def _share_budget(self) -> None:
+        """Once all layers have the prompt."""
+        if self.budget is None or not self.is_filled():
+            return
+        waiting = [layer.kv for layer in self.layers if isinstance(layer, LowRankLayer) and layer.kv is not None]
+        if waiting and all(kv.waits for kv in waiting):
+            compress_together(waiting, self.budget)
 
     def _rotation(self, layer_idx: int, keys: Tensor, module: nn.Module | None) -> Rotation | None:
         config = getattr(module, "config", None) if module is not None else None

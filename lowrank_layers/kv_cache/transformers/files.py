@@ -31,6 +31,8 @@ def save(cache: LowRankCache, path: str | os.PathLike[str]) -> None:
     path = Path(path)
     if not path.parent.is_dir():
         raise CheckpointError(f"save: the folder {path.parent} does not exist.")
+    if any(isinstance(layer, LowRankLayer) and layer.kv is not None and layer.kv.waits for layer in cache.layers):
+        raise CheckpointError("save: the budget is not shared yet, as there is only a prompt; generate a token first.")
     rotations = list(cache.rotations())
     layers, tensors = [], {f"rotations.{i}": rotation.frequencies for i, rotation in enumerate(rotations)}
     for index, layer in enumerate(cache.layers):
