@@ -26,7 +26,16 @@ from .decompose import cp, nmf, svd, tucker
 from .distributed import LowRankCommState, low_rank_hook
 from .errors import BudgetError, CheckpointError, LowRankError, MissingExtraError, UnsupportedLayerError
 from .factors import CP, NMF, SVD, Blocks, BlockTT, Factorization, Tucker
-from .kv_cache import KVSettings, LowRankAttention, LowRankKV, Rotation, compress_together, kv_subspaces
+from .kv_cache import (
+    KVSettings,
+    LowRankAttention,
+    LowRankKV,
+    Rotation,
+    absorb_mla_,
+    compress_together,
+    factorize_kv_,
+    kv_subspaces,
+)
 from .layers import (
     CPConv1d,
     CPConv2d,
@@ -162,6 +171,7 @@ __all__ = [
     "TuckerConvTranspose3d",
     "TuckerMethod",
     "UnsupportedLayerError",
+    "absorb_mla_",
     "add_lora_",
     "calibrate",
     "combine_lora_",
@@ -170,6 +180,7 @@ __all__ = [
     "densify_",
     "extract_lora",
     "factorize_",
+    "factorize_kv_",
     "kv_subspaces",
     "layer_cost",
     "load",

@@ -4,6 +4,9 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import MissingExtraError
 from .allocate import compress_together
+from .factorize_kv import factorize_kv_
+from .latent_attention import LatentAttention, LatentProjection
+from .mla import absorb_mla_
 from .offline import kv_subspaces
 from .plain import LowRankAttention
 from .rotation import Rotation
@@ -16,12 +19,16 @@ if TYPE_CHECKING:
 
 __all__ = [
     "KVSettings",
+    "LatentAttention",
+    "LatentProjection",
     "LowRankAttention",
     "LowRankCache",
     "LowRankKV",
     "Rotation",
     "Subspace",
+    "absorb_mla_",
     "compress_together",
+    "factorize_kv_",
     "kv_subspaces",
 ]
 

@@ -1,0 +1,221 @@
+"""Multi-head latent attention without expanding the history."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import LowRankError, UnsupportedLayerError
+from ..walk import check_model
+from .attend import attend
+
+NAME = "lowrank_mla"
+"""Of the attention that absorbed decoding registers in transformers."""
+
+
+@dataclass(frozen=True, eq=False)
+class Shared:
+    r"""Tokens as one latent and one turned key for all heads: :math:`k = (W_k c, r)` and :math:`v = W_v c`.
+
+    Args:
+        keys: :math:`W_k`, ``[heads, size, rank]``.
+        values: :math:`W_v`, ``[heads, size, rank]``.
+        latents: ``[batch, 1, tokens, rank]``.
+        turned: ``[batch, 1, tokens, turned size]``.
+    """
+
+    keys: Tensor
+    values: Tensor
+    latents: Tensor
+    turned: Tensor
+
+    @property
+    def heads(self) -> int:
+        """Of keys and values."""
+        return self.keys.shape[0]
+
+    @property
+    def tokens(self) -> int:
+        """How many."""
+        return self.latents.shape[2]
+
+    def scores(self, rows: Tensor) -> Tensor:
+        """Every row times every key, the rows brought into the subspace."""
+        dtype, size = rows.dtype, self.keys.shape[1]
+        inner = (rows[..., :size] @ self.keys.to(dtype)).flatten(1, 2)
+        found = inner @ self.latents[:, 0].to(dtype).mT
+        found = found + rows[..., size:].flatten(1, 2) @ self.turned[:, 0].to(dtype).mT
+        split: Tensor = found.unflatten(1, rows.shape[1:3])
+        return split
+
+    def mixed(self, weights: Tensor) -> Tensor:
+        """Values weighted and summed, lifted afterwards."""
+        summed = weights.flatten(1, 2) @ self.latents[:, 0].to(weights.dtype)
+        found: Tensor = summed.unflatten(1, weights.shape[1:3]) @ self.values.to(weights.dtype).mT
+        return found
+
+    def dense(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Keys and values."""
+        latents = self.latents.to(dtype)
+        keys, values = (latents @ each.to(dtype).mT for each in (self.keys, self.values))
+        return torch.cat([keys, self.turned.to(dtype).expand(-1, self.heads, -1, -1)], -1), values
+
+
+class Absorbing:
+    """Mixed into the class of a latent attention that decodes without expanding what is cached."""
+
+    _plain_class: type[nn.Module]
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The class' own forward, on a view of the module in which nothing is expanded where that is cheaper."""
+        run: Callable[..., Any] = self._plain_class.forward
+        mask, past = kwargs.get("attention_mask"), kwargs.get("past_key_values")
+        known = not args and (mask is None or (isinstance(mask, Tensor) and mask.ndim == 4))
+        if known and past is not None and _pays(self, hidden_states.shape[1]):
+            grown = past.get_seq_length(cast(Any, self).layer_idx) > 0
+            return run(_view(self) if grown else self, hidden_states, **kwargs)
+        return run(self, hidden_states, *args, **kwargs)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _blank, (self._plain_class,), self.__dict__
+
+
+class Overlay:
+    """An object with some attributes replaced.
+
+    Args:
+        base: what has the others.
+        over: what replaces.
+    """
+
+    def __init__(self, base: Any, **over: Any) -> None:
+        self.__dict__.update(over, _base=base)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_base"], name)
+
+
+def absorb_mla_(model: nn.Module) -> nn.Module:
+    r"""Lets latent attentions (DeepSeek's MLA) decode from the cached latents, which transformers expands every step.
+
+    A cache of transformers holds the latent :math:`c` and one rotated key :math:`r` a token; its forward forms
+    :math:`k_h = (W_h c, r)` and :math:`v_h = V_h c` of *all* tokens for every new one. Here the scores are
+    :math:`(W_h^T q_h)^T c + q_r^T r`, and :math:`V_h` is applied to the weighted sum of latents: as many bytes, the
+    same numbers, and arithmetic that no longer has ``tokens * rank * heads * size`` in it. Prompts, and calls with so
+    many new tokens that expanding takes fewer multiplications, run as before. Weights and their names stay.
+
+    Args:
+        model: changed in place; its attentions become subclasses of their classes.
+
+    Returns:
+        The model.
+
+    Raises:
+        LowRankError: for a model without latent attention, or transformers before 5.15, whose caches hold expanded keys
+            and values; nothing is changed then.
+
+    Examples:
+        >>> from transformers import AutoModelForCausalLM  # doctest: +SKIP
+        >>> model = AutoModelForCausalLM.from_pretrained("deepseek-ai/DeepSeek-V2-Lite")  # doctest: +SKIP
+        >>> lr.absorb_mla_(model).generate(ids, max_new_tokens=100)  # doctest: +SKIP
+
+    DeepSeek-AI, "DeepSeek-V2: A Strong, Economical, and Efficient Mixture-of-Experts Language Model", 2024, section
+    2.1.2.
+    """
+    check_model(model)
+    found = {
+        name: each for name, each in model.named_modules() if isinstance(getattr(each, "kv_b_proj", None), nn.Module)
+    }
+    if not found:
+        raise LowRankError(
+            f"absorb_mla_: {type(model).__name__} has no latent attention (a module with kv_b_proj); for keys and"
+            " values of another attention use factorize_kv_."
+        )
+    for name, module in found.items():
+        _check(name, module)
+    _register()
+    for module in found.values():
+        if not isinstance(module, Absorbing):
+            module.__class__ = absorbing_class(type(module))
+    return model
+
+
+def absorbing_class(cls: type[nn.Module]) -> type[nn.Module]:
+    """The subclass of an attention that decodes in the subspace."""
+    if cls not in _CLASSES:
+        body = {"_plain_class": cls, "__module__": cls.__module__}
+        _CLASSES[cls] = cast(type[nn.Module], type(f"Absorbing{cls.__name__}", (Absorbing, cls), body))
+    return _CLASSES[cls]
+
+
+_CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+def _blank(cls: type[nn.Module]) -> nn.Module:
+    _register()
+    made: nn.Module = object.__new__(absorbing_class(cls))
+    return made
+
+
+def _check(name: str, module: Any) -> None:
+    if not hasattr(module, "expand_kv"):
+        import transformers
+
+        raise UnsupportedLayerError(
+            f"absorb_mla_: {name!r} is a {type(module).__name__} of transformers {transformers.__version__}, which"
+            " caches expanded keys and values, expected one that caches latents; upgrade to transformers 5.15 or later."
+        )
+    if "forward" in vars(module):
+        raise UnsupportedLayerError(
+            f"absorb_mla_: {name!r} has a forward of its own (accelerate's hooks put one there); remove it first."
+        )
+    missing = [key for key in ("qk_nope_head_dim", "v_head_dim", "layer_idx", "config") if not hasattr(module, key)]
+    if missing or getattr(module.kv_b_proj, "bias", None) is not None:
+        what = f"without {missing}" if missing else "with a bias in kv_b_proj"
+        raise UnsupportedLayerError(
+            f"absorb_mla_: {name!r} is a {type(module).__name__} {what}, expected DeepSeek's layout."
+        )
+    if hasattr(module, "indexer"):
+        raise UnsupportedLayerError(
+            f"absorb_mla_: {name!r} is a {type(module).__name__}, which attends to tokens that an indexer picks,"
+            " and does so by the name of the attention implementation; leave it as it is."
+        )
+
+
+def _pays(module: Any, count: int) -> bool:
+    """Whether the subspace takes fewer multiplications a cached token and head: ``2 r q`` or ``(r + q) (k + v)``."""
+    rank, sizes = module.kv_b_proj.in_features, module.qk_nope_head_dim + module.v_head_dim
+    return bool(2 * rank * count < (rank + count) * sizes)
+
+
+def _view(module: Any) -> Any:
+    """The module, with the latents themselves as keys and values, and an attention that knows what they are."""
+    config = Overlay(module.config, _attn_implementation=NAME)
+    return Overlay(module, config=config, expand_kv=lambda latents, turned: (latents, turned))
+
+
+def _attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None = None,
+    scaling: float | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """What transformers calls: ``key`` are latents, ``value`` turned keys."""
+    weight = module.kv_b_proj.weight.unflatten(0, (-1, module.qk_nope_head_dim + module.v_head_dim))
+    keys, values = weight.split([module.qk_nope_head_dim, module.v_head_dim], 1)
+    mask = None if attention_mask is None else attention_mask[..., : key.shape[2]]
+    out = attend(query, [Shared(keys, values, key, value)], mask=mask, scale=scaling)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _register() -> None:
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(NAME, _attention)
