@@ -53,6 +53,20 @@ def paired_times(functions: Sequence[Callable[[], object]], *, rounds: int = 7, 
     return [statistics.median(taken) for taken in times]
 
 
+def paired(functions: Sequence[Callable[[], object]], rounds: int) -> tuple[list[float], list[float]]:
+    """Median CPU seconds of each, run in turn (another one first every time), and of their ratios to the first's."""
+    taken: list[list[float]] = [[] for _ in functions]
+    for k in range(rounds + 1):
+        for turn in range(len(functions)):
+            which = (k + turn) % len(functions)
+            start = time.process_time()
+            functions[which]()
+            if k:
+                taken[which].append(time.process_time() - start)
+    ratios = [statistics.median(t / base for t, base in zip(own, taken[0], strict=True)) for own in taken]
+    return [statistics.median(own) for own in taken], ratios
+
+
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """A table in Markdown."""
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]

@@ -8,7 +8,6 @@ import importlib.util
 import statistics
 import subprocess
 import sys
-import time
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 
 import lowrank_layers as lr
 
-from .common import arguments, machine, markdown_table, write_result
+from .common import arguments, machine, markdown_table, paired, write_result
 from .vision import import_torchvision
 
 CASES = [(1024, 8), (4096, 64), (4096, 8)]
@@ -35,20 +34,6 @@ def peft() -> Any:
     import peft as library
 
     return library
-
-
-def paired(functions: Sequence[Callable[[], object]], rounds: int) -> tuple[list[float], list[float]]:
-    """Median CPU seconds of each, run in turn (another one first every time), and of their ratios to the first's."""
-    taken: list[list[float]] = [[] for _ in functions]
-    for k in range(rounds + 1):
-        for turn in range(len(functions)):
-            which = (k + turn) % len(functions)
-            start = time.process_time()
-            functions[which]()
-            if k:
-                taken[which].append(time.process_time() - start)
-    ratios = [statistics.median(t / base for t, base in zip(own, taken[0], strict=True)) for own in taken]
-    return [statistics.median(own) for own in taken], ratios
 
 
 @torch.no_grad()

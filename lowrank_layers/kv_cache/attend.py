@@ -98,7 +98,7 @@ class Old:
     def scores(self, rows: Tensor) -> Tensor:
         """Every row times every key: in the subspace, or, where keys are turned, tile by tile."""
         if self.rotation is None:
-            return self.keys.scores(rows, 0, self.tokens)
+            return self.keys.scores(rows)
         if torch.compiler.is_compiling():
             return rows @ self.dense(rows.dtype)[0].mT
         found = []

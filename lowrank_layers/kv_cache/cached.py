@@ -36,9 +36,9 @@ class Normed(Latent):
 
     norm: Callable[[Tensor], Tensor]
 
-    def scores(self, rows: Tensor, start: int, stop: int) -> Tensor:
+    def scores(self, rows: Tensor) -> Tensor:
         """See :meth:`Part.scores`."""
-        ends = [(at, min(at + TILE, stop)) for at in range(start, stop, TILE)]
+        ends = [(at, min(at + TILE, self.tokens)) for at in range(0, self.tokens, TILE)]
         return torch.cat([rows @ self.rebuilt(*each, rows.dtype).mT for each in ends], -1)
 
     def rebuilt(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:

@@ -7,6 +7,9 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+RUN = 4096
+"""Tokens that are converted to another dtype at a time: the converted ones stay in a processor's cache."""
+
 
 class Coefficients:
     """``[batch, groups, rank, tokens]`` in a floating dtype, or in int8 with an fp16 scale a token and group.
@@ -49,6 +52,35 @@ class Coefficients:
         scales = self.scales if whole else self.scales[..., start:stop]
         return values.mul_(scales[:, :, None].to(dtype))
 
+    def scores(self, rows: Tensor, shift: Tensor) -> Tensor:
+        """``rows c + shift``, ``[batch, groups, rows, tokens]``.
+
+        Args:
+            rows: ``[batch, groups, rows, rank]``.
+            shift: ``[batch, groups, rows, 1]``.
+        """
+        if self.scales is None and self.dtype == rows.dtype:
+            flat = (t.flatten(0, 1) for t in (shift, rows, self.values))
+            whole: Tensor = torch.baddbmm(*flat).unflatten(0, rows.shape[:2])
+            return whole
+        found = []
+        for start, stop in self._runs(rows.dtype):
+            inner = rows @ self.values[..., start:stop].to(rows.dtype)
+            # a scale a token: it weighs the few rows instead of all coefficients
+            scales = None if self.scales is None else self.scales[:, :, None, start:stop].to(rows.dtype)
+            found.append(inner + shift if scales is None else torch.addcmul(shift, inner, scales))
+        return found[0] if len(found) == 1 else torch.cat(found, -1)
+
+    def mixed(self, weights: Tensor) -> Tensor:
+        """``weights c^T``, ``[batch, groups, rows, rank]``; ``weights`` are ``[batch, groups, rows, tokens]``."""
+        found = []
+        for start, stop in self._runs(weights.dtype):
+            part = weights[..., start:stop]
+            if self.scales is not None:
+                part = part * self.scales[:, :, None, start:stop].to(part.dtype)
+            found.append(part @ self.values[..., start:stop].to(part.dtype).mT)
+        return found[0] if len(found) == 1 else torch.stack(found).sum(0)
+
     def truncate(self, tokens: int) -> None:
         """Leaves the first ones."""
         self.apply(lambda t: t[..., :tokens].contiguous())
@@ -63,6 +95,12 @@ class Coefficients:
         yield "values", self.values
         if self.scales is not None:
             yield "scales", self.scales
+
+    def _runs(self, dtype: torch.dtype) -> list[tuple[int, int]]:
+        """All tokens, at once where nothing is converted."""
+        if self.dtype == dtype or self.values.device.type != "cpu" or torch.compiler.is_compiling():
+            return [(0, self.tokens)]
+        return [(start, min(start + RUN, self.tokens)) for start in range(0, max(1, self.tokens), RUN)]
 
     def _stored(self, values: Tensor) -> tuple[Tensor, Tensor | None]:
         if self.dtype != torch.int8:

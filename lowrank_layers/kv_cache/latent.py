@@ -30,21 +30,16 @@ class Part:
     subspace: Subspace
     coefficients: Coefficients
 
-    def scores(self, rows: Tensor, start: int, stop: int) -> Tensor:
-        """``rows (mean + basis c)^T`` as ``((rows basis) c) + rows mean``, ``[batch, heads, q, stop - start]``.
+    def scores(self, rows: Tensor) -> Tensor:
+        """``rows (mean + basis c)^T`` as ``((rows basis) c) + rows mean``, ``[batch, heads, q, tokens]``.
 
         Args:
             rows: ``[batch, heads, q, size]``.
-            start: the first token.
-            stop: the one after the last.
         """
         basis, mean = self._per_head(rows.dtype)
         split = self._by_group(rows)
-        inner = (split @ basis).flatten(2, 3) @ self.coefficients.read(start, stop, rows.dtype)
-        along = split @ mean[..., None]
-        found: Tensor = inner.unflatten(2, along.shape[2:4]) + along
-        flat: Tensor = found.flatten(1, 2)
-        return flat
+        inner, along = ((split @ t).flatten(2, 3) for t in (basis, mean[..., None]))
+        return self.coefficients.scores(inner, along).reshape(*rows.shape[:3], -1)
 
     def mixed(self, weights: Tensor) -> Tensor:
         """``weights (mean + basis c)`` as ``(weights c^T) basis^T``, ``[batch, heads, q, size]``.
@@ -54,9 +49,8 @@ class Part:
         """
         basis, mean = self._per_head(weights.dtype)
         split = self._by_group(weights)
-        inner = split.flatten(2, 3) @ self.coefficients.read(0, self.coefficients.tokens, weights.dtype).mT
-        lifted: Tensor = inner.unflatten(2, split.shape[2:4]) @ basis.mT
-        found = lifted + split.sum(-1, keepdim=True) * mean[..., None, :]
+        inner = self.coefficients.mixed(split.flatten(2, 3)).unflatten(2, split.shape[2:4])
+        found = inner @ basis.mT + split.sum(-1, keepdim=True) * mean[..., None, :]
         flat: Tensor = found.flatten(1, 2)
         return flat
 
@@ -114,9 +108,9 @@ class Latent:
         """How many are held."""
         return self.parts[0].coefficients.tokens
 
-    def scores(self, rows: Tensor, start: int, stop: int) -> Tensor:
+    def scores(self, rows: Tensor) -> Tensor:
         """See :meth:`Part.scores`."""
-        return self._over(lambda part, x: part.scores(x, start, stop), rows)
+        return self._over(lambda part, x: part.scores(x), rows)
 
     def mixed(self, weights: Tensor) -> Tensor:
         """``weights values``, ``[batch, heads, q, size]``; ``weights`` are ``[batch, heads, q, tokens]``."""

@@ -79,7 +79,7 @@ class Rotation:
         size = 2 * cos.shape[-1]
         part = x[..., self.start : self.start + size]
         left, right = (part[..., 0::2], part[..., 1::2]) if self.interleaved else part.chunk(2, -1)
-        turned = (left * cos - right * sin, right * cos + left * sin)
+        turned = torch.addcmul(left * cos, right, sin, value=-1), torch.addcmul(right * cos, left, sin)
         both = torch.stack(turned, -1).flatten(-2) if self.interleaved else torch.cat(turned, -1)
         if size == x.shape[-1]:
             return both

@@ -38,8 +38,12 @@ class Subspace:
 
     def rows(self, coefficients: Tensor) -> Tensor:
         """``mean + basis c``, ``[batch, groups, tokens, width]``, in the dtype of the coefficients."""
-        dtype = coefficients.dtype
-        return coefficients.mT @ self.basis.to(dtype).mT + self.mean.to(dtype)[:, :, None]
+        each = coefficients.flatten(0, 1).mT
+        shape = (len(coefficients), -1, -1)
+        basis = self.basis.to(each.dtype).expand(*shape, -1).flatten(0, 1)
+        mean = self.mean.to(each.dtype).expand(*shape).flatten(0, 1)
+        found: Tensor = torch.baddbmm(mean[:, None], each, basis.mT).unflatten(0, coefficients.shape[:2])
+        return found
 
     def discarded(self, rows: Tensor) -> float:
         """The part of the rows' energy about the mean that the subspace does not hold."""

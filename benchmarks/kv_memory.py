@@ -1,0 +1,144 @@
+"""Resident memory of a low-rank key/value cache beside a dense one, each in a process of its own."""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+import lowrank_layers as lr
+
+from .common import arguments, machine, markdown_table, write_result
+
+HEADS, SIZE, CHUNK, STEPS = 8, 128, 512, 192
+"""Heads of keys and values, their size, tokens a chunk of the prompt, single tokens after it."""
+CACHES = {
+    "dense": None,
+    "r = 16 after RoPE, a head": {"rank": 16, "rope": "after", "joint": False},
+    "r = 32 after RoPE, a head": {"rank": 32, "rope": "after", "joint": False},
+    "r = 16 before RoPE, heads joint": {"rank": 16},
+    "r = 16 before RoPE, heads joint, int8": {"rank": 16, "dtype": "int8"},
+}
+
+
+def resident() -> int:
+    """Bytes of this process, with what was freed given back to the system (Linux)."""
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
+        if line.startswith("VmRSS"):
+            return 1024 * int(line.split()[1])
+    raise RuntimeError("/proc/self/status: no line VmRSS")
+
+
+class Dense:
+    """Keys and values as they are, in buffers of their final length."""
+
+    def __init__(self, length: int) -> None:
+        self.kept = torch.zeros(2, 1, HEADS, length, SIZE)
+        self.tokens = 0
+
+    def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        stop = self.tokens + keys.shape[2]
+        self.kept[0, :, :, self.tokens : stop], self.kept[1, :, :, self.tokens : stop] = keys, values
+        self.tokens = stop
+
+    def compress(self) -> None:
+        """Nothing."""
+
+    def nbytes(self) -> int:
+        return self.kept.nbytes
+
+
+@torch.no_grad()
+def fill(label: str, layers: int, length: int) -> dict[str, int]:
+    """A prompt in chunks, then single tokens, through every layer."""
+    settings = CACHES[label]
+
+    def cache() -> Dense | lr.LowRankKV:
+        if settings is None:
+            return Dense(length)
+        chosen = {**settings, **({"dtype": torch.int8} if "dtype" in settings else {})}
+        return lr.LowRankKV(lr.KVSettings(refresh=None, **chosen), lr.Rotation.of(SIZE))  # type: ignore[arg-type]
+
+    def append(to: Dense | lr.LowRankKV, count: int) -> None:
+        to.append(*torch.randn(2, 1, HEADS, count, SIZE))
+        to.compress()
+
+    # libraries load and threads start with the first layer, which does not count
+    warm = cache()
+    for count in (CHUNK, CHUNK, 1):
+        append(warm, count)
+    del warm
+    before, caches = resident(), [cache() for _ in range(layers)]
+    prompt = length - min(STEPS, length // 2)
+    for start in range(0, prompt, CHUNK):
+        for each in caches:
+            append(each, min(CHUNK, prompt - start))
+    for _ in range(length - prompt):
+        for each in caches:
+            append(each, 1)
+    return {"resident": resident() - before, "nbytes": sum(each.nbytes() for each in caches)}
+
+
+def measured(label: str, args: argparse.Namespace) -> dict[str, int]:
+    command = [sys.executable, "-m", "benchmarks.kv_memory", "--threads", str(args.threads), "--fill", label]
+    command += ["--layers", str(args.layers), "--length", str(args.length)]
+    root = Path(__file__).resolve().parents[1]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
+    found: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def run(args: argparse.Namespace) -> str:
+    found = {label: measured(label, args) for label in CACHES}
+    dense = found["dense"]
+    rows = [
+        [
+            label,
+            f"{each['resident'] / 2**20:.1f}",
+            f"{each['nbytes'] / 2**20:.1f}",
+            f"{each['resident'] / each['nbytes']:.3f}",
+            f"{dense['resident'] / each['resident']:.2f}",
+            f"{dense['nbytes'] / each['nbytes']:.2f}",
+        ]
+        for label, each in found.items()
+    ]
+    head = ["cache", "resident, MiB", "nbytes(), MiB", "resident / nbytes()", "saved, resident", "saved, nbytes()"]
+    return "\n\n".join(
+        [
+            f"{args.layers} layers, {args.length:,} tokens, {HEADS} heads of {SIZE}, fp32, each cache in a process of"
+            f" its own: a prompt in chunks of {CHUNK}, then single tokens. Resident: what the process grew by, after"
+            " what was freed has gone back to the system.",
+            markdown_table(head, rows),
+        ]
+    )
+
+
+def main() -> None:
+    parser = arguments(__doc__, threads=1)
+    parser.add_argument("--smoke", action="store_true", help="tiny shapes, seconds")
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--length", type=int, default=32768, help="tokens")
+    parser.add_argument("--fill", choices=CACHES, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    if args.fill:
+        torch.set_num_threads(args.threads)
+        print(json.dumps(fill(args.fill, args.layers, args.length)))
+        return
+    if args.smoke:
+        args.layers, args.length = 1, 1024
+    text = f"# Memory of a low-rank cache\n\n{machine(args)}\n\n{run(args)}"
+    print(text)
+    print(f"\nwritten to {write_result(args, 'kv_memory', text)}")
+
+
+if __name__ == "__main__":
+    main()

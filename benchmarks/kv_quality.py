@@ -1,0 +1,386 @@
+"""What a compressed key/value cache costs a language model: perplexity against bytes, beside other ways to save them.
+
+Needs transformers (an extra) and ``pycode_llama`` in ``LOWRANK_DATA``; ``--smoke`` makes a model of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import lowrank_layers as lr
+from lowrank_layers.kv_cache.fit import grouped
+from lowrank_layers.kv_cache.subspace import Scatter, Subspace
+
+from .common import arguments, machine, markdown_table, write_result
+from .data import ROOT, available
+from .vision import import_torchvision
+
+DTYPE = torch.bfloat16
+"""Of the exact cache; the arithmetic is in fp32."""
+OURS = ((14, 10, 32), (24, 20, 24), (16, 12, 64), (14, 10, 24), (12, 8, 32), (8, 6, 32))
+"""Ranks of keys and of values, recent tokens; the first is varied below."""
+EVICTED = (110, 150, 200)
+
+
+class Store(Protocol):
+    """The cache of one layer."""
+
+    def update(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """More tokens; all keys and values for the attention."""
+
+    def nbytes(self) -> int:
+        """All that is stored."""
+
+
+class Exact:
+    def __init__(self) -> None:
+        self.kept: tuple[Tensor, Tensor] | None = None
+
+    def update(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        if self.kept is not None:
+            keys, values = torch.cat([self.kept[0], keys], 2), torch.cat([self.kept[1], values], 2)
+        self.kept = keys, values
+        return self.kept
+
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in self.kept or ())
+
+
+class Evicting(Exact):
+    """The first tokens and a window of the last ones; keys keep the rotation of their own position."""
+
+    def __init__(self, recent: int, first: int = 4) -> None:
+        super().__init__()
+        self.recent, self.first = recent, first
+
+    def update(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        seen = super().update(keys, values)
+        if seen[0].shape[2] > self.first + self.recent:
+            keys, values = (torch.cat([t[:, :, : self.first], t[:, :, -self.recent :]], 2) for t in seen)
+            self.kept = keys, values
+        return seen
+
+
+class FourBits:
+    """Tokens older than the recent ones in 4 bits, with an fp16 scale and zero a token and head."""
+
+    def __init__(self, recent: int) -> None:
+        self.recent, self.tail = recent, Exact()
+        self.codes: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def update(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        tail = self.tail.update(keys, values)
+        old = [[self.decoded(*c) for c in self.codes[side::2]] for side in (0, 1)]
+        seen = torch.cat([*old[0], tail[0]], 2), torch.cat([*old[1], tail[1]], 2)
+        left = tail[0].shape[2] - self.recent
+        if left > 0:
+            self.codes += [self.coded(t[:, :, :left]) for t in tail]
+            keys, values = (t[:, :, left:] for t in tail)
+            self.tail.kept = keys, values
+        return seen
+
+    @staticmethod
+    def coded(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        low, high = (f(x.float(), dim=-1, keepdim=True).half() for f in (torch.amin, torch.amax))
+        scale = ((high.float() - low.float()) / 15).clamp_min(1e-6).half()
+        codes = ((x.float() - low.float()) / scale.float()).round().clamp(0, 15).to(torch.uint8)
+        return codes[..., 0::2] * 16 + codes[..., 1::2], scale, low
+
+    @staticmethod
+    def decoded(codes: Tensor, scale: Tensor, low: Tensor) -> Tensor:
+        wide = torch.stack([codes // 16, codes % 16], -1).flatten(-2)
+        return (wide * scale.float() + low.float()).to(DTYPE)
+
+    def nbytes(self) -> int:
+        return self.tail.nbytes() + sum(t.nbytes for each in self.codes for t in each)
+
+
+class Theirs:
+    """A layer of transformers' ``QuantizedCache``."""
+
+    def __init__(self, config: Any, backend: str, **options: Any) -> None:
+        from transformers.cache_utils import QuantizedCache
+
+        self.layer = QuantizedCache(backend, config, **options).layers[0]
+
+    def update(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        keys, values = self.layer.update(keys, values)
+        return keys, values
+
+    def nbytes(self) -> int:
+        return sum(stored(value) for value in vars(self.layer).values())
+
+
+def stored(value: Any) -> int:
+    """Bytes of the tensors in an attribute; a quantised tensor wraps plain ones."""
+    if isinstance(value, (tuple, list)):
+        return sum(map(stored, value))
+    if not isinstance(value, Tensor):
+        return 0
+    if hasattr(value, "__tensor_flatten__"):
+        return sum(stored(getattr(value, name)) for name in value.__tensor_flatten__()[0])
+    return value.nbytes
+
+
+class Ours:
+    """Handed to the attention rebuilt, which gives what :meth:`LowRankKV.attend` gives."""
+
+    def __init__(self, settings: lr.KVSettings, rotation: lr.Rotation, subspaces: Any = None) -> None:
+        self.cache = lr.LowRankKV(settings, rotation, subspaces)
+
+    def update(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        self.cache.append(keys, values)
+        seen = self.cache.dense()
+        self.cache.compress()
+        return seen
+
+    def nbytes(self) -> int:
+        return self.cache.nbytes()
+
+
+Make = Callable[[int], Store]
+"""The cache of a layer, by its index."""
+
+
+class Driver:
+    """The model with caches of ours in place of transformers' own: no version of its interface matters."""
+
+    def __init__(self, model: Any) -> None:
+        from transformers import AttentionInterface
+
+        self.model = model
+        self.stores: list[Store] = []
+        AttentionInterface.register("kv_quality", self.attention)
+        model.set_attn_implementation("kv_quality")
+
+    def attention(self, module: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Any:
+        keys, values = (t.to(query.dtype) for t in self.stores[module.layer_idx].update(key.to(DTYPE), value.to(DTYPE)))
+        count, total = query.shape[2], keys.shape[2]
+        mask = torch.ones(count, total, dtype=torch.bool, device=query.device).tril(total - count)
+        out = F.scaled_dot_product_attention(query, keys, values, mask, enable_gqa=True)
+        return out.transpose(1, 2).contiguous(), None
+
+    def logits(self, tokens: Tensor, start: int) -> Tensor:
+        positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)[None]
+        found: Tensor = self.model(tokens, position_ids=positions, use_cache=False).logits
+        return found
+
+
+@dataclass
+class Score:
+    nats: float
+    divergence: float
+    nbytes: float
+    log_probabilities: Tensor
+
+
+@torch.no_grad()
+def score(
+    driver: Driver,
+    windows: Tensor,
+    prefix: Sequence[tuple[Tensor, Tensor]],
+    make: Make,
+    chunk: int,
+    exact: Score | None,
+) -> Score:
+    """The text after the prefix, ``chunk`` tokens a step, so that tokens age as in generation; mean bytes of a row."""
+    driver.stores = [make(layer) for layer in range(len(prefix))]
+    for store, (keys, values) in zip(driver.stores, prefix, strict=True):
+        store.update(keys, values)
+    start, found, held = prefix[0][0].shape[2], [], []
+    for at in range(start, windows.shape[1] - 1, chunk):
+        step = windows[:, at : min(at + chunk, windows.shape[1] - 1)]
+        found.append(driver.logits(step, at).log_softmax(-1))
+        held.append(sum(store.nbytes() for store in driver.stores) / len(windows))
+    own = torch.cat(found, 1)
+    nats = -float(own.gather(-1, windows[:, start + 1 :, None]).mean())
+    far = 0.0
+    if exact is not None:
+        each = F.kl_div(own, exact.log_probabilities, reduction="none", log_target=True)
+        far = float(each.sum(-1).mean())
+    return Score(nats, far, sum(held) / len(held), own)
+
+
+@torch.no_grad()
+def prefilled(driver: Driver, tokens: Tensor, layers: int) -> list[tuple[Tensor, Tensor]]:
+    """Exact keys and values of every layer."""
+    stores = [Exact() for _ in range(layers)]
+    driver.stores = list(stores)
+    driver.logits(tokens, 0)
+    return [store.kept for store in stores if store.kept is not None]
+
+
+def offline(
+    driver: Driver, tokens: Tensor, layers: int, rotation: lr.Rotation, rank: int, *, joint: bool, value_rank: int
+) -> list[tuple[Subspace, Subspace]]:
+    """Fixed subspaces from other text, keys without their rotation."""
+    found = []
+    for keys, values in prefilled(driver, tokens, layers):
+        together = keys.shape[1] if joint else 1
+        keys = rotation.turn(keys.float(), -torch.arange(keys.shape[2]))
+        sides = []
+        for x, r in ((keys, rank), (values.float(), value_rank)):
+            rows = grouped(x.transpose(0, 1).flatten(1, 2)[None], together)
+            sides.append(Scatter.of(rows).fit(r * together, DTYPE))
+        found.append((sides[0], sides[1]))
+    return found
+
+
+def load(args: argparse.Namespace) -> tuple[Any, Tensor]:
+    """The model, and the tokens of text it has not seen."""
+    import_torchvision()
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    if args.smoke:
+        config = LlamaConfig(
+            vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, head_dim=32, max_position_embeddings=args.window,
+        )  # fmt: skip
+        return LlamaForCausalLM(config).eval(), torch.randint(64, (20 * args.window,))
+    path = ROOT / "pycode_llama"
+    if not available("pycode_llama"):
+        raise SystemExit("kv_quality: got no folder pycode_llama in LOWRANK_DATA; see benchmarks/data.py.")
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    text = (path / "valid.txt").read_text(encoding="utf-8")
+    return model, AutoTokenizer.from_pretrained(path)(text, return_tensors="pt").input_ids[0]
+
+
+def spread(tokens: Tensor, count: int, length: int) -> Tensor:
+    """Windows at even distances."""
+    step = (len(tokens) - length) // max(1, count - 1)
+    return torch.stack([tokens[k * step : k * step + length] for k in range(count)])
+
+
+class Bench:
+    """A model, its text and the caches of the prefix."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.model, tokens = load(args)
+        config = self.model.config
+        self.layers, self.chunk = config.num_hidden_layers, args.chunk
+        self.driver = Driver(self.model)
+        half = len(tokens) // 2
+        self.training = spread(tokens[:half], args.windows, args.window)
+        self.windows = spread(tokens[half:], args.windows, args.window)
+        self.rotation = lr.Rotation(self.model.model.rotary_emb.inv_freq.float())
+        self.prefix = prefilled(self.driver, self.windows[:, : 3 * args.window // 4], self.layers)
+        self.exact = score(self.driver, self.windows, self.prefix, lambda layer: Exact(), self.chunk, None)
+
+    def ours(self, *, trained: bool = False, **settings: Any) -> Make:
+        chosen = lr.KVSettings(**settings)
+        given: list[Any] = [None] * self.layers
+        if trained:
+            rank, value_rank = (chosen.rank_of(values) for values in (False, True))
+            assert isinstance(rank, int)
+            assert isinstance(value_rank, int)
+            given = list(
+                offline(self.driver, self.training, self.layers, self.rotation, rank,
+                        joint=chosen.joint, value_rank=value_rank)
+            )  # fmt: skip
+        return lambda layer: Ours(chosen, self.rotation, given[layer])
+
+    def row(self, label: str, make: Make) -> list[object]:
+        found = score(self.driver, self.windows, self.prefix, make, self.chunk, self.exact)
+        increase = 100 * math.expm1(found.nats - self.exact.nats)
+        return [
+            label,
+            f"{found.nbytes / 1024:.1f}",
+            f"{self.exact.nbytes / found.nbytes:.2f}",
+            f"{math.exp(found.nats):.3f}",
+            f"{increase:+.2f}",
+            f"{1e4 * found.divergence:.1f}",
+        ]
+
+
+def run(args: argparse.Namespace) -> str:
+    bench = Bench(args)
+    exact = [
+        "exact, bfloat16",
+        f"{bench.exact.nbytes / 1024:.1f}",
+        "1.00",
+        f"{math.exp(bench.exact.nats):.3f}",
+        "+0.00",
+        "0.0",
+    ]
+    rows: list[list[object]] = [list(exact)]
+    common: dict[str, Any] = {"dtype": torch.int8, "keep_first": 1, "block": 8}
+    pairs = [{"rank": k, "value_rank": v, "keep_recent": recent, **common} for k, v, recent in OURS]
+    for pair in pairs[:1] if args.smoke else sorted(pairs, key=lambda pair: -pair["rank"]):
+        label = f"ours: K {pair['rank']}, V {pair['value_rank']}, {pair['keep_recent']} recent"
+        rows.append(bench.row(label, bench.ours(**pair)))
+    rank, value_rank, recent = OURS[0]
+    variants: dict[str, dict[str, Any]] = {
+        "per head": {"joint": False},
+        "after RoPE": {"rope": "after"},
+        "bfloat16 coefficients": {"dtype": None},
+        "16 recent": {"keep_recent": 16},
+        "64 recent": {"keep_recent": 64},
+        "4 first": {"keep_first": 4},
+        "blocks of 64": {"block": 64},
+        "never fitted again": {"refresh": None},
+        "fitted again at every block": {"refresh": 1.0},
+        "subspaces from other text": {"trained": True},
+        "subspaces from other text, K 18, V 14": {"trained": True, "rank": 18, "value_rank": 14},
+        "as Palu (other text, bfloat16, none exact)": {
+            "trained": True,
+            "dtype": None,
+            "keep_recent": 0,
+            "keep_first": 0,
+        },
+    }
+    for label, changed in variants.items():
+        rows.append(
+            bench.row(f"K {rank}, V {value_rank}, {recent} recent, but {label}", bench.ours(**{**pairs[0], **changed}))
+        )
+    config = bench.model.config
+    theirs: dict[str, Make] = {"transformers' QuantizedCache, fp8": lambda layer: Theirs(config, "fp8")}
+    if importlib.util.find_spec("optimum") and importlib.util.find_spec("optimum.quanto"):
+        theirs["transformers' QuantizedCache, quanto int4"] = lambda layer: Theirs(config, "quanto", nbits=4)
+    theirs["int4 a token and head, 16 recent exact"] = lambda layer: FourBits(16)
+    for kept in EVICTED:
+        theirs[f"eviction: 4 first and {kept} recent"] = lambda layer, kept=kept: Evicting(kept)
+    rows += [bench.row(label, make) for label, make in theirs.items()]
+    tokens = 3 * args.window // 4
+    head = ["cache", "KiB a sequence", "bytes saved", "perplexity", "increase, %", "KL from exact, 1e-4"]
+    return "\n\n".join(
+        [
+            f"{'A small random Llama' if args.smoke else 'pycode_llama on unseen code'}: {args.windows} windows of"
+            f" {args.window}, {tokens} tokens of prompt and the rest scored, {args.chunk} tokens a step, so that"
+            " tokens leave the recent ones and are compressed as in generation. Arithmetic in fp32, exact keys and"
+            " values in bfloat16. Bytes: all that a cache stores (coefficients, scales, bases, means, exact tokens, and"
+            " room for more), the mean over the steps, all layers; subspaces from other text (the other half of it)"
+            f" are shared by the {args.windows} sequences and counted once for them. In a context this short the bases"
+            " and the recent tokens are a third of the bytes.",
+            "Ours, if nothing else is said: heads joint, before RoPE, int8, 1 first token exact, blocks of 8.",
+            markdown_table(head, rows),
+        ]
+    )
+
+
+def main() -> None:
+    parser = arguments(__doc__, threads=1)
+    parser.add_argument("--smoke", action="store_true", help="a random model, seconds")
+    parser.add_argument("--windows", type=int, default=16)
+    parser.add_argument("--window", type=int, default=1024, help="tokens")
+    parser.add_argument("--chunk", type=int, default=8, help="tokens a step; 1 is generation to the letter")
+    args = parser.parse_args()
+    if args.smoke:
+        args.windows, args.window = 2, 256
+    torch.set_num_threads(args.threads)
+    text = f"# Quality of a low-rank cache\n\n{machine(args, 'transformers')}\n\n{run(args)}"
+    print(text)
+    print(f"\nwritten to {write_result(args, 'kv_quality', text)}")
+
+
+if __name__ == "__main__":
+    main()
