@@ -10,38 +10,18 @@ from __future__ import annotations
 
 import argparse
 import copy
-import importlib.util
-import os
-import sys
 import time
 from pathlib import Path
 
 import torch
+from language_model import DATA, load
 from torch import Tensor, nn
 from tqdm import trange
 
 import lowrank_layers as lr
 from lowrank_layers import plot
 
-DATA = Path(os.environ.get("LOWRANK_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 LENGTH = 128
-
-
-def load(folder: Path) -> tuple[nn.Module, object]:
-    """The model and its tokenizer."""
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    if importlib.util.find_spec("torchvision"):
-        # transformers imports it, and beside a CPU-only torch it needs help
-        sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-        from benchmarks.vision import import_torchvision
-
-        import_torchvision()
-    from tokenizers import Tokenizer
-    from transformers import LlamaForCausalLM
-
-    return LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32), Tokenizer.from_file(
-        str(folder / "tokenizer.json")
-    )
 
 
 def windows(tokens: Tensor, count: int, seed: int) -> Tensor:

@@ -112,6 +112,28 @@ def losses(curves: dict[str, Sequence[float]], *, ax: Axes | None = None) -> Axe
     return axes
 
 
+def perplexity_against_bytes(curves: dict[str, Sequence[tuple[int, float]]], *, ax: Axes | None = None) -> Axes:
+    """One line a kind of key/value cache: perplexity over its bytes.
+
+    Args:
+        curves: label to points ``(bytes, perplexity)``.
+        ax: where to draw; a new figure by default.
+
+    Raises:
+        LowRankError: if there is no point.
+        MissingExtraError: without matplotlib.
+    """
+    if not any(curves.values()):
+        raise LowRankError("perplexity_against_bytes: got no points.")
+    axes = ax if ax is not None else panels(1)[0]
+    for k, (label, points) in enumerate(curves.items()):
+        sizes, values = zip(*sorted(points), strict=True)
+        axes.plot([size / 1024 for size in sizes], values, "o-", color=_COLOURS[k % len(_COLOURS)], label=label)
+    axes.set(xscale="log", xlabel="cache, KiB", ylabel="perplexity", title="Perplexity against bytes")
+    axes.legend(fontsize="small")
+    return axes
+
+
 def save_figure(axes: Axes, path: str | os.PathLike[str]) -> None:
     """Writes the whole figure that ``axes`` belongs to."""
     figure: Any = axes.figure

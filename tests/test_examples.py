@@ -73,3 +73,20 @@ def test_lora_finetune(tmp_path):
     names = {path.name for path in (tmp_path / "lora_out" / "adapter").iterdir()}
     assert names == {"adapter_config.json", "adapter_model.safetensors"}
     assert (tmp_path / "lora_out" / "losses.png").stat().st_size > 10_000
+
+
+@pytest.mark.skipif(not available("pycode_llama"), reason="needs pycode_llama in LOWRANK_DATA")
+def test_generate(tmp_path):
+    script = str(ROOT / "examples" / "generate.py")
+    options = ("--model", str(DATA / "pycode_llama"), "--text", str(DATA / "pycode_llama" / "valid.txt"))
+    out = run(script, *options, "--prompt", "512", "--tokens", "24", "--windows", "1", cwd=tmp_path)
+    assert re.search(r"first token that differs: (none|\d+ of 24)", out)
+    assert float(re.search(r"([\d.]+) times fewer bytes", out)[1]) > 2
+    curves = {
+        label: re.findall(r"([\d,]+) KiB: ([\d.]+)", line)
+        for label, line in re.findall(r"^(exact|low rank)(.*)", out, re.M)
+    }
+    (exact,) = curves["exact"]
+    assert float(curves["low rank"][-1][1]) == pytest.approx(float(exact[1]), rel=0.01)
+    assert all(int(size.replace(",", "")) < int(exact[0].replace(",", "")) for size, _ in curves["low rank"])
+    assert (tmp_path / "generate_out" / "perplexity.png").stat().st_size > 10_000

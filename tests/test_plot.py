@@ -34,9 +34,15 @@ def test_accuracy_against_size_and_saving(tmp_path):
     assert left.figure is right.figure
 
 
-def test_no_points_is_an_error():
+def test_perplexity_against_bytes():
+    axes = plot.perplexity_against_bytes({"ours": [(2048, 9.0), (1024, 8.0)]})
+    assert list(axes.get_lines()[0].get_xdata()) == [1, 2]
+
+
+@pytest.mark.parametrize("draw", [plot.accuracy_against_size, plot.losses, plot.perplexity_against_bytes])
+def test_no_points_is_an_error(draw):
     with pytest.raises(lr.LowRankError, match="no points"):
-        plot.accuracy_against_size({"ours": []})
+        draw({"ours": []})
 
 
 def test_without_matplotlib_the_extra_is_named(monkeypatch):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import LowRankError
 
-TILE = 1024
+TILE = 256
 """Tokens that are turned at a time."""
 
 
