@@ -1,4 +1,4 @@
-"""Runs LowRankCache's tests against several versions of transformers; for development only.
+"""Runs the tests of the key/value cache against several versions of transformers; for development only.
 
     python -m benchmarks.transformers_versions 5.2.0 5.23.0
 
@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 VERSIONS = ("5.2.0", "5.9.0", "5.14.1", "5.20.2", "5.23.0")
-TESTS = "tests/kv_cache/test_transformers.py"
+TESTS = "tests/kv_cache"
 
 
 def needs(version: str) -> list[str]:

@@ -15,34 +15,10 @@ with contextlib.suppress(ImportError):
     import_torchvision()  # transformers imports it where it is installed
 transformers = pytest.importorskip("transformers")
 
+from .tiny import LATENT, SIZES
+
 SIZE = 16
-_COMMON = {
-    "vocab_size": 97,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": None,
-}
-_MLA = {
-    "num_key_value_heads": 4,
-    "kv_lora_rank": 16,
-    "q_lora_rank": 24,
-    "qk_nope_head_dim": 8,
-    "qk_rope_head_dim": 8,
-    "v_head_dim": 12,
-    "n_routed_experts": 4,
-    "num_experts_per_tok": 2,
-    "n_group": 2,
-    "topk_group": 1,
-    "moe_intermediate_size": 32,
-    "first_k_dense_replace": 1,
-    "n_shared_experts": 1,
-}
+_MLA = LATENT | {"v_head_dim": 12}
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
     "qwen2": ("Qwen2", {}),
@@ -76,7 +52,9 @@ def tiny(kind: str, **settings: Any) -> nn.Module:
         pytest.skip(f"this version of transformers has no {stem}")
     model_name = "GPT2LMHeadModel" if stem == "GPT2" else f"{stem}ForCausalLM"
     torch.manual_seed(0)
-    model: nn.Module = getattr(transformers, model_name)(config(**(_COMMON | own | settings))).eval()
+    model: nn.Module = getattr(transformers, model_name)(
+        config(**(SIZES | {"eos_token_id": None} | own | settings))
+    ).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             # weights far larger than their start, so that attention is not flat, and biases and norms that matter
