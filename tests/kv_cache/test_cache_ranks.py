@@ -1,15 +1,9 @@
 """A cache of transformers with one limit of bytes, and with subspaces from calibration."""
 
-import importlib.util
-
 import pytest
 import torch
 
 import lowrank_layers as lr
-from benchmarks.vision import import_torchvision
-
-if importlib.util.find_spec("torchvision"):
-    import_torchvision()
 
 from . import tiny
 

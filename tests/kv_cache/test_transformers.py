@@ -1,7 +1,6 @@
 """transformers' models with LowRankCache: at full rank DynamicCache's very tokens, below it what is to be expected."""
 
 import copy
-import importlib.util
 import pickle
 import subprocess
 import sys
@@ -9,16 +8,11 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import DynamicCache
 
 import lowrank_layers as lr
-from benchmarks.vision import import_torchvision
 
-if importlib.util.find_spec("torchvision"):
-    import_torchvision()  # transformers imports it where it is installed
-transformers = pytest.importorskip("transformers")
-from transformers import DynamicCache  # noqa: E402
-
-from .tiny import KINDS, ROTATIONS, model  # noqa: E402
+from .tiny import KINDS, ROTATIONS, model
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 BOTH = pytest.mark.parametrize("implementation", ["lowrank", "sdpa"])

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
-
-from benchmarks.vision import import_torchvision
-
-with contextlib.suppress(ImportError):
-    import_torchvision()  # transformers imports it where it is installed
-transformers = pytest.importorskip("transformers")
 
 from .tiny import LATENT, SIZES
 
