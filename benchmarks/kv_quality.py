@@ -22,11 +22,15 @@ from lowrank_layers.kv_cache.subspace import Scatter, Subspace
 
 from .common import arguments, machine, markdown_table, write_result
 from .data import ROOT, available
+from .stories import stories_model, stories_tokens
 from .vision import import_torchvision
 
 DTYPE = torch.bfloat16
 """Of the exact cache; the arithmetic is in fp32."""
-OURS = ((14, 10, 32), (24, 20, 24), (16, 12, 64), (14, 10, 24), (12, 8, 32), (8, 6, 32))
+OURS = {
+    "pycode_llama": ((14, 10, 32), (24, 20, 24), (16, 12, 64), (14, 10, 24), (12, 8, 32), (8, 6, 32)),
+    "stories260K": ((5, 5, 32), (7, 7, 32), (6, 6, 32), (4, 4, 32), (3, 3, 32)),
+}
 """Ranks of keys and of values, recent tokens; the first is varied below."""
 BUDGETS = ((0.22, 64), (0.16, 32), (0.14, 24))
 """Part of the exact bytes, recent tokens."""
@@ -249,9 +253,11 @@ def load(args: argparse.Namespace) -> tuple[Any, Tensor]:
             num_key_value_heads=2, head_dim=32, max_position_embeddings=args.window,
         )  # fmt: skip
         return LlamaForCausalLM(config).eval(), torch.randint(64, (20 * args.window,))
-    path = ROOT / "pycode_llama"
-    if not available("pycode_llama"):
-        raise SystemExit("kv_quality: got no folder pycode_llama in LOWRANK_DATA; see benchmarks/data.py.")
+    path = ROOT / args.model
+    if not available(args.model, "text"):
+        raise SystemExit(f"kv_quality: got no folder {args.model} in LOWRANK_DATA; see benchmarks/data.py.")
+    if args.model == "stories260K":
+        return stories_model(), stories_tokens(2 * args.windows * args.window)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     text = (path / "valid.txt").read_text(encoding="utf-8")
     return model, AutoTokenizer.from_pretrained(path)(text, return_tensors="pt").input_ids[0]
@@ -370,11 +376,12 @@ def run(args: argparse.Namespace) -> str:
     ]
     rows: list[list[object]] = [list(exact)]
     common: dict[str, Any] = {"dtype": torch.int8, "keep_first": 1, "block": 8}
-    pairs = [{"rank": k, "value_rank": v, "keep_recent": recent, **common} for k, v, recent in OURS]
+    ours = OURS[args.model]
+    pairs = [{"rank": k, "value_rank": v, "keep_recent": recent, **common} for k, v, recent in ours]
     for pair in pairs[:1] if args.smoke else sorted(pairs, key=lambda pair: -pair["rank"]):
         label = f"ours: K {pair['rank']}, V {pair['value_rank']}, {pair['keep_recent']} recent"
         rows.append(bench.row(label, bench.ours(**pair)))
-    rank, value_rank, recent = OURS[0]
+    rank, value_rank, recent = ours[0]
     variants: dict[str, dict[str, Any]] = {
         "per head": {"joint": False},
         "after RoPE": {"rope": "after"},
@@ -386,7 +393,11 @@ def run(args: argparse.Namespace) -> str:
         "never fitted again": {"refresh": None},
         "fitted again at every block": {"refresh": 1.0},
         "subspaces from other text": {"trained": True},
-        "subspaces from other text, K 18, V 14": {"trained": True, "rank": 18, "value_rank": 14},
+        f"subspaces from other text, K {4 * rank // 3}, V {4 * value_rank // 3}": {
+            "trained": True,
+            "rank": 4 * rank // 3,
+            "value_rank": 4 * value_rank // 3,
+        },
         "as Palu (other text, bfloat16, none exact)": {
             "trained": True,
             "dtype": None,
@@ -410,7 +421,7 @@ def run(args: argparse.Namespace) -> str:
     head = ["cache", "KiB a sequence", "bytes saved", "perplexity", "increase, %", "KL from exact, 1e-4"]
     return "\n\n".join(
         [
-            f"{'A small random Llama' if args.smoke else 'pycode_llama on unseen code'}: {args.windows} windows of"
+            f"{'A small random Llama' if args.smoke else f'{args.model} on unseen text'}: {args.windows} windows of"
             f" {args.window}, {tokens} tokens of prompt and the rest scored, {args.chunk} tokens a step, so that"
             " tokens leave the recent ones and are compressed as in generation. Arithmetic in fp32, exact keys and"
             " values in bfloat16. Bytes: all that a cache stores (coefficients, scales, bases, means, exact tokens, and"
@@ -430,16 +441,19 @@ def run(args: argparse.Namespace) -> str:
 def main() -> None:
     parser = arguments(__doc__, threads=1)
     parser.add_argument("--smoke", action="store_true", help="a random model, seconds")
+    parser.add_argument("--model", choices=OURS, default="pycode_llama")
     parser.add_argument("--windows", type=int, default=16)
-    parser.add_argument("--window", type=int, default=1024, help="tokens")
+    parser.add_argument("--window", type=int, default=None, help="tokens; by default what the model was trained on")
     parser.add_argument("--chunk", type=int, default=8, help="tokens a step; 1 is generation to the letter")
     args = parser.parse_args()
+    args.window = args.window or {"pycode_llama": 1024, "stories260K": 512}[args.model]
     if args.smoke:
         args.windows, args.window = 2, 256
     torch.set_num_threads(args.threads)
     text = f"# Quality of a low-rank cache\n\n{machine(args, 'transformers')}\n\n{run(args)}"
+    name = "kv_quality" if args.model == "pycode_llama" else "kv_quality_stories"
     print(text)
-    print(f"\nwritten to {write_result(args, 'kv_quality', text)}")
+    print(f"\nwritten to {write_result(args, name, text)}")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from .compress import (
 )
 from .cost import Cost
 from .decompose import cp, nmf, svd, tucker
-from .distributed import LowRankCommState, low_rank_hook
+from .distributed import LowRankCommState, LowRankProjection, low_rank_hook
 from .errors import BudgetError, CheckpointError, LowRankError, MissingExtraError, UnsupportedLayerError
 from .factors import CP, NMF, SVD, Blocks, BlockTT, Factorization, Tucker
 from .kv_cache import (
@@ -145,6 +145,7 @@ __all__ = [
     "LowRankKV",
     "LowRankLinear",
     "LowRankMultiheadAttention",
+    "LowRankProjection",
     "LowRankTransposedLinear",
     "Method",
     "MissingExtraError",

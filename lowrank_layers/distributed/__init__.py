@@ -1,6 +1,7 @@
-"""Gradients at low rank, between processes."""
+"""Gradients at low rank: between processes, and in the optimizer."""
 
 from .hook import low_rank_hook
+from .projection import LowRankProjection
 from .state import LowRankCommState
 
-__all__ = ["LowRankCommState", "low_rank_hook"]
+__all__ = ["LowRankCommState", "LowRankProjection", "low_rank_hook"]

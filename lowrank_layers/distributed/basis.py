@@ -1,0 +1,49 @@
+"""Orthonormal bases of the shorter side of a gradient: exact, random, or one followed step by step."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..linalg.svd import leading_eigenvectors, randomized_svd
+
+ProjectionMethod = Literal["svd", "random", "power"]
+POWER_STEPS = 2
+
+
+def svd_basis(matrix: Tensor, rank: int) -> Tensor:
+    """The leading left singular vectors ``[short, rank]`` of ``[short, long]``, through the Gram matrix in fp64."""
+    wide = matrix.double()
+    return leading_eigenvectors(wide @ wide.mT, rank).to(matrix.dtype)
+
+
+def random_basis(matrix: Tensor, rank: int, seed: int) -> Tensor:
+    """Directions drawn uniformly; the same in every process, and the global generator is left alone."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randn(matrix.shape[0], rank, generator=generator, dtype=torch.float64)
+    basis: Tensor = torch.linalg.qr(drawn).Q
+    return basis.to(matrix)
+
+
+def power_basis(matrix: Tensor, rank: int, basis: Tensor | None, seed: int) -> Tensor:
+    """A few steps of subspace iteration from ``basis``; without one, a randomized SVD to start from."""
+    if basis is None:
+        return randomized_svd(matrix, rank, power_iterations=POWER_STEPS, seed=seed)[0]
+    for _ in range(POWER_STEPS):
+        rows = matrix.mT @ basis
+        size = rows.abs().amax()
+        # G G^T squares what is small; a gradient of zeros says nothing, and the basis stays
+        turned = torch.linalg.qr(matrix @ (rows / torch.where(size > 0, size, 1.0))).Q
+        basis = torch.where(size > 0, turned, basis)
+    return basis
+
+
+def fitted(matrix: Tensor, rank: int, method: ProjectionMethod, basis: Tensor | None, seed: int) -> Tensor | None:
+    """The next basis; ``None`` where the gradient is not finite and cannot give one."""
+    if method == "random":
+        return random_basis(matrix, rank, seed)
+    if not bool(torch.isfinite(matrix).all()):
+        return None
+    return svd_basis(matrix, rank) if method == "svd" else power_basis(matrix, rank, basis, seed)

@@ -1,0 +1,70 @@
+"""The arguments of a projection: validated before anything changes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ..errors import LowRankError
+from .habits import check_fit
+
+_CHOICES = {"method": ("svd", "random", "power"), "rotate": ("none", "first", "both"), "decoupled": (None, True, False)}
+_LEAST = {"rank": 1, "refresh": 1, "min_size": 0, "seed": 0}
+
+
+def check_optimizer(optimizer: object) -> None:
+    """Refuses what is no optimizer, has begun already, or cannot be used."""
+    if not isinstance(optimizer, Optimizer):
+        kind = optimizer if isinstance(optimizer, type) else type(optimizer)
+        hint = (
+            "; call it with the parameters first." if isinstance(optimizer, type) else "; give one around parameters."
+        )
+        raise LowRankError(f"LowRankProjection: got {kind.__name__}, expected a torch.optim.Optimizer{hint}")
+    check_fit(optimizer)
+    if optimizer.state:
+        raise LowRankError(
+            f"LowRankProjection: got a {type(optimizer).__name__} that has a state already, of unprojected gradients;"
+            " give a new one."
+        )
+    if hasattr(optimizer.step, "_wrapped_by_lr_sched"):
+        raise LowRankError(
+            "LowRankProjection: got an optimizer that has a scheduler; make the scheduler for the projection."
+        )
+
+
+def check_settings(**settings: Any) -> None:
+    """Refuses wrong numbers and unknown words."""
+    for name, least in _LEAST.items():
+        value = settings[name]
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise LowRankError(f"LowRankProjection: got {name}={value!r}, expected an integer of at least {least}.")
+    for name, choices in _CHOICES.items():
+        value = settings[name]
+        if not any(value is choice or (isinstance(value, str) and value == choice) for choice in choices):
+            raise LowRankError(
+                f"LowRankProjection: got {name}={value!r}, expected one of {', '.join(map(str, choices))}."
+            )
+    scale = settings["scale"]
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 < scale < math.inf:
+        raise LowRankError(f"LowRankProjection: got scale={scale!r}, expected a positive number.")
+
+
+def chooser(target: Iterable[Tensor] | Callable[[Tensor], bool] | None) -> Callable[[Tensor], bool]:
+    """``target`` as a function of a parameter."""
+    if target is None:
+        return lambda p: True
+    if callable(target):
+        return target
+    chosen = list(target) if isinstance(target, Iterable) and not isinstance(target, (str, Tensor)) else [target]
+    if isinstance(target, Tensor) or not all(isinstance(p, Tensor) for p in chosen):
+        raise LowRankError(
+            f"LowRankProjection: got a target of type {type(target).__name__} with other things than parameters,"
+            " expected parameters in a list, or a function of a parameter; for names collect them:"
+            " [p for name, p in model.named_parameters() if ...]."
+        )
+    ids = {id(p) for p in chosen}
+    return lambda p: id(p) in ids
