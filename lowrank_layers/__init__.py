@@ -23,7 +23,7 @@ from .compress import (
 )
 from .cost import Cost
 from .decompose import cp, nmf, svd, tucker
-from .distributed import LowRankCommState, LowRankProjection, low_rank_hook
+from .distributed import LowRankCommState, LowRankProjection, low_rank_hook, merge_comm_states
 from .errors import BudgetError, CheckpointError, LowRankError, MissingExtraError, UnsupportedLayerError
 from .factors import CP, NMF, SVD, Blocks, BlockTT, Factorization, Tucker
 from .kv_cache import (
@@ -192,6 +192,7 @@ __all__ = [
     "lora_rows",
     "low_rank_hook",
     "make_plan",
+    "merge_comm_states",
     "merge_lora_",
     "nmf",
     "remove_lora_",

@@ -134,6 +134,28 @@ def perplexity_against_bytes(curves: dict[str, Sequence[tuple[int, float]]], *, 
     return axes
 
 
+def loss_against_wire_bytes(curves: dict[str, Sequence[tuple[int, float]]], *, ax: Axes | None = None) -> Axes:
+    """One line a way to average gradients: the training loss over the bytes that a process sent until then.
+
+    Args:
+        curves: label to points ``(bytes, loss)``, step by step.
+        ax: where to draw; a new figure by default.
+
+    Raises:
+        LowRankError: if there is no point.
+        MissingExtraError: without matplotlib.
+    """
+    if not any(curves.values()):
+        raise LowRankError("loss_against_wire_bytes: got no points.")
+    axes = ax if ax is not None else panels(1)[0]
+    for k, (label, points) in enumerate(curves.items()):
+        sent, values = zip(*sorted(points), strict=True)
+        axes.plot([size / 2**20 for size in sent], values, color=_COLOURS[k % len(_COLOURS)], label=label)
+    axes.set(xscale="log", xlabel="sent by a process, MiB", ylabel="training loss", title="Loss against bytes")
+    axes.legend(fontsize="small")
+    return axes
+
+
 def save_figure(axes: Axes, path: str | os.PathLike[str]) -> None:
     """Writes the whole figure that ``axes`` belongs to."""
     figure: Any = axes.figure

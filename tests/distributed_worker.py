@@ -1,13 +1,10 @@
-"""What one of several processes does in the distributed tests; the results go to a file a process."""
+"""What one of several processes does in the distributed tests; see :mod:`tests.processes`."""
 
 from __future__ import annotations
 
-from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -35,16 +32,8 @@ def joint(model: nn.Module) -> list[tuple[torch.Tensor, ...]]:
     return [tuple(torch.cat(same) for same in zip(*step, strict=True)) for step in zip(*parts, strict=True)]
 
 
-def run(rank: int, wrap: str, folder: str) -> None:
-    torch.set_num_threads(1)
-    store = (Path(folder) / "store").as_uri()
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=WORLD, timeout=timedelta(seconds=45))
-    try:
-        results = {name: WRAPS[wrap](build(), rank) for name, build in MODELS.items()}
-        torch.save(results, Path(folder) / f"{rank}.pt")
-        dist.barrier()
-    finally:
-        dist.destroy_process_group()
+def run(rank: int, wrap: str) -> dict[str, Any]:
+    return {name: WRAPS[wrap](build(), rank) for name, build in MODELS.items()}
 
 
 def data_parallel(model: nn.Module, rank: int) -> dict[str, Any]:

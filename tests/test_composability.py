@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-import time
 import warnings
 
 import pytest
@@ -25,6 +24,7 @@ import lowrank_layers as lr
 
 from . import distributed_worker
 from .contracts.tables import LAYERS, relative
+from .processes import run_processes
 from .whole_models import (
     MODELS,
     EveryLayer,
@@ -389,20 +389,7 @@ def test_a_checkpoint_is_loaded_into_a_model_built_on_meta(tmp_path):
 
 @pytest.mark.parametrize("wrap", distributed_worker.WRAPS)
 def test_two_processes_train_as_one_does(wrap, tmp_path):
-    if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
-        pytest.skip("this torch has no gloo")
-    workers = torch.multiprocessing.spawn(
-        distributed_worker.run, (wrap, str(tmp_path)), nprocs=distributed_worker.WORLD, join=False
-    )
-    deadline = time.monotonic() + 60
-    try:
-        while not workers.join(timeout=max(0.1, deadline - time.monotonic())):
-            assert time.monotonic() < deadline, "the processes hang"
-    finally:
-        for process in workers.processes:
-            if process.is_alive():
-                process.kill()
-    results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(distributed_worker.WORLD)]
+    results = run_processes(distributed_worker.run, tmp_path, wrap, world=distributed_worker.WORLD)
     for name, build in MODELS.items():
         alone = build()
         start = copy.deepcopy(alone.state_dict())

@@ -39,7 +39,16 @@ def test_perplexity_against_bytes():
     assert list(axes.get_lines()[0].get_xdata()) == [1, 2]
 
 
-@pytest.mark.parametrize("draw", [plot.accuracy_against_size, plot.losses, plot.perplexity_against_bytes])
+def test_loss_against_wire_bytes():
+    axes = plot.loss_against_wire_bytes({"ours": [(2**20, 9.0), (2**21, 8.0)]})
+    assert list(axes.get_lines()[0].get_xdata()) == [1, 2]
+    assert list(axes.get_lines()[0].get_ydata()) == [9.0, 8.0]
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [plot.accuracy_against_size, plot.losses, plot.perplexity_against_bytes, plot.loss_against_wire_bytes],
+)
 def test_no_points_is_an_error(draw):
     with pytest.raises(lr.LowRankError, match="no points"):
         draw({"ours": []})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
 
@@ -11,14 +12,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import GradBucket  # type: ignore[attr-defined]
 from torch.futures import Future
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..errors import LowRankError
 from ..rank import Rank, Spectrum, choose_rank
 from ..rank import check_rank as check_rank_or_rule
+from .checkpoint import load, saved
 from .collectives import Mean
 from .link import Link
 from .reduce import How, Piece, reduce_
-from .tensors import ERROR_DTYPES, Memory, matrix_shape
+from .tensors import ERROR_DTYPES, Kept, Memory, matrix_shape
 from .traffic import Traffic
 from .worker import Worker
 
@@ -32,7 +35,8 @@ class LowRankCommState:
     orthonormal) and :math:`Q = M^T P` (averaged); what is missing is the next error (PowerSGD; Vogels et al., 2019).
     The state is kept by parameter, so that it outlives rebuilt buckets; collectives go through a process group of their
     own and one worker, so that they go out in one order everywhere. A gradient that is not finite in any process leaves
-    the state as it was and is averaged as it is, for a ``GradScaler`` to see.
+    the state as it was and is averaged as it is, for a ``GradScaler`` to see. One that is zero in every process stays
+    zero and its error is kept, since DDP would throw away what an unused parameter were given.
 
     Args:
         rank: of every gradient: an integer, or a rule that looks at the singular values of the averaged gradient of
@@ -45,14 +49,14 @@ class LowRankCommState:
         saving: a gradient whose factors are not smaller by that factor is sent whole.
         alternate: sends :math:`P` and :math:`Q` in turn, one collective a step (ACP-SGD; Zhang et al., 2023).
         refresh: steps after which directions are drawn anew; ``None`` never does.
-        wire: dtype on the wire; ``None`` is fp32 for factors and the gradient's own for the rest.
+        wire: dtype on the wire; ``None`` is fp32. What overflows it goes out again in fp32.
         error_dtype: what is left over is remembered in: fp32 or bf16.
         error_feedback: adds what was left over to the next gradient.
         warm_start: goes on from the last directions.
         scaler: a ``GradScaler`` whose changes of scale the errors follow.
         fallback: measures both ways, a few steps each, and sends whole gradients where the link is fast enough that
             compression loses.
-        timeout: of a collective; a process that is gone then raises in ``backward``.
+        timeout: of a collective; ``backward`` raises in the others when a process is gone or later than that.
 
     Raises:
         LowRankError: for a setting that is out of range, or without a process group.
@@ -104,27 +108,31 @@ class LowRankCommState:
         self.mean = Mean(process_group, node_group, timeout)
         self.worker = Worker()
         self.rank, self.start_step, self.saving = rank, start_step, saving
-        self.alternate, self.refresh, self.wire = alternate, refresh, wire
-        self.error_dtype, self.error_feedback, self.warm_start = error_dtype, error_feedback, warm_start
+        self.alternate, self.wire = alternate, wire
+        self.error_feedback = error_feedback
+        self.kept = Kept(error_dtype, warm_start, refresh, alternate)
         self.scaler, self.link = scaler, Link() if fallback else None
         self.step = 0
         self.ranks: dict[str, int] = {}
         self.memories: dict[str, Memory] = {}
         self.traffic = Traffic()
-        inner = getattr(model, "module", model) if isinstance(model, nn.parallel.DistributedDataParallel) else model
-        self.names = None if inner is None else {id(p): name for name, p in inner.named_parameters()}
-        self._unnamed: dict[int, str] = {}
+        self.model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+        self._names = WeakTensorKeyDictionary()
+        self._scale = 1.0
 
     def submit(self, bucket: GradBucket) -> Future[Tensor]:
         """Averages a bucket, in the worker; what a hook returns."""
         buffer, step = bucket.buffer(), self.step
         compress = step >= self.start_step and (self.link is None or self.link.trying)
+        if bucket.index() == 0 and self.scaler is not None:
+            self._scale = float(self.scaler.get_scale())
         if bucket.is_last():
             self.step += 1
-        if not compress and self.mean.node is None and (self.link is None or self.link.compress is not None):
+        measuring = self.link is not None and self.link.compress is None
+        if not compress and self.mean.node is None and not measuring and not self.memories:
             return self._whole(buffer)
         named = [(self._name(p), g) for p, g in zip(bucket.parameters(), bucket.gradients(), strict=True)]
-        scale = 1.0 if self.scaler is None else float(self.scaler.get_scale())
+        scale = self._scale
         last = bucket.is_last()
 
         def job() -> Tensor:
@@ -134,6 +142,40 @@ class LowRankCommState:
             return buffer
 
         return self.worker.submit(job, buffer.device)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Step, ranks, directions and errors: plain tensors by parameter's name, errors also by process.
+
+        For ``torch.save``, ``safetensors`` (a file a process) and ``torch.distributed.checkpoint`` (all in one).
+
+        Raises:
+            LowRankError: without ``model``.
+        """
+        model = self._named_model("state_dict")
+        if not self.memories:  # so that torch.distributed.checkpoint has tensors to load into
+            made = {n: self._made(n, p) for n, p in model.named_parameters() if p.requires_grad}
+            self.memories = {name: memory for name, memory in made.items() if memory is not None}
+        return saved(self.step, self.ranks, self.memories, dist.get_rank(), dist.get_world_size())
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Goes on from a state of this process, or from one of :func:`merge_comm_states`.
+
+        Raises:
+            LowRankError: without ``model``, or for a state of another model, rank, or number of processes; then nothing
+                is changed.
+        """
+        model = self._named_model("load_state_dict")
+        fixed = self.rank if isinstance(self.rank, int) else None
+        shapes = dict(model.named_parameters())
+        loaded = load(state, shapes, fixed, self.kept, dist.get_rank(), dist.get_world_size())
+        self.step, self.ranks, self.memories = loaded
+
+    def _named_model(self, what: str) -> nn.Module:
+        if self.model is None:
+            raise LowRankError(
+                f"{what}: this LowRankCommState has no names of parameters; give it model= to save or load it."
+            )
+        return self.model
 
     def stats(self) -> dict[str, Any]:
         """Bytes sent and saved, seconds, and by parameter: rank, ratio, and the norm of what was not sent yet."""
@@ -165,37 +207,39 @@ class LowRankCommState:
             how = How(step, self.alternate, self.error_feedback, self.wire)
             sent = reduce_(buffer, pieces, self.mean, how)
         else:
+            owed = [] if compress else [(name, g) for name, g in named if name in self.memories]
+            for name, gradient in owed:
+                self.memories[name].rescale(scale)
+                gradient.add_(self.memories[name].error.view(gradient.shape))
             self.mean.over_(buffer)
             sent = buffer.nbytes
             if compress:
                 self._choose_ranks(named)
+            elif owed and bool(torch.isfinite(buffer).all()):
+                for name, _ in owed:
+                    del self.memories[name]
         self.traffic.count(sent, buffer.nbytes, time.perf_counter() - start)
 
     def _memory(self, name: str, gradient: Tensor, scale: float) -> Memory | None:
         """What is remembered of a gradient, if its factors are smaller than it is."""
-        shape = matrix_shape(gradient.shape)
-        if shape is None:
-            return None
         if name not in self.memories:
-            rank = min(self.ranks[name] if name in self.ranks else self._fixed_rank(), *shape[1:])
-            if self.saving * rank * (shape[1] + shape[2]) >= shape[1] * shape[2]:
+            made = self._made(name, gradient)
+            if made is None:
                 return None
-            self.memories[name] = Memory(
-                shape,
-                rank,
-                name,
-                gradient.device,
-                error_dtype=self.error_dtype,
-                warm_start=self.warm_start,
-                refresh=self.refresh,
-            )
-            self.memories[name].scale = scale
+            made.scale = scale
+            self.memories[name] = made
         self.memories[name].rescale(scale)
         return self.memories[name]
 
-    def _fixed_rank(self) -> int:
-        assert isinstance(self.rank, int)
-        return self.rank
+    def _made(self, name: str, like: Tensor) -> Memory | None:
+        shape = matrix_shape(like.shape)
+        rank = self.rank if isinstance(self.rank, int) else self.ranks.get(name)
+        if shape is None or rank is None:
+            return None
+        rank = min(rank, *shape[1:])
+        if self.saving * rank * (shape[1] + shape[2]) >= shape[1] * shape[2]:
+            return None
+        return Memory(shape, rank, name, like.device, self.kept)
 
     def _ranks_known(self, named: list[tuple[str, Tensor]]) -> bool:
         return isinstance(self.rank, int) or all(name in self.ranks or g.ndim < 2 for name, g in named)
@@ -227,10 +271,14 @@ class LowRankCommState:
             link.decide(times)
 
     def _name(self, parameter: Tensor) -> str:
-        if self.names is not None:
-            if id(parameter) not in self.names:
-                raise LowRankError(
-                    "low_rank_hook: a bucket has a parameter that model= has not; give the model of this wrapper."
-                )
-            return self.names[id(parameter)]
-        return self._unnamed.setdefault(id(parameter), f"parameter{len(self._unnamed)}")
+        if parameter not in self._names:
+            if self.model is None:
+                self._names[parameter] = f"parameter{len(self._names)}"
+            else:
+                self._names.update({p: name for name, p in self.model.named_parameters()})
+        if parameter not in self._names:
+            raise LowRankError(
+                "low_rank_hook: a bucket has a parameter that model= has not; give the model of this wrapper."
+            )
+        name: str = self._names[parameter]
+        return name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -22,6 +23,23 @@ def matrix_shape(shape: torch.Size) -> tuple[int, int, int] | None:
     return 1, shape[0], shape[1:].numel()
 
 
+@dataclass(frozen=True)
+class Kept:
+    """What memories have in common.
+
+    Args:
+        error_dtype: what was not sent is remembered in.
+        warm_start: whether directions go on from the last step's.
+        refresh: steps after which they are drawn anew.
+        alternate: whether both factors are directions, in turn.
+    """
+
+    error_dtype: torch.dtype = torch.float32
+    warm_start: bool = True
+    refresh: int | None = None
+    alternate: bool = False
+
+
 class Memory:
     """The directions and the error of one gradient, a stack of matrices.
 
@@ -30,28 +48,19 @@ class Memory:
         rank: of its approximation.
         name: seeds the first directions, so that they are the same in every process.
         device: of the gradient.
-        error_dtype: what was not sent is remembered in.
-        warm_start: whether directions go on from the last step's.
-        refresh: steps after which they are drawn anew.
+        kept: how it is remembered.
     """
 
     def __init__(
-        self,
-        shape: tuple[int, int, int],
-        rank: int,
-        name: str,
-        device: torch.device,
-        *,
-        error_dtype: torch.dtype = torch.float32,
-        warm_start: bool = True,
-        refresh: int | None = None,
+        self, shape: tuple[int, int, int], rank: int, name: str, device: torch.device, kept: Kept | None = None
     ) -> None:
         self.shape, self.rank, self.name = shape, min(rank, *shape[1:]), name
-        self.warm_start, self.refresh = warm_start, refresh
+        self.kept = Kept() if kept is None else kept
         self.scale = 1.0
-        self.error = torch.zeros(shape, dtype=error_dtype, device=device)
+        self.error = torch.zeros(shape, dtype=self.kept.error_dtype, device=device)
         self.right = self._drawn(0, shape[2])
-        self.left = self._drawn(0, shape[1])
+        self.left = self._drawn(0, shape[1]) if self.kept.alternate else None
+        self._sum: Tensor | None = None
 
     def rescale(self, scale: float) -> None:
         """Follows the loss's scale."""
@@ -59,41 +68,53 @@ class Memory:
             self.error.mul_(scale / self.scale)
             self.scale = scale
 
-    def prepare(self, step: int, *, columns: bool) -> None:
-        """Makes the directions orthonormal that the next product is with."""
-        name = "left" if columns else "right"
-        known: Tensor = getattr(self, name)
-        if not self.warm_start or (self.refresh is not None and step % self.refresh == 0):
+    def basis(self, step: int, *, columns: bool) -> Tensor:
+        """Orthonormal directions that the next product is with; nothing is changed."""
+        known = self.left if columns and self.left is not None else self.right
+        drawn = not self.kept.warm_start or (self.kept.refresh is not None and step % self.kept.refresh == 0)
+        if drawn:
             known = self._drawn(step, known.shape[1])
         # of zeros QR makes the same unit vectors again and again, which may never meet the gradient
         dead = torch.linalg.vector_norm(known, dim=1, keepdim=True) < 1e-20
-        setattr(self, name, torch.linalg.qr(torch.where(dead, self._drawn(step, known.shape[1]), known)).Q)
-
-    def left_of(self, gradient: Tensor) -> Tensor:
-        """``(gradient + error) right``; neither is changed, so that the step can still be given up."""
-        return gradient.float() @ self.right + self.error.float() @ self.right
-
-    def right_of(self, gradient: Tensor) -> Tensor:
-        """``(gradient + error)^T left``, likewise."""
-        return gradient.float().mT @ self.left + self.error.float().mT @ self.left
+        basis: Tensor = torch.linalg.qr(torch.where(dead, self._drawn(step, known.shape[1]), known)).Q
+        return basis
 
     def take_in(self, gradient: Tensor) -> None:
-        """The error becomes ``gradient + error``."""
-        self.error.add_(gradient)
+        """Adds the gradient to the error."""
+        if self.error.dtype == torch.float32:
+            self.error.add_(gradient)
+        else:  # rounded once, when the step is done
+            self._sum = self.error.float().add_(gradient)
 
-    def error_times(self, left: Tensor) -> Tensor:
-        """``error^T left``."""
-        return self.error.float().mT @ left
+    def give_back(self, gradient: Tensor) -> None:
+        """Undoes :meth:`take_in`."""
+        if self._sum is None:
+            self.error.sub_(gradient)
+        self._sum = None
+
+    def remains(self, gradient: Tensor) -> None:
+        """Nothing is paid out: the gradient becomes zero, the error what was taken in."""
+        if self._sum is not None:
+            self.error.copy_(self._sum)
+        self._sum = None
+        gradient.zero_()
+
+    def sum_times(self, left: Tensor) -> Tensor:
+        """``(error + gradient)^T left``, of what was taken in."""
+        return (self.error if self._sum is None else self._sum).mT @ left
 
     def pay_out(self, gradient: Tensor, left: Tensor, right: Tensor, *, keep: bool) -> None:
         """The gradient becomes ``left right^T``, the error what is missing from it (nothing, unless kept)."""
-        self.left, self.right = left, right
+        self.right = right.contiguous()
+        if self.left is not None:
+            self.left = left.contiguous()
         if not keep:
             self.error.zero_()
-        elif self.error.dtype == torch.float32:
+        elif self._sum is None:
             torch.baddbmm(self.error, left, right.mT, alpha=-1, out=self.error)
         else:
-            self.error.copy_(torch.baddbmm(self.error.float(), left, right.mT, alpha=-1))
+            self.error.copy_(torch.baddbmm(self._sum, left, right.mT, alpha=-1))
+        self._sum = None
         if gradient.dtype == torch.float32 and gradient.is_contiguous():
             torch.bmm(left, right.mT, out=gradient)
         else:

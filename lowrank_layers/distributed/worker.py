@@ -5,10 +5,14 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.futures import Future
+
+from ..errors import LowRankError
 
 Job = Callable[[], Tensor]
 
@@ -17,47 +21,58 @@ class Worker:
     """Runs jobs one after another; the thread starts with the first job and ends with the process."""
 
     def __init__(self) -> None:
-        self._jobs: queue.SimpleQueue[tuple[Job, Future[Tensor]]] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[tuple[Job, Future[Any], torch.cuda.Stream | None]] = queue.SimpleQueue()
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
+        self._failure: BaseException | None = None
         self._thread: threading.Thread | None = None
         self._started = threading.Lock()
 
     def submit(self, job: Job, device: torch.device) -> Future[Tensor]:
-        """What the job will return."""
-        future: Future[Tensor] = Future(devices=[device] if device.type == "cuda" else None)
+        """What the job will return; after one that failed, all fail."""
+        future: Future[Any] = Future(devices=[device] if device.type == "cuda" else None)
         with self._started:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="low-rank-gradients", daemon=True)
                 self._thread.start()
-        self._jobs.put((self._on_stream(job, device), future))
-        return future
+        self._jobs.put((job, future, self._stream(device)))
+        # an exception raised in a callback reaches DDP as an error with its message, one that is set does not
+        return future.then(_tensor_of)
 
-    def _on_stream(self, job: Job, device: torch.device) -> Job:
-        """On a GPU: after what was launched so far, on a stream of its own."""
+    def _stream(self, device: torch.device) -> torch.cuda.Stream | None:
+        """On a GPU: one of its own, after what was launched so far."""
         if device.type != "cuda":
-            return job
+            return None
+        if device not in self._streams:
+            self._streams[device] = torch.cuda.Stream(device)
+        stream = self._streams[device]
         ready = torch.cuda.Event()
         ready.record(torch.cuda.current_stream(device))
-        stream = self._stream(device)
-
-        def run() -> Tensor:
-            with torch.cuda.stream(stream):
-                stream.wait_event(ready)
-                return job()
-
-        return run
-
-    def _stream(self, device: torch.device) -> torch.cuda.Stream:
-        streams = self.__dict__.setdefault("_streams", {})
-        if device not in streams:
-            streams[device] = torch.cuda.Stream(device)
-        stream: torch.cuda.Stream = streams[device]
+        stream.wait_event(ready)
         return stream
 
     @torch.no_grad()
     def _run(self) -> None:
         while True:
-            job, future = self._jobs.get()
+            job, future, stream = self._jobs.get()
+            # the result is set on the stream too: the future then makes whoever waits for it wait for the stream
+            with torch.cuda.stream(stream) if stream is not None else nullcontext():
+                future.set_result(self._done(job))
+
+    def _done(self, job: Job) -> Tensor | BaseException:
+        if self._failure is None:
             try:
-                future.set_result(job())
+                return job()
             except BaseException as error:
-                future.set_exception(error)  # type: ignore[arg-type]
+                self._failure = error
+        return self._failure
+
+
+def _tensor_of(future: Future[Any]) -> Tensor:
+    result = future.value()
+    if isinstance(result, BaseException):
+        raise LowRankError(
+            f"low_rank_hook: averaging gradients failed in this process ({type(result).__name__}: {result}). If "
+            "another is gone or later than timeout=, start again from a checkpoint of model, optimizer and this state."
+        ) from result
+    assert isinstance(result, Tensor)
+    return result

@@ -1,13 +1,10 @@
-"""What one of two processes does in the tests of adapters; the results go to a file a process."""
+"""What one of two processes does in the tests of adapters; see :mod:`tests.processes`."""
 
 from __future__ import annotations
 
-from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -75,16 +72,8 @@ def train(model: nn.Module, batches: list[tuple[torch.Tensor, torch.Tensor]]) ->
     return losses
 
 
-def run(rank: int, wrap: str, folder: str) -> None:
-    torch.set_num_threads(1)
-    store = (Path(folder) / "store").as_uri()
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=WORLD, timeout=timedelta(seconds=45))
-    try:
-        batches = [batch(step, rank) for step in range(STEPS)]
-        torch.save(WRAPS[wrap](batches), Path(folder) / f"{rank}.pt")
-        dist.barrier()
-    finally:
-        dist.destroy_process_group()
+def run(rank: int, wrap: str) -> dict[str, Any]:
+    return WRAPS[wrap]([batch(step, rank) for step in range(STEPS)])
 
 
 def data_parallel(batches: list[tuple[torch.Tensor, torch.Tensor]]) -> dict[str, Any]:

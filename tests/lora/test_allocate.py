@@ -2,18 +2,17 @@
 
 import copy
 import itertools
-import time
 import warnings
 from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import lowrank_layers as lr
 from lowrank_layers.lora.adapted import BANK, banks_of
+from tests.processes import run_processes
 
 from . import test_adapters
 from .peer import peft
@@ -498,9 +497,7 @@ def test_a_projection_of_a_fused_attention_may_lose_its_adapter():
         assert torch.allclose(run(model, x), out, atol=1e-5)
 
 
-def work(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+def work(rank):
     torch.manual_seed(0)
     model = lr.add_lora_(chain(8, 8, 6), rank=4, seed=0)
     wrapped = DistributedDataParallel(model)
@@ -513,23 +510,11 @@ def work(rank, folder):
         allocator.step()
         optimizer.zero_grad()
     allocator.finish(optimizer)
-    torch.save((allocator.ranks(), model.state_dict()), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return allocator.ranks(), model.state_dict()
 
 
 def test_two_processes_choose_the_same(tmp_path):
-    if not (dist.is_available() and dist.is_gloo_available()):
-        pytest.skip("this torch has no gloo")
-    workers = torch.multiprocessing.spawn(work, (str(tmp_path),), nprocs=2, join=False)
-    deadline = time.monotonic() + 90
-    try:
-        while not workers.join(timeout=max(0.1, deadline - time.monotonic())):
-            assert time.monotonic() < deadline, "the processes hang"
-    finally:
-        for process in workers.processes:
-            if process.is_alive():
-                process.kill()
-    (ranks, state), (others, other) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    (ranks, state), (others, other) = run_processes(work, tmp_path)
     assert ranks == others
     assert sum(ranks.values()) == 4
     assert all(torch.equal(value, other[key]) for key, value in state.items())

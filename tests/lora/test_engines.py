@@ -1,7 +1,6 @@
 """Adapters under everything that trains and runs models: several processes, compilers, checkpointing, autocast."""
 
 import copy
-import time
 
 import pytest
 import torch
@@ -10,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 import lowrank_layers as lr
 from lowrank_layers.lora.adapter import Adapter
+from tests.processes import run_processes
 
 from . import distributed_worker
 from .distributed_worker import Blocks, adapted, joint, train
@@ -31,20 +31,7 @@ def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("wrap", distributed_worker.WRAPS)
 def test_two_processes_train_adapters_as_one_does(wrap, tmp_path):
     """Without find_unused_parameters: every adapter gets its gradient; the base stays, to the bit."""
-    if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
-        pytest.skip("this torch has no gloo")
-    workers = torch.multiprocessing.spawn(
-        distributed_worker.run, (wrap, str(tmp_path)), nprocs=distributed_worker.WORLD, join=False
-    )
-    deadline = time.monotonic() + 90
-    try:
-        while not workers.join(timeout=max(0.1, deadline - time.monotonic())):
-            assert time.monotonic() < deadline, "the processes hang"
-    finally:
-        for process in workers.processes:
-            if process.is_alive():
-                process.kill()
-    first, other = (torch.load(tmp_path / f"{rank}.pt") for rank in range(distributed_worker.WORLD))
+    first, other = run_processes(distributed_worker.run, tmp_path, wrap, world=distributed_worker.WORLD)
     alone = adapted()
     start = copy.deepcopy(alone.state_dict())
     losses = train(alone, joint())

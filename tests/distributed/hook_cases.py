@@ -1,0 +1,371 @@
+"""What breaks torch's own hook, and checkpoints: each case is run by both processes and returns what it saw."""
+
+from __future__ import annotations
+
+import io
+import os
+import tempfile
+import time
+from datetime import timedelta
+from typing import Any
+
+import safetensors.torch
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+
+import lowrank_layers as lr
+
+from .hook_worker import FULL, Case, Net, batches, caught, conserved, difference, flat, made, train, wrap
+
+
+def many_buckets(rank: int) -> list[float]:
+    out = []
+    for _ in range(20):
+        wrapped, _ = wrap(made(), {"rank": 2})
+        train(wrapped, batches(rank, 4))
+        out.append(difference(flat(wrapped)))
+    return out
+
+
+def everything_compressed(rank: int) -> dict[str, Any]:
+    """What the batched hook is for: one matrix after another, at once."""
+    wrapped, state = wrap(made(), {"rank": 1}, bucket_cap_mb=25)
+    train(wrapped, batches(rank, 3))
+    return {"layers": sorted(state.stats()["layers"]), "difference": difference(flat(wrapped))}
+
+
+def zero_gradient(rank: int) -> dict[str, Any]:
+    wrapped, state = wrap(made(), {"rank": 1})
+    for x, _ in batches(rank, 3):
+        wrapped.zero_grad()
+        (wrapped(x).sum() * 0).backward()
+        assert all(not p.grad.any() for p in wrapped.parameters())
+    before = float(nn.functional.mse_loss(wrapped(x), batches(rank, 3)[-1][1]).detach())
+    train(wrapped, batches(rank, 30) + batches(rank, 30))
+    after = float(nn.functional.mse_loss(wrapped(x), batches(rank, 3)[-1][1]).detach())
+    return {"before": before, "after": after, "difference": difference(flat(wrapped)), "state": remembered(state)}
+
+
+def remembered(state: lr.LowRankCommState) -> dict[str, tuple[Tensor, Tensor]]:
+    return {name: (memory.right.clone(), memory.error.clone()) for name, memory in state.memories.items()}
+
+
+def non_finite(rank: int) -> dict[str, Any]:
+    model = made()
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=1000)
+    wrapped, state = wrap(model, {"rank": 2, "scaler": scaler})
+    optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.02)
+    seen: dict[str, Any] = {}
+    for step, (x, y) in enumerate(batches(rank, 12)):
+        if step == 6:
+            seen["before"], weights = remembered(state), flat(wrapped)
+        bad = step == 6 and rank == 1
+        optimizer.zero_grad()
+        scaler.scale(nn.functional.mse_loss(wrapped(x * torch.inf if bad else x), y)).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        if step == 6:
+            seen["after"], seen["skipped"] = remembered(state), torch.equal(weights, flat(wrapped))
+            seen["scale"] = scaler.get_scale()
+    seen["moved"] = not torch.equal(weights, flat(wrapped))
+    return seen | {"finite": bool(flat(wrapped).isfinite().all()), "difference": difference(flat(wrapped))}
+
+
+def halved_scale(rank: int) -> list[float]:
+    """The gradient, unscaled, of the step after; without a change of scale and with one."""
+    norms = []
+    for factor in (1.0, 0.5):
+        scaler = torch.amp.GradScaler("cpu", init_scale=65536.0, growth_interval=1000)
+        wrapped, _ = wrap(made(), {"rank": 1, "scaler": scaler})
+        for step, (x, y) in enumerate(batches(rank, 7)):
+            if step == 6:
+                scaler.scale(torch.zeros(1))
+                scaler.update(65536.0 * factor)
+            wrapped.zero_grad()
+            scaler.scale(nn.functional.mse_loss(wrapped(x), y)).backward()
+        norms.append(float(torch.stack([p.grad.norm() for p in wrapped.parameters()]).norm()) / scaler.get_scale())
+    return norms
+
+
+def through_file(state: dict[str, Tensor], kind: str) -> Any:
+    if kind == "safetensors":
+        return safetensors.torch.load(safetensors.torch.save(state))
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def resume(rank: int) -> dict[str, Any]:
+    out = {}
+    for name, settings in {
+        "plain": {"rank": 2},
+        "alternate": {"rank": 2, "alternate": True},
+        "bf16": {"rank": 2, "error_dtype": torch.bfloat16},
+        "energy": {"rank": lr.Energy(0.8)},
+        "refresh": {"rank": 2, "refresh": 4},
+    }.items():
+        model = made()
+        wrapped, state = wrap(model, settings)
+        train(wrapped, batches(rank, 9))
+        weights, kept = {k: v.clone() for k, v in model.state_dict().items()}, state.state_dict()
+        train(wrapped, batches(rank, 9, 9))
+        for kind in ("torch", "safetensors"):
+            again = made()
+            again.load_state_dict(weights)
+            rewrapped, state = wrap(again, settings)
+            state.load_state_dict(through_file(kept, kind))
+            train(rewrapped, batches(rank, 9, 9))
+            out[f"{name}, {kind}"] = torch.equal(flat(wrapped), flat(rewrapped))
+    return out
+
+
+def sharded_checkpoint(rank: int) -> dict[str, Any]:
+    """torch.distributed.checkpoint: one folder for all processes."""
+    folder = [tempfile.mkdtemp()]
+    dist.broadcast_object_list(folder)
+    model = made()
+    wrapped, state = wrap(model, {"rank": 2})
+    train(wrapped, batches(rank, 9))
+    weights, kept = {k: v.clone() for k, v in model.state_dict().items()}, state.state_dict()
+    dcp.save(kept, checkpoint_id=folder[0])
+    train(wrapped, batches(rank, 9, 9))
+    again = made()
+    again.load_state_dict(weights)
+    rewrapped, state = wrap(again, {"rank": 2})
+    found = state.state_dict()
+    dcp.load(found, checkpoint_id=folder[0])
+    state.load_state_dict(found)
+    own = state.memories["middle.weight"].error
+    same = torch.equal(own, kept[f"process{rank}.error.middle.weight"])
+    train(rewrapped, batches(rank, 9, 9))
+    return {
+        "own_error": same,
+        "errors_differ": difference(own) > 0,
+        "same": torch.equal(flat(wrapped), flat(rewrapped)),
+    }
+
+
+def frozen_on_resume(rank: int) -> float:
+    model = made()
+    wrapped, state = wrap(model, {"rank": 2})
+    train(wrapped, batches(rank, 5))
+    kept = state.state_dict()
+    model.middle.requires_grad_(False)
+    wrapped, state = wrap(model, {"rank": 2})
+    state.load_state_dict(kept)
+    train(wrapped, batches(rank, 5, 5))
+    return difference(flat(wrapped))
+
+
+def refused(rank: int) -> dict[str, str]:
+    """Message by reason; nothing is loaded."""
+    wrapped, state = wrap(made(), {"rank": 2})
+    train(wrapped, batches(rank, 3))
+    kept = state.state_dict()
+    _, nameless = wrap(made(), {"rank": 2}, hook=False)
+    nameless.model = None
+    strange = {key.replace("middle", "centre"): tensor for key, tensor in kept.items()}
+    _, wide = wrap(made(lambda: Net(40)), {"rank": 2}, hook=False)
+    _, higher = wrap(made(), {"rank": 3}, hook=False)
+    _, fine = wrap(made(), {"rank": 2}, hook=False)
+    out = {}
+    for reason, (target, given) in {
+        "names": (fine, strange),
+        "shapes": (wide, kept),
+        "ranks": (higher, kept),
+        "processes": (fine, kept | {"processes": torch.tensor(4)}),
+        "other": (fine, {k.replace(f"process{rank}.", f"process{1 - rank}."): v for k, v in kept.items()}),
+        "empty": (fine, {}),
+        "nameless": (nameless, kept),
+    }.items():
+        try:
+            target.load_state_dict(given)
+        except lr.LowRankError as error:
+            out[reason] = str(error)
+        assert target.step == 0
+        assert not target.memories
+    try:
+        nameless.state_dict()
+    except lr.LowRankError as error:
+        out["save"] = str(error)
+    return out
+
+
+def merged(rank: int) -> dict[str, Any]:
+    wrapped, state = wrap(made(), {"rank": 2})
+    train(wrapped, batches(rank, 5))
+    own = state.state_dict()
+    states: list[Any] = [None, None]
+    dist.all_gather_object(states, own)
+    together = lr.merge_comm_states(states)
+    mean = own[f"process{rank}.error.first.weight"].clone()
+    dist.all_reduce(mean)
+    _, new = wrap(made(), {"rank": 2}, hook=False)
+    new.load_state_dict(together)
+    try:
+        lr.merge_comm_states(states[:1])
+        message = ""
+    except lr.LowRankError as error:
+        message = str(error)
+    return {
+        "mean": torch.allclose(together["error.first.weight"], mean / 2),
+        "loaded": torch.equal(new.memories["first.weight"].error, together["error.first.weight"]),
+        "step": new.step,
+        "missing": message,
+    }
+
+
+def half_precision(rank: int) -> dict[str, Any]:
+    out = {}
+    for dtype in (torch.bfloat16, torch.float16):
+        wrapped, state = wrap(made().to(dtype), {"rank": 4})
+        train(wrapped, [(x.to(dtype), y.to(dtype)) for x, y in batches(rank, 5)])
+        memory = state.memories["middle.weight"]
+        basis = memory.basis(5, columns=False)[0]
+        out[str(dtype)] = {
+            "dtype": str(memory.right.dtype),
+            "orthogonality": float((basis.mT @ basis - torch.eye(4)).abs().max()),
+            "difference": difference(flat(wrapped)),
+            "gradient": str(wrapped.module.middle.weight.grad.dtype),
+        }
+    return out
+
+
+def bf16_wire(rank: int) -> dict[str, Any]:
+    wrapped, _ = wrap(made(), {**FULL, "wire": torch.bfloat16})
+    plain, _ = wrap(made(), None)
+    x, y = batches(rank, 1)[0]
+    for model in (wrapped, plain):
+        nn.functional.mse_loss(model(x), y).backward()
+    pairs = zip(wrapped.parameters(), plain.parameters(), strict=True)
+    return {"error": max(float((p.grad - q.grad).norm() / q.grad.norm()) for p, q in pairs)}
+
+
+def overflowing_wire(rank: int) -> dict[str, Any]:
+    """Factors beyond what fp16 holds go out again in fp32."""
+    wrapped, state = wrap(made(), {"rank": 2, "wire": torch.float16})
+    alone, _ = wrap(made(), {"rank": 2})
+    x, y = batches(rank, 1)[0]
+    for model in (wrapped, alone):
+        (nn.functional.mse_loss(model(x), y) * 1e7).backward()
+    pairs = zip(wrapped.parameters(), alone.parameters(), strict=True)
+    off = max(float((p.grad - q.grad).norm() / q.grad.norm()) for p, q in pairs)
+    return {"off": off, "compressed": sorted(state.memories)}
+
+
+def unused_parameter_is_owed(rank: int) -> dict[str, float]:
+    return {
+        "rank 1": conserved(rank, {"rank": 1}, branch=True),
+        "alternate": conserved(rank, {"rank": 1, "alternate": True}, branch=True),
+    }
+
+
+def fallback_pays_out(rank: int) -> dict[str, Any]:
+    model, alone = made(), made()
+    wrapped, state = wrap(model, {"rank": 2, "fallback": True})
+    for _ in range(6):
+        state.link.taken[False].append(1.0)
+    sums: dict[str, Tensor] = {}
+    true: dict[str, Tensor] = {}
+    owed = 0.0
+    for step, (x, y) in enumerate(batches(rank, 6)):
+        if step == 4:
+            state.link.compress = False
+            owed = max(float(memory.error.abs().max()) for memory in state.memories.values())
+        for net, inner, total in ((wrapped, model, sums), (alone, alone, true)):
+            net.zero_grad()
+            nn.functional.mse_loss(net(x), y).backward()
+            for name, p in inner.named_parameters():
+                total[name] = total.get(name, 0) + p.grad.clone()
+    lost = 0.0
+    for name, total in true.items():
+        dist.all_reduce(total)
+        lost = max(lost, float((sums[name] - total / 2).norm() / (total / 2).norm()))
+    return {"owed": owed, "lost": lost, "left": sorted(state.memories)}
+
+
+def foreign_parameter(rank: int) -> str:
+    wrapped, _ = wrap(made(), {"state": lr.LowRankCommState(rank=2, model=made())})
+    x, y = batches(rank, 1)[0]
+    try:
+        nn.functional.mse_loss(wrapped(x), y).backward()
+    except Exception as error:
+        return str(error)
+    return ""
+
+
+def full_rank_alternate(rank: int) -> float:
+    """One product with a square orthonormal basis loses nothing."""
+
+    def square() -> nn.Module:
+        return nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32), nn.Linear(32, 8, bias=False))
+
+    weights = []
+    for settings in (None, {"rank": 32, "saving": 0.5, "alternate": True}):
+        wrapped, _ = wrap(made(square), settings)
+        train(wrapped, batches(rank, 50))
+        weights.append(flat(wrapped))
+    return float((weights[0] - weights[1]).abs().max() / weights[0].abs().max())
+
+
+CASES: dict[str, Case] = {
+    case.__name__: case
+    for case in (
+        many_buckets,
+        everything_compressed,
+        zero_gradient,
+        non_finite,
+        halved_scale,
+        resume,
+        sharded_checkpoint,
+        frozen_on_resume,
+        refused,
+        merged,
+        half_precision,
+        bf16_wire,
+        overflowing_wire,
+        unused_parameter_is_owed,
+        fallback_pays_out,
+        full_rank_alternate,
+        foreign_parameter,
+    )
+}
+
+
+def lost_process(rank: int) -> list[Any]:
+    """One process is late, then gone: what the other sees, and after how many seconds."""
+    out = []
+    for trouble in ("late", "gone"):
+        wrapped, _ = wrap(made(), {"rank": 2, "timeout": timedelta(seconds=2)})
+        train(wrapped, batches(rank, 3))
+        dist.barrier()
+        if rank == 1 and trouble == "gone":
+            os._exit(0)
+        if rank == 1:
+            time.sleep(3.5)
+        start = time.monotonic()
+        case = caught(lambda rank: train(wrapped, batches(rank, 3, 3)), rank)  # noqa: B023
+        out.append((time.monotonic() - start, case and case["error"]))
+        if trouble == "late":
+            dist.barrier()
+    return out
+
+
+def nodes(rank: int) -> dict[str, Any]:
+    """Four processes, two nodes of two."""
+    within = [dist.new_group([0, 1]), dist.new_group([2, 3])][rank // 2]
+    across = [dist.new_group([0, 2]), dist.new_group([1, 3])][rank % 2]
+    groups = {"process_group": across, "node_group": within}
+    out = []
+    for settings in (None, {"rank": 2, **groups}, {**FULL, **groups}, {"rank": lr.Energy(0.9), **groups}):
+        wrapped, state = wrap(made(), settings)
+        train(wrapped, batches(rank, 50 if settings and settings["rank"] == 2 else 20))
+        out.append((flat(wrapped), difference(flat(wrapped)), state and state.stats()["ratio"]))
+    return {
+        "differences": [difference for _, difference, _ in out],
+        "to_plain": float((out[2][0] - out[0][0]).abs().max() / out[0][0].abs().max()),
+        "ratio": out[1][2],
+    }

@@ -1,0 +1,221 @@
+"""The gradient hook between processes: what breaks torch's own, every way to train, checkpoints, lost processes."""
+
+import math
+
+import pytest
+import torch
+
+import lowrank_layers as lr
+from tests.processes import Hang, run_processes
+
+from . import hook_cases, hook_worker, torch_cases
+
+EXACT, TIGHT = 0.0, 1e-5
+
+
+@pytest.fixture(scope="module")
+def everywhere(tmp_path_factory):
+    """What all processes saw in all cases; starting processes takes longer than a case."""
+    return run_processes(hook_worker.run_all, tmp_path_factory.mktemp("ours"), seconds=240)
+
+
+@pytest.fixture
+def seen(everywhere, request):
+    """Of the case that a test is named after."""
+    name = request.node.originalname.removeprefix("test_")
+    results = [process[name] for process in everywhere]
+    for result in results:
+        assert not (isinstance(result, dict) and "trace" in result), result["trace"]
+    return results
+
+
+@pytest.fixture(scope="module")
+def peer(tmp_path_factory):
+    """What torch's hook did in the same places."""
+    return run_processes(torch_cases.run_together, tmp_path_factory.mktemp("torch"))
+
+
+@pytest.mark.parametrize("way", hook_worker.WAYS)
+def test_ways(seen, way):
+    for process in seen:
+        assert process[way]["low"] == process[way]["full"] == EXACT
+        assert process[way]["to_plain"] < TIGHT
+        assert process[way]["low_to_plain"] > 0, "nothing was compressed"
+
+
+@pytest.mark.parametrize("setting", hook_worker.SETTINGS)
+def test_settings(seen, setting):
+    narrow = {"wire_bf16", "wire_fp16", "error_dtype_bf16"}
+    for process in seen:
+        got = process[setting]
+        assert got["difference"] == EXACT
+        assert got["loss"] < 32  # 36 at the start
+        if setting == "no_error_feedback":
+            assert got["conserved"] > 0.1
+        else:
+            assert got["conserved"] < (1e-2 if setting in narrow else TIGHT)
+        assert got["stats"]["steps"] == hook_worker.STEPS
+        assert got["stats"]["ratio"] > (1.0 if setting == "fallback" else 1.5)
+
+
+def test_many_buckets(seen):
+    assert seen[0] == seen[1] == [EXACT] * 20
+
+
+def torch_breaks(case, folder):
+    """How, or None."""
+    try:
+        differences = run_processes(case, folder, seconds=15, timeout=5)
+    except Hang:
+        return "hangs"
+    except Exception as error:
+        return str(error).strip().splitlines()[-1]
+    return None if differences == [EXACT] * 2 else f"differs by {differences}"
+
+
+@pytest.mark.parametrize("case", [torch_cases.many_buckets, torch_cases.unused])
+def test_torch_breaks_with_buckets_on_gloo(case, tmp_path, record_property):
+    how = torch_breaks(case, tmp_path)
+    record_property("torch", how)
+    assert how is not None
+
+
+def test_everything_compressed(seen, peer):
+    assert seen[0]["layers"] == ["branch.weight", "first.weight", "last.weight", "middle.weight"]
+    assert seen[0]["difference"] == EXACT
+    assert "AssertionError" in peer[0]["batched"]["error"]
+
+
+def test_zero_gradient(seen, peer):
+    for process in seen:
+        assert math.isfinite(process["after"])
+        assert process["after"] < process["before"]
+        assert process["difference"] == EXACT
+    assert peer[0]["zero_gradient"] is False
+
+
+def test_non_finite(seen, peer):
+    for process in seen:
+        assert process["skipped"]
+        assert process["scale"] == 512
+        assert process["before"].keys() == process["after"].keys() != set()
+        for name, tensors in process["before"].items():
+            assert all(torch.equal(a, b) for a, b in zip(tensors, process["after"][name], strict=True)), name
+        assert process["moved"]
+        assert process["finite"]
+        assert process["difference"] == EXACT
+    assert peer[0]["non_finite"] == [True] * 4 + [False] * 5
+
+
+def test_halved_scale(seen, peer):
+    for kept, halved in seen:
+        assert halved == pytest.approx(kept, rel=TIGHT)
+    kept, halved = peer[0]["halved_scale"]
+    assert halved > 1.5 * kept
+
+
+def test_resume(seen, peer):
+    assert all(same for process in seen for same in process.values()), seen
+    assert peer[0]["resume"] > 0.5
+    assert "Unsupported global" in peer[0]["weights_only"]["error"]
+
+
+def test_sharded_checkpoint(seen):
+    for process in seen:
+        assert process == {"own_error": True, "errors_differ": True, "same": True}
+
+
+def test_frozen_on_resume(seen, peer):
+    assert seen == [EXACT, EXACT]
+    assert "must match the size" in peer[0]["frozen_on_resume"]["error"]
+
+
+def test_refused(seen):
+    for rank, process in enumerate(seen):
+        assert "'centre.weight' is not in the model" in process["names"]
+        assert "'first.weight' is (1, 48, 32) here and (1, 48, 40)" in process["shapes"]
+        assert "has rank 2 here and rank=3" in process["ranks"]
+        assert "4 processes, expected one of 2" in process["processes"]
+        assert "lr.merge_comm_states" in process["processes"]
+        assert f"no error of process {rank}" in process["other"]
+        assert "no 'step'" in process["empty"]
+        assert "model=" in process["nameless"]
+        assert "model=" in process["save"]
+
+
+def test_merged(seen):
+    for process in seen:
+        assert process["mean"]
+        assert process["loaded"]
+        assert process["step"] == 5
+        assert "process1.error.first.weight" in process["missing"]
+
+
+@pytest.mark.parametrize("steps", [[], [1, 2], [None]])
+def test_states_that_cannot_be_merged(steps):
+    two = torch.tensor(2)
+    states = [{} if step is None else {"step": torch.tensor(step), "processes": two} for step in steps]
+    with pytest.raises(lr.LowRankError, match="merge_comm_states: got"):
+        lr.merge_comm_states(states)
+
+
+def test_half_precision(seen, peer):
+    for process in seen:
+        for dtype, got in process.items():
+            assert got["dtype"] == "torch.float32"
+            assert got["gradient"] == dtype
+            assert got["orthogonality"] < 1e-6
+            assert got["difference"] == EXACT
+    assert peer[0]["half_precision"] > 1e-3
+
+
+def test_bf16_wire(seen, peer):
+    assert 0 < seen[0]["error"] < 1e-2
+    assert "BF16" in peer[0]["bf16_wire"]["error"]
+
+
+def test_scalar_parameter_breaks_torch(peer):
+    """Ours: the way 0_dim_parameter."""
+    assert "IndexError" in peer[0]["scalar_parameter"]["error"]
+
+
+def test_overflowing_wire(seen):
+    for process in seen:
+        assert process["off"] < TIGHT
+        assert process["compressed"]
+
+
+def test_unused_parameter_is_owed(seen):
+    assert all(lost < TIGHT for process in seen for lost in process.values())
+
+
+def test_fallback_pays_out(seen):
+    for process in seen:
+        assert process["owed"] > 0
+        assert process["lost"] < TIGHT
+        assert process["left"] == []
+
+
+def test_full_rank_alternate(seen):
+    assert max(seen) < TIGHT
+
+
+def test_foreign_parameter(seen):
+    assert all("model= has not" in message for message in seen)
+
+
+def test_lost_process(tmp_path):
+    """Whoever is left raises within the timeout and says so."""
+    first, gone = run_processes(hook_cases.lost_process, tmp_path, seconds=45, together=False)
+    assert gone is None
+    for seconds, message in first:
+        assert seconds < 10
+        assert "averaging gradients failed" in message
+        assert "start again from a checkpoint" in message
+
+
+def test_two_nodes_of_two(tmp_path):
+    for process in run_processes(hook_cases.nodes, tmp_path, world=4):
+        assert process["differences"] == [EXACT] * 4
+        assert process["to_plain"] < TIGHT
+        assert process["ratio"] > 5

@@ -1,0 +1,76 @@
+"""Starts several gloo processes for a test and brings back what each returned."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+# what every process would import by itself, seconds each
+PRELOAD = ["lowrank_layers", "torch._dynamo", "torch.distributed.checkpoint", "torch.distributed.fsdp"]
+
+
+class Hang(AssertionError):
+    """The processes were killed."""
+
+
+def run_processes(
+    work: Callable[..., Any],
+    folder: Path,
+    *args: Any,
+    world: int = 2,
+    seconds: float = 90,
+    timeout: float = 45,
+    together: bool = True,
+) -> list[Any]:
+    """``work(rank, *args)`` in each; its exceptions are raised here, processes that hang are killed.
+
+    Without ``together`` they do not wait for each other at the end; a process that exits early returns ``None``.
+    """
+    if not (dist.is_available() and dist.is_gloo_available()):
+        pytest.skip("this torch has no gloo")
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob("*"):
+        old.unlink()
+    method = "forkserver" if "forkserver" in torch.multiprocessing.get_all_start_methods() else "spawn"
+    if method == "forkserver":
+        torch.multiprocessing.set_forkserver_preload(PRELOAD)
+    task = (work, world, str(folder), timeout, together, args)
+    workers = torch.multiprocessing.start_processes(_start, task, nprocs=world, join=False, start_method=method)
+    deadline = time.monotonic() + seconds
+    try:
+        while not workers.join(timeout=max(0.1, deadline - time.monotonic())):
+            if time.monotonic() > deadline:
+                raise Hang(f"{work.__name__}: not done after {seconds} s")
+    finally:
+        for process in workers.processes:
+            if process.is_alive():
+                process.kill()
+    files = [folder / f"{rank}.pt" for rank in range(world)]
+    return [torch.load(file, weights_only=False) if file.exists() else None for file in files]
+
+
+def _start(
+    rank: int,
+    work: Callable[..., Any],
+    world: int,
+    folder: str,
+    timeout: float,
+    together: bool,
+    args: tuple[Any, ...],
+) -> None:
+    torch.set_num_threads(1)
+    store = (Path(folder) / "store").as_uri()
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world, timeout=timedelta(seconds=timeout))
+    try:
+        torch.save(work(rank, *args), Path(folder) / f"{rank}.pt")
+        if together:
+            dist.barrier()
+    finally:
+        dist.destroy_process_group()
