@@ -23,7 +23,14 @@ from .compress import (
 )
 from .cost import Cost
 from .decompose import cp, nmf, svd, tucker
-from .distributed import LowRankCommState, LowRankProjection, low_rank_hook, merge_comm_states
+from .distributed import (
+    LowRankCommState,
+    LowRankProjection,
+    LowRankReduceState,
+    attach_low_rank_reduce,
+    low_rank_hook,
+    merge_comm_states,
+)
 from .errors import BudgetError, CheckpointError, LowRankError, MissingExtraError, UnsupportedLayerError
 from .factors import CP, NMF, SVD, Blocks, BlockTT, Factorization, Tucker
 from .kv_cache import (
@@ -146,6 +153,7 @@ __all__ = [
     "LowRankLinear",
     "LowRankMultiheadAttention",
     "LowRankProjection",
+    "LowRankReduceState",
     "LowRankTransposedLinear",
     "Method",
     "MissingExtraError",
@@ -174,6 +182,7 @@ __all__ = [
     "UnsupportedLayerError",
     "absorb_mla_",
     "add_lora_",
+    "attach_low_rank_reduce",
     "calibrate",
     "combine_lora_",
     "compress_together",

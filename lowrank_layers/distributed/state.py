@@ -151,9 +151,9 @@ class LowRankCommState:
         Raises:
             LowRankError: without ``model``.
         """
-        model = self._named_model("state_dict")
+        self._named_model("state_dict")
         if not self.memories:  # so that torch.distributed.checkpoint has tensors to load into
-            made = {n: self._made(n, p) for n, p in model.named_parameters() if p.requires_grad}
+            made = {n: self._made(n, p) for n, p in self._parameters().items() if p.requires_grad}
             self.memories = {name: memory for name, memory in made.items() if memory is not None}
         return saved(self.step, self.ranks, self.memories, dist.get_rank(), dist.get_world_size())
 
@@ -164,11 +164,14 @@ class LowRankCommState:
             LowRankError: without ``model``, or for a state of another model, rank, or number of processes; then nothing
                 is changed.
         """
-        model = self._named_model("load_state_dict")
+        self._named_model("load_state_dict")
         fixed = self.rank if isinstance(self.rank, int) else None
-        shapes = dict(model.named_parameters())
-        loaded = load(state, shapes, fixed, self.kept, dist.get_rank(), dist.get_world_size())
+        loaded = load(state, self._parameters(), fixed, self.kept, dist.get_rank(), dist.get_world_size())
         self.step, self.ranks, self.memories = loaded
+
+    def _parameters(self) -> dict[str, Tensor]:
+        """What gradients there may be, by name."""
+        return {} if self.model is None else dict(self.model.named_parameters())
 
     def _named_model(self, what: str) -> nn.Module:
         if self.model is None:
