@@ -9,11 +9,20 @@ import pytest
 from benchmarks.data import available, cifar10, lenet, mnist, resnet20
 
 ROOT = Path(__file__).resolve().parents[1]
+NAMES = [
+    "ddp_convergence",
+    "decompose",
+    "kv_decode",
+    "kv_memory",
+    "kv_quality",
+    "layers",
+    "lora",
+    "nmf",
+    "projection",
+]
 
 
-@pytest.mark.parametrize(
-    "name", ["decompose", "kv_decode", "kv_memory", "kv_quality", "layers", "lora", "nmf", "projection"]
-)
+@pytest.mark.parametrize("name", NAMES)
 def test_smoke(name, tmp_path):
     command = [sys.executable, "-m", f"benchmarks.{name}", "--smoke", "--threads", "1", "--out", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .collectives import Mean
-from .tensors import Memory
+from .tensors import Memory, times
 
 
 @dataclass(eq=False)
@@ -46,11 +46,14 @@ class Low:
         self.columns = how.alternate and in_turn
         self.gradient, self.memory = gradient, memory
         self.matrix = gradient.reshape(memory.shape)
+        if self.matrix.data_ptr() % 64:
+            # BLAS rounds otherwise there, and buckets that are rebuilt after a restart move gradients about
+            self.matrix = self.matrix.clone()
         self.basis = memory.basis(how.step, columns=self.columns)
         matrix, error = self.matrix.float(), memory.error.float()
-        fresh = matrix.mT @ self.basis if self.columns else matrix @ self.basis
+        fresh = times(matrix.mT, self.basis) if self.columns else times(matrix, self.basis)
         self.alive = fresh.any().float().reshape(1)
-        self.factor = fresh.add_(error.mT @ self.basis if self.columns else error @ self.basis)
+        self.factor = fresh.add_(times(error.mT, self.basis) if self.columns else times(error, self.basis))
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """Where one product is the whole step."""

@@ -40,6 +40,11 @@ class Kept:
     alternate: bool = False
 
 
+def times(matrix: Tensor, thin: Tensor) -> Tensor:
+    """``matrix @ thin``: BLAS takes the transposed product 2 to 10 times as fast where ``thin`` has few columns."""
+    return torch.bmm(thin.mT.contiguous(), matrix.mT).mT
+
+
 class Memory:
     """The directions and the error of one gradient, a stack of matrices.
 
@@ -101,7 +106,7 @@ class Memory:
 
     def sum_times(self, left: Tensor) -> Tensor:
         """``(error + gradient)^T left``, of what was taken in."""
-        return (self.error if self._sum is None else self._sum).mT @ left
+        return times((self.error if self._sum is None else self._sum).mT, left)
 
     def pay_out(self, gradient: Tensor, left: Tensor, right: Tensor, *, keep: bool) -> None:
         """The gradient becomes ``left right^T``, the error what is missing from it (nothing, unless kept)."""

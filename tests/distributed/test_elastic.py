@@ -1,0 +1,75 @@
+"""A worker is killed in the middle of an epoch; torchrun starts all again, and nothing of it shows in the weights."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import lowrank_layers as lr
+
+ROOT = Path(__file__).resolve().parents[2]
+OPTIONS = ["--data=random", "--model=small", "--images=480", "--batch=8", "--epochs=2", "--every=9", "--lr=0.02"]
+STEPS = 60
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="torchrun with gloo, and SIGKILL")
+
+
+def start(folder, hook):
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    run = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "3")
+    command = (sys.executable, *run, str(ROOT / "examples" / "ddp_cifar.py"), *OPTIONS, *hook, "--out", str(folder))
+    folder.mkdir()
+    with open(folder / "log", "w") as log:
+        return subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+
+
+def finish(process, folder):
+    try:
+        code = process.wait(timeout=60)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    log = (folder / "log").read_text()
+    assert code == 0, log[-3000:]
+    (checkpoint,) = folder.glob("step*")
+    assert checkpoint.name == f"step{STEPS:08}"
+    return log, torch.load(checkpoint / "model.pt", weights_only=True)
+
+
+def kill_after_a_checkpoint(process, folder, victim):
+    """SIGKILL to one worker once the first checkpoint is there."""
+    end = time.monotonic() + 60
+    while not list(folder.glob("step*/hook1.pt")):
+        assert process.poll() is None, (folder / "log").read_text()[-3000:]
+        assert time.monotonic() < end
+        time.sleep(0.005)
+    pid = re.search(rf"process {victim} has the id (\d+)", (folder / "log").read_text())[1]
+    os.kill(int(pid), signal.SIGKILL)
+
+
+def test_a_killed_worker_leaves_no_trace(tmp_path):
+    hook = ["--hook", "lowrank", "--rank", "2"]
+    process = start(tmp_path / "whole", hook)
+    _, whole = finish(process, tmp_path / "whole")
+    process = start(tmp_path / "killed", hook)
+    kill_after_a_checkpoint(process, tmp_path / "killed", victim=1)
+    log, killed = finish(process, tmp_path / "killed")
+    steps = [int(step) for step in re.findall(r"goes on after step (\d+)", log)]
+    assert len(steps) == 2, log[-3000:]
+    assert steps[0] == steps[1]
+    assert 0 < steps[0] < STEPS
+    for name, tensor in whole["model"].items():
+        assert torch.equal(tensor, killed["model"][name]), name
+    momentum = [run["optimizer"]["state"] for run in (whole, killed)]
+    assert all(torch.equal(momentum[0][k]["momentum_buffer"], momentum[1][k]["momentum_buffer"]) for k in momentum[0])
+
+
+if not hasattr(lr.LowRankCommState, "state_dict"):
+    test_a_killed_worker_leaves_no_trace = pytest.mark.skip(reason="no state_dict yet")(
+        test_a_killed_worker_leaves_no_trace
+    )
