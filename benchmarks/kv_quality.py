@@ -32,7 +32,7 @@ OURS = {
     "stories260K": ((5, 5, 32), (7, 7, 32), (6, 6, 32), (4, 4, 32), (3, 3, 32)),
 }
 """Ranks of keys and of values, recent tokens; the first is varied below."""
-BUDGETS = ((0.22, 64), (0.16, 32), (0.14, 24))
+BUDGETS = {"pycode_llama": ((0.22, 64), (0.16, 32), (0.14, 24)), "stories260K": ((0.5, 32), (0.35, 32))}
 """Part of the exact bytes, recent tokens."""
 EVICTED = (110, 150, 200)
 
@@ -349,7 +349,7 @@ def served_rows(args: argparse.Namespace, windows: Tensor, pairs: Sequence[dict[
         )
         for pair in pairs
     }
-    for budget, recent in ((0.5, 16),) if args.smoke else BUDGETS:
+    for budget, recent in ((0.5, 16),) if args.smoke else BUDGETS[args.model]:
         makes[f"LowRankCache, budget {budget} at the prompt, {recent} recent"] = lambda budget=budget, recent=recent: (
             lr.LowRankCache(budget=budget, keep_recent=recent, **common)
         )

@@ -1,32 +1,20 @@
 """FSDP2 with replicas at low rank: two replicas of two shards, all cases in one group of processes."""
 
 import re
-import time
 
 import pytest
 import torch
 
-from . import fsdp_worker
+from tests.processes import run_processes
 
-pytestmark = pytest.mark.skipif(
-    not (torch.distributed.is_available() and torch.distributed.is_gloo_available()), reason="this torch has no gloo"
-)
+from . import fsdp_worker
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     """Of each case, from each process."""
     folder = tmp_path_factory.mktemp("fsdp")
-    workers = torch.multiprocessing.spawn(fsdp_worker.run, (str(folder),), nprocs=fsdp_worker.WORLD, join=False)
-    deadline = time.monotonic() + 180
-    try:
-        while not workers.join(timeout=max(0.1, deadline - time.monotonic())):
-            assert time.monotonic() < deadline, "the processes hang"
-    finally:
-        for process in workers.processes:
-            if process.is_alive():
-                process.kill()
-    found = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(fsdp_worker.WORLD)]
+    found = run_processes(fsdp_worker.run, folder, world=fsdp_worker.WORLD, seconds=180, timeout=60)
     return {case: [one[case] for one in found] for case in fsdp_worker.CASES}
 
 

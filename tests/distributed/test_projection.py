@@ -9,13 +9,13 @@ from itertools import pairwise
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from torch import nn
 
 import lowrank_layers as lr
 from benchmarks.peers import has, peer
 from lowrank_layers.distributed.basis import fitted, power_basis, random_basis, svd_basis
 from tests.distributed import worker
+from tests.processes import run_processes
 
 METHODS = ("svd", "random", "power")
 OPTIMIZERS = {
@@ -675,7 +675,6 @@ def test_foreign_states_are_refused(wrong):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_all_processes_have_the_same_weights(method, tmp_path):
-    mp.spawn(worker.run, (method, str(tmp_path)), nprocs=worker.WORLD)
-    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(worker.WORLD))
+    first, second = run_processes(worker.run, tmp_path, method)
     for key in first:
         assert torch.equal(first[key], second[key]), key
