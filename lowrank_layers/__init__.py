@@ -1,5 +1,6 @@
 """Makes the big matrices of a PyTorch network low-rank wherever they live."""
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from . import kv_cache
@@ -23,14 +24,6 @@ from .compress import (
 )
 from .cost import Cost
 from .decompose import cp, nmf, svd, tucker
-from .distributed import (
-    LowRankCommState,
-    LowRankProjection,
-    LowRankReduceState,
-    attach_low_rank_reduce,
-    low_rank_hook,
-    merge_comm_states,
-)
 from .errors import BudgetError, CheckpointError, LowRankError, MissingExtraError, UnsupportedLayerError
 from .factors import CP, NMF, SVD, Blocks, BlockTT, Factorization, Tucker
 from .kv_cache import (
@@ -103,6 +96,14 @@ from .rank import (
 )
 
 if TYPE_CHECKING:
+    from .distributed import (
+        LowRankCommState,
+        LowRankProjection,
+        LowRankReduceState,
+        attach_low_rank_reduce,
+        low_rank_hook,
+        merge_comm_states,
+    )
     from .kv_cache import LowRankCache
 
 __version__ = "0.1.0"
@@ -215,10 +216,23 @@ __all__ = [
 ]
 
 
+_DISTRIBUTED = (
+    "LowRankCommState",
+    "LowRankProjection",
+    "LowRankReduceState",
+    "attach_low_rank_reduce",
+    "low_rank_hook",
+    "merge_comm_states",
+)
+
+
 def __getattr__(name: str) -> Any:
     # it needs transformers, which importing this library must not
     if name == "LowRankCache":
         return kv_cache.LowRankCache
+    # few programs train in several processes, and all of them pay for an import
+    if name in _DISTRIBUTED:
+        return getattr(importlib.import_module(".distributed", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
