@@ -8,7 +8,6 @@ from .calibrate import Calibration, SampledCrossEntropy, calibrate
 from .checkpoint import load, save
 from .compress import (
     METHODS,
-    Budget,
     CPMethod,
     Entry,
     Method,
@@ -85,6 +84,7 @@ from .lora import (
 from .moments import LayerStats, Statistics
 from .rank import (
     EVBMF,
+    Budget,
     Elbow,
     Energy,
     GavishDonoho,

@@ -1,6 +1,5 @@
 """A trained model, to a budget: methods, allocation, plan, factorization."""
 
-from .budget import Budget
 from .factorize import densify_, factorize_
 from .make_plan import make_plan
 from .methods import (
@@ -17,7 +16,6 @@ from .plan import Entry, Plan
 
 __all__ = [
     "METHODS",
-    "Budget",
     "CPMethod",
     "Entry",
     "Method",

@@ -11,12 +11,10 @@ from ..cost import Cost
 from ..errors import BudgetError, LowRankError
 from ..layers import bias_of, is_derived, is_factored, linear_shape, weight_of
 from ..moments import LayerStats, Statistics
-from ..rank import Rank, check_rank
+from ..rank import Budget, Rank, allocate, as_budget, check_rank
 from ..surgery import Selector, reasons_to_stay, select
 from ..unfuse import unfused
 from ..walk import check_model, own_layers
-from .allocate import allocate
-from .budget import Budget, as_budget
 from .methods import METHODS, Method, Option, regressions
 from .methods.base import factored_cost, has_bias, repeated_cost
 from .plan import Entry, Plan, model_cost

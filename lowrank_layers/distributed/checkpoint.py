@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ..errors import LowRankError
-from .tensors import Kept, Memory, matrix_shape
+from .matrices import matrix_shape
+from .memory import Kept, Memory
 
 Loaded = tuple[int, dict[str, int], dict[str, Memory]]
 
@@ -111,7 +112,7 @@ def _memory(
 ) -> Memory:
     right = state[f"right.{name}"]
     memory = Memory(shape, right.shape[-1], name, device, kept)
-    memory.error.copy_(error)
+    memory.error = error
     memory.right.copy_(right)
     if memory.left is not None and f"left.{name}" in state:
         memory.left.copy_(state[f"left.{name}"])

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..errors import LowRankError
-from ..rank import Rank
+from ..rank import Budget, Rank
 from .collectives import Mean
 from .fsdp_private import Unit, check_version, units_of
 from .fsdp_state import LowRankReduceState
@@ -27,11 +27,12 @@ def attach_low_rank_reduce(
     model: nn.Module,
     *,
     replicate_group: dist.ProcessGroup,
-    rank: Rank = 4,
+    rank: Rank | Budget = 4,
     start_step: int = 0,
     saving: float = 1.0,
     alternate: bool = False,
     refresh: int | None = None,
+    local_iterations: int = 1,
     wire: torch.dtype | None = None,
     error_dtype: torch.dtype = torch.float32,
     error_feedback: bool = True,
@@ -59,8 +60,9 @@ def attach_low_rank_reduce(
         saving: a shard whose factors are not smaller by that factor is sent whole.
         alternate: sends one factor a step, in turn.
         refresh: steps after which directions are drawn anew; ``None`` never does.
+        local_iterations: steps of subspace iteration that each process makes on its own shard first.
         wire: dtype on the wire; ``None`` is fp32 for factors and the reduction's own for the rest.
-        error_dtype: what is left over is remembered in.
+        error_dtype: what is left over is remembered in: fp32, bf16 or int8.
         error_feedback: adds what was left over to the next gradient.
         warm_start: goes on from the last directions.
         scaler: a ``GradScaler`` whose changes of scale the errors follow.
@@ -94,6 +96,7 @@ def attach_low_rank_reduce(
         "saving": saving,
         "alternate": alternate,
         "refresh": refresh,
+        "local_iterations": local_iterations,
         "wire": wire,
         "error_dtype": error_dtype,
         "error_feedback": error_feedback,

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from .collectives import Mean
-from .tensors import Memory, times
+from .matrices import gradient_of, matrices_of, times
+from .memory import Memory
+from .wire import Parcel
 
 
 @dataclass(eq=False)
@@ -27,14 +29,15 @@ class How:
     step: int
     alternate: bool
     error_feedback: bool
+    local_iterations: int
     wire: torch.dtype | None
 
 
 class Low:
-    """A gradient, its memory, and the products that are sent of both.
+    """A gradient with the error of before, its memory, and the product that is sent first.
 
     Args:
-        gradient: of any shape.
+        gradient: of any shape; where it is fp32, the sum stands in its place until the step is over.
         memory: of it.
         how: of this step.
     """
@@ -42,84 +45,108 @@ class Low:
     def __init__(self, gradient: Tensor, memory: Memory, how: How) -> None:
         rows, columns = memory.shape[1:]
         # at full rank the product with the shorter side's basis loses nothing
-        in_turn = how.step % 2 == 1 if memory.rank < min(rows, columns) else rows <= columns
+        in_turn = how.step % 2 == 1 if not memory.whole else rows <= columns
         self.columns = how.alternate and in_turn
-        self.gradient, self.memory = gradient, memory
-        self.matrix = gradient.reshape(memory.shape)
-        if self.matrix.data_ptr() % 64:
+        self.gradient, self.memory, self.how = gradient, memory, how
+        matrix = matrices_of(gradient)
+        if matrix.data_ptr() % 64:
             # BLAS rounds otherwise there, and buckets that are rebuilt after a restart move gradients about
-            self.matrix = self.matrix.clone()
+            matrix = matrix.clone()
+        self.alive = ((matrix.amax() != 0) | (matrix.amin() != 0)).float().reshape(1)
+        self.inside = matrix.dtype == torch.float32 and matrix.data_ptr() == gradient.data_ptr()
+        self.sum = matrix.float()
+        if how.error_feedback:
+            self.sum.add_(memory.error)
         self.basis = memory.basis(how.step, columns=self.columns)
-        matrix, error = self.matrix.float(), memory.error.float()
-        fresh = times(matrix.mT, self.basis) if self.columns else times(matrix, self.basis)
-        self.alive = fresh.any().float().reshape(1)
-        self.factor = fresh.add_(times(error.mT, self.basis) if self.columns else times(error, self.basis))
+        self.factor = times(self.sum.mT, self.basis) if self.columns else times(self.sum, self._improved())
+
+    def left(self) -> Tensor:
+        """An orthonormal basis of the rows' space, from the first product."""
+        basis: Tensor = torch.linalg.qr(self.factor).Q
+        return basis
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """Where one product is the whole step."""
         return (self.basis, self.factor) if self.columns else (self.factor, self.basis)
 
-    def write(self) -> None:
-        """Copies the matrix back where it is not a view of the gradient."""
-        if self.matrix.data_ptr() != self.gradient.data_ptr():
-            self.gradient.copy_(self.matrix.reshape(self.gradient.shape))
+    def forget(self) -> None:
+        """Leaves the gradient as it came."""
+        if self.inside and self.how.error_feedback:
+            self.sum.sub_(self.memory.error)
+
+    def postpone(self) -> None:
+        """Nothing is paid out: the gradient becomes zero, and is owed."""
+        if self.how.error_feedback:
+            self.memory.error = self.sum
+        self.gradient.zero_()
+
+    def pay_out(self, left: Tensor, right: Tensor, share: Tensor) -> None:
+        """The gradient becomes ``left right^T``; what this process' share in it lacks of its sum is owed.
+
+        Args:
+            left: ``[stack, rows, rank]``.
+            right: ``[stack, columns, rank]``.
+            share: of this process in the factor that was averaged last: the mean of all is that factor.
+        """
+        self.memory.follow(left, right)
+        if self.how.error_feedback:
+            pair = (share, right) if self.how.alternate and not self.columns else (left, share)
+            self.memory.error = self.sum.baddbmm_(pair[0], pair[1].mT, alpha=-1)
+        if self.inside:
+            torch.bmm(left, right.mT, out=self.sum)
+        else:
+            self.gradient.copy_(gradient_of(left @ right.mT, self.gradient.shape))
+
+    def _improved(self) -> Tensor:
+        """The basis after steps of subspace iteration on this process' own sum, turned as the basis is.
+
+        What is sent is then only the start of a basis, and any process may start from its own.
+        """
+        basis = self.basis
+        if self.how.alternate or self.memory.whole:
+            return basis
+        for _ in range(self.how.local_iterations):
+            basis, triangle = torch.linalg.qr(times(self.sum.mT, times(self.sum, basis)))
+            basis = basis * torch.where(triangle.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).unsqueeze(-2)
+        return basis
 
 
 def reduce_(buffer: Tensor, pieces: Sequence[Piece], mean: Mean, how: How) -> int:
     """Averages all gradients in place; returns the bytes that were sent.
 
-    Gradients that are not finite in any process make the first collective so everywhere: then nothing is remembered,
-    and they are averaged as they are. A gradient that is zero in every process stays so, and its error is kept: DDP
-    would throw away what an unused parameter were paid.
+    Gradients that are not finite in any process make the first exchange so everywhere: then nothing is remembered, and
+    they are averaged as they are. A gradient that is zero in every process stays so, and its error is kept: DDP would
+    throw away what an unused parameter were paid.
     """
     lows = [Low(piece.gradient, piece.memory, how) for piece in pieces if piece.memory is not None]
     whole = [piece.gradient for piece in pieces if piece.memory is None]
     if not lows:
         mean.over_(buffer)
         return buffer.nbytes
-    sent, finite = _mean_of([t for low in lows for t in (low.factor, low.alive)] + whole, mean, how.wire)
-    if not finite:
+    alive = torch.cat([low.alive for low in lows])
+    first = Parcel([low.factor.mT for low in lows], [alive, *whole], mean, how.wire)
+    if not first.finite:
+        for low in lows:
+            low.forget()
         mean.over_(buffer)
-        return sent + buffer.nbytes
-    alive = torch.cat([low.alive for low in lows]).tolist()
-    for low in lows:
-        low.memory.take_in(low.matrix)
-    for low, lives in zip(lows, alive, strict=True):
-        if not lives:
-            low.memory.remains(low.matrix)
-            low.write()
-    lows = [low for low, lives in zip(lows, alive, strict=True) if lives]
+        return first.sent + buffer.nbytes
+    lives = alive.tolist()
+    for low, any_where in zip(lows, lives, strict=True):
+        if not any_where:
+            low.postpone()
+    shares = [share.mT for share, any_where in zip(first.shares, lives, strict=True) if any_where]
+    lows = [low for low, any_where in zip(lows, lives, strict=True) if any_where]
     if how.alternate:
-        pairs = [low.factors() for low in lows]
-    else:
-        lefts = [torch.linalg.qr(low.factor).Q for low in lows]
-        rights = [low.memory.sum_times(left) for low, left in zip(lows, lefts, strict=True)]
-        more, finite = _mean_of(rights, mean, how.wire)
-        sent += more
-        if not finite:
-            for low in lows:
-                low.memory.give_back(low.matrix)
-                low.gradient.fill_(torch.nan)
-            return sent
-        pairs = list(zip(lefts, rights, strict=True))
-    for low, (left, right) in zip(lows, pairs, strict=True):
-        low.memory.pay_out(low.matrix, left, right, keep=how.error_feedback)
-        low.write()
-    return sent
-
-
-def _mean_of(tensors: Sequence[Tensor], mean: Mean, wire: torch.dtype | None) -> tuple[int, bool]:
-    """Averages all in place in one collective; its bytes, and whether all is finite (they change only then).
-
-    What overflows a narrow ``wire`` goes out again without it.
-    """
-    if not tensors:
-        return 0, True
-    flat = torch.cat([tensor.flatten().to(wire or tensor.dtype) for tensor in tensors])
-    mean.over_(flat)
-    if not bool(torch.isfinite(flat).all()):
-        again, finite = _mean_of(tensors, mean, None) if wire not in (None, torch.float32) else (0, False)
-        return flat.nbytes + again, finite
-    for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
-        tensor.copy_(part.view(tensor.shape))
-    return flat.nbytes, True
+        for low, share in zip(lows, shares, strict=True):
+            low.pay_out(*low.factors(), share)
+        return first.sent
+    lefts = [low.left() for low in lows]
+    rights = [times(low.sum.mT, left) for low, left in zip(lows, lefts, strict=True)]
+    second = Parcel([right.mT for right in rights], [], mean, how.wire)
+    for low, left, right, share in zip(lows, lefts, rights, second.shares or rights, strict=True):
+        if second.finite:
+            low.pay_out(left, right, share.mT if second.shares else right)
+        else:
+            low.forget()
+            low.gradient.fill_(torch.nan)
+    return first.sent + second.sent

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
@@ -15,17 +16,17 @@ from torch.futures import Future
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..errors import LowRankError
-from ..rank import Rank, Spectrum, choose_rank
-from ..rank import check_rank as check_rank_or_rule
+from ..rank import Budget, Rank
 from .checkpoint import load, saved
 from .collectives import Mean
 from .link import Link
+from .matrices import gradient_of, matrix_shape
+from .memory import ERROR_DTYPES, Kept, Memory
+from .ranks import Ranks
 from .reduce import How, Piece, reduce_
-from .tensors import ERROR_DTYPES, Kept, Memory, matrix_shape
 from .traffic import Traffic
+from .wire import WIRE_DTYPES
 from .worker import Worker
-
-WIRE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class LowRankCommState:
@@ -39,8 +40,9 @@ class LowRankCommState:
     zero and its error is kept, since DDP would throw away what an unused parameter were given.
 
     Args:
-        rank: of every gradient: an integer, or a rule that looks at the singular values of the averaged gradient of
-            step ``start_step``.
+        rank: of every gradient: an integer, a rule that looks at the singular values of the averaged gradient of step
+            ``start_step`` (``RelativeError`` bounds what is left over, relative to the gradient), or
+            ``Budget(bytes=)``: what a step may send, shared out among all gradients for the least error.
         model: names the parameters; without it the state cannot be saved.
         start_step: averages whole gradients before.
         process_group: of the processes that share gradients; ``None`` is all of them.
@@ -49,13 +51,16 @@ class LowRankCommState:
         saving: a gradient whose factors are not smaller by that factor is sent whole.
         alternate: sends :math:`P` and :math:`Q` in turn, one collective a step (ACP-SGD; Zhang et al., 2023).
         refresh: steps after which directions are drawn anew; ``None`` never does.
-        wire: dtype on the wire; ``None`` is fp32. What overflows it goes out again in fp32.
-        error_dtype: what is left over is remembered in: fp32 or bf16.
+        local_iterations: steps of subspace iteration that each process makes on its own matrix before the first
+            product is sent: better directions for no bytes, at two products each. Not with ``alternate``.
+        wire: dtype on the wire; ``None`` is fp32. What overflows fp16 goes out again in fp32. ``torch.int8`` sends
+            factors as MXINT8 and the rest with 16 bits, in two exchanges (all-to-all, all-gather).
+        error_dtype: what is left over is remembered in: fp32, bf16, or int8 (as MXINT8).
         error_feedback: adds what was left over to the next gradient.
         warm_start: goes on from the last directions.
         scaler: a ``GradScaler`` whose changes of scale the errors follow.
-        fallback: measures both ways, a few steps each, and sends whole gradients where the link is fast enough that
-            compression loses.
+        fallback: measures both ways, some steps each, and sends whole gradients where the link is fast enough that
+            compression loses; given a dtype (fp16, bf16), it sends them in it.
         timeout: of a collective; ``backward`` raises in the others when a process is gone or later than that.
 
     Raises:
@@ -76,7 +81,7 @@ class LowRankCommState:
 
     def __init__(
         self,
-        rank: Rank = 4,
+        rank: Rank | Budget = 4,
         *,
         model: nn.Module | None = None,
         start_step: int = 0,
@@ -85,35 +90,43 @@ class LowRankCommState:
         saving: float = 1.0,
         alternate: bool = False,
         refresh: int | None = None,
+        local_iterations: int = 1,
         wire: torch.dtype | None = None,
         error_dtype: torch.dtype = torch.float32,
         error_feedback: bool = True,
         warm_start: bool = True,
         scaler: Any = None,
-        fallback: bool = False,
+        fallback: bool | torch.dtype = False,
         timeout: timedelta | None = None,
     ) -> None:
-        check_rank_or_rule(rank, "LowRankCommState")
-        for what, value, least in (("start_step", start_step, 0), ("refresh", refresh, 1)):
+        for what, value, least in (
+            ("start_step", start_step, 0),
+            ("refresh", refresh, 1),
+            ("local_iterations", local_iterations, 0),
+        ):
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
                 raise LowRankError(f"LowRankCommState: got {what}={value!r}, expected an integer of at least {least}.")
         if error_dtype not in ERROR_DTYPES:
             raise LowRankError(f"LowRankCommState: got error_dtype={error_dtype}, expected one of {ERROR_DTYPES}.")
         if wire is not None and wire not in WIRE_DTYPES:
             raise LowRankError(f"LowRankCommState: got wire={wire}, expected None or one of {list(WIRE_DTYPES)}.")
+        if not isinstance(fallback, bool) and fallback not in (torch.float16, torch.bfloat16):
+            raise LowRankError(
+                f"LowRankCommState: got fallback={fallback!r}, expected a bool, torch.float16 or torch.bfloat16."
+            )
         if not saving > 0:
             raise LowRankError(f"LowRankCommState: got saving={saving!r}, expected a positive number.")
         if scaler is not None and not hasattr(scaler, "get_scale"):
             raise LowRankError(f"LowRankCommState: got scaler {type(scaler).__name__}, expected a GradScaler.")
+        self.ranks = Ranks(rank, wire, 1 if alternate else 2, saving)
         self.mean = Mean(process_group, node_group, timeout)
         self.worker = Worker()
-        self.rank, self.start_step, self.saving = rank, start_step, saving
-        self.alternate, self.wire = alternate, wire
-        self.error_feedback = error_feedback
+        self.start_step = start_step
+        self.how = How(0, alternate, error_feedback, local_iterations, wire)
         self.kept = Kept(error_dtype, warm_start, refresh, alternate)
         self.scaler, self.link = scaler, Link() if fallback else None
+        self.whole_dtype = fallback if isinstance(fallback, torch.dtype) else None
         self.step = 0
-        self.ranks: dict[str, int] = {}
         self.memories: dict[str, Memory] = {}
         self.traffic = Traffic()
         self.model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
@@ -136,7 +149,7 @@ class LowRankCommState:
         last = bucket.is_last()
 
         def job() -> Tensor:
-            self._reduce(buffer, named, step, scale, compress=compress)
+            self._reduce(buffer, named, step, scale, compress=compress, last=last)
             if last and self.link is not None:
                 self._measure(self.link, compress)
             return buffer
@@ -155,7 +168,7 @@ class LowRankCommState:
         if not self.memories:  # so that torch.distributed.checkpoint has tensors to load into
             made = {n: self._made(n, p) for n, p in self._parameters().items() if p.requires_grad}
             self.memories = {name: memory for name, memory in made.items() if memory is not None}
-        return saved(self.step, self.ranks, self.memories, dist.get_rank(), dist.get_world_size())
+        return saved(self.step, self.ranks.chosen, self.memories, dist.get_rank(), dist.get_world_size())
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Goes on from a state of this process, or from one of :func:`merge_comm_states`.
@@ -165,9 +178,8 @@ class LowRankCommState:
                 is changed.
         """
         self._named_model("load_state_dict")
-        fixed = self.rank if isinstance(self.rank, int) else None
-        loaded = load(state, self._parameters(), fixed, self.kept, dist.get_rank(), dist.get_world_size())
-        self.step, self.ranks, self.memories = loaded
+        loaded = load(state, self._parameters(), self.ranks.fixed, self.kept, dist.get_rank(), dist.get_world_size())
+        self.step, self.ranks.chosen, self.memories = loaded
 
     def _parameters(self) -> dict[str, Tensor]:
         """What gradients there may be, by name."""
@@ -181,43 +193,46 @@ class LowRankCommState:
         return self.model
 
     def stats(self) -> dict[str, Any]:
-        """Bytes sent and saved, seconds, and by parameter: rank, ratio, and the norm of what was not sent yet."""
+        """Bytes sent and saved, seconds of computing and of exchanging (waiting for others included), and by parameter:
+        rank, ratio, the norm of what was not sent yet, and the bytes that are remembered.
+        """
         layers = {
             name: {
                 "rank": memory.rank,
                 "ratio": memory.shape[1] * memory.shape[2] / (memory.rank * sum(memory.shape[1:])),
                 "residual": float(torch.linalg.vector_norm(memory.error.float())),
+                "bytes_kept": memory.nbytes(),
             }
             for name, memory in self.memories.items()
         }
-        return {"steps": self.step, **self.traffic.summary(), "layers": layers}
+        return {"steps": self.step, **self.traffic.summary(self.mean.seconds), "layers": layers}
 
     def _whole(self, buffer: Tensor) -> Future[Tensor]:
         """The ordinary mean, as early as can be."""
-        work = dist.all_reduce(buffer.div_(self.mean.size), group=self.mean.group, async_op=True)
-        self.traffic.count(buffer.nbytes, buffer.nbytes, 0.0)
-        future: Future[Tensor] = work.get_future().then(lambda done: done.value()[0])
+        narrow = buffer.div_(self.mean.size).to(self.whole_dtype or buffer.dtype)
+        work = dist.all_reduce(narrow, group=self.mean.group, async_op=True)
+        self.traffic.count(narrow.nbytes, buffer.nbytes, 0.0)
+        future: Future[Tensor] = work.get_future().then(lambda done: _into(buffer, done.value()[0]))
         return future
 
     def _reduce(
-        self, buffer: Tensor, named: list[tuple[str, Tensor]], step: int, scale: float, *, compress: bool
+        self, buffer: Tensor, named: list[tuple[str, Tensor]], step: int, scale: float, *, compress: bool, last: bool
     ) -> None:
         start = time.perf_counter()
         self.mean.within_node_(buffer)
         sent = 0
-        if compress and self._ranks_known(named):
+        if compress and self.ranks.known(named):
             pieces = [Piece(gradient, self._memory(name, gradient, scale)) for name, gradient in named]
-            how = How(step, self.alternate, self.error_feedback, self.wire)
-            sent = reduce_(buffer, pieces, self.mean, how)
+            sent = reduce_(buffer, pieces, self.mean, replace(self.how, step=step))
         else:
             owed = [] if compress else [(name, g) for name, g in named if name in self.memories]
             for name, gradient in owed:
                 self.memories[name].rescale(scale)
-                gradient.add_(self.memories[name].error.view(gradient.shape))
+                gradient.add_(gradient_of(self.memories[name].error, gradient.shape))
             self.mean.over_(buffer)
             sent = buffer.nbytes
             if compress:
-                self._choose_ranks(named)
+                self.ranks.look(named, self.mean, last=last)
             elif owed and bool(torch.isfinite(buffer).all()):
                 for name, _ in owed:
                     del self.memories[name]
@@ -236,35 +251,8 @@ class LowRankCommState:
 
     def _made(self, name: str, like: Tensor) -> Memory | None:
         shape = matrix_shape(like.shape)
-        rank = self.rank if isinstance(self.rank, int) else self.ranks.get(name)
-        if shape is None or rank is None:
-            return None
-        rank = min(rank, *shape[1:])
-        if self.saving * rank * (shape[1] + shape[2]) >= shape[1] * shape[2]:
-            return None
-        return Memory(shape, rank, name, like.device, self.kept)
-
-    def _ranks_known(self, named: list[tuple[str, Tensor]]) -> bool:
-        return isinstance(self.rank, int) or all(name in self.ranks or g.ndim < 2 for name, g in named)
-
-    def _choose_ranks(self, named: list[tuple[str, Tensor]]) -> None:
-        """By the rule, from averaged gradients; the first process decides."""
-        names = [(name, matrix_shape(g.shape), g) for name, g in named]
-        found = []
-        for name, shape, gradient in names:
-            if shape is None:
-                continue
-            matrix = gradient.detach().float().reshape(shape)
-            if not bool(torch.isfinite(matrix).all()):
-                return
-            values = torch.linalg.svdvals(matrix).square().mean(0).sqrt()
-            step = shape[1] + shape[2]
-            sizes = range(step, step * len(values) + 1, step)
-            spectrum = Spectrum(values, shape[1:], sizes, shape[1] * shape[2], f"LowRankCommState, {name!r}")
-            found.append((name, choose_rank(self.rank, spectrum, len(values)) if bool(values.any()) else 1))
-        ranks = torch.tensor([rank for _, rank in found], device=named[0][1].device)
-        self.mean.agree_(ranks)
-        self.ranks |= {name: int(rank) for (name, _), rank in zip(found, ranks, strict=True)}
+        rank = None if shape is None else self.ranks.of(name, shape)
+        return None if shape is None or rank is None else Memory(shape, rank, name, like.device, self.kept)
 
     def _measure(self, link: Link, compressed: bool) -> None:
         link.stepped(compressed)
@@ -285,3 +273,7 @@ class LowRankCommState:
             )
         name: str = self._names[parameter]
         return name
+
+
+def _into(buffer: Tensor, averaged: Tensor) -> Tensor:
+    return averaged if averaged.data_ptr() == buffer.data_ptr() else buffer.copy_(averaged)

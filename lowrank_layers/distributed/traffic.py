@@ -12,7 +12,7 @@ class Traffic:
     Args:
         sent: bytes that collectives were given.
         whole: bytes that whole gradients would have been.
-        seconds: in the worker, waiting for other processes included.
+        seconds: in the worker.
     """
 
     sent: int = 0
@@ -25,7 +25,13 @@ class Traffic:
         self.whole += whole
         self.seconds += seconds
 
-    def summary(self) -> dict[str, float]:
-        """With the ratio of the two."""
-        ratio = self.whole / max(1, self.sent)
-        return {"bytes_sent": self.sent, "bytes_whole": self.whole, "ratio": ratio, "seconds": self.seconds}
+    def summary(self, exchanging: float) -> dict[str, float]:
+        """With the ratio of the two, and the seconds that were not ``exchanging``."""
+        return {
+            "bytes_sent": self.sent,
+            "bytes_whole": self.whole,
+            "ratio": self.whole / max(1, self.sent),
+            "seconds": self.seconds,
+            "seconds_computing": self.seconds - exchanging,
+            "seconds_exchanging": exchanging,
+        }

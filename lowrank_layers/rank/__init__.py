@@ -1,5 +1,7 @@
-"""Rank rules: a spectrum (or the sizes of the candidates) in, a rank out. Usable wherever ``rank=`` is taken."""
+"""Ranks: rules for one matrix (a spectrum or the sizes of the candidates in, a rank out), a budget for many."""
 
+from .allocate import allocate
+from .budget import Budget, as_budget
 from .elbow import Elbow
 from .energy import Energy, RelativeError
 from .evbmf import EVBMF
@@ -9,6 +11,7 @@ from .size import ParameterFraction
 
 __all__ = [
     "EVBMF",
+    "Budget",
     "Elbow",
     "Energy",
     "GavishDonoho",
@@ -17,6 +20,8 @@ __all__ = [
     "RankRule",
     "RelativeError",
     "Spectrum",
+    "allocate",
+    "as_budget",
     "check_rank",
     "choose_rank",
 ]

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lowrank_layers.compress.allocate import allocate
 from lowrank_layers.errors import BudgetError
+from lowrank_layers.rank import allocate
 
 option = st.tuples(st.integers(1, 40), st.floats(0, 100, allow_nan=False))
 layers = st.lists(st.lists(option, min_size=1, max_size=6), min_size=1, max_size=5)

@@ -16,6 +16,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 
 import lowrank_layers as lr
+from lowrank_layers.distributed import link
 
 from .hook_worker import FULL, Case, Net, batches, caught, conserved, difference, flat, made, train, wrap
 
@@ -266,7 +267,7 @@ def unused_parameter_is_owed(rank: int) -> dict[str, float]:
 def fallback_pays_out(rank: int) -> dict[str, Any]:
     model, alone = made(), made()
     wrapped, state = wrap(model, {"rank": 2, "fallback": True})
-    for _ in range(6):
+    for _ in range(link.STEPS):
         state.link.taken[False].append(1.0)
     sums: dict[str, Tensor] = {}
     true: dict[str, Tensor] = {}

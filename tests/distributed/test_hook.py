@@ -45,7 +45,9 @@ def test_ways(seen, way):
 
 @pytest.mark.parametrize("setting", hook_worker.SETTINGS)
 def test_settings(seen, setting):
-    narrow = {"wire_bf16", "wire_fp16", "error_dtype_bf16"}
+    # vectors have 16 bits on a wire of int8
+    lost = {"wire_bf16": 1e-2, "wire_fp16": 1e-2, "error_dtype_bf16": 1e-2, "error_dtype_int8": 5e-2}
+    lost |= {"wire_int8": 1e-4, "wire_int8_alternate": 1e-4, "fallback_fp16": 1e-2}
     for process in seen:
         got = process[setting]
         assert got["difference"] == EXACT
@@ -53,9 +55,9 @@ def test_settings(seen, setting):
         if setting == "no_error_feedback":
             assert got["conserved"] > 0.1
         else:
-            assert got["conserved"] < (1e-2 if setting in narrow else TIGHT)
+            assert got["conserved"] < lost.get(setting, TIGHT)
         assert got["stats"]["steps"] == hook_worker.STEPS
-        assert got["stats"]["ratio"] > (1.0 if setting == "fallback" else 1.5)
+        assert got["stats"]["ratio"] > (1.0 if setting.startswith("fallback") else 1.5)
 
 
 def test_many_buckets(seen):

@@ -7,20 +7,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-ERROR_DTYPES = (torch.float32, torch.bfloat16)
+from .microscaling import pack, room, unpack
 
-
-def matrix_shape(shape: torch.Size) -> tuple[int, int, int] | None:
-    """``(stack, rows, columns)`` of a gradient: convolutions by output channel, stacks of experts one by one.
-
-    ``None`` for scalars and vectors. Three dimensions are a stack where the last one is too long for a kernel.
-    """
-    if len(shape) < 2:
-        return None
-    if len(shape) == 3 and shape[2] >= 32:
-        return shape[0], shape[1], shape[2]
-    return 1, shape[0], shape[1:].numel()
+ERROR_DTYPES = (torch.float32, torch.bfloat16, torch.int8)
 
 
 @dataclass(frozen=True)
@@ -40,11 +31,6 @@ class Kept:
     alternate: bool = False
 
 
-def times(matrix: Tensor, thin: Tensor) -> Tensor:
-    """``matrix @ thin``: BLAS takes the transposed product 2 to 10 times as fast where ``thin`` has few columns."""
-    return torch.bmm(thin.mT.contiguous(), matrix.mT).mT
-
-
 class Memory:
     """The directions and the error of one gradient, a stack of matrices.
 
@@ -62,15 +48,42 @@ class Memory:
         self.shape, self.rank, self.name = shape, min(rank, *shape[1:]), name
         self.kept = Kept() if kept is None else kept
         self.scale = 1.0
-        self.error = torch.zeros(shape, dtype=self.kept.error_dtype, device=device)
+        self.device = device
+        self.error = torch.zeros(shape, device=device)
         self.right = self._drawn(0, shape[2])
         self.left = self._drawn(0, shape[1]) if self.kept.alternate else None
-        self._sum: Tensor | None = None
+
+    @property
+    def error(self) -> Tensor:
+        """What this process has not sent yet: its mean over processes is what all owe together."""
+        if self.kept.error_dtype != torch.int8:
+            return self._error
+        stack, rows, columns = self.shape
+        return unpack(self._error, 8)[0, : stack * rows * columns].view(self.shape)
+
+    @error.setter
+    def error(self, value: Tensor) -> None:
+        if self.kept.error_dtype == torch.int8:
+            flat = value.to(self.device, torch.float32).flatten()
+            self._error = pack(pad(flat, (0, room(flat.numel()) - flat.numel())).unsqueeze(0), 8)
+        elif hasattr(self, "_error"):
+            self._error.copy_(value)
+        else:
+            self._error = value.to(self.device, self.kept.error_dtype, copy=True)
+
+    @property
+    def whole(self) -> bool:
+        """Whether the approximation is exact."""
+        return self.rank == min(self.shape[1:])
+
+    def nbytes(self) -> int:
+        """Of the error and the directions."""
+        return sum(t.nbytes for t in (self._error, self.right, self.left) if t is not None)
 
     def rescale(self, scale: float) -> None:
         """Follows the loss's scale."""
         if scale != self.scale:
-            self.error.mul_(scale / self.scale)
+            self.error = self.error * (scale / self.scale)
             self.scale = scale
 
     def basis(self, step: int, *, columns: bool) -> Tensor:
@@ -84,48 +97,13 @@ class Memory:
         basis: Tensor = torch.linalg.qr(torch.where(dead, self._drawn(step, known.shape[1]), known)).Q
         return basis
 
-    def take_in(self, gradient: Tensor) -> None:
-        """Adds the gradient to the error."""
-        if self.error.dtype == torch.float32:
-            self.error.add_(gradient)
-        else:  # rounded once, when the step is done
-            self._sum = self.error.float().add_(gradient)
-
-    def give_back(self, gradient: Tensor) -> None:
-        """Undoes :meth:`take_in`."""
-        if self._sum is None:
-            self.error.sub_(gradient)
-        self._sum = None
-
-    def remains(self, gradient: Tensor) -> None:
-        """Nothing is paid out: the gradient becomes zero, the error what was taken in."""
-        if self._sum is not None:
-            self.error.copy_(self._sum)
-        self._sum = None
-        gradient.zero_()
-
-    def sum_times(self, left: Tensor) -> Tensor:
-        """``(error + gradient)^T left``, of what was taken in."""
-        return times((self.error if self._sum is None else self._sum).mT, left)
-
-    def pay_out(self, gradient: Tensor, left: Tensor, right: Tensor, *, keep: bool) -> None:
-        """The gradient becomes ``left right^T``, the error what is missing from it (nothing, unless kept)."""
+    def follow(self, left: Tensor, right: Tensor) -> None:
+        """The directions of the next step."""
         self.right = right.contiguous()
         if self.left is not None:
             self.left = left.contiguous()
-        if not keep:
-            self.error.zero_()
-        elif self._sum is None:
-            torch.baddbmm(self.error, left, right.mT, alpha=-1, out=self.error)
-        else:
-            self.error.copy_(torch.baddbmm(self._sum, left, right.mT, alpha=-1))
-        self._sum = None
-        if gradient.dtype == torch.float32 and gradient.is_contiguous():
-            torch.bmm(left, right.mT, out=gradient)
-        else:
-            gradient.copy_(left @ right.mT)
 
     def _drawn(self, step: int, size: int) -> Tensor:
         """Random directions of this step and gradient, the same everywhere; the global generator is left alone."""
         generator = torch.Generator().manual_seed(zlib.crc32(self.name.encode()) + 1_000_003 * step)
-        return torch.randn(self.shape[0], size, self.rank, generator=generator).to(self.error.device)
+        return torch.randn(self.shape[0], size, self.rank, generator=generator).to(self.device)

@@ -1,0 +1,120 @@
+"""The rank of every gradient: given, or found by a rule in the first averaged gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from ..cost import Cost
+from ..errors import LowRankError
+from ..rank import Budget, Rank, Spectrum, allocate, check_rank, choose_rank
+from .collectives import Mean
+from .matrices import matrices_of, matrix_shape
+from .microscaling import BLOCK
+
+WHO = "LowRankCommState"
+_BYTES = {torch.float16: (2.0, 2.0), torch.bfloat16: (2.0, 2.0), torch.int8: (1 + 1 / BLOCK, 2 + 1 / BLOCK)}
+"""Of a factor's number and of another one on the wire."""
+
+
+class Ranks:
+    """Ranks by name.
+
+    Args:
+        rule: an integer, a rule for each gradient by itself, or ``Budget(bytes=)`` of a step for all together.
+        wire: dtype on the wire.
+        a_step: factors that are sent of two.
+        saving: of :class:`LowRankCommState`.
+    """
+
+    def __init__(self, rule: Rank | Budget, wire: torch.dtype | None, a_step: int, saving: float) -> None:
+        if isinstance(rule, Budget):
+            if rule.bytes is None:
+                raise LowRankError(f"{WHO}: got {rule}, expected the bytes of a step, as in Budget(bytes=100_000).")
+        else:
+            check_rank(rule, WHO)
+        self.rule, self.saving = rule, saving
+        self.fixed = rule if isinstance(rule, int) else None
+        self.chosen: dict[str, int] = {}
+        factor, other = _BYTES.get(wire, (4.0, 4.0)) if wire is not None else (4.0, 4.0)
+        self._factor, self._other = factor * a_step / 2, other
+        self._seen: dict[str, tuple[Spectrum, int] | int] = {}
+
+    def of(self, name: str, shape: tuple[int, int, int]) -> int | None:
+        """The rank of a gradient; ``None`` where it is sent whole, or not known yet."""
+        rank = self.chosen.get(name) if self.fixed is None else self.fixed
+        if rank is None:
+            return None
+        rank = min(rank, *shape[1:])
+        return rank if self._saves(rank, shape[1:]) else None
+
+    def known(self, named: Sequence[tuple[str, Tensor]]) -> bool:
+        """Whether there is nothing to be found out about these."""
+        return self.fixed is not None or all(name in self.chosen or g.ndim < 2 for name, g in named)
+
+    def complete(self, names: Iterable[str], all_names: Iterable[str]) -> bool:
+        """Whether all have been looked at after these."""
+        return set(all_names) <= {*self._seen, *names}
+
+    def look(self, named: Sequence[tuple[str, Tensor]], mean: Mean, *, last: bool) -> None:
+        """Looks at averaged gradients; the first process decides. A budget is spent with the ``last`` ones of a step.
+
+        Those that are not finite are looked at in the next step.
+        """
+        for name, gradient in named:
+            shape = matrix_shape(gradient.shape)
+            if shape is None:
+                self._seen[name] = gradient.numel()
+                continue
+            matrix = matrices_of(gradient.detach().float())
+            if not bool(torch.isfinite(matrix).all()):
+                self._seen.clear()
+                return
+            values = torch.linalg.svdvals(matrix).square().mean(0).sqrt()
+            step = sum(shape[1:])
+            sizes = range(step, step * len(values) + 1, step)
+            spectrum = Spectrum(values, shape[1:], sizes, shape[1] * shape[2], f"{WHO}, {name!r}")
+            self._seen[name] = spectrum, shape[0]
+        if isinstance(self.rule, Budget) and not last:
+            return
+        found = self._spent() if isinstance(self.rule, Budget) else self._each(self.rule)
+        ranks = torch.tensor(list(found.values()), device=named[0][1].device)
+        mean.agree_(ranks)
+        self.chosen |= dict(zip(found, ranks.tolist(), strict=True))
+        self._seen.clear()
+
+    def _each(self, rule: Rank) -> dict[str, int]:
+        found = {}
+        for name, seen in self._seen.items():
+            if not isinstance(seen, int):
+                values = seen[0].require_values(rule)
+                found[name] = choose_rank(rule, seen[0], len(values)) if bool(values.any()) else 1
+        return found
+
+    def _spent(self) -> dict[str, int]:
+        """The least error of all gradients together that the bytes of a step allow."""
+        assert isinstance(self.rule, Budget)
+        matrices = {name: seen for name, seen in self._seen.items() if not isinstance(seen, int)}
+        vectors = sum(seen for seen in self._seen.values() if isinstance(seen, int))
+        numbers = vectors + sum(stack * spectrum.dense for spectrum, stack in matrices.values())
+        left = self.rule.limit(Cost(bytes=4 * numbers)) - int(self._other * vectors)
+        costs, losses = [], []
+        for spectrum, stack in matrices.values():
+            energy = stack * spectrum.require_values(self.rule).square()
+            tail = (energy.sum() - energy.cumsum(0)).clamp_min(0.0).tolist()
+            ranks = [rank for rank in range(1, len(energy) + 1) if self._saves(rank, spectrum.shape)]
+            costs.append([int(self._factor * stack * spectrum.sizes[rank - 1]) for rank in ranks])
+            losses.append([tail[rank - 1] for rank in ranks])
+            costs[-1].append(int(self._other * stack * spectrum.dense))
+            losses[-1].append(0.0)
+        picks = allocate(costs, losses, left)
+        # the last option is the whole gradient, and of full rank nothing is saved
+        return {
+            name: pick + 1 if pick + 1 < len(each) else min(spectrum.shape)
+            for (name, (spectrum, _)), pick, each in zip(matrices.items(), picks, costs, strict=True)
+        }
+
+    def _saves(self, rank: int, shape: tuple[int, int]) -> bool:
+        return self.saving * rank * sum(shape) < shape[0] * shape[1]
