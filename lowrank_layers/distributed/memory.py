@@ -45,7 +45,8 @@ class Memory:
     def __init__(
         self, shape: tuple[int, int, int], rank: int, name: str, device: torch.device, kept: Kept | None = None
     ) -> None:
-        self.shape, self.rank, self.name = shape, min(rank, *shape[1:]), name
+        self.shape, self.rank = shape, min(rank, *shape[1:])
+        self.key = zlib.crc32(name.encode())
         self.kept = Kept() if kept is None else kept
         self.scale = 1.0
         self.device = device
@@ -105,5 +106,5 @@ class Memory:
 
     def _drawn(self, step: int, size: int) -> Tensor:
         """Random directions of this step and gradient, the same everywhere; the global generator is left alone."""
-        generator = torch.Generator().manual_seed(zlib.crc32(self.name.encode()) + 1_000_003 * step)
+        generator = torch.Generator().manual_seed(self.key + 1_000_003 * step)
         return torch.randn(self.shape[0], size, self.rank, generator=generator).to(self.device)

@@ -16,15 +16,16 @@ _NOT_A_NUMBER = 255
 def pack(rows: Tensor, bits: int) -> Tensor:
     """``[n, 32 k]`` in fp32 as bytes ``[n, ...]``: the codes, then one exponent a block.
 
-    MXINT8 of the OCP Microscaling Formats Specification 1.0 (2023), and the same with 16 bits. The scale is the least
-    power of two that holds the block, so that packing what was unpacked changes nothing. A block with a number that is
+    MXINT8 of the OCP Microscaling Formats Specification 1.0 (2023), and the same with 16 bits. The greatest number of a
+    block has all bits but the sign's, so that packing what was unpacked changes nothing. A block with a number that is
     not finite comes back as NaN.
     """
     blocks = rows.view(len(rows), -1, BLOCK)
     greatest = torch.maximum(blocks.amax(-1), -blocks.amin(-1))
-    exponents = torch.frexp(greatest / (2 ** (bits - 1) - 1)).exponent.clamp_(1 - _BIAS, _BIAS - 1)
+    exponents = (torch.frexp(greatest).exponent - (bits - 1)).clamp_(1 - _BIAS, _BIAS - 1)
+    top = 2 ** (bits - 1) - 1
     codes = blocks * _power_of_two(-exponents).unsqueeze(-1)
-    codes = codes.nan_to_num_(0.0, 0.0, 0.0).round_().to(_CODES[bits])
+    codes = codes.nan_to_num_(0.0).round_().clamp_(-top, top).to(_CODES[bits])
     exponents = torch.where(greatest.isfinite(), exponents + _BIAS, _NOT_A_NUMBER).to(torch.uint8)
     return torch.cat([codes.view(len(rows), -1).view(torch.uint8), exponents], 1)
 
@@ -33,7 +34,7 @@ def unpack(packed: Tensor, bits: int) -> Tensor:
     """The reverse of :func:`pack`."""
     count = packed.shape[1] // (BLOCK * bits // 8 + 1)
     codes, exponents = packed.split([packed.shape[1] - count, count], 1)
-    blocks = codes.contiguous().view(_CODES[bits]).view(len(packed), count, BLOCK).float()
+    blocks = codes.flatten().clone().view(_CODES[bits]).view(len(packed), count, BLOCK).float()
     scales = _power_of_two(exponents.int() - _BIAS).masked_fill_(exponents == _NOT_A_NUMBER, torch.nan)
     numbers: Tensor = blocks.mul_(scales.unsqueeze(-1)).view(len(packed), -1)
     return numbers

@@ -12,11 +12,9 @@ from ..errors import LowRankError
 from ..rank import Budget, Rank, Spectrum, allocate, check_rank, choose_rank
 from .collectives import Mean
 from .matrices import matrices_of, matrix_shape
-from .microscaling import BLOCK
+from .wire import bytes_on_wire
 
 WHO = "LowRankCommState"
-_BYTES = {torch.float16: (2.0, 2.0), torch.bfloat16: (2.0, 2.0), torch.int8: (1 + 1 / BLOCK, 2 + 1 / BLOCK)}
-"""Of a factor's number and of another one on the wire."""
 
 
 class Ranks:
@@ -38,8 +36,7 @@ class Ranks:
         self.rule, self.saving = rule, saving
         self.fixed = rule if isinstance(rule, int) else None
         self.chosen: dict[str, int] = {}
-        factor, other = _BYTES.get(wire, (4.0, 4.0)) if wire is not None else (4.0, 4.0)
-        self._factor, self._other = factor * a_step / 2, other
+        self._a_step, self._wire = a_step, wire
         self._seen: dict[str, tuple[Spectrum, int] | int] = {}
 
     def of(self, name: str, shape: tuple[int, int, int]) -> int | None:
@@ -97,17 +94,20 @@ class Ranks:
         """The least error of all gradients together that the bytes of a step allow."""
         assert isinstance(self.rule, Budget)
         matrices = {name: seen for name, seen in self._seen.items() if not isinstance(seen, int)}
-        vectors = sum(seen for seen in self._seen.values() if isinstance(seen, int))
-        numbers = vectors + sum(stack * spectrum.dense for spectrum, stack in matrices.values())
-        left = self.rule.limit(Cost(bytes=4 * numbers)) - int(self._other * vectors)
+        vectors = [seen for seen in self._seen.values() if isinstance(seen, int)]
+        numbers = sum(vectors) + sum(stack * spectrum.dense for spectrum, stack in matrices.values())
+        # beside the vectors a flag goes with every matrix
+        left = self.rule.limit(Cost(bytes=4 * numbers))
+        left -= sum(bytes_on_wire(count, self._wire, factor=False) for count in (*vectors, len(matrices)))
         costs, losses = [], []
         for spectrum, stack in matrices.values():
             energy = stack * spectrum.require_values(self.rule).square()
             tail = (energy.sum() - energy.cumsum(0)).clamp_min(0.0).tolist()
             ranks = [rank for rank in range(1, len(energy) + 1) if self._saves(rank, spectrum.shape)]
-            costs.append([int(self._factor * stack * spectrum.sizes[rank - 1]) for rank in ranks])
+            each = [[bytes_on_wire(stack * rank * side, self._wire) for side in spectrum.shape] for rank in ranks]
+            costs.append([sum(pair) * self._a_step // 2 for pair in each])
             losses.append([tail[rank - 1] for rank in ranks])
-            costs[-1].append(int(self._other * stack * spectrum.dense))
+            costs[-1].append(bytes_on_wire(stack * spectrum.dense, self._wire, factor=False))
             losses[-1].append(0.0)
         picks = allocate(costs, losses, left)
         # the last option is the whole gradient, and of full rank nothing is saved

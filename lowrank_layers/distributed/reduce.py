@@ -124,7 +124,8 @@ def reduce_(buffer: Tensor, pieces: Sequence[Piece], mean: Mean, how: How) -> in
         mean.over_(buffer)
         return buffer.nbytes
     alive = torch.cat([low.alive for low in lows])
-    first = Parcel([low.factor.mT for low in lows], [alive, *whole], mean, how.wire)
+    keys = [low.memory.key for low in lows]
+    first = Parcel([low.factor.mT for low in lows], [alive, *whole], mean, how.wire, keys)
     if not first.finite:
         for low in lows:
             low.forget()
@@ -142,7 +143,8 @@ def reduce_(buffer: Tensor, pieces: Sequence[Piece], mean: Mean, how: How) -> in
         return first.sent
     lefts = [low.left() for low in lows]
     rights = [times(low.sum.mT, left) for low, left in zip(lows, lefts, strict=True)]
-    second = Parcel([right.mT for right in rights], [], mean, how.wire)
+    keys = [low.memory.key for low in lows]
+    second = Parcel([right.mT for right in rights], [], mean, how.wire, keys)
     for low, left, right, share in zip(lows, lefts, rights, second.shares or rights, strict=True):
         if second.finite:
             low.pay_out(left, right, share.mT if second.shares else right)

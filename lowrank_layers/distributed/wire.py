@@ -14,6 +14,13 @@ from .microscaling import BLOCK, pack, room, unpack
 WIRE_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int8)
 
 
+def bytes_on_wire(count: int, wire: torch.dtype | None, *, factor: bool = True) -> int:
+    """Of so many numbers of one tensor."""
+    if wire != torch.int8:
+        return count * (4 if wire is None else wire.itemsize)
+    return room(count) // BLOCK * (BLOCK * (1 if factor else 2) + 1)
+
+
 class Parcel:
     """Averages ``factors`` and ``whole`` tensors in place, unless what comes is not finite.
 
@@ -23,6 +30,7 @@ class Parcel:
         mean: over the processes.
         wire: ``None`` leaves every dtype as it is. What overflows a narrow one goes out again without it. ``int8``
             sends factors in 8 bits and the rest in 16, see :mod:`.microscaling`.
+        keys: one a factor, its own in every bucket: says where it is added up.
 
     Attributes:
         sent: bytes.
@@ -31,9 +39,14 @@ class Parcel:
     """
 
     def __init__(
-        self, factors: Sequence[Tensor], whole: Sequence[Tensor], mean: Mean, wire: torch.dtype | None
+        self,
+        factors: Sequence[Tensor],
+        whole: Sequence[Tensor],
+        mean: Mean,
+        wire: torch.dtype | None,
+        keys: Sequence[int] = (),
     ) -> None:
-        self.sent, self.finite = 0, True
+        self.sent, self.finite, self.keys = 0, True, keys or range(len(factors))
         self.shares: list[Tensor] = []
         tensors = [*factors, *whole]
         if not tensors:
@@ -64,43 +77,66 @@ class Parcel:
     def _microscaled(
         self, factors: Sequence[Tensor], whole: Sequence[Tensor], mean: Mean
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """Each process adds up one part of everything and tells the others, rounded both times.
+        """Each process adds up some blocks of everything and tells the others, rounded both times.
 
         Who rounds a sum owes the difference: it belongs to that process' share.
         """
-        parts = [(_blocks(tensors, mean.size), bits) for tensors, bits in ((factors, 8), (whole, 16)) if tensors]
+        shapes = [Blocks(factors, self.keys, mean.size), Blocks(whole, range(len(whole)), mean.size)]
+        parts = [
+            (blocks.dealt(tensors), bits)
+            for blocks, tensors, bits in zip(shapes, (factors, whole), (8, 16), strict=True)
+        ]
         packed, widths = _packed(parts)
         received = mean.exchanged(packed)
         sums = [(rows.mean(0, keepdim=True), bits) for rows, bits in _unpacked(received, widths)]
         mine, _ = _packed(sums)
         results = [rows for rows, _ in _unpacked(mean.gathered(mine), widths)]
         self.sent += packed.nbytes
+        own = _unpacked(packed, widths)[0][0]
         place = mean.group.rank()
-        shares: list[Tensor] = []
-        if factors:
-            own = _unpacked(packed, widths)[0][0]
-            own[place] += mean.size * (results[0][place] - sums[0][0][0])
-            shares = _from_blocks(own, factors)
-        groups = [tensors for tensors in (factors, whole) if tensors]
-        return [t for rows, ts in zip(results, groups, strict=True) for t in _from_blocks(rows, ts)], shares
+        own[place] += mean.size * (results[0][place] - sums[0][0][0])
+        back = [part for blocks, rows in zip(shapes, results, strict=True) for part in blocks.gathered(rows)]
+        return back, shapes[0].gathered(own)
+
+
+class Blocks:
+    """Deals the blocks of tensors out to processes, the same for a tensor whatever else is there.
+
+    Buckets that are rebuilt after a restart hold other tensors together, and what a process owes must not depend on it.
+
+    Args:
+        tensors: at least of these shapes; no two share a block.
+        keys: which process a tensor's first block goes to, modulo their number; the others follow in turn.
+        processes: their number.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor], keys: Sequence[int], processes: int) -> None:
+        self.shapes = [tensor.shape for tensor in tensors]
+        self.rooms = [room(tensor.numel()) for tensor in tensors]
+        firsts = [(key + torch.arange(size // BLOCK)) % processes for key, size in zip(keys, self.rooms, strict=True)]
+        owner = torch.cat([torch.zeros(0, dtype=torch.long), *firsts])
+        each = [(owner == process).nonzero().flatten() for process in range(processes)]
+        # a block of zeros stands behind the others, for who has fewer
+        most = max(map(len, each))
+        self.order = torch.stack([pad(blocks, (0, most - len(blocks)), value=len(owner)) for blocks in each])
+
+    def dealt(self, tensors: Sequence[Tensor]) -> Tensor:
+        """``[processes, ...]``."""
+        flats = [pad(t.flatten().float(), (0, size - t.numel())) for t, size in zip(tensors, self.rooms, strict=True)]
+        blocks = torch.cat([*flats, torch.zeros(BLOCK, device=flats[0].device if flats else None)]).view(-1, BLOCK)
+        return blocks[self.order.to(blocks.device)].flatten(1)
+
+    def gathered(self, rows: Tensor) -> list[Tensor]:
+        """The tensors again."""
+        blocks = rows.new_empty(sum(self.rooms) // BLOCK + 1, BLOCK)
+        blocks[self.order.to(rows.device)] = rows.view(*self.order.shape, BLOCK)
+        parts = blocks.flatten()[: sum(self.rooms)].split(self.rooms)
+        return [part[: shape.numel()].view(shape) for part, shape in zip(parts, self.shapes, strict=True)]
 
 
 def _like(flat: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
     parts = flat.split([tensor.numel() for tensor in tensors])
     return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
-
-
-def _blocks(tensors: Sequence[Tensor], rows: int) -> Tensor:
-    """``[rows, ...]`` with blocks that no two tensors share."""
-    flats = [pad(tensor.flatten().float(), (0, room(tensor.numel()) - tensor.numel())) for tensor in tensors]
-    flat = torch.cat(flats)
-    return pad(flat, (0, -flat.numel() % (BLOCK * rows))).view(rows, -1)
-
-
-def _from_blocks(rows: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
-    flat = rows.flatten()
-    parts = flat[: sum(room(t.numel()) for t in tensors)].split([room(t.numel()) for t in tensors])
-    return [part[: t.numel()].view(t.shape) for part, t in zip(parts, tensors, strict=True)]
 
 
 def _packed(parts: Sequence[tuple[Tensor, int]]) -> tuple[Tensor, list[tuple[int, int]]]:

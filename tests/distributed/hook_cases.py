@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 import lowrank_layers as lr
 from lowrank_layers.distributed import link
+from lowrank_layers.distributed.collectives import Mean
+from lowrank_layers.distributed.wire import Parcel
 
 from .hook_worker import FULL, Case, Net, batches, caught, conserved, difference, flat, made, train, wrap
 
@@ -105,6 +107,8 @@ def resume(rank: int) -> dict[str, Any]:
         "plain": {"rank": 2},
         "alternate": {"rank": 2, "alternate": True},
         "bf16": {"rank": 2, "error_dtype": torch.bfloat16},
+        "int8": {"rank": 2, "error_dtype": torch.int8, "wire": torch.int8},
+        "budget": {"rank": lr.Budget(bytes=3000)},
         "energy": {"rank": lr.Energy(0.8)},
         "refresh": {"rank": 2, "refresh": 4},
     }.items():
@@ -245,6 +249,80 @@ def bf16_wire(rank: int) -> dict[str, Any]:
     return {"error": max(float((p.grad - q.grad).norm() / q.grad.norm()) for p, q in pairs)}
 
 
+def parcels(rank: int) -> dict[str, Any]:
+    """By wire: what came back, the mean of what processes say they put in, and the true mean."""
+    mean = Mean(None, None, None)
+    out = {}
+    for wire in (None, torch.float16, torch.bfloat16, torch.int8):
+        generator = torch.Generator().manual_seed(rank)
+        sizes = torch.logspace(-3, 3, 4).view(1, 4, 1)
+        factors = [torch.randn(2, 4, size, generator=generator) * sizes for size in (3, 70, 130)]
+        whole = [torch.randn(shape, generator=generator) for shape in ((), (5,), (9, 11))]
+        true = torch.cat([tensor.flatten() for tensor in (*factors, *whole)])
+        dist.all_reduce(true)
+        parcel = Parcel(factors, whole, mean, wire)
+        shares = torch.cat([share.flatten() for share in parcel.shares])
+        dist.all_reduce(shares)
+        got = torch.cat([tensor.flatten() for tensor in (*factors, *whole)])
+        out[str(wire)] = {
+            "got": got,
+            "true": true / 2,
+            "shares": shares / 2,
+            "factors": shares.numel(),
+            "difference": difference(got),
+            "sent": parcel.sent,
+        }
+    bad = torch.ones(1, 4, 40)
+    if rank == 1:
+        bad[0, 2, 39] = torch.inf
+    before = bad.clone()
+    parcel = Parcel([bad], [torch.ones(3)], mean, torch.int8)
+    return out | {"bad": (parcel.finite, torch.equal(bad, before))}
+
+
+def budget(rank: int) -> dict[str, Any]:
+    """Bytes of each step after the first one, which is sent whole; and what cannot be."""
+    out: dict[str, Any] = {}
+    for name, settings in {
+        "4000": {"rank": lr.Budget(bytes=4000)},
+        "tenth": {"rank": lr.Budget(bytes=0.1)},
+        "int8": {"rank": lr.Budget(bytes=2000), "wire": torch.int8, "alternate": True},
+        "ample": {"rank": lr.Budget(bytes=10**9)},
+    }.items():
+        wrapped, state = wrap(made(), settings)
+        train(wrapped, batches(rank, 1))
+        whole = state.stats()["bytes_sent"]
+        train(wrapped, batches(rank, 2, 1))
+        layers = {name: layer["rank"] for name, layer in state.stats()["layers"].items()}
+        out[name] = {"whole": whole, "step": (state.stats()["bytes_sent"] - whole) / 2, "ranks": layers}
+        out[name]["difference"] = difference(flat(wrapped))
+    wrapped, _ = wrap(made(), {"rank": lr.Budget(bytes=100)})
+    out["small"] = caught(lambda rank: train(wrapped, batches(rank, 1)), rank)["error"]
+    return out
+
+
+def bad_settings(rank: int) -> dict[str, str]:
+    wrong: dict[str, dict[str, Any]] = {
+        "rank": {"rank": 0},
+        "budget": {"rank": lr.Budget(params=0.5)},
+        "start_step": {"start_step": -1},
+        "refresh": {"refresh": 0},
+        "local_iterations": {"local_iterations": True},
+        "wire": {"wire": torch.float64},
+        "error_dtype": {"error_dtype": torch.float16},
+        "fallback": {"fallback": torch.int8},
+        "saving": {"saving": 0},
+        "scaler": {"scaler": 2.0},
+    }
+    out = {}
+    for name, settings in wrong.items():
+        try:
+            lr.LowRankCommState(**settings)
+        except lr.LowRankError as error:
+            out[name] = str(error)
+    return out
+
+
 def overflowing_wire(rank: int) -> dict[str, Any]:
     """Factors beyond what fp16 holds go out again in fp32."""
     wrapped, state = wrap(made(), {"rank": 2, "wire": torch.float16})
@@ -327,6 +405,9 @@ CASES: dict[str, Case] = {
         merged,
         half_precision,
         bf16_wire,
+        parcels,
+        budget,
+        bad_settings,
         overflowing_wire,
         unused_parameter_is_owed,
         fallback_pays_out,

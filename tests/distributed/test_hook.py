@@ -181,6 +181,47 @@ def test_scalar_parameter_breaks_torch(peer):
     assert "IndexError" in peer[0]["scalar_parameter"]["error"]
 
 
+@pytest.mark.parametrize("wire", [None, torch.float16, torch.bfloat16, torch.int8])
+def test_parcels(seen, wire):
+    for process in seen:
+        case = process[str(wire)]
+        factors = slice(case["factors"])
+        assert case["difference"] == EXACT
+        near = {None: 1e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2, torch.int8: 2e-2}[wire]
+        for part in (factors, slice(case["factors"], None)):
+            assert float((case["got"] - case["true"])[part].norm() / case["true"][part].norm()) < near
+        if wire in (None, torch.int8):
+            torch.testing.assert_close(case["shares"], case["got"][factors], rtol=1e-5, atol=1e-5)
+    sent = {name: case["sent"] for name, case in seen[0].items() if name != "bad"}
+    assert sent["torch.float16"] == sent["None"] / 2
+    assert sent["torch.int8"] < 0.35 * sent["None"]
+
+
+def test_parcels_tell_everywhere_what_is_not_finite_somewhere(everywhere):
+    assert [process["parcels"]["bad"] for process in everywhere] == [(False, True)] * 2
+
+
+def test_budget(seen):
+    for process in seen:
+        limits = {"4000": 4000, "tenth": 0.1 * process["tenth"]["whole"], "int8": 2000}
+        # on a wire of int8 vectors leave parts of blocks empty
+        room = {"int8": 33 * 2 * 8}
+        for name, limit in limits.items():
+            assert 0.5 * limit < process[name]["step"] <= limit + room.get(name, 0)
+            assert process[name]["ranks"]
+            assert process[name]["difference"] == EXACT
+        assert len(set(process["4000"]["ranks"].values())) > 1, "one rank for all"
+        assert process["ample"]["ranks"] == {}
+        assert "the smallest options cost" in process["small"]
+
+
+def test_bad_settings(seen):
+    names = "rank budget start_step refresh local_iterations wire error_dtype fallback saving scaler"
+    for process in seen:
+        assert set(process) == set(names.split())
+        assert all("LowRankCommState: got" in message and "expected" in message for message in process.values())
+
+
 def test_overflowing_wire(seen):
     for process in seen:
         assert process["off"] < TIGHT
