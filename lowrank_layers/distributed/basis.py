@@ -40,6 +40,27 @@ def power_basis(matrix: Tensor, rank: int, basis: Tensor | None, seed: int) -> T
     return basis
 
 
+def factors_basis(short: Tensor, long: Tensor, rank: int, basis: Tensor | None, seed: int) -> Tensor:
+    """The leading left singular vectors of ``short @ long^T``, from these factors; what lacks comes from ``basis``.
+
+    Args:
+        short: ``[short side, any rank]``.
+        long: ``[long side, the same rank]``.
+        rank: of the basis.
+        basis: the one before; ``None`` draws.
+        seed: of what is drawn.
+    """
+    first, triangle = torch.linalg.qr(short)
+    other = torch.linalg.qr(long).R
+    leading = (first @ torch.linalg.svd(triangle @ other.mT).U)[:, :rank]
+    if leading.shape[1] == rank:
+        exact: Tensor = leading
+        return exact
+    rest = random_basis(short, rank, seed) if basis is None else basis
+    whole: Tensor = torch.linalg.qr(torch.cat([leading, rest.to(leading)], 1)).Q[:, :rank]
+    return whole
+
+
 def fitted(matrix: Tensor, rank: int, method: ProjectionMethod, basis: Tensor | None, seed: int) -> Tensor | None:
     """The next basis; ``None`` where the gradient is not finite and cannot give one."""
     if method == "random":

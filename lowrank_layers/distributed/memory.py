@@ -53,6 +53,7 @@ class Memory:
         self.error = torch.zeros(shape, device=device)
         self.right = self._drawn(0, shape[2])
         self.left = self._drawn(0, shape[1]) if self.kept.alternate else None
+        self.paid: tuple[Tensor, Tensor] | None = None
 
     @property
     def error(self) -> Tensor:
@@ -99,7 +100,8 @@ class Memory:
         return basis
 
     def follow(self, left: Tensor, right: Tensor) -> None:
-        """The directions of the next step."""
+        """The directions of the next step: the factors that were paid out."""
+        self.paid = left, right
         self.right = right.contiguous()
         if self.left is not None:
             self.left = left.contiguous()

@@ -16,6 +16,7 @@ from .basis import ProjectionMethod
 from .habits import decoupled, reads_values
 from .settings import check_optimizer, check_settings, chooser
 from .shadow import Shadow
+from .state import LowRankCommState
 
 _OWN = ("projector", "projector_age", "projector_fits")
 
@@ -46,6 +47,8 @@ class LowRankProjection(Optimizer):
             coefficients did not correlate, which makes longer steps in new directions, or ``"none"``, as GaLore.
         seed: of what is drawn; the same in all processes.
         decoupled: whether weight decay acts beside the step, as in AdamW; ``None`` where the optimizer is torch's own.
+        comm_state: of the hook that averages the gradients: its factors give the projectors of matrices, and nothing is
+            decomposed; where its rank is lower, directions of before stay beside them.
 
     Raises:
         LowRankError: for an optimizer that has begun already or cannot be used, and for other wrong arguments; nothing
@@ -87,12 +90,18 @@ class LowRankProjection(Optimizer):
         rotate: Literal["none", "first", "both"] = "first",
         seed: int = 0,
         decoupled: bool | None = None,
+        comm_state: LowRankCommState | None = None,
     ) -> None:
         if isinstance(optimizer, LowRankProjection):
             raise LowRankError(
                 "LowRankProjection: got a LowRankProjection, expected the optimizer inside; project once."
             )
         check_optimizer(optimizer)
+        if comm_state is not None and not isinstance(comm_state, LowRankCommState):
+            raise LowRankError(
+                f"LowRankProjection: got comm_state {type(comm_state).__name__}, expected the LowRankCommState of the"
+                " hook, or None."
+            )
         check_settings(
             rank=rank,
             refresh=refresh,
@@ -106,6 +115,7 @@ class LowRankProjection(Optimizer):
         self.optimizer = optimizer
         self.rank, self.refresh, self.method, self.scale = rank, refresh, method, scale
         self.min_size, self.rotate, self.seed, self.decoupled = min_size, rotate, seed, decoupled
+        self.comm_state = comm_state
         self._chosen = chooser(target)
         groups = optimizer.param_groups
         for group in groups:
@@ -172,7 +182,8 @@ class LowRankProjection(Optimizer):
         for shadow, decay, _ in going:
             gradient = shadow.gradient(decay)
             if shadow.due(self.refresh):
-                turn = shadow.refit(gradient, self.method)
+                factors = None if self.comm_state is None or decay else self.comm_state.factors(shadow.parameter)
+                turn = shadow.refit(gradient, self.method, factors)
                 if turn is not None and self.rotate != "none":
                     shadow.rotate(self.optimizer.state[shadow.small], turn, self.rotate == "both")
             shadow.project(gradient, values)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import LowRankError
-from .basis import ProjectionMethod, fitted, random_basis
+from .basis import ProjectionMethod, factors_basis, fitted, random_basis
 from .habits import FIRST_MOMENTS, SECOND_MOMENTS
 
 
@@ -54,11 +54,23 @@ class Shadow:
         matrix = gradient.flatten(1).to(self.dtype)
         return matrix.add(self._weights(), alpha=decay) if decay else matrix
 
-    def refit(self, gradient: Tensor, method: ProjectionMethod) -> Tensor | None:
-        """A new basis from the gradient, unless that is not finite; returns how coefficients turn into it."""
-        old = self.basis
+    def refit(self, gradient: Tensor, method: ProjectionMethod, factors: tuple[Tensor, Tensor] | None) -> Tensor | None:
+        """A new basis, unless the gradient is not finite; returns how coefficients turn into it.
+
+        Args:
+            gradient: as a matrix.
+            method: to find it.
+            factors: of the gradient, where they are known: then nothing has to be decomposed.
+        """
+        old, seed = self.basis, self.seed + self.fits
         upright = gradient if self.left else gradient.mT
-        new = fitted(upright, self.rank, method, old, self.seed + self.fits)
+        if factors is None:
+            new = fitted(upright, self.rank, method, old, seed)
+        elif bool(torch.isfinite(gradient).all()):
+            short, long = factors if self.left else factors[::-1]
+            new = factors_basis(short.to(self.dtype), long.to(self.dtype), self.rank, old, seed)
+        else:
+            new = None
         if new is None:
             # tried again at the next step; without any basis one is drawn, and the step is what torch makes of NaN
             self.basis = random_basis(upright, self.rank, self.seed) if old is None else old

@@ -207,6 +207,17 @@ class LowRankCommState:
         }
         return {"steps": self.step, **self.traffic.summary(self.mean.seconds), "layers": layers}
 
+    def factors(self, parameter: Tensor) -> tuple[Tensor, Tensor] | None:
+        """``[rows, rank]`` and ``[columns, rank]``, whose product was the last low-rank gradient of a matrix.
+
+        ``None`` for what is no matrix, and before.
+        """
+        memory = self.memories.get(self._names.get(parameter, ""))
+        if memory is None or memory.paid is None or parameter.ndim != 2:
+            return None
+        left, right = memory.paid
+        return left[0], right[0]
+
     def _whole(self, buffer: Tensor) -> Future[Tensor]:
         """The ordinary mean, as early as can be."""
         narrow = buffer.div_(self.mean.size).to(self.whole_dtype or buffer.dtype)

@@ -13,7 +13,7 @@ from torch import nn
 
 import lowrank_layers as lr
 from benchmarks.peers import has, peer
-from lowrank_layers.distributed.basis import fitted, power_basis, random_basis, svd_basis
+from lowrank_layers.distributed.basis import factors_basis, fitted, power_basis, random_basis, svd_basis
 from tests.distributed import worker
 from tests.processes import run_processes
 
@@ -678,3 +678,37 @@ def test_all_processes_have_the_same_weights(method, tmp_path):
     first, second = run_processes(worker.run, tmp_path, method)
     for key in first:
         assert torch.equal(first[key], second[key]), key
+
+
+def test_the_hooks_factors_are_the_projectors(tmp_path):
+    first, second = run_processes(worker.run_shared, tmp_path)
+    for hook_rank, got in first.items():
+        assert torch.equal(got["weights"], second[hook_rank]["weights"])
+        assert got["orthonormal"] < 1e-5
+        assert got["fits"] == [worker.STEPS // 2] * 2
+        assert got["losses"][-1] < 0.9 * got["losses"][0]
+        # all that the hook sends is in the projection, where its rank is not above the projection's
+        assert max(got["lost"]) < 1e-5
+
+
+def test_factors_give_the_leading_directions_of_their_product():
+    generator = torch.Generator().manual_seed(0)
+    left, right = torch.randn(20, 6, generator=generator), torch.randn(50, 6, generator=generator)
+    basis = factors_basis(left, right, 4, None, 0)
+    exact = torch.linalg.svd(left @ right.mT).U[:, :4]
+    torch.testing.assert_close(basis @ basis.mT, exact @ exact.mT, rtol=1e-4, atol=1e-5)
+
+
+def test_factors_of_a_lower_rank_leave_directions_of_before():
+    generator = torch.Generator().manual_seed(0)
+    before = torch.linalg.qr(torch.randn(20, 4, generator=generator)).Q
+    left, right = torch.randn(20, 1, generator=generator), torch.randn(50, 1, generator=generator)
+    basis = factors_basis(left, right, 4, before, 0)
+    torch.testing.assert_close(basis.mT @ basis, torch.eye(4), rtol=0, atol=1e-5)
+    span = torch.linalg.qr(torch.cat([left, before[:, :3]], 1)).Q
+    torch.testing.assert_close(basis @ basis.mT, span @ span.mT, rtol=0, atol=1e-5)
+
+
+def test_a_comm_state_is_one():
+    with pytest.raises(lr.LowRankError, match="got comm_state int"):
+        lr.LowRankProjection(torch.optim.SGD(net().parameters(), lr=0.1), rank=2, comm_state=3)
