@@ -11,10 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-import lowrank_layers as lr
-
 ROOT = Path(__file__).resolve().parents[2]
-OPTIONS = ["--data=random", "--model=small", "--images=480", "--batch=8", "--epochs=2", "--every=9", "--lr=0.02"]
+OPTIONS = ["--data=random", "--images=480", "--batch=8", "--epochs=2", "--every=9", "--lr=0.02"]
 STEPS = 60
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="torchrun with gloo, and SIGKILL")
 
@@ -52,8 +50,11 @@ def kill_after_a_checkpoint(process, folder, victim):
     os.kill(int(pid), signal.SIGKILL)
 
 
-def test_a_killed_worker_leaves_no_trace(tmp_path):
-    hook = ["--hook", "lowrank", "--rank", "2"]
+MODELS = {"small": ["--model=small", "--rank=2"], "resnet20": ["--model=resnet20", "--wire=int8"]}
+
+
+@pytest.mark.parametrize("hook", MODELS.values(), ids=MODELS)
+def test_a_killed_worker_leaves_no_trace(tmp_path, hook):
     process = start(tmp_path / "whole", hook)
     _, whole = finish(process, tmp_path / "whole")
     process = start(tmp_path / "killed", hook)
@@ -67,9 +68,3 @@ def test_a_killed_worker_leaves_no_trace(tmp_path):
         assert torch.equal(tensor, killed["model"][name]), name
     momentum = [run["optimizer"]["state"] for run in (whole, killed)]
     assert all(torch.equal(momentum[0][k]["momentum_buffer"], momentum[1][k]["momentum_buffer"]) for k in momentum[0])
-
-
-if not hasattr(lr.LowRankCommState, "state_dict"):
-    test_a_killed_worker_leaves_no_trace = pytest.mark.skip(reason="no state_dict yet")(
-        test_a_killed_worker_leaves_no_trace
-    )
