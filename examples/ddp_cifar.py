@@ -78,9 +78,8 @@ class Run:
         torch.manual_seed(args.seed)
         self.folder, self.rank, self.step = args.out, dist.get_rank(), 0
         self.model = model_of(args.model).to(memory_format=torch.channels_last)
-        # torch's hook fails on gloo with more than one bucket
-        cap = 10_000 if args.hook == "powersgd" else None
-        self.ddp = DistributedDataParallel(self.model, bucket_cap_mb=cap)
+        # one bucket: so small a model sends all at once, and torch's hook fails on gloo with more
+        self.ddp = DistributedDataParallel(self.model, bucket_cap_mb=25)
         self.optimizer = torch.optim.SGD(self.ddp.parameters(), lr=args.lr, momentum=0.9, weight_decay=5e-4)
         self.hook = None
         if args.hook == "lowrank":

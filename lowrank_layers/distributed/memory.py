@@ -53,6 +53,7 @@ class Memory:
         self.error = torch.zeros(shape, device=device)
         self.right = self._drawn(0, shape[2])
         self.left = self._drawn(0, shape[1]) if self.kept.alternate else None
+        self._spares: dict[int, Tensor] = {}
         self.paid: tuple[Tensor, Tensor] | None = None
 
     @property
@@ -96,7 +97,7 @@ class Memory:
             known = self._drawn(step, known.shape[1])
         # of zeros QR makes the same unit vectors again and again, which may never meet the gradient
         dead = torch.linalg.vector_norm(known, dim=1, keepdim=True) < 1e-20
-        basis: Tensor = torch.linalg.qr(torch.where(dead, self._drawn(step, known.shape[1]), known)).Q
+        basis: Tensor = torch.linalg.qr(torch.where(dead, self._spare(known.shape[1]), known)).Q
         return basis
 
     def follow(self, left: Tensor, right: Tensor) -> None:
@@ -105,6 +106,12 @@ class Memory:
         self.right = right.contiguous()
         if self.left is not None:
             self.left = left.contiguous()
+
+    def _spare(self, size: int) -> Tensor:
+        """Drawn once."""
+        if size not in self._spares:
+            self._spares[size] = self._drawn(-1, size)
+        return self._spares[size]
 
     def _drawn(self, step: int, size: int) -> Tensor:
         """Random directions of this step and gradient, the same everywhere; the global generator is left alone."""

@@ -55,8 +55,7 @@ class Parcel:
             result, shares = self._microscaled(factors, whole, mean)
         else:
             result, shares = self._reduced(factors, whole, mean, wire)
-        if not all(bool(torch.isfinite(part).all()) for part in result):
-            self.finite = False
+        if not self.finite:
             if wire in (torch.float16, torch.bfloat16):
                 again = Parcel(factors, whole, mean, None)
                 self.sent, self.finite, self.shares = self.sent + again.sent, again.finite, again.shares
@@ -72,6 +71,7 @@ class Parcel:
         own = flat[: sum(factor.numel() for factor in factors)].to(torch.float32, copy=True)
         mean.over_(flat)
         self.sent += flat.nbytes
+        self.finite = bool(torch.isfinite(flat).all())
         return _like(flat, [*factors, *whole]), _like(own, factors)
 
     def _microscaled(
@@ -92,6 +92,7 @@ class Parcel:
         mine, _ = _packed(sums)
         results = [rows for rows, _ in _unpacked(mean.gathered(mine), widths)]
         self.sent += packed.nbytes
+        self.finite = all(bool(torch.isfinite(rows).all()) for rows in results)
         own = _unpacked(packed, widths)[0][0]
         place = mean.group.rank()
         own[place] += mean.size * (results[0][place] - sums[0][0][0])
