@@ -35,8 +35,10 @@ class LowRankCommState:
     Every gradient with an error from the step before, :math:`M`, is sent as :math:`P = M Q` (averaged, made
     orthonormal) and :math:`Q = M^T P` (averaged). What a process' own :math:`P Q_i^T` lacks of its :math:`M_i` is its
     next error (PowerSGD; Vogels et al., 2019, algorithm 2): errors stay bounded in every process, and their mean is
-    what all owe together. The state is kept by parameter, so that it outlives rebuilt buckets; collectives go through a
-    process group of their own and one worker, so that they go out in one order everywhere. A gradient that is not finite in any process leaves
+    what all owe together.
+
+    The state is kept by parameter, so that it outlives rebuilt buckets; collectives go through a process group of their
+    own and one worker, so that they go out in one order everywhere. A gradient that is not finite in any process leaves
     the state as it was and is averaged as it is, for a ``GradScaler`` to see. One that is zero in every process stays
     zero and its error is kept, since DDP would throw away what an unused parameter were given.
 
