@@ -27,6 +27,7 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_
 from torch.nn.parallel import DistributedDataParallel
 
 import lowrank_layers as lr
+from lowrank_layers.distributed.link import STEPS
 
 from .common import arguments, machine, markdown_table, write_result
 
@@ -35,7 +36,7 @@ LINKS = {"100 Mbit": ("100mbit", "32kb"), "1 Gbit": ("1gbit", "128kb"), "unlimit
 BARS = {"100 Mbit": 20.0, "1 Gbit": 2.3}
 SLOWEST_FALLBACK = 1.05
 ONE_BUCKET = 10_000
-ALL_AGREED = 14
+ALL_AGREED = 2 * STEPS + 2
 """Steps after which a fallback has chosen."""
 
 METHODS: dict[str, dict[str, Any]] = {

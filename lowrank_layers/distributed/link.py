@@ -8,7 +8,7 @@ import time
 import torch
 from torch import Tensor
 
-STEPS = 12
+STEPS = 8
 """Of each way; the first two are not counted."""
 
 GAIN = 0.9
