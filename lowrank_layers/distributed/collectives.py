@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
@@ -12,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..errors import LowRankError
+from .traffic import Clock
 
 
 def own_group(group: dist.ProcessGroup | None, timeout: timedelta | None) -> dist.ProcessGroup:
@@ -37,30 +35,30 @@ class Mean:
         self.group = own_group(group, timeout)
         self.node = None if node is None else own_group(node, timeout)
         self.size = self.group.size()
-        self.seconds = 0.0  # in exchanges, waiting for other processes included
+        self.clock = Clock()  # of exchanges, waiting for other processes included
 
     def within_node_(self, tensor: Tensor) -> None:
         """Among the processes of the node, as it is."""
         if self.node is not None:
-            with self._timed():
+            with self.clock.running():
                 dist.all_reduce(tensor.div_(self.node.size()), group=self.node)
 
     def over_(self, tensor: Tensor) -> None:
         """Over the group."""
-        with self._timed():
+        with self.clock.running():
             dist.all_reduce(tensor.div_(self.size), group=self.group)
 
     def exchanged(self, rows: Tensor) -> Tensor:
         """Row ``k`` goes to process ``k``; what comes back is one row of each process."""
         received = torch.empty_like(rows)
-        with self._timed():
+        with self.clock.running():
             dist.all_to_all_single(received, rows, group=self.group)
         return received
 
     def gathered(self, row: Tensor) -> Tensor:
         """The rows ``[1, ...]`` of all processes."""
         rows = row.new_empty(self.size, *row.shape[1:])
-        with self._timed():
+        with self.clock.running():
             dist.all_gather(list(rows.split(1)), row, group=self.group)
         return rows
 
@@ -71,9 +69,3 @@ class Mean:
     def greatest_(self, tensor: Tensor) -> None:
         """The greatest of all processes."""
         dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.group)
-
-    @contextmanager
-    def _timed(self) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.seconds += time.perf_counter() - start

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from .microscaling import pack, room, unpack
+from .traffic import Clock
 
 ERROR_DTYPES = (torch.float32, torch.bfloat16, torch.int8)
 
@@ -53,6 +54,7 @@ class Memory:
         self.error = torch.zeros(shape, device=device)
         self.right = self._drawn(0, shape[2])
         self.left = self._drawn(0, shape[1]) if self.kept.alternate else None
+        self.clock = Clock()
         self._spares: dict[int, Tensor] = {}
         self.paid: tuple[Tensor, Tensor] | None = None
 

@@ -37,6 +37,8 @@ class Ranks:
         self.fixed = rule if isinstance(rule, int) else None
         self.chosen: dict[str, int] = {}
         self._a_step, self._wire = a_step, wire
+        self._spoiled = False  # by what is not finite
+        self._used: dict[str, int] = {}
         self._seen: dict[str, tuple[Spectrum, int] | int] = {}
 
     def of(self, name: str, shape: tuple[int, int, int]) -> int | None:
@@ -53,7 +55,7 @@ class Ranks:
 
     def complete(self, names: Iterable[str], all_names: Iterable[str]) -> bool:
         """Whether all have been looked at after these."""
-        return set(all_names) <= {*self._seen, *names}
+        return set(all_names) <= {*names, *self._seen, *self.chosen, *self._used}
 
     def look(self, named: Sequence[tuple[str, Tensor]], mean: Mean, *, last: bool) -> None:
         """Looks at averaged gradients; the first process decides. A budget is spent with the ``last`` ones of a step.
@@ -61,20 +63,25 @@ class Ranks:
         Those that are not finite are looked at in the next step.
         """
         for name, gradient in named:
+            if name in self.chosen or name in self._used:
+                continue
             shape = matrix_shape(gradient.shape)
             if shape is None:
                 self._seen[name] = gradient.numel()
                 continue
             matrix = matrices_of(gradient.detach().float())
             if not bool(torch.isfinite(matrix).all()):
-                self._seen.clear()
-                return
+                self._spoiled = True
+                break
             values = torch.linalg.svdvals(matrix).square().mean(0).sqrt()
             step = sum(shape[1:])
             sizes = range(step, step * len(values) + 1, step)
             spectrum = Spectrum(values, shape[1:], sizes, shape[1] * shape[2], f"{WHO}, {name!r}")
             self._seen[name] = spectrum, shape[0]
         if isinstance(self.rule, Budget) and not last:
+            return
+        if self._spoiled:
+            self._seen, self._spoiled = {}, False
             return
         found = self._spent() if isinstance(self.rule, Budget) else self._each(self.rule)
         ranks = torch.tensor(list(found.values()), device=named[0][1].device)
@@ -94,11 +101,14 @@ class Ranks:
         """The least error of all gradients together that the bytes of a step allow."""
         assert isinstance(self.rule, Budget)
         matrices = {name: seen for name, seen in self._seen.items() if not isinstance(seen, int)}
-        vectors = [seen for seen in self._seen.values() if isinstance(seen, int)]
-        numbers = sum(vectors) + sum(stack * spectrum.dense for spectrum, stack in matrices.values())
-        # beside the vectors a flag goes with every matrix
-        left = self.rule.limit(Cost(bytes=4 * numbers))
-        left -= sum(bytes_on_wire(count, self._wire, factor=False) for count in (*vectors, len(matrices)))
+        vectors = {name: seen for name, seen in self._seen.items() if isinstance(seen, int)}
+        numbers = sum(vectors.values()) + sum(stack * spectrum.dense for spectrum, stack in matrices.values())
+        flag = bytes_on_wire(1, None)  # beside every matrix
+        left = self.rule.limit(Cost(bytes=4 * numbers)) - flag * len(matrices)
+        # a number of bytes is spent once, also where a layer is unfrozen later; a fraction is of each
+        before = sum(self._used.values()) if isinstance(self.rule.bytes, int) else 0
+        whole = {name: bytes_on_wire(count, self._wire, factor=False) for name, count in vectors.items()}
+        left -= before + sum(whole.values())
         costs, losses = [], []
         for spectrum, stack in matrices.values():
             energy = stack * spectrum.require_values(self.rule).square()
@@ -110,6 +120,7 @@ class Ranks:
             costs[-1].append(bytes_on_wire(stack * spectrum.dense, self._wire, factor=False))
             losses[-1].append(0.0)
         picks = allocate(costs, losses, left)
+        self._used |= whole | {name: each[pick] + flag for name, each, pick in zip(matrices, costs, picks, strict=True)}
         # the last option is the whole gradient, and of full rank nothing is saved
         return {
             name: pick + 1 if pick + 1 < len(each) else min(spectrum.shape)

@@ -34,7 +34,7 @@ class How:
 
 
 class Low:
-    """A gradient with the error of before, its memory, and the product that is sent first.
+    """A gradient with the error of before, and its product with a basis: what is sent next.
 
     Args:
         gradient: of any shape; where it is fp32, the sum stands in its place until the step is over.
@@ -48,26 +48,24 @@ class Low:
         in_turn = how.step % 2 == 1 if not memory.whole else rows <= columns
         self.columns = how.alternate and in_turn
         self.gradient, self.memory, self.how = gradient, memory, how
-        matrix = matrices_of(gradient)
-        if matrix.data_ptr() % 64:
-            # BLAS rounds otherwise there, and buckets that are rebuilt after a restart move gradients about
-            matrix = matrix.clone()
-        self.alive = ((matrix.amax() != 0) | (matrix.amin() != 0)).float().reshape(1)
-        self.inside = matrix.dtype == torch.float32 and matrix.data_ptr() == gradient.data_ptr()
-        self.sum = matrix.float()
-        if how.error_feedback:
-            self.sum.add_(memory.error)
-        self.basis = memory.basis(how.step, columns=self.columns)
-        self.factor = times(self.sum.mT, self.basis) if self.columns else times(self.sum, self._improved())
+        with memory.clock.running():
+            matrix = matrices_of(gradient)
+            if matrix.data_ptr() % 64:
+                # BLAS rounds otherwise there, and buckets that are rebuilt after a restart move gradients about
+                matrix = matrix.clone()
+            self.alive = ((matrix.amax() != 0) | (matrix.amin() != 0)).float().reshape(1)
+            self.inside = matrix.dtype == torch.float32 and matrix.data_ptr() == gradient.data_ptr()
+            self.sum = matrix.float()
+            if how.error_feedback:
+                self.sum.add_(memory.error)
+            self.basis = memory.basis(how.step, columns=self.columns)
+            self.factor = times(self.sum.mT, self.basis) if self.columns else times(self.sum, self._improved())
 
-    def left(self) -> Tensor:
-        """An orthonormal basis of the rows' space, from the first product."""
-        basis: Tensor = torch.linalg.qr(self.factor).Q
-        return basis
-
-    def factors(self) -> tuple[Tensor, Tensor]:
-        """Where one product is the whole step."""
-        return (self.basis, self.factor) if self.columns else (self.factor, self.basis)
+    def turn(self) -> None:
+        """From the averaged product of the rows to the one of the columns."""
+        with self.memory.clock.running():
+            self.basis = torch.linalg.qr(self.factor).Q
+            self.factor, self.columns = times(self.sum.mT, self.basis), True
 
     def forget(self) -> None:
         """Leaves the gradient as it came."""
@@ -80,22 +78,25 @@ class Low:
             self.memory.error = self.sum
         self.gradient.zero_()
 
-    def pay_out(self, left: Tensor, right: Tensor, share: Tensor) -> None:
-        """The gradient becomes ``left right^T``; what this process' share in it lacks of its sum is owed.
+    def pay_out(self, share: Tensor) -> None:
+        """The gradient becomes the product of basis and factor; what this process' share of it lacks is owed.
 
         Args:
-            left: ``[stack, rows, rank]``.
-            right: ``[stack, columns, rank]``.
-            share: of this process in the factor that was averaged last: the mean of all is that factor.
+            share: of this process in the factor that was averaged: the mean of all is that factor.
         """
-        self.memory.follow(left, right)
-        if self.how.error_feedback:
-            pair = (share, right) if self.how.alternate and not self.columns else (left, share)
-            self.memory.error = self.sum.baddbmm_(pair[0], pair[1].mT, alpha=-1)
-        if self.inside:
-            torch.bmm(left, right.mT, out=self.sum)
-        else:
-            self.gradient.copy_(gradient_of(left @ right.mT, self.gradient.shape))
+        with self.memory.clock.running():
+            left, right = self._pair(self.factor)
+            self.memory.follow(left, right)
+            if self.how.error_feedback:
+                own_left, own_right = self._pair(share)
+                self.memory.error = self.sum.baddbmm_(own_left, own_right.mT, alpha=-1)
+            if self.inside:
+                torch.bmm(left, right.mT, out=self.sum)
+            else:
+                self.gradient.copy_(gradient_of(left @ right.mT, self.gradient.shape))
+
+    def _pair(self, factor: Tensor) -> tuple[Tensor, Tensor]:
+        return (self.basis, factor) if self.columns else (factor, self.basis)
 
     def _improved(self) -> Tensor:
         """The basis after steps of subspace iteration on this process' own sum, turned as the basis is.
@@ -124,31 +125,33 @@ def reduce_(buffer: Tensor, pieces: Sequence[Piece], mean: Mean, how: How) -> in
         mean.over_(buffer)
         return buffer.nbytes
     alive = torch.cat([low.alive for low in lows])
-    keys = [low.memory.key for low in lows]
-    first = Parcel([low.factor.mT for low in lows], [alive, *whole], mean, how.wire, keys)
-    if not first.finite:
+    parcel = _exchanged(lows, [alive, *whole], mean, how)
+    sent = parcel.sent
+    if not parcel.finite:
         for low in lows:
             low.forget()
         mean.over_(buffer)
-        return first.sent + buffer.nbytes
-    lives = alive.tolist()
-    for low, any_where in zip(lows, lives, strict=True):
-        if not any_where:
-            low.postpone()
-    shares = [share.mT for share, any_where in zip(first.shares, lives, strict=True) if any_where]
+        return sent + buffer.nbytes
+    lives, shares = alive.tolist(), parcel.shares
+    for low in (low for low, any_where in zip(lows, lives, strict=True) if not any_where):
+        low.postpone()
+    shares = [share for share, any_where in zip(shares, lives, strict=True) if any_where]
     lows = [low for low, any_where in zip(lows, lives, strict=True) if any_where]
-    if how.alternate:
-        for low, share in zip(lows, shares, strict=True):
-            low.pay_out(*low.factors(), share)
-        return first.sent
-    lefts = [low.left() for low in lows]
-    rights = [times(low.sum.mT, left) for low, left in zip(lows, lefts, strict=True)]
-    keys = [low.memory.key for low in lows]
-    second = Parcel([right.mT for right in rights], [], mean, how.wire, keys)
-    for low, left, right, share in zip(lows, lefts, rights, second.shares or rights, strict=True):
-        if second.finite:
-            low.pay_out(left, right, share.mT if second.shares else right)
-        else:
-            low.forget()
-            low.gradient.fill_(torch.nan)
-    return first.sent + second.sent
+    if not how.alternate:
+        for low in lows:
+            low.turn()
+        parcel = _exchanged(lows, [], mean, how)
+        sent, shares = sent + parcel.sent, parcel.shares
+        if not parcel.finite:
+            for low in lows:
+                low.forget()
+                low.gradient.fill_(torch.nan)
+            return sent
+    for low, share in zip(lows, shares, strict=True):
+        low.pay_out(share.mT)
+    return sent
+
+
+def _exchanged(lows: Sequence[Low], whole: Sequence[Tensor], mean: Mean, how: How) -> Parcel:
+    factors, keys = [low.factor.mT for low in lows], [low.memory.key for low in lows]
+    return Parcel(factors, whole, mean, how.wire, keys)

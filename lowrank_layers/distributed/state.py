@@ -25,7 +25,7 @@ from .memory import ERROR_DTYPES, Kept, Memory
 from .ranks import Ranks
 from .reduce import How, Piece, reduce_
 from .traffic import Traffic
-from .wire import WIRE_DTYPES
+from .wire import WIRE_DTYPES, bytes_on_wire
 from .worker import Worker
 
 
@@ -196,19 +196,25 @@ class LowRankCommState:
         return self.model
 
     def stats(self) -> dict[str, Any]:
-        """Bytes sent and saved, seconds of computing and of exchanging (waiting for others included), and by parameter:
-        rank, ratio, the norm of what was not sent yet, and the bytes that are remembered.
+        """Bytes sent and saved, seconds of computing and of exchanging (waiting for others included).
+
+        ``layers`` has by parameter: its rank, the bytes of a step and how many times fewer numbers that is, the norm of
+        what was not sent yet, the bytes that are remembered, and the seconds that its products took.
         """
-        layers = {
-            name: {
-                "rank": memory.rank,
-                "ratio": memory.shape[1] * memory.shape[2] / (memory.rank * sum(memory.shape[1:])),
-                "residual": float(torch.linalg.vector_norm(memory.error.float())),
-                "bytes_kept": memory.nbytes(),
-            }
-            for name, memory in self.memories.items()
+        layers = {name: self._stats(memory) for name, memory in self.memories.items()}
+        return {"steps": self.step, **self.traffic.summary(self.mean.clock.seconds), "layers": layers}
+
+    def _stats(self, memory: Memory) -> dict[str, float]:
+        stack, rows, columns = memory.shape
+        sent = sum(bytes_on_wire(stack * memory.rank * side, self.how.wire) for side in (rows, columns))
+        return {
+            "rank": memory.rank,
+            "bytes": sent // 2 if self.how.alternate else sent,
+            "ratio": rows * columns / (memory.rank * (rows + columns)),
+            "residual": float(torch.linalg.vector_norm(memory.error.float())),
+            "bytes_kept": memory.nbytes(),
+            "seconds": memory.clock.seconds,
         }
-        return {"steps": self.step, **self.traffic.summary(self.mean.seconds), "layers": layers}
 
     def factors(self, parameter: Tensor) -> tuple[Tensor, Tensor] | None:
         """``[rows, rank]`` and ``[columns, rank]``, whose product was the last low-rank gradient of a matrix.

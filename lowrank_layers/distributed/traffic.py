@@ -2,7 +2,24 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+
+
+@dataclass
+class Clock:
+    """Adds up the seconds of a block of code; what is launched on a GPU goes on after it."""
+
+    seconds: float = 0.0
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Counts what is inside."""
+        start = time.perf_counter()
+        yield
+        self.seconds += time.perf_counter() - start
 
 
 @dataclass

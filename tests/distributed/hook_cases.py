@@ -296,6 +296,21 @@ def budget(rank: int) -> dict[str, Any]:
         layers = {name: layer["rank"] for name, layer in state.stats()["layers"].items()}
         out[name] = {"whole": whole, "step": (state.stats()["bytes_sent"] - whole) / 2, "ranks": layers}
         out[name]["difference"] = difference(flat(wrapped))
+    model = made()
+    model.middle.requires_grad_(False)
+    wrapped, state = wrap(model, {"rank": lr.Budget(bytes=4000)})
+    train(wrapped, batches(rank, 3))
+    model.middle.requires_grad_(True)
+    wrapped, _ = wrap(model, {"state": state}, bucket_cap_mb=25)
+    out["later"] = caught(lambda rank: train(wrapped, batches(rank, 1)), rank)["error"]
+    model = made()
+    model.middle.requires_grad_(False)
+    wrapped, state = wrap(model, {"rank": lr.Budget(bytes=0.1)})
+    train(wrapped, batches(rank, 3))
+    model.middle.requires_grad_(True)
+    wrapped, _ = wrap(model, {"state": state}, bucket_cap_mb=25)
+    train(wrapped, batches(rank, 3))
+    out["fraction later"] = sorted(state.memories)
     wrapped, _ = wrap(made(), {"rank": lr.Budget(bytes=100)})
     out["small"] = caught(lambda rank: train(wrapped, batches(rank, 1)), rank)["error"]
     return out

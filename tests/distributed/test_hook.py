@@ -213,6 +213,8 @@ def test_budget(seen):
         assert len(set(process["4000"]["ranks"].values())) > 1, "one rank for all"
         assert process["ample"]["ranks"] == {}
         assert "the smallest options cost" in process["small"]
+        assert "the smallest options cost 384" in process["later"], "bytes were spent twice"
+        assert process["fraction later"] == ["branch.weight", "first.weight", "last.weight", "middle.weight"]
 
 
 def test_bad_settings(seen):
