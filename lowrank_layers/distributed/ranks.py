@@ -57,11 +57,8 @@ class Ranks:
         """Whether all have been looked at after these."""
         return set(all_names) <= {*names, *self._seen, *self.chosen, *self._used}
 
-    def look(self, named: Sequence[tuple[str, Tensor]], mean: Mean, *, last: bool) -> None:
-        """Looks at averaged gradients; the first process decides. A budget is spent with the ``last`` ones of a step.
-
-        Those that are not finite are looked at in the next step.
-        """
+    def look(self, named: Sequence[tuple[str, Tensor]]) -> None:
+        """At averaged gradients; where one is not finite, again in the next step."""
         for name, gradient in named:
             if name in self.chosen or name in self._used:
                 continue
@@ -78,16 +75,20 @@ class Ranks:
             sizes = range(step, step * len(values) + 1, step)
             spectrum = Spectrum(values, shape[1:], sizes, shape[1] * shape[2], f"{WHO}, {name!r}")
             self._seen[name] = spectrum, shape[0]
+
+    def settle(self, mean: Mean, device: torch.device, *, last: bool) -> None:
+        """Chooses for what was looked at; the first process decides. A budget waits for the ``last`` ones of a step."""
         if isinstance(self.rule, Budget) and not last:
             return
         if self._spoiled:
             self._seen, self._spoiled = {}, False
             return
         found = self._spent() if isinstance(self.rule, Budget) else self._each(self.rule)
-        ranks = torch.tensor(list(found.values()), device=named[0][1].device)
-        mean.agree_(ranks)
-        self.chosen |= dict(zip(found, ranks.tolist(), strict=True))
-        self._seen.clear()
+        self._seen = {}
+        if found:
+            ranks = torch.tensor(list(found.values()), device=device)
+            mean.agree_(ranks)
+            self.chosen |= dict(zip(found, ranks.tolist(), strict=True))
 
     def _each(self, rule: Rank) -> dict[str, int]:
         found = {}

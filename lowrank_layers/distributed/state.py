@@ -252,10 +252,12 @@ class LowRankCommState:
             self.mean.over_(buffer)
             sent = buffer.nbytes
             if compress:
-                self.ranks.look(named, self.mean, last=last)
+                self.ranks.look(named)
             elif owed and bool(torch.isfinite(buffer).all()):
                 for name, _ in owed:
                     del self.memories[name]
+        if compress:
+            self.ranks.settle(self.mean, buffer.device, last=last)
         self.traffic.count(sent, buffer.nbytes, time.perf_counter() - start)
 
     def _memory(self, name: str, gradient: Tensor, scale: float) -> Memory | None:

@@ -308,7 +308,7 @@ def budget(rank: int) -> dict[str, Any]:
     wrapped, state = wrap(model, {"rank": lr.Budget(bytes=0.1)})
     train(wrapped, batches(rank, 3))
     model.middle.requires_grad_(True)
-    wrapped, _ = wrap(model, {"state": state}, bucket_cap_mb=25)
+    wrapped, _ = wrap(model, {"state": state})
     train(wrapped, batches(rank, 3))
     out["fraction later"] = sorted(state.memories)
     wrapped, _ = wrap(made(), {"rank": lr.Budget(bytes=100)})
