@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,16 +12,33 @@ from ..errors import LowRankError
 from .matrices import matrix_shape
 from .memory import Kept, Memory
 
-Loaded = tuple[int, dict[str, int], dict[str, Memory]]
+
+class Known(NamedTuple):
+    """What a state goes on with.
+
+    Args:
+        step: the next one.
+        ranks: by name, as a rule has found them.
+        spent: bytes by name, of a budget.
+        compress: what the link was found to want, if that was measured.
+        memories: by name.
+    """
+
+    step: int
+    ranks: dict[str, int]
+    spent: dict[str, int]
+    compress: bool | None
+    memories: dict[str, Memory]
 
 
-def saved(
-    step: int, ranks: Mapping[str, int], memories: Mapping[str, Memory], process: int, processes: int
-) -> dict[str, Tensor]:
+def saved(known: Known, process: int, processes: int) -> dict[str, Tensor]:
     """What is the same in all processes stands under its own name, the errors under the process'."""
-    state = {"step": torch.tensor(step), "processes": torch.tensor(processes)}
-    state |= {f"rank.{name}": torch.tensor(rank) for name, rank in ranks.items()}
-    for name, memory in memories.items():
+    state = {"step": torch.tensor(known.step), "processes": torch.tensor(processes)}
+    state |= {f"rank.{name}": torch.tensor(rank) for name, rank in known.ranks.items()}
+    state |= {f"bytes.{name}": torch.tensor(spent) for name, spent in known.spent.items()}
+    if known.compress is not None:
+        state["compress"] = torch.tensor(known.compress)
+    for name, memory in known.memories.items():
         state[f"right.{name}"] = memory.right.detach().clone()
         if memory.left is not None:
             state[f"left.{name}"] = memory.left.detach().clone()
@@ -66,8 +84,8 @@ def load(
     kept: Kept,
     process: int,
     processes: int,
-) -> Loaded:
-    """Step, ranks and memories of a process, all of them checked first."""
+) -> Known:
+    """Of one process, all of it checked first."""
     if "step" not in state:
         raise LowRankError("load_state_dict: got no 'step', expected what LowRankCommState.state_dict() returned.")
     own = f"process{process}.error."
@@ -78,7 +96,10 @@ def load(
             "merge the states of all old processes with lr.merge_comm_states."
         )
     names = [key.removeprefix("right.") for key in state if key.startswith("right.")]
-    chosen = {key.removeprefix("rank."): int(state[key]) for key in state if key.startswith("rank.")}
+    chosen, spent = (
+        {key.removeprefix(kind): int(state[key]) for key in state if key.startswith(kind)}
+        for kind in ("rank.", "bytes.")
+    )
     wrong = [f"{name!r} is not in the model" for name in {**dict.fromkeys(names), **chosen} if name not in parameters]
     memories: dict[str, Memory] = {}
     for name in names:
@@ -91,6 +112,8 @@ def load(
             wrong.append(f"{name!r} has no error of process {process}")
         elif shape is None or tuple(error.shape) != shape:
             wrong.append(f"{name!r} is {tuple(error.shape)} here and {shape} in the model")
+        elif right.shape[-1] > min(shape[1:]):
+            wrong.append(f"{name!r} has rank {right.shape[-1]} here and {min(shape[1:])} at most in the model")
         elif rank is not None and right.shape[-1] != min(rank, *shape[1:]):
             wrong.append(f"{name!r} has rank {right.shape[-1]} here and rank={rank} was given")
         elif tuple(right.shape) != (shape[0], shape[2], right.shape[-1]):
@@ -99,7 +122,8 @@ def load(
             memories[name] = _memory(state, name, shape, error, like.device, kept)
     if wrong:
         raise LowRankError(f"load_state_dict: this state is of another model: {'; '.join(wrong)}. Nothing was loaded.")
-    return int(state["step"]), chosen, memories
+    compress = bool(state["compress"]) if "compress" in state else None
+    return Known(int(state["step"]), chosen, spent, compress, memories)
 
 
 def _memory(

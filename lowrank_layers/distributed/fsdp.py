@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import is_dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -158,11 +159,11 @@ def _check_group(units: Sequence[Unit], group: dist.ProcessGroup) -> None:
 
 def _check_alike(units: Sequence[Unit], group: dist.ProcessGroup, settings: dict[str, Any]) -> None:
     """By what every process of the group says of itself."""
-    shown = {key: value if isinstance(value, int | float) else type(value).__name__ for key, value in settings.items()}
+    shown = {key: repr(value) if _says_all(value) else type(value).__name__ for key, value in settings.items()}
     mine = {
         "shards": [unit.shard_group.rank() for unit in units],
         "shapes of parameters": [shape for unit in units for shape in unit.shapes().items()],
-        "settings": shown | {"wire": str(settings["wire"]), "error_dtype": str(settings["error_dtype"])},
+        "settings": shown,
     }
     said: list[Any] = [None] * group.size()
     dist.all_gather_object(said, mine, group=group)
@@ -173,6 +174,11 @@ def _check_alike(units: Sequence[Unit], group: dist.ProcessGroup, settings: dict
                     f"{WHO}: process {rank} of replicate_group has other {what} than process {dist.get_rank()}, "
                     f"expected the same ({other[what]} and {value}). {REMEDY}"
                 )
+
+
+def _says_all(value: object) -> bool:
+    """Whether its text is the same in every process, and all there is to say."""
+    return value is None or isinstance(value, int | float | torch.dtype) or is_dataclass(value)
 
 
 def _agree_(tensor: Tensor, mean: Mean, device: torch.device) -> None:

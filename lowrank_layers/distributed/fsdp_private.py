@@ -76,7 +76,8 @@ class Unit:
 
     def parameters(self) -> dict[str, Tensor]:
         """The shards of this process."""
-        return {self._names[id(shard)]: shard.sharded_param.to_local().detach() for shard in self._group.fsdp_params}
+        shards = {self._names[id(shard)]: shard.sharded_param for shard in self._group.fsdp_params}
+        return {name: p.to_local().detach().requires_grad_(p.requires_grad) for name, p in shards.items()}
 
     def tags(self) -> dict[str, str]:
         """Names with the place of the shard: what is remembered of one is nothing to another."""

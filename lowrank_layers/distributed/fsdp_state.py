@@ -53,7 +53,8 @@ class LowRankReduceState(LowRankCommState):
             )
         step = self._next_step(unit)
         scale = 1.0 if self.scaler is None else float(self.scaler.get_scale())
-        last = self.ranks.complete([name for name, _ in named], self._parameters())
+        trained = [name for name, shard in self._parameters().items() if shard.requires_grad]
+        last = self.ranks.complete([name for name, _ in named], trained)
         self._reduce(flat, named, step, scale, compress=step >= self.start_step, last=last)
 
     def _parameters(self) -> dict[str, Tensor]:

@@ -13,12 +13,12 @@ SHORTEST_STACKED = 32
 
 
 def matrix_shape(shape: Sequence[int]) -> tuple[int, int, int] | None:
-    """``(stack, rows, columns)`` of a gradient; ``None`` for scalars and vectors.
+    """``(stack, rows, columns)`` of a gradient; ``None`` for scalars, vectors, and what is empty.
 
     Stacks of experts are taken one by one. A convolution's kernel dimensions go to the output or the input channels,
     whichever way rows and columns, and so the factors of a given rank, are fewest.
     """
-    if len(shape) < 2:
+    if len(shape) < 2 or 0 in shape:
         return None
     if _stacked(shape):
         return shape[0], shape[1], shape[2]

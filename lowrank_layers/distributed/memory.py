@@ -83,7 +83,8 @@ class Memory:
 
     def nbytes(self) -> int:
         """Of the error and the directions."""
-        return sum(t.nbytes for t in (self._error, self.right, self.left) if t is not None)
+        left = self.left if self.paid is None else self.paid[0]
+        return sum(t.nbytes for t in (self._error, self.right, left, *self._spares.values()) if t is not None)
 
     def rescale(self, scale: float) -> None:
         """Follows the loss's scale."""
@@ -104,10 +105,10 @@ class Memory:
 
     def follow(self, left: Tensor, right: Tensor) -> None:
         """The directions of the next step: the factors that were paid out."""
-        self.paid = left, right
-        self.right = right.contiguous()
+        self.paid = left.contiguous(), right.contiguous()
+        self.right = self.paid[1]
         if self.left is not None:
-            self.left = left.contiguous()
+            self.left = self.paid[0]
 
     def _spare(self, size: int) -> Tensor:
         """Drawn once."""

@@ -48,7 +48,7 @@ class LowRankProjection(Optimizer):
         seed: of what is drawn; the same in all processes.
         decoupled: whether weight decay acts beside the step, as in AdamW; ``None`` where the optimizer is torch's own.
         comm_state: of the hook that averages the gradients: its factors give the projectors of matrices, and nothing is
-            decomposed; where its rank is lower, directions of before stay beside them.
+            decomposed; where its rank is lower, directions of before stay beside them. A copy has none.
 
     Raises:
         LowRankError: for an optimizer that has begun already or cannot be used, and for other wrong arguments; nothing
@@ -244,7 +244,8 @@ class LowRankProjection(Optimizer):
         self._load_inner(found)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, **super().__getstate__()}
+        # a process group cannot be copied
+        return {**self.__dict__, **super().__getstate__(), "comm_state": None}
 
     def _load_inner(self, found: dict[Tensor, dict[str, Any]]) -> None:
         self._settle()

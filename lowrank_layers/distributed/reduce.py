@@ -68,7 +68,7 @@ class Low:
             self.factor, self.columns = times(self.sum.mT, self.basis), True
 
     def forget(self) -> None:
-        """Leaves the gradient as it came."""
+        """Leaves the gradient as it came, to rounding."""
         if self.inside and self.how.error_feedback:
             self.sum.sub_(self.memory.error)
 
@@ -121,10 +121,11 @@ def reduce_(buffer: Tensor, pieces: Sequence[Piece], mean: Mean, how: How) -> in
     """
     lows = [Low(piece.gradient, piece.memory, how) for piece in pieces if piece.memory is not None]
     whole = [piece.gradient for piece in pieces if piece.memory is None]
-    if not lows:
+    if not lows and buffer.dtype == torch.float32 and how.wire in (None, torch.float32):
         mean.over_(buffer)
         return buffer.nbytes
-    alive = torch.cat([low.alive for low in lows])
+    # vectors go as they would beside factors: after a restart they may share a bucket with some
+    alive = torch.cat([torch.zeros(0, device=buffer.device), *(low.alive for low in lows)])
     parcel = _exchanged(lows, [alive, *whole], mean, how)
     sent = parcel.sent
     if not parcel.finite:
@@ -144,7 +145,6 @@ def reduce_(buffer: Tensor, pieces: Sequence[Piece], mean: Mean, how: How) -> in
         sent, shares = sent + parcel.sent, parcel.shares
         if not parcel.finite:
             for low in lows:
-                low.forget()
                 low.gradient.fill_(torch.nan)
             return sent
     for low, share in zip(lows, shares, strict=True):

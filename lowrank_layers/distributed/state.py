@@ -17,7 +17,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..errors import LowRankError
 from ..rank import Budget, Rank
-from .checkpoint import load, saved
+from .checkpoint import Known, load, saved
 from .collectives import Mean
 from .link import Link
 from .matrices import gradient_of, matrix_shape
@@ -45,7 +45,8 @@ class LowRankCommState:
     Args:
         rank: of every gradient: an integer, a rule that looks at the singular values of the averaged gradient of step
             ``start_step`` (``RelativeError`` bounds what is left over, relative to the gradient), or
-            ``Budget(bytes=)``: what a step may send, shared out among all gradients for the least error.
+            ``Budget(bytes=)``: what a step may send (with ``alternate`` the mean of two), shared out for the least
+            error of all. Gradients of a layer that is unfrozen later have to fit into what is left.
         model: names the parameters; without it the state cannot be saved.
         start_step: averages whole gradients before.
         process_group: of the processes that share gradients; ``None`` is all of them.
@@ -63,7 +64,7 @@ class LowRankCommState:
         warm_start: goes on from the last directions.
         scaler: a ``GradScaler`` whose changes of scale the errors follow.
         fallback: measures both ways, some steps each, and sends whole gradients where the link is fast enough that
-            compression loses; given a dtype (fp16, bf16), it sends them in it.
+            compression loses; given a dtype (fp16, bf16), it sends them in it, and what overflows it is infinite.
         timeout: of a collective; ``backward`` raises in the others when a process is gone or later than that.
 
     Raises:
@@ -134,6 +135,7 @@ class LowRankCommState:
         self.traffic = Traffic()
         self.model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
         self._names = WeakTensorKeyDictionary()
+        self._at_once = False
         self._scale = 1.0
 
     def submit(self, bucket: GradBucket) -> Future[Tensor]:
@@ -144,8 +146,10 @@ class LowRankCommState:
             self._scale = float(self.scaler.get_scale())
         if bucket.is_last():
             self.step += 1
-        measuring = self.link is not None and self.link.compress is None
-        if not compress and self.mean.node is None and not measuring and not self.memories:
+        if bucket.index() == 0:  # once a step: the worker may forget memories within it
+            measuring = self.link is not None and self.link.compress is None
+            self._at_once = not (compress or measuring or self.memories or self.mean.node is not None)
+        if self._at_once:
             return self._whole(buffer)
         named = [(self._name(p), g) for p, g in zip(bucket.parameters(), bucket.gradients(), strict=True)]
         scale = self._scale
@@ -154,7 +158,7 @@ class LowRankCommState:
         def job() -> Tensor:
             self._reduce(buffer, named, step, scale, compress=compress, last=last)
             if last and self.link is not None:
-                self._measure(self.link, compress)
+                self._measure(self.link, compress, buffer.device)
             return buffer
 
         return self.worker.submit(job, buffer.device)
@@ -168,10 +172,13 @@ class LowRankCommState:
             LowRankError: without ``model``.
         """
         self._named_model("state_dict")
-        if not self.memories:  # so that torch.distributed.checkpoint has tensors to load into
+        memories = self.memories
+        if not memories:  # so that torch.distributed.checkpoint has tensors to load into
             made = {n: self._made(n, p) for n, p in self._parameters().items() if p.requires_grad}
-            self.memories = {name: memory for name, memory in made.items() if memory is not None}
-        return saved(self.step, self.ranks.chosen, self.memories, dist.get_rank(), dist.get_world_size())
+            memories = {name: memory for name, memory in made.items() if memory is not None}
+        compress = None if self.link is None else self.link.compress
+        known = Known(self.step, self.ranks.chosen, self.ranks.spent, compress, memories)
+        return saved(known, dist.get_rank(), dist.get_world_size())
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Goes on from a state of this process, or from one of :func:`merge_comm_states`.
@@ -181,8 +188,16 @@ class LowRankCommState:
                 is changed.
         """
         self._named_model("load_state_dict")
-        loaded = load(state, self._parameters(), self.ranks.fixed, self.kept, dist.get_rank(), dist.get_world_size())
-        self.step, self.ranks.chosen, self.memories = loaded
+        known = load(state, self._parameters(), self.ranks.fixed, self.kept, dist.get_rank(), dist.get_world_size())
+        ruled = self.ranks.fixed is None and self.link is None and any(p.ndim > 1 for p in self._parameters().values())
+        if ruled and known.step > self.start_step and not known.ranks:
+            raise LowRankError(
+                "load_state_dict: this state has no ranks, and a rule gave them. torch.distributed.checkpoint loads"
+                " only what a fresh state_dict() has; load with torch.load or safetensors."
+            )
+        self.step, self.ranks.chosen, self.ranks.spent, compress, self.memories = known
+        if self.link is not None:
+            self.link.compress = compress
 
     def _parameters(self) -> dict[str, Tensor]:
         """What gradients there may be, by name."""
@@ -198,8 +213,8 @@ class LowRankCommState:
     def stats(self) -> dict[str, Any]:
         """Bytes sent and saved, seconds of computing and of exchanging (waiting for others included).
 
-        ``layers`` has by parameter: its rank, the bytes of a step and how many times fewer numbers that is, the norm of
-        what was not sent yet, the bytes that are remembered, and the seconds that its products took.
+        ``layers`` has by parameter: its rank, the bytes of a step and how many times fewer that is than fp32, the norm
+        of what was not sent yet, the bytes that are remembered, and the seconds that its products took.
         """
         layers = {name: self._stats(memory) for name, memory in self.memories.items()}
         return {"steps": self.step, **self.traffic.summary(self.mean.clock.seconds), "layers": layers}
@@ -207,10 +222,11 @@ class LowRankCommState:
     def _stats(self, memory: Memory) -> dict[str, float]:
         stack, rows, columns = memory.shape
         sent = sum(bytes_on_wire(stack * memory.rank * side, self.how.wire) for side in (rows, columns))
+        sent //= 2 if self.how.alternate else 1
         return {
             "rank": memory.rank,
-            "bytes": sent // 2 if self.how.alternate else sent,
-            "ratio": rows * columns / (memory.rank * (rows + columns)),
+            "bytes": sent,
+            "ratio": 4 * stack * rows * columns / sent,
             "residual": float(torch.linalg.vector_norm(memory.error.float())),
             "bytes_kept": memory.nbytes(),
             "seconds": memory.clock.seconds,
@@ -229,11 +245,15 @@ class LowRankCommState:
 
     def _whole(self, buffer: Tensor) -> Future[Tensor]:
         """The ordinary mean, as early as can be."""
-        narrow = buffer.div_(self.mean.size).to(self.whole_dtype or buffer.dtype)
+        narrow = self._narrow(buffer.div_(self.mean.size))
         work = dist.all_reduce(narrow, group=self.mean.group, async_op=True)
         self.traffic.count(narrow.nbytes, buffer.nbytes, 0.0)
         future: Future[Tensor] = work.get_future().then(lambda done: _into(buffer, done.value()[0]))
         return future
+
+    def _narrow(self, buffer: Tensor) -> Tensor:
+        """As whole gradients go where compression loses."""
+        return buffer.to(self.whole_dtype or buffer.dtype)
 
     def _reduce(
         self, buffer: Tensor, named: list[tuple[str, Tensor]], step: int, scale: float, *, compress: bool, last: bool
@@ -249,8 +269,10 @@ class LowRankCommState:
             for name, gradient in owed:
                 self.memories[name].rescale(scale)
                 gradient.add_(gradient_of(self.memories[name].error, gradient.shape))
-            self.mean.over_(buffer)
-            sent = buffer.nbytes
+            narrow = buffer if compress else self._narrow(buffer)
+            self.mean.over_(narrow)
+            sent = narrow.nbytes
+            _into(buffer, narrow)
             if compress:
                 self.ranks.look(named)
             elif owed and bool(torch.isfinite(buffer).all()):
@@ -276,10 +298,10 @@ class LowRankCommState:
         rank = None if shape is None else self.ranks.of(name, shape)
         return None if shape is None or rank is None else Memory(shape, rank, name, like.device, self.kept)
 
-    def _measure(self, link: Link, compressed: bool) -> None:
+    def _measure(self, link: Link, compressed: bool, device: torch.device) -> None:
         link.stepped(compressed)
         if link.ready():
-            times = link.times()
+            times = link.times().to(device)
             self.mean.greatest_(times)
             link.decide(times)
 

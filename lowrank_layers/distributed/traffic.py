@@ -27,7 +27,7 @@ class Traffic:
     """Sums over all buckets of this process.
 
     Args:
-        sent: bytes that collectives were given.
+        sent: bytes that an all-reduce was given; of two exchanges in its place, as much as would take as long.
         whole: bytes that whole gradients would have been.
         seconds: in the worker.
     """

@@ -28,14 +28,15 @@ class Parcel:
         factors: ``[stack, rank, size]`` in fp32; what they lose on the wire is remembered as an error.
         whole: what nothing is remembered of.
         mean: over the processes.
-        wire: ``None`` leaves every dtype as it is. What overflows a narrow one goes out again without it. ``int8``
-            sends factors in 8 bits and the rest in 16, see :mod:`.microscaling`.
+        wire: ``None`` is fp32. What overflows a narrow one goes out again in fp32. ``int8`` sends factors in 8 bits and
+            the rest in 16, see :mod:`.microscaling`.
         keys: one a factor, its own in every bucket: says where it is added up.
 
     Attributes:
         sent: bytes.
         finite: whether everything that came is; if not, nothing has changed.
-        shares: what this process has put into the mean of each factor: the mean over processes is the result.
+        shares: what this process has put into the mean of each factor: the mean over processes is the result, but for
+            what a backend rounds where it adds fp16 or bf16.
     """
 
     def __init__(
@@ -67,7 +68,7 @@ class Parcel:
     def _reduced(
         self, factors: Sequence[Tensor], whole: Sequence[Tensor], mean: Mean, wire: torch.dtype | None
     ) -> tuple[list[Tensor], list[Tensor]]:
-        flat = torch.cat([tensor.flatten().to(wire or tensor.dtype) for tensor in (*factors, *whole)])
+        flat = torch.cat([tensor.flatten().to(wire or torch.float32) for tensor in (*factors, *whole)])
         own = flat[: sum(factor.numel() for factor in factors)].to(torch.float32, copy=True)
         mean.over_(flat)
         self.sent += flat.nbytes
@@ -81,11 +82,12 @@ class Parcel:
 
         Who rounds a sum owes the difference: it belongs to that process' share.
         """
-        shapes = [Blocks(factors, self.keys, mean.size), Blocks(whole, range(len(whole)), mean.size)]
-        parts = [
-            (blocks.dealt(tensors), bits)
-            for blocks, tensors, bits in zip(shapes, (factors, whole), (8, 16), strict=True)
+        device = (*factors, *whole)[0].device
+        shapes = [
+            Blocks(factors, self.keys, mean.size, device),
+            Blocks(whole, range(len(whole)), mean.size, device),
         ]
+        parts = [(shapes[0].dealt(factors), 8), (shapes[1].dealt(whole), 16)]
         packed, widths = _packed(parts)
         received = mean.exchanged(packed)
         sums = [(rows.mean(0, keepdim=True), bits) for rows, bits in _unpacked(received, widths)]
@@ -109,9 +111,10 @@ class Blocks:
         tensors: at least of these shapes; no two share a block.
         keys: which process a tensor's first block goes to, modulo their number; the others follow in turn.
         processes: their number.
+        device: of the tensors.
     """
 
-    def __init__(self, tensors: Sequence[Tensor], keys: Sequence[int], processes: int) -> None:
+    def __init__(self, tensors: Sequence[Tensor], keys: Sequence[int], processes: int, device: torch.device) -> None:
         self.shapes = [tensor.shape for tensor in tensors]
         self.rooms = [room(tensor.numel()) for tensor in tensors]
         firsts = [(key + torch.arange(size // BLOCK)) % processes for key, size in zip(keys, self.rooms, strict=True)]
@@ -119,18 +122,19 @@ class Blocks:
         each = [(owner == process).nonzero().flatten() for process in range(processes)]
         # a block of zeros stands behind the others, for who has fewer
         most = max(map(len, each))
-        self.order = torch.stack([pad(blocks, (0, most - len(blocks)), value=len(owner)) for blocks in each])
+        order = [pad(blocks, (0, most - len(blocks)), value=len(owner)) for blocks in each]
+        self.order, self.device = torch.stack(order).to(device), device
 
     def dealt(self, tensors: Sequence[Tensor]) -> Tensor:
         """``[processes, ...]``."""
         flats = [pad(t.flatten().float(), (0, size - t.numel())) for t, size in zip(tensors, self.rooms, strict=True)]
-        blocks = torch.cat([*flats, torch.zeros(BLOCK, device=flats[0].device if flats else None)]).view(-1, BLOCK)
-        return blocks[self.order.to(blocks.device)].flatten(1)
+        blocks = torch.cat([*flats, torch.zeros(BLOCK, device=self.device)]).view(-1, BLOCK)
+        return blocks[self.order].flatten(1)
 
     def gathered(self, rows: Tensor) -> list[Tensor]:
         """The tensors again."""
         blocks = rows.new_empty(sum(self.rooms) // BLOCK + 1, BLOCK)
-        blocks[self.order.to(rows.device)] = rows.view(*self.order.shape, BLOCK)
+        blocks[self.order] = rows.view(*self.order.shape, BLOCK)
         parts = blocks.flatten()[: sum(self.rooms)].split(self.rooms)
         return [part[: shape.numel()].view(shape) for part, shape in zip(parts, self.shapes, strict=True)]
 

@@ -111,16 +111,19 @@ def resume(rank: int) -> dict[str, Any]:
         "budget": {"rank": lr.Budget(bytes=3000)},
         "energy": {"rank": lr.Energy(0.8)},
         "refresh": {"rank": 2, "refresh": 4},
+        "buckets without factors": {"rank": 2, "saving": 4.0, "wire": torch.bfloat16},
+        "integers, buckets without factors": {"rank": 2, "saving": 4.0, "wire": torch.int8},
     }.items():
+        cap = 0.001 if "buckets" in name else 0.005
         model = made()
-        wrapped, state = wrap(model, settings)
+        wrapped, state = wrap(model, settings, bucket_cap_mb=cap)
         train(wrapped, batches(rank, 9))
         weights, kept = {k: v.clone() for k, v in model.state_dict().items()}, state.state_dict()
         train(wrapped, batches(rank, 9, 9))
         for kind in ("torch", "safetensors"):
             again = made()
             again.load_state_dict(weights)
-            rewrapped, state = wrap(again, settings)
+            rewrapped, state = wrap(again, settings, bucket_cap_mb=cap)
             state.load_state_dict(through_file(kept, kind))
             train(rewrapped, batches(rank, 9, 9))
             out[f"{name}, {kind}"] = torch.equal(flat(wrapped), flat(rewrapped))
@@ -381,6 +384,44 @@ def fallback_pays_out(rank: int) -> dict[str, Any]:
     return {"owed": owed, "lost": lost, "left": sorted(state.memories)}
 
 
+def fallback_in_half(rank: int) -> dict[str, Any]:
+    """What is sent whole has half the bytes, on every way to it."""
+    out: dict[str, Any] = {}
+    for name, compress in {"measuring": None, "chosen": False}.items():
+        wrapped, state = wrap(made(), {"rank": 2, "fallback": torch.float16})
+        state.link.compress = compress
+        train(wrapped, batches(rank, 3))
+        out[name] = state.stats()["ratio"]
+        out[f"{name}, difference"] = difference(flat(wrapped))
+    _, fresh = wrap(made(), {"rank": 2, "fallback": torch.float16}, hook=False)
+    fresh.load_state_dict(state.state_dict())
+    return out | {"kept": fresh.link.compress}
+
+
+def sharded_checkpoint_of_a_rule(rank: int) -> str:
+    """A fresh state has no tensors to load into: said, not passed over."""
+    folder = [tempfile.mkdtemp()]
+    dist.broadcast_object_list(folder)
+    wrapped, state = wrap(made(), {"rank": lr.Energy(0.8)})
+    train(wrapped, batches(rank, 3))
+    dcp.save(state.state_dict(), checkpoint_id=folder[0])
+    _, fresh = wrap(made(), {"rank": lr.Energy(0.8)})
+    found = fresh.state_dict()
+    dcp.load(found, checkpoint_id=folder[0])
+    try:
+        fresh.load_state_dict(found)
+    except lr.LowRankError as error:
+        return str(error)
+    return ""
+
+
+def looking_changes_nothing(rank: int) -> dict[str, bool]:
+    """One process asks for its state before the first step, the other does not."""
+    _, state = wrap(made(), {"rank": 2, "start_step": 3})
+    keys = set(state.state_dict()) if rank == 0 else set()
+    return {"memories": not state.memories, "keys": rank == 1 or "right.middle.weight" in keys}
+
+
 def foreign_parameter(rank: int) -> str:
     wrapped, _ = wrap(made(), {"state": lr.LowRankCommState(rank=2, model=made())})
     x, y = batches(rank, 1)[0]
@@ -428,6 +469,9 @@ CASES: dict[str, Case] = {
         fallback_pays_out,
         full_rank_alternate,
         foreign_parameter,
+        fallback_in_half,
+        sharded_checkpoint_of_a_rule,
+        looking_changes_nothing,
     )
 }
 
@@ -449,6 +493,16 @@ def lost_process(rank: int) -> list[Any]:
         if trouble == "late":
             dist.barrier()
     return out
+
+
+def three(rank: int) -> dict[str, Any]:
+    """More processes than blocks of some tensors, and not a power of two."""
+    out: dict[str, Any] = {}
+    for name, settings in {"int8": {"rank": 1, "wire": torch.int8}, "fp32": {"rank": 1}}.items():
+        wrapped, _ = wrap(made(), settings)
+        train(wrapped, batches(rank, 20))
+        out[name] = {"difference": difference(flat(wrapped)), "weights": flat(wrapped)}
+    return out | {"conserved": conserved(rank, {"rank": 1, "wire": torch.int8})}
 
 
 def nodes(rank: int) -> dict[str, Any]:

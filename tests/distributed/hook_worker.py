@@ -234,8 +234,11 @@ def ways(rank: int) -> dict[str, Any]:
     out: dict[str, Any] = {}
     for name, way in WAYS.items():
         plain, low, full = way(rank, None), way(rank, {"rank": 2}), way(rank, FULL)
+        integers = way(rank, {"rank": 2, "wire": torch.int8, "error_dtype": torch.int8})
         scale = float(plain.abs().max())
         out[name] = {
+            "integers": difference(integers),
+            "integers_to_low": float((integers - low).abs().max()) / scale,
             "low": difference(low),
             "full": difference(full),
             "to_plain": float((full - plain).abs().max()) / scale,
@@ -278,8 +281,8 @@ def conserved(rank: int, given: dict[str, Any], branch: bool = False) -> float:
         owed = 0 if memory is None else memory.error.float().view(total.shape)
         parts = torch.stack([total - owed, total])
         dist.all_reduce(parts)
-        got = applied[name] - parts[0] / 2
-        lost = max(lost, float(got.norm() / (parts[1] / 2).norm()))
+        parts /= dist.get_world_size()
+        lost = max(lost, float((applied[name] - parts[0]).norm() / parts[1].norm()))
     return lost
 
 

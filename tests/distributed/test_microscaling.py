@@ -19,7 +19,7 @@ def numbers(seed, rows=3, blocks=4, spread=8):
 @pytest.mark.parametrize("bits", BITS)
 @given(seed=st.integers(0, 10_000))
 @settings(max_examples=50, deadline=None)
-def test_rounding_is_half_a_step_of_the_block(bits, seed):
+def test_rounding_is_at_most_a_step_of_the_block(bits, seed):
     rows = numbers(seed)
     back = unpack(pack(rows, bits), bits)
     greatest = rows.view(3, -1, BLOCK).abs().amax(-1, keepdim=True)
@@ -48,7 +48,8 @@ def test_powers_of_two_are_exact_over_the_whole_range(bits):
 @pytest.mark.parametrize("extreme", [0.0, 1e-45, -1e-38, 3.4e38, -3.4e38])
 def test_extremes(bits, extreme):
     rows = torch.full((1, BLOCK), extreme)
-    torch.testing.assert_close(unpack(pack(rows, bits), bits), rows, rtol=1e-2, atol=1e-37)
+    # below 2^-126 a code is worth too much to say more than zero
+    torch.testing.assert_close(unpack(pack(rows, bits), bits), rows, rtol=1e-2, atol=2.0**-126)
 
 
 @pytest.mark.parametrize("bits", BITS)
