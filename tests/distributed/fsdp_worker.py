@@ -50,6 +50,12 @@ def transformer() -> nn.Module:
     return nn.Sequential(nn.Linear(12, 32), Block(32), Block(32), nn.Linear(32, 5))
 
 
+def frozen_first() -> nn.Module:
+    model = transformer()
+    model[0].requires_grad_(False)
+    return model
+
+
 def sharded(model: nn.Module, mesh: DeviceMesh, **more: Any) -> nn.Module:
     for module in model.modules():
         if isinstance(module, Block):
@@ -148,12 +154,15 @@ class Cases:
             "rule": (None, {"rank": lr.Energy(0.9), "start_step": 2}),
             "bf16": (bf16, {}),
             "bf16 reduced": (MixedPrecisionPolicy(reduce_dtype=torch.bfloat16), {"error_dtype": torch.bfloat16}),
+            "int8": (None, {"wire": torch.int8, "error_dtype": torch.int8}),
+            "budget": (None, {"rank": lr.Budget(bytes=0.5)}),
+            "budget, frozen": (None, {"rank": lr.Budget(bytes=0.5)}),
         }
         found = {}
         for name, (policy, settings) in ways.items():
-            model, state = self.ours(transformer, policy, **settings)
+            model, state = self.ours(frozen_first if "frozen" in name else transformer, policy, **settings)
             losses = learn(model, torch.optim.Adam(model.parameters(), lr=5e-3), 15)
-            found[name] = (losses, apart(model, self.group), state.step)
+            found[name] = (losses, apart(model, self.group), state.step, state.stats()["ratio"])
         return found
 
     def bytes(self) -> dict[str, Any]:

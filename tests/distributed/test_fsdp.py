@@ -46,13 +46,14 @@ def test_full_rank_is_native_hybrid_sharding(results, way):
         assert apart == 0.0
 
 
-@pytest.mark.parametrize("way", ["alternate", "rule", "bf16", "bf16 reduced"])
+@pytest.mark.parametrize("way", ["alternate", "rule", "bf16", "bf16 reduced", "int8", "budget", "budget, frozen"])
 def test_other_ways_learn_too(results, way):
     for case in results["variants"]:
-        losses, apart, steps = case[way]
+        losses, apart, steps, ratio = case[way]
         assert sum(losses[-3:]) / 3 < 0.6 * losses[0]
         assert apart == 0.0
         assert steps == len(losses)
+        assert ratio > (1.6 if way.startswith("budget") else 1.0), "nothing was saved"
 
 
 def test_bytes_between_replicas(results):
