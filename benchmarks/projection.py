@@ -180,6 +180,29 @@ def rows(args: argparse.Namespace, seeds: list[dict[str, dict[str, Any]]]) -> li
     return found
 
 
+def verdict(seeds: list[dict[str, dict[str, Any]]]) -> str:
+    """The bars, at the same projectors as galore-torch's: bytes, losses, seconds of a step."""
+    own, peer_label = "ours, svd", "galore-torch, svd"
+    if not {own, peer_label, "AdamW"} <= seeds[0].keys():
+        return ""
+
+    def mean(label: str, what: str) -> float:
+        values = [each[label][what] for each in seeds]
+        return statistics.mean(
+            v if isinstance(v, float) else statistics.mean(v[-max(1, len(v) // 10) :]) for v in values
+        )
+
+    checks = {
+        "a third of AdamW's bytes": seeds[0][own]["bytes"] <= seeds[0]["AdamW"]["bytes"] / 3,
+        "held-out loss": mean(own, "held") <= mean(peer_label, "held"),
+        "loss of the last tenth": mean(own, "loss") <= mean(peer_label, "loss"),
+        "seconds": sum(sum(e[own]["seconds"][1:]) for e in seeds)
+        < sum(sum(e[peer_label]["seconds"][1:]) for e in seeds),
+    }
+    failed = [what for what, good in checks.items() if not good]
+    return f"Not met against {peer_label}: {', '.join(failed)}." if failed else "All bars met."
+
+
 def run(args: argparse.Namespace) -> str:
     base, tokens = model_and_tokens(args)
     seeds = [train(args, base, tokens, seed) for seed in range(args.seeds)]
@@ -203,8 +226,9 @@ def run(args: argparse.Namespace) -> str:
                 ],
                 table,
             ),
+            "" if args.smoke else verdict(seeds),
         ]
-    )
+    ).rstrip()
 
 
 def main() -> None:
