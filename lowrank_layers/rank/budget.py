@@ -15,7 +15,7 @@ class Budget:
     Args:
         params: a float in (0, 1] is a fraction of what the model has now, an integer is a count.
         macs: likewise for multiply-accumulates a sample; needs calibration statistics, which know the sizes.
-        bytes: likewise for the bytes of all parameters.
+        bytes: likewise for the bytes of all parameters, or for what a step sends (:class:`LowRankCommState`).
 
     Raises:
         BudgetError: unless exactly one limit is given, and is a fraction in (0, 1] or a positive integer.
