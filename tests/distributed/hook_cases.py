@@ -422,6 +422,29 @@ def looking_changes_nothing(rank: int) -> dict[str, bool]:
     return {"memories": not state.memories, "keys": rank == 1 or "right.middle.weight" in keys}
 
 
+def own_errors(rank: int) -> list[float]:
+    """How much of each error lies in the directions just paid out: taking off the own share leaves nothing."""
+    wrapped, state = wrap(made(), {"rank": 2})
+    train(wrapped, batches(rank, 9))
+    memories = state.memories.values()
+    return [float((m.paid[0].mT @ m.error).norm() / m.error.norm()) for m in memories]
+
+
+def local_iterations(rank: int) -> dict[str, list[float]]:
+    """What the first gradient misses; both processes have the same one, so that their own steps are the mean's."""
+    x, y = batches(0, 1)[0]
+    plain, _ = wrap(made(), None)
+    nn.functional.mse_loss(plain(x), y).backward()
+    out = {}
+    for iterations in (0, 1, 2):
+        wrapped, state = wrap(made(), {"rank": 2, "local_iterations": iterations})
+        nn.functional.mse_loss(wrapped(x), y).backward()
+        pairs = zip(wrapped.module.named_parameters(), plain.parameters(), strict=True)
+        missed = [float((p.grad - q.grad).norm() / q.grad.norm()) for (n, p), q in pairs if n in state.memories]
+        out[str(iterations)] = missed
+    return out
+
+
 def foreign_parameter(rank: int) -> str:
     wrapped, _ = wrap(made(), {"state": lr.LowRankCommState(rank=2, model=made())})
     x, y = batches(rank, 1)[0]
@@ -472,6 +495,8 @@ CASES: dict[str, Case] = {
         fallback_in_half,
         sharded_checkpoint_of_a_rule,
         looking_changes_nothing,
+        own_errors,
+        local_iterations,
     )
 }
 

@@ -265,6 +265,17 @@ def test_looking_changes_nothing(seen):
     assert seen == [{"memories": True, "keys": True}] * 2
 
 
+def test_own_errors(seen):
+    assert all(len(parts) == 4 and max(parts) < TIGHT for parts in seen)
+
+
+def test_local_iterations(seen):
+    for process in seen:
+        assert len(process["0"]) == 4
+        for none, one, two in zip(*process.values(), strict=True):
+            assert two <= one < none
+
+
 def test_foreign_parameter(seen):
     assert all("model= has not" in message for message in seen)
 
