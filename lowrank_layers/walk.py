@@ -7,17 +7,25 @@ from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .errors import LowRankError
 from .layers import is_factored
 
 _WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel")
-_PLAIN = (nn.Parameter, nn.parameter.UninitializedParameter)
 
 
 def check_model(model: object, *, quantized: bool = False) -> nn.Module:
-    """Refuses what cannot be operated on in place, with the remedy; quantised weights where they are not allowed."""
+    """Raises if the model cannot be modified in place: it is wrapped, compiled, scripted, sharded, lazy or quantized.
+
+    Args:
+        model: what is checked, and returned.
+        quantized: whether quantized weights are allowed.
+
+    Raises:
+        LowRankError: with the name of what is in the way, and the remedy.
+    """
     if not isinstance(model, nn.Module):
         raise LowRankError(f"got {type(model).__name__}, expected a torch.nn.Module.")
     name = type(model).__name__
@@ -32,8 +40,14 @@ def check_model(model: object, *, quantized: bool = False) -> nn.Module:
             raise LowRankError(
                 f"{inner!r} is wrapped in {type(module).__name__}; factorize before wrapping, then wrap again."
             )
+    for inner, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if is_lazy(tensor):
+            raise LowRankError(
+                f"{inner!r} is not initialized yet, as in lazy modules such as nn.LazyLinear; run one batch through the"
+                " model first, so that its shapes are known."
+            )
     for inner, parameter in model.named_parameters():
-        if type(parameter) not in _PLAIN and not (quantized and is_quantized(parameter)):
+        if type(parameter) is not nn.Parameter and not (quantized and is_quantized(parameter)):
             raise LowRankError(
                 f"{inner!r} is a {type(parameter).__name__}, expected a plain parameter; factorize before sharding"
                 " (fully_shard) and before quantizing, or load the full state dict into an unsharded model."
