@@ -55,7 +55,10 @@ class LowRankReduceState(LowRankCommState):
         scale = 1.0 if self.scaler is None else float(self.scaler.get_scale())
         trained = [name for name, shard in self._parameters().items() if shard.requires_grad]
         last = self.ranks.complete([name for name, _ in named], trained)
-        self._reduce(flat, named, step, scale, compress=step >= self.start_step, last=last)
+        compress = step >= self.start_step
+        self._reduce(flat, named, step, scale, compress=compress)
+        if compress:
+            self.ranks.settle(self.mean, flat.device, last=last)
 
     def _parameters(self) -> dict[str, Tensor]:
         """What there may be something to remember of."""

@@ -24,6 +24,7 @@ from .matrices import gradient_of, matrix_shape
 from .memory import ERROR_DTYPES, Kept, Memory
 from .ranks import Ranks
 from .reduce import How, Piece, reduce_
+from .sparse import dense_parameters, nbytes
 from .traffic import Traffic
 from .wire import WIRE_DTYPES, bytes_on_wire
 from .worker import Worker
@@ -40,7 +41,8 @@ class LowRankCommState:
     The state is kept by parameter, so that it outlives rebuilt buckets; collectives go through a process group of their
     own and one worker, so that they go out in one order everywhere. A gradient that is not finite in any process leaves
     the state as it was and is averaged as it is, for a ``GradScaler`` to see. One that is zero in every process stays
-    zero and its error is kept, since DDP would throw away what an unused parameter were given.
+    zero and its error is kept, since DDP would throw away what an unused parameter were given. Sparse gradients
+    (``nn.Embedding(sparse=True)``) are averaged as they are, and no budget counts them.
 
     Args:
         rank: of every gradient: an integer, a rule that looks at the singular values of the averaged gradient of step
@@ -151,12 +153,19 @@ class LowRankCommState:
             self._at_once = not (compress or measuring or self.memories or self.mean.node is not None)
         if self._at_once:
             return self._whole(buffer)
-        named = [(self._name(p), g) for p, g in zip(bucket.parameters(), bucket.gradients(), strict=True)]
+        # DDP gives a sparse gradient a bucket of its own, which has no gradients() to take apart
+        named = [] if buffer.is_sparse else list(zip(bucket.parameters(), bucket.gradients(), strict=True))
+        gradients = [(self._name(parameter), gradient) for parameter, gradient in named]
         scale = self._scale
         last = bucket.is_last()
 
         def job() -> Tensor:
-            self._reduce(buffer, named, step, scale, compress=compress, last=last)
+            if buffer.is_sparse:
+                self._reduce_sparse(buffer)
+            else:
+                self._reduce(buffer, gradients, step, scale, compress=compress)
+            if compress:
+                self.ranks.settle(self.mean, buffer.device, last=last)
             if last and self.link is not None:
                 self._measure(self.link, compress, buffer.device)
             return buffer
@@ -200,8 +209,8 @@ class LowRankCommState:
             self.link.compress = compress
 
     def _parameters(self) -> dict[str, Tensor]:
-        """What gradients there may be, by name."""
-        return {} if self.model is None else dict(self.model.named_parameters())
+        """What dense gradients there may be, by name."""
+        return {} if self.model is None else dense_parameters(self.model)
 
     def _named_model(self, what: str) -> nn.Module:
         if self.model is None:
@@ -246,17 +255,24 @@ class LowRankCommState:
     def _whole(self, buffer: Tensor) -> Future[Tensor]:
         """The ordinary mean, as early as can be."""
         narrow = self._narrow(buffer.div_(self.mean.size))
+        self.traffic.count(nbytes(narrow), nbytes(buffer), 0.0)
         work = dist.all_reduce(narrow, group=self.mean.group, async_op=True)
-        self.traffic.count(narrow.nbytes, buffer.nbytes, 0.0)
         future: Future[Tensor] = work.get_future().then(lambda done: _into(buffer, done.value()[0]))
         return future
 
     def _narrow(self, buffer: Tensor) -> Tensor:
-        """As whole gradients go where compression loses."""
-        return buffer.to(self.whole_dtype or buffer.dtype)
+        """As whole gradients go where compression loses; sparse ones always go as they are."""
+        return buffer if buffer.is_sparse else buffer.to(self.whole_dtype or buffer.dtype)
+
+    def _reduce_sparse(self, gradient: Tensor) -> None:
+        """Averages a sparse gradient in place, as it is."""
+        start, sent = time.perf_counter(), nbytes(gradient)
+        self.mean.within_node_(gradient)
+        self.mean.over_(gradient)
+        self.traffic.count(sent, sent, time.perf_counter() - start)
 
     def _reduce(
-        self, buffer: Tensor, named: list[tuple[str, Tensor]], step: int, scale: float, *, compress: bool, last: bool
+        self, buffer: Tensor, named: list[tuple[str, Tensor]], step: int, scale: float, *, compress: bool
     ) -> None:
         start = time.perf_counter()
         self.mean.within_node_(buffer)
@@ -278,8 +294,6 @@ class LowRankCommState:
             elif owed and bool(torch.isfinite(buffer).all()):
                 for name, _ in owed:
                     del self.memories[name]
-        if compress:
-            self.ranks.settle(self.mean, buffer.device, last=last)
         self.traffic.count(sent, buffer.nbytes, time.perf_counter() - start)
 
     def _memory(self, name: str, gradient: Tensor, scale: float) -> Memory | None:
@@ -320,4 +334,6 @@ class LowRankCommState:
 
 
 def _into(buffer: Tensor, averaged: Tensor) -> Tensor:
+    if buffer.is_sparse:  # averaged in place; DDP copies it into the parameter's gradient, which it is already
+        return buffer
     return averaged if averaged.data_ptr() == buffer.data_ptr() else buffer.copy_(averaged)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import queue
 import threading
 from collections.abc import Callable
@@ -15,13 +16,17 @@ from torch.futures import Future
 from ..errors import LowRankError
 
 Job = Callable[[], Tensor]
+_Task = tuple[Job, Future[Any], torch.cuda.Stream | None]
+
+GRACE = 5.0
+"""Seconds that a program waits at its end for a job: one that waits for a lost process may take much longer."""
 
 
 class Worker:
-    """Runs jobs one after another; the thread starts with the first job and ends with the process."""
+    """Runs jobs one after another; the thread starts with the first job and ends with the program."""
 
     def __init__(self) -> None:
-        self._jobs: queue.SimpleQueue[tuple[Job, Future[Any], torch.cuda.Stream | None]] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
         self._failure: BaseException | None = None
         self._thread: threading.Thread | None = None
@@ -34,6 +39,7 @@ class Worker:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="low-rank-gradients", daemon=True)
                 self._thread.start()
+                atexit.register(self._end)
         self._jobs.put((job, future, self._stream(device)))
         # an exception raised in a callback reaches DDP as an error with its message, one that is set does not
         return future.then(_tensor_of)
@@ -52,11 +58,17 @@ class Worker:
 
     @torch.no_grad()
     def _run(self) -> None:
-        while True:
-            job, future, stream = self._jobs.get()
+        while (task := self._jobs.get()) is not None:
+            job, future, stream = task
             # the result is set on the stream too: the future then makes whoever waits for it wait for the stream
             with torch.cuda.stream(stream) if stream is not None else nullcontext():
                 future.set_result(self._done(job))
+
+    def _end(self) -> None:
+        """Python ends a daemon thread where it stands, and in the middle of torch's C++ that aborts the program."""
+        self._jobs.put(None)
+        if self._thread is not None:
+            self._thread.join(GRACE)
 
     def _done(self, job: Job) -> Tensor | BaseException:
         if self._failure is None:

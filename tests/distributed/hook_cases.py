@@ -20,7 +20,7 @@ from lowrank_layers.distributed import link
 from lowrank_layers.distributed.collectives import Mean
 from lowrank_layers.distributed.wire import Parcel
 
-from .hook_worker import FULL, Case, Net, batches, caught, conserved, difference, flat, made, train, wrap
+from .hook_worker import FULL, Case, Net, SparseWords, batches, caught, conserved, difference, flat, made, train, wrap
 
 
 def many_buckets(rank: int) -> list[float]:
@@ -455,6 +455,41 @@ def foreign_parameter(rank: int) -> str:
     return ""
 
 
+def sparse_gradients(rank: int) -> dict[str, Any]:
+    """Beside compressed ones, under every way to find ranks and to send: equal to those of plain DDP at step one."""
+    out: dict[str, Any] = {}
+    for name, settings in {
+        "rank": {"rank": 2},
+        "start_step": {"rank": 2, "start_step": 3},
+        "budget": {"rank": lr.Budget(bytes=3000)},
+        "energy": {"rank": lr.Energy(0.8)},
+        "fallback": {"rank": 2, "fallback": torch.float16},
+        "integers": {"rank": 2, "wire": torch.int8},
+    }.items():
+        plain, _ = wrap(made(SparseWords), None)
+        wrapped, state = wrap(made(SparseWords), settings)
+        if name == "fallback":
+            state.link.compress = False
+        x, y = batches(rank, 1)[0]
+        x = x * rank  # one row in the first process, many in the second
+        for model in (plain, wrapped):
+            nn.functional.mse_loss(model(x), y).backward()
+        grads = {key: p.grad for key, p in wrapped.module.named_parameters()}
+        sparse = {key: p.grad for key, p in plain.module.named_parameters() if p.grad.is_sparse}
+        off = [float((grads[key].to_dense() - grad.to_dense()).abs().max()) for key, grad in sparse.items()]
+        train(wrapped, batches(rank, 6))
+        _, fresh = wrap(made(SparseWords), settings, hook=False)
+        out[name] = {
+            "sparse": sorted(key for key, grad in grads.items() if grad.is_sparse),
+            "off": max(off),
+            "compressed": sorted(state.memories),
+            "difference": difference(flat(wrapped)),
+            "same keys": set(fresh.state_dict()) == set(state.state_dict()),
+        }
+        fresh.load_state_dict(state.state_dict())
+    return out
+
+
 def full_rank_alternate(rank: int) -> float:
     """One product with a square orthonormal basis loses nothing."""
 
@@ -497,6 +532,7 @@ CASES: dict[str, Case] = {
         looking_changes_nothing,
         own_errors,
         local_iterations,
+        sparse_gradients,
     )
 }
 
@@ -530,12 +566,29 @@ def three(rank: int) -> dict[str, Any]:
     return out | {"conserved": conserved(rank, {"rank": 1, "wire": torch.int8})}
 
 
+def alone(rank: int) -> dict[str, Any]:
+    """One process."""
+    plain, _ = wrap(made(SparseWords), None)
+    wrapped, state = wrap(made(SparseWords), {"rank": 2})
+    for model in (plain, wrapped):
+        x, y = batches(rank, 1)[0]
+        nn.functional.mse_loss(model(x), y).backward()
+    words = [model.module.words.weight.grad for model in (plain, wrapped)]
+    return {"off": float((words[0].to_dense() - words[1].to_dense()).abs().max()), "memories": sorted(state.memories)}
+
+
 def nodes(rank: int) -> dict[str, Any]:
     """Four processes, two nodes of two."""
     within = [dist.new_group([0, 1]), dist.new_group([2, 3])][rank // 2]
     across = [dist.new_group([0, 2]), dist.new_group([1, 3])][rank % 2]
     groups = {"process_group": across, "node_group": within}
     out = []
+    whole, _ = wrap(made(SparseWords), None)
+    parted, _ = wrap(made(SparseWords), {"rank": 2, **groups})
+    for model in (whole, parted):
+        x, y = batches(rank, 1)[0]
+        nn.functional.mse_loss(model(x), y).backward()
+    words = [model.module.words.weight.grad.to_dense() for model in (whole, parted)]
     for settings in (None, {"rank": 2, **groups}, {**FULL, **groups}, {"rank": lr.Energy(0.9), **groups}):
         wrapped, state = wrap(made(), settings)
         train(wrapped, batches(rank, 50 if settings and settings["rank"] == 2 else 20))
@@ -544,4 +597,5 @@ def nodes(rank: int) -> dict[str, Any]:
         "differences": [difference for _, difference, _ in out],
         "to_plain": float((out[2][0] - out[0][0]).abs().max() / out[0][0].abs().max()),
         "ratio": out[1][2],
+        "sparse": float((words[0] - words[1]).abs().max() / words[0].abs().max()),
     }

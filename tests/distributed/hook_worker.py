@@ -65,6 +65,22 @@ class Words(nn.Module):
         return out
 
 
+class SparseWords(nn.Module):
+    """Sparse gradients in first and last place, dense ones between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(40, 32, sparse=True)
+        self.pairs = lr.LowRankEmbedding(40, 32, sparse=True, rank=5)
+        self.middle, self.head = lr.LowRankLinear(32, 32, rank=16), nn.Linear(32, 8)
+        self.bag = nn.EmbeddingBag(40, 8, mode="sum", sparse=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        index = (x.abs() * 9).long().clamp(max=39)
+        out: Tensor = self.head(self.middle((self.words(index) + self.pairs(index)).mean(1)).relu())
+        return out + self.bag(index) / 32
+
+
 class Picture(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -200,6 +216,8 @@ WAYS: dict[str, Callable[[int, dict[str, Any] | None], Tensor]] = {
     "activation_checkpointing": plainly(Checkpointed),
     "0_dim_parameter": plainly(Scaled),
     "embedding": plainly(Words),
+    "sparse_gradients": plainly(SparseWords),
+    "sparse_gradients_as_bucket_view": plainly(SparseWords, gradient_as_bucket_view=True, static_graph=True),
     "channels_last": plainly(Picture),
     "experts": plainly(Experts),
     "join": joined,

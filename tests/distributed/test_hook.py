@@ -1,6 +1,8 @@
 """The gradient hook between processes: what breaks torch's own, every way to train, checkpoints, lost processes."""
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -276,6 +278,38 @@ def test_local_iterations(seen):
             assert two <= one < none
 
 
+def test_sparse_gradients(seen):
+    sparse = ["bag.weight", "pairs.down.weight", "words.weight"]
+    for process in seen:
+        for name, got in process.items():
+            assert got["sparse"] == sparse
+            assert got["off"] < TIGHT
+            assert got["difference"] == EXACT
+            assert not set(got["compressed"]) & set(sparse)
+            assert bool(got["compressed"]) != (name == "fallback")
+            # ranks that a rule found are not in a fresh state
+            assert got["same keys"] == (name in ("rank", "start_step", "integers"))
+
+
+def test_sparse_gradients_of_one_process(tmp_path):
+    (process,) = run_processes(hook_cases.alone, tmp_path, world=1)
+    assert process["off"] == 0
+    assert process["memories"] == ["head.weight", "middle.down.weight", "middle.up.weight", "pairs.up.weight"]
+
+
+def test_a_program_that_ends_in_the_middle_of_a_job_ends_well():
+    """Python stops its threads at the end; one that is just then in torch's C++ would abort the program."""
+    program = """
+import time, torch
+from lowrank_layers.distributed.worker import Worker
+future = Worker().submit(lambda: torch.ones(1), torch.device("cpu"))
+still_running = future.then(lambda done: time.sleep(0.05))
+future.wait()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_foreign_parameter(seen):
     assert all("model= has not" in message for message in seen)
 
@@ -303,3 +337,4 @@ def test_two_nodes_of_two(tmp_path):
         assert process["differences"] == [EXACT] * 4
         assert process["to_plain"] < TIGHT
         assert process["ratio"] > 5
+        assert process["sparse"] < TIGHT

@@ -1,0 +1,19 @@
+"""Parameters whose gradients are sparse: they are averaged as they are."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+
+def dense_parameters(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters with dense gradients, by name; the others are found as ``DistributedDataParallel`` finds them."""
+    embeddings = (m for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag) and m.sparse)
+    sparse = {id(p) for embedding in embeddings for p in embedding.parameters(recurse=False)}
+    return {name: p for name, p in model.named_parameters() if id(p) not in sparse}
+
+
+def nbytes(tensor: Tensor) -> int:
+    """The bytes of a tensor; of a sparse one, those of its indices and values."""
+    if tensor.is_sparse:
+        return tensor._indices().nbytes + tensor._values().nbytes
+    return tensor.nbytes
