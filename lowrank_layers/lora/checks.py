@@ -13,15 +13,13 @@ from .kinds import SLICES, Kind, kind_of
 from .target import Place
 
 
-def check_place(module: nn.Module, place: Place, rank: int, name: str, dora: bool = False) -> Kind:
-    """The layout of a weight that an adapter of that name and rank can be put on.
+def check_place(module: nn.Module, place: Place, name: str, dora: bool = False) -> Kind:
+    """The layout of a weight that an adapter of that name can be put on.
 
     Raises:
         LowRankError: where it cannot, saying why.
     """
     label = ".".join(filter(None, place))
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-        raise LowRankError(f"add_lora_: got rank {rank!r} for {label!r}, expected an integer of at least 1.")
     if is_derived(module) or hasattr(module, "parametrizations"):
         raise LowRankError(f"add_lora_: {label!r} is parametrized; fold it first.")
     bank = bank_of(module, place[1])
@@ -49,7 +47,4 @@ def check_place(module: nn.Module, place: Place, rank: int, name: str, dora: boo
             f"add_lora_: {label!r} is quantised ({type(weight).__name__}) and a {plain.__name__}, expected an"
             " nn.Linear; leave it dense, or choose another target."
         )
-    limit = kind.limit(weight)
-    if rank > limit:
-        raise LowRankError(f"add_lora_: got rank {rank} for {label!r}, whose matrix has only {limit}.")
     return kind

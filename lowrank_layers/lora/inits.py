@@ -13,11 +13,14 @@ from torch import Tensor
 from ..decompose import svd
 from ..errors import LowRankError
 from ..linalg import damp, leading_eigenvectors, psd_root
+from ..rank import Spectrum
 from .kinds import Kind
 
 Init = Literal["kaiming", "gaussian", "orthogonal", "pissa", "olora", "eva", "corda", "lora-ga", "loftq"]
 
 _GAMMA = 16
+_GIVE_GRADIENTS = "gradients=weight_gradients(model, batches, loss)"
+_GIVE_REFERENCE = "reference= the model, or state dict, before quantising"
 
 
 @dataclass(frozen=True)
@@ -109,12 +112,12 @@ def _lora_ga(start: Start) -> Started:
     gradient: of that, ``B A'`` is the part of the rows of ``A``, ``B' A`` that of the columns of ``B``. Both have the
     paper's size ``d_out^(1/4) / sqrt(gamma)``, ``gamma = 16`` (Wang et al., 2024, algorithm 1).
     """
-    gradient = _same_shape(start, start.gradient, "lora-ga", "gradients=weight_gradients(model, batches, loss)")
+    gradient = _same_shape(start, start.gradient, "lora-ga", _GIVE_GRADIENTS)
     matrix = start.kind.matrix(gradient)
     if 2 * start.rank > min(matrix.shape[-2:]):
         raise LowRankError(
             f"add_lora_: init 'lora-ga' takes 2 x {start.rank} directions, and a weight of shape"
-            f" {tuple(start.weight.shape)} has {min(matrix.shape[-2:])}; give it half of them with rank_pattern."
+            f" {tuple(start.weight.shape)} has {min(matrix.shape[-2:])}; leave it out with exclude=."
         )
     up, _, down = triplets(matrix, 2 * start.rank)
     size = matrix.shape[-2] ** 0.25 / math.sqrt(_GAMMA)
@@ -124,7 +127,7 @@ def _lora_ga(start: Start) -> Started:
 
 def _loftq(start: Start) -> Started:
     """The best approximation of what quantising took from the weight; it stays on (Li et al., 2023, algorithm 1)."""
-    reference = _same_shape(start, start.reference, "loftq", "reference= the model, or state dict, before quantising")
+    reference = _same_shape(start, start.reference, "loftq", _GIVE_REFERENCE)
     if not start.scaling > 0:
         raise LowRankError(f"add_lora_: init 'loftq' needs a positive scaling, got {start.scaling}.")
     up, values, down = triplets(start.kind.matrix(reference - start.weight.to(reference)), start.rank)
@@ -159,6 +162,37 @@ def _moment(start: Start, who: str) -> Tensor:
             " give stats=calibrate(model, batches), and another init for tables."
         )
     return start.moment
+
+
+def limit_of(init: str, start: Start) -> int:
+    """The largest rank that an init can give a weight."""
+    limit = start.kind.limit(start.weight)
+    return max(1, limit // 2) if init == "lora-ga" else limit
+
+
+def spectrum_of(init: str, start: Start, who: str) -> Spectrum:
+    """What a rank rule reads: the singular values of what the init takes its directions from.
+
+    That is the inputs for EVA, ``W C`` for CorDA, the gradient for LoRA-GA, what quantising took for LoftQ, and the
+    weight for every other; of a stack of matrices the root mean squares.
+    """
+    if init == "eva":
+        values = torch.linalg.eigvalsh(_moment(start, "eva")).flip(0).clamp_min(0).sqrt()
+    else:
+        if init == "corda":
+            matrix = _plain_matrix(start, "corda").double() @ damp(_moment(start, "corda"), 1e-3)
+        elif init == "lora-ga":
+            matrix = start.kind.matrix(_same_shape(start, start.gradient, "lora-ga", _GIVE_GRADIENTS))
+        elif init == "loftq":
+            reference = _same_shape(start, start.reference, "loftq", _GIVE_REFERENCE)
+            matrix = start.kind.matrix(reference - start.weight.to(reference))
+        else:
+            matrix = start.kind.matrix(start.weight)
+        values = torch.linalg.svdvals(matrix.double()).reshape(-1, min(matrix.shape[-2:])).square().mean(0).sqrt()
+    limit = start.kind.limit(start.weight)
+    step = sum(math.prod(shape) for shape in start.kind.shapes(start.weight, 1))
+    *_, rows, columns = start.kind.matrix(start.weight).shape
+    return Spectrum(values[:limit], (rows, columns), range(step, step * limit + 1, step), start.weight.numel(), who)
 
 
 def _taken_off(start: Start, down: Tensor, up: Tensor) -> Started:

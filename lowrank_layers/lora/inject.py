@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import LowRankError
 from ..moments import Statistics
+from ..rank import Rank, check_rank
 from ..unfuse import mind_fast_paths_
 from ..walk import check_model
 from .adapted import BANK, Adapted, adapted_class, bank_of, banks_of, base_weight, values_of
@@ -21,7 +23,7 @@ from .fast import fast_forward
 from .inits import INITS, Init, Start
 from .kinds import Kind
 from .lookup import Source, tensor_for
-from .ranks import explained_ranks, moment_of, of_pattern
+from .ranks import explained_ranks, moment_of, note_lowered, of_pattern, rank_for
 from .target import Place, Target, targets
 
 DEFAULT = "default"
@@ -31,13 +33,14 @@ _LEARNED = "_learned_before_lora"
 def add_lora_(
     model: nn.Module,
     target: Target = "all-linear",
-    rank: int = 8,
+    rank: Rank = 8,
     alpha: float | None = None,
     *,
     name: str = DEFAULT,
+    exclude: Target | None = None,
     dropout: float = 0.0,
     init: Init = "kaiming",
-    rank_pattern: Mapping[str, int] | None = None,
+    rank_pattern: Mapping[str, Rank] | None = None,
     alpha_pattern: Mapping[str, float] | None = None,
     rslora: bool = False,
     dora: bool = False,
@@ -56,9 +59,13 @@ def add_lora_(
 
     Args:
         model: any model, compressed ones included.
-        target: what to adapt: a list of names or ends of names, ``"all-linear"``, a regular expression, or a predicate
-            ``(name, module) -> bool``; see :func:`targets`.
-        rank: of the product.
+        target: what to adapt: a list of names of modules or of the ends of them (with a parameter's name behind, only
+            that parameter), ``"all-linear"``, a regular expression that must match the whole name, or a predicate
+            ``(name, module) -> bool``. ``"all-linear"`` is every linear layer; of a transformers model it leaves out
+            the output head (``lm_head``, ``score``, ``classifier``), as in PEFT.
+        rank: of the product: an integer, or a rank rule that reads the singular values of what the init takes its
+            directions from (the weight, for ``"eva"`` the inputs, for ``"lora-ga"`` the gradient). Where a matrix has
+            no more, an integer is lowered to what it has, with a warning that names the layers.
         alpha: the product is scaled by ``alpha / rank``; ``None`` is ``rank``, a scale of one.
         name: of the adapter; several coexist.
         dropout: on the input of ``A``, in training. Where a weight is read instead of called it cannot be applied.
@@ -66,7 +73,8 @@ def add_lora_(
             ``"eva"`` and ``"corda"``, which look at the inputs and need ``stats``, ``"lora-ga"``, which looks at the
             ``gradients``, and ``"loftq"``, which restores what quantising took from ``reference``. PiSSA, OLoRA, CorDA
             and LoRA-GA start from a product that is not zero, which is taken off again: the base is never touched.
-        rank_pattern: rank for modules whose name ends so.
+        exclude: what to leave out of the target, in the same ways.
+        rank_pattern: ranks for the modules or parameters of these names or ends of names; also rules.
         alpha_pattern: likewise alpha.
         rslora: scales by ``alpha / sqrt(rank)`` (Kalajdzievski, 2023).
         dora: trains the lengths of the outputs too (Liu et al., 2024).
@@ -85,7 +93,7 @@ def add_lora_(
         The model.
 
     Raises:
-        LowRankError: if nothing matches, a rank exceeds the dimensions, the name is taken, or an init does not fit;
+        LowRankError: if nothing matches, the name is taken, or an init does not fit;
             the model is as it was then.
 
     Examples:
@@ -104,19 +112,26 @@ def add_lora_(
         raise LowRankError(f"add_lora_: got dropout {dropout!r}, expected a number in [0, 1).")
     if init not in INITS:
         raise LowRankError(f"add_lora_: got init {init!r}, expected one of {list(INITS)}.")
+    check_rank(rank, "add_lora_")
+    places = targets(model, target, exclude)
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     made: dict[Place, tuple[Adapter, Kind]] = {}
-    places = targets(model, target)
-    shared = explained_ranks(places, stats, rank) if init == "eva" else {}
-    for place in places:
+    lowered: dict[str, int] = {}
+    kinds = {place: check_place(model.get_submodule(place[0]), place, name, dora) for place in places}
+    shared: dict[Place, int] = {}
+    if init == "eva" and isinstance(rank, int):
+        limits = {(o, n): kind.limit(base_weight(model.get_submodule(o), n)) for (o, n), kind in kinds.items()}
+        shared = explained_ranks(limits, stats, rank)
+    for place, kind in kinds.items():
         module = model.get_submodule(place[0])
-        own_rank = of_pattern(rank_pattern, place[0], shared.get(place, rank))
-        own_alpha = of_pattern(alpha_pattern, place[0], float(own_rank) if alpha is None else alpha)
-        kind = check_place(module, place, own_rank, name, dora)
         weight = values_of(base_weight(module, place[1])).detach()
-        scaling = own_alpha / (math.sqrt(own_rank) if rslora else own_rank)
         sources = moment_of(stats, place), tensor_for(gradients, place), tensor_for(reference, place)
-        start = INITS[init](Start(weight, kind, own_rank, scaling, generator, *sources))
+        seen = Start(weight, kind, 1, 1.0, generator, *sources)
+        asked = of_pattern(rank_pattern, place, shared.get(place, rank))
+        own_rank = rank_for(asked, init, seen, ".".join(filter(None, place)), lowered)
+        own_alpha = of_pattern(alpha_pattern, place, float(own_rank) if alpha is None else alpha)
+        scaling = own_alpha / (math.sqrt(own_rank) if rslora else own_rank)
+        start = INITS[init](replace(seen, rank=own_rank, scaling=scaling))
         adapter = Adapter(
             start.a,
             start.b,
@@ -137,6 +152,7 @@ def add_lora_(
     for (owner, parameter), (adapter, kind) in made.items():
         attach_(model.get_submodule(owner), parameter, name, adapter, kind)
     mind_fast_paths_(model)
+    note_lowered(lowered, "add_lora_", 2)
     return model
 
 

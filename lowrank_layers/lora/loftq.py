@@ -8,13 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import LowRankError
+from ..rank import Rank, check_rank
 from ..walk import check_model
 from .adapted import base_weight
 from .checks import check_place
-from .inits import triplets
+from .inits import Start, triplets
 from .inject import DEFAULT, add_lora_
-from .kinds import SLICES, kind_of
+from .kinds import SLICES, Kind, kind_of
 from .merge import users_of
+from .ranks import note_lowered, rank_for
 from .target import Place, Target, targets
 
 Quantize = Callable[[Tensor], Tensor]
@@ -23,7 +25,7 @@ Quantize = Callable[[Tensor], Tensor]
 @torch.no_grad()
 def loftq_(
     model: nn.Module,
-    rank: int,
+    rank: Rank,
     quantize: Quantize,
     *,
     steps: int = 5,
@@ -39,7 +41,8 @@ def loftq_(
 
     Args:
         model: any model of dense weights.
-        rank: of the adapters.
+        rank: of the adapters: an integer, or a rank rule that reads the singular values of what the first rounding
+            takes from a weight; an integer above what a matrix has is lowered, with a warning.
         quantize: the values of a weight after quantising, as a tensor of the same shape: rounded, not packed.
         steps: how many turns; with one, the plain weight is quantised.
         target: what to quantise and adapt, as in :func:`add_lora_`.
@@ -70,18 +73,28 @@ def loftq_(
     owners = users_of(model)
     for place in places:
         _check_own(model.get_submodule(place[0]), place, owners)
-        check_place(model.get_submodule(place[0]), place, rank, name)
+        check_place(model.get_submodule(place[0]), place, name)
+    check_rank(rank, "loftq_")
     kept = {place: _weight(model, place).clone() for place in places}
-    found = {place: _alternate(weight, model, place, rank, quantize, steps) for place, weight in kept.items()}
+    ranks: dict[str, int] = {}
+    lowered: dict[str, int] = {}
+    found: dict[Place, Tensor] = {}
+    for place, weight in kept.items():
+        label, kind = ".".join(filter(None, place)), kind_of(model.get_submodule(place[0]), place[1])
+        first = _quantized(quantize, weight, label)
+        ranks[label] = rank_for(rank, "loftq", Start(first, kind, 1, 1.0, None, reference=weight), label, lowered)
+        found[place] = _alternate(weight, first, kind, ranks[label], quantize, steps, label)
     reference = {".".join(filter(None, place)): weight for place, weight in kept.items()}
     try:
         for place, value in found.items():
             _weight(model, place).copy_(value)
-        return add_lora_(model, target, rank, alpha, name=name, init="loftq", reference=reference)
+        add_lora_(model, target, 1, alpha, name=name, init="loftq", rank_pattern=ranks, reference=reference)
     except BaseException:
         for place, weight in kept.items():
             _weight(model, place).copy_(weight)
         raise
+    note_lowered(lowered, "loftq_", 3)
+    return model
 
 
 def _weight(model: nn.Module, place: Place) -> Tensor:
@@ -103,21 +116,15 @@ def _check_own(module: nn.Module, place: Place, owners: dict[int, list[tuple[str
         )
 
 
-def _alternate(weight: Tensor, model: nn.Module, place: Place, rank: int, quantize: Quantize, steps: int) -> Tensor:
-    """The quantised weight that leaves least when its best correction is added."""
-    kind = kind_of(model.get_submodule(place[0]), place[1])
+def _alternate(
+    weight: Tensor, first: Tensor, kind: Kind, rank: int, quantize: Quantize, steps: int, label: str
+) -> Tensor:
+    """The quantised weight that leaves least when its best correction is added; ``first`` is that of the weight."""
     wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
     correction = torch.zeros_like(wide)
     best, least = weight, float("inf")
-    for _ in range(steps):
-        value = quantize((wide - correction).to(weight.dtype))
-        if not isinstance(value, Tensor) or value.shape != weight.shape or not bool(torch.isfinite(value).all()):
-            got = f"NaN, Inf or shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-            raise LowRankError(
-                f"loftq_: quantize returned {got} for {'.'.join(filter(None, place))!r}, expected finite values of"
-                f" shape {tuple(weight.shape)}."
-            )
-        value = value.detach().to(weight)
+    for step in range(steps):
+        value = _quantized(quantize, (wide - correction).to(weight.dtype), label) if step else first
         residual = wide - value
         up, values, down = triplets(kind.matrix(residual), rank)
         correction = kind.product(*kind.pair(weight, down, up * values[..., None, :]))
@@ -125,3 +132,13 @@ def _alternate(weight: Tensor, model: nn.Module, place: Place, rank: int, quanti
         if left < least:
             best, least = value, left
     return best
+
+
+def _quantized(quantize: Quantize, weight: Tensor, label: str) -> Tensor:
+    value = quantize(weight.clone())
+    if not isinstance(value, Tensor) or value.shape != weight.shape or not bool(torch.isfinite(value).all()):
+        got = f"NaN, Inf or shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise LowRankError(
+            f"loftq_: quantize returned {got} for {label!r}, expected finite values of shape {tuple(weight.shape)}."
+        )
+    return value.detach().to(weight)

@@ -257,9 +257,15 @@ def test_gradients_that_are_missing_or_do_not_fit(change, match):
 def test_the_rank_is_at_most_half_of_the_smaller_side():
     model, batches = classifier()
     gradients = lr.weight_gradients(model, batches, F.cross_entropy)
-    with pytest.raises(lr.LowRankError, match=r"2 x 3 directions.*rank_pattern"):
+    with pytest.warns(UserWarning, match=r"'4\.weight' to 2"):
         lr.add_lora_(model, rank=3, init="lora-ga", gradients=gradients)
-    lr.add_lora_(model, rank=3, rank_pattern={"4": 2}, init="lora-ga", gradients=gradients)
+    assert len(model[4].lora_weight.adapters["default"].A) == 2
+    narrow = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 1))
+    narrow_gradients = {"0.weight": torch.randn(8, 8), "1.weight": torch.randn(1, 8)}
+    with pytest.raises(lr.LowRankError, match=r"2 x 1 directions.*exclude="):
+        lr.add_lora_(narrow, rank=2, init="lora-ga", gradients=narrow_gradients)
+    lr.add_lora_(narrow, rank=2, init="lora-ga", gradients=narrow_gradients, exclude=["1"])
+    assert type(narrow[1]) is nn.Linear
 
 
 def test_a_saved_adapter_fits_the_untouched_base(tmp_path):
