@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..errors import LowRankError
 from .latent import Latent
+from .masks import causal_mask
 from .rotation import TILE, Rotation
 
 MOST_SCORES = 2**25
@@ -147,7 +148,7 @@ def attend(
     tokens = sum(piece.tokens for piece in pieces)
     count = query.shape[2]
     if mask is None and causal and count > 1:
-        mask = torch.ones(count, tokens, dtype=torch.bool, device=query.device).tril(tokens - count)[None, None]
+        mask = causal_mask(count, tokens, query.device)
     if mask is not None and mask.shape[-1] != tokens:
         raise LowRankError(f"attend: got a mask for {mask.shape[-1]} tokens, expected the {tokens} of the cache.")
     scale = query.shape[-1] ** -0.5 if scale is None else scale

@@ -13,6 +13,7 @@ from ..errors import LowRankError
 from .attend import Exact, Old, Piece, attend
 from .cached import Borrowed, Normed, Unlifted
 from .latent import Heads, Latent, Part
+from .masks import is_causal
 from .rotation import Rotation
 from .subspace import Subspace
 
@@ -140,7 +141,7 @@ class LatentAttention(nn.Module):
             [self._piece(keys, values, whole=2 * count > tokens)],
             mask=check_mask(attention_mask, tokens),
             scale=getattr(self, "scaling", None),
-            causal=bool(getattr(self, "is_causal", True)),
+            causal=is_causal(self, kwargs.get("is_causal")),
             softcap=getattr(self, "attn_logit_softcapping", None),
             sinks=getattr(self, "sinks", None),
         )

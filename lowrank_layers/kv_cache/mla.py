@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..errors import LowRankError, UnsupportedLayerError
 from ..walk import check_model
 from .attend import attend
+from .masks import is_causal
 
 NAME = "lowrank_mla"
 """Of the attention that absorbed decoding registers in transformers."""
@@ -205,13 +206,14 @@ def _attention(
     value: Tensor,
     attention_mask: Tensor | None = None,
     scaling: float | None = None,
-    **_: Any,
+    **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """What transformers calls: ``key`` are latents, ``value`` turned keys."""
     weight = module.kv_b_proj.weight.unflatten(0, (-1, module.qk_nope_head_dim + module.v_head_dim))
     keys, values = weight.split([module.qk_nope_head_dim, module.v_head_dim], 1)
     mask = None if attention_mask is None else attention_mask[..., : key.shape[2]]
-    out = attend(query, [Shared(keys, values, key, value)], mask=mask, scale=scaling)
+    causal = is_causal(module, kwargs.get("is_causal"))
+    out = attend(query, [Shared(keys, values, key, value)], mask=mask, scale=scaling, causal=causal)
     return out.transpose(1, 2).contiguous(), None
 
 

@@ -1,0 +1,94 @@
+"""Tiny encoder-decoders of transformers with random weights, large enough that attention is not flat."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+TOKENS = {"vocab_size": 97, "pad_token_id": 0, "eos_token_id": 96, "bos_token_id": 1, "decoder_start_token_id": 2}
+T5 = {"d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_decoder_layers": 3, "num_heads": 4}
+BART = {
+    "d_model": 64,
+    "encoder_layers": 2,
+    "decoder_layers": 3,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 96,
+    "decoder_ffn_dim": 96,
+    "max_position_embeddings": 256,
+}
+WHISPER = {
+    "num_mel_bins": 8,
+    "max_source_positions": 30,
+    "max_target_positions": 256,
+    "suppress_tokens": None,
+    "begin_suppress_tokens": None,
+}
+GEMMA = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "sliding_window": 8,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "vocab_size": 97,
+}
+KINDS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "t5": ("T5Config", "T5ForConditionalGeneration", TOKENS | T5),
+    "mt5": ("MT5Config", "MT5ForConditionalGeneration", TOKENS | T5),
+    "umt5": ("UMT5Config", "UMT5ForConditionalGeneration", TOKENS | T5),
+    "longt5": ("LongT5Config", "LongT5ForConditionalGeneration", TOKENS | T5 | {"local_radius": 4}),
+    "bart": ("BartConfig", "BartForConditionalGeneration", TOKENS | BART),
+    "whisper": ("WhisperConfig", "WhisperForConditionalGeneration", TOKENS | BART | WHISPER),
+}
+"""Name of the configuration, of the model, and sizes; T5Gemma's configuration is two."""
+NAMES = [*KINDS, "t5gemma"]
+
+
+def seq2seq(kind: str, **changes: Any) -> Any:
+    """A model in eval mode."""
+    torch.manual_seed(0)
+    made = (_t5gemma() if kind == "t5gemma" else _made(*KINDS[kind], changes)).eval()
+    with torch.no_grad():
+        for parameter in made.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(4).add_(torch.randn_like(parameter), alpha=0.1)
+    return made
+
+
+def source(kind: str, rows: int = 2) -> dict[str, torch.Tensor]:
+    """What the encoder reads: tokens, or the features of sound."""
+    draw = torch.Generator().manual_seed(1)
+    if kind == "whisper":
+        return {"input_features": torch.randn(rows, 8, 60, generator=draw)}
+    return {"input_ids": torch.randint(3, 96, (rows, 30), generator=draw)}
+
+
+def padded(kind: str) -> dict[str, torch.Tensor]:
+    """The same, with the second row's last third hidden."""
+    found = source(kind)
+    if kind == "whisper":  # its features have no padding that the model looks at
+        return found
+    mask = torch.ones_like(found["input_ids"])
+    mask[1, 20:] = 0
+    return {"input_ids": torch.where(mask.bool(), found["input_ids"], 0), "attention_mask": mask}
+
+
+def _made(config: str, network: str, sizes: dict[str, Any], changes: dict[str, Any]) -> Any:
+    return getattr(transformers, network)(getattr(transformers, config)(**sizes, **changes))
+
+
+def _t5gemma() -> Any:
+    if not hasattr(transformers, "T5GemmaConfig"):
+        pytest.skip("this version of transformers has no T5Gemma")
+    part = transformers.T5GemmaModuleConfig(**GEMMA)
+    config = transformers.T5GemmaConfig(encoder=part, decoder=copy.deepcopy(part), vocab_size=97)
+    for name, token in TOKENS.items():
+        setattr(config, name, token)
+    return transformers.T5GemmaForConditionalGeneration(config)
