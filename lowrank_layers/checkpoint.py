@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import OrderedDict, defaultdict
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,8 @@ from .errors import CheckpointError, LowRankError
 from .files import replacing
 from .layers import FACTORED_LAYERS, FactoredModule, is_factored
 from .surgery import replace_
-from .unfuse import unfuse_, unfused, unfused_names
-from .walk import check_factors, check_model, module_aliases, own_layers
+from .unfuse import attentions, unfuse_, unfused, unfused_names
+from .walk import check_factors, check_model, module_aliases, own_layers, reason_to_keep
 
 KEY = "lowrank_layers"
 """The entry of the file's metadata that holds the ranks."""
@@ -85,6 +86,7 @@ def load(path: str | os.PathLike[str], into: nn.Module) -> nn.Module:
     """
     model = check_model(into)
     body, tensors = _read(Path(path))
+    _check_attentions(model, body["unfused"], path)
     with unfused(model, only=body["unfused"]):
         built = _build(model, body["layers"], path)
         state = _expected_state(model, built)
@@ -100,6 +102,16 @@ def load(path: str | os.PathLike[str], into: nn.Module) -> nn.Module:
     complete._metadata = model.state_dict()._metadata  # type: ignore[attr-defined]
     model.load_state_dict(complete, strict=True, assign=on_meta)
     return model
+
+
+def _check_attentions(model: nn.Module, names: Collection[str], path: object) -> None:
+    """Raises where an attention has to be opened and cannot be."""
+    closed = set(names) - set(attentions(model))
+    for name, module in model.named_modules(remove_duplicate=False):
+        for part in module.modules() if name in closed and isinstance(module, nn.MultiheadAttention) else ():
+            reason = reason_to_keep(part)
+            if reason is not None:
+                raise CheckpointError(f"{path}: {name!r} cannot be opened: {reason}.")
 
 
 def _layers(model: nn.Module) -> dict[str, Any]:
@@ -183,6 +195,9 @@ def _build(model: nn.Module, layers: dict[str, Any], path: object) -> dict[str, 
                 f"{path}: {name!r} replaces {kind.dense_name()}, but the model has a"
                 f" {type(module).__name__}; it is for another model."
             )
+        reason = reason_to_keep(module)
+        if reason is not None:
+            raise CheckpointError(f"{path}: {name!r} cannot be replaced by the low-rank layer: {reason}.")
         ours = describe(module)
         different = {k: (v, ours.get(k)) for k, v in dense.items() if ours.get(k) != v and k != "bias"}
         if different:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from .errors import LowRankError
-from .layers import PROJECTIONS, is_derived
+from .layers import PROJECTIONS
 from .unfuse import mind_fast_paths_
-from .walk import has_hooks, module_aliases, own_layers, put_
+from .walk import module_aliases, own_layers, put_, reason_to_keep
 
 Selector = str | type[nn.Module] | Callable[[str, nn.Module], bool]
 
@@ -77,10 +77,9 @@ def reasons_to_stay(model: nn.Module) -> dict[str, str]:
             reasons[f"{prefix}out_proj"] = "nn.MultiheadAttention reads out_proj.weight itself"
             if name and type(module) is nn.MultiheadAttention:
                 reasons[name] = "a weight of it is tied, computed or hooked, so that it cannot be opened"
-        if is_derived(module):
-            reasons[name] = "its weight is computed (parametrized or normed); fold it to factorize it"
-        elif has_hooks(module):
-            reasons[name] = "it carries hooks, which a replacement would drop"
+        reason = reason_to_keep(module)
+        if reason is not None:
+            reasons[name] = reason
     for names in users.values():
         if len(names) > 1:
             for name in names:

@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from .layers import FactoredModule, LowRankMultiheadAttention, is_derived
-from .walk import has_hooks, module_aliases, own_layers, put_
+from .layers import FactoredModule, LowRankMultiheadAttention
+from .walk import module_aliases, own_layers, put_, reason_to_keep
 
 _FAST_PATHS: dict[type[nn.Module], tuple[str, Any]] = {
     # in eval mode torch's layer reads the weights of its children and skips their forward, unless this says no
@@ -23,7 +23,8 @@ _MEMORY = "_fast_path_of_dense"
 def attentions(model: nn.Module) -> dict[str, nn.MultiheadAttention]:
     """Every ``nn.MultiheadAttention`` below the model that can be opened.
 
-    That is no subclass, none with a computed weight or a hook, and none that shares a parameter with another module.
+    That is no subclass, none with a computed weight, a hook or a forward of its own, and none that shares a parameter
+    with another module.
     """
     users: dict[int, set[str]] = defaultdict(set)
     for name, module in model.named_modules(remove_duplicate=False):
@@ -36,7 +37,7 @@ def attentions(model: nn.Module) -> dict[str, nn.MultiheadAttention]:
             continue
         own = {inside for alias in aliases[module] for inside in (alias, f"{alias}.out_proj")}
         shared = any(not users[id(parameter)] <= own for parameter in module.parameters())
-        if not shared and not any(is_derived(part) or has_hooks(part) for part in module.modules()):
+        if not shared and all(reason_to_keep(part) is None for part in module.modules()):
             found[name] = module
     return found
 

@@ -11,7 +11,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .errors import LowRankError
-from .layers import is_factored
+from .layers import FactoredModule, is_derived, is_factored, peculiarity
 
 _WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel")
 
@@ -82,10 +82,34 @@ def own_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             inside = (*inside, f"{name}." if name else "")
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Whether it carries hooks, which a replacement would drop."""
-    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return any(getattr(module, kind) for kind in kinds)
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def reason_to_keep(module: nn.Module) -> str | None:
+    """Why a dense layer cannot be replaced without losing something, in words; ``None`` where it can."""
+    if is_derived(module):
+        return "its weight is computed (parametrized or normed); fold it to factorize it"
+    strange = peculiarity(module)
+    if strange is not None:
+        return strange
+    if any(getattr(module, kind) for kind in _HOOKS):
+        return "it carries hooks, which a replacement would drop"
+    for key, parameter in module.named_parameters(recurse=False):
+        if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
+            return f"its {key} carries a gradient hook, which a replacement would drop"
+    return None
+
+
+def check_removable(model: nn.Module) -> None:
+    """Raises if a factored layer or a part of it carries hooks or was changed, which multiplying out would lose."""
+    for name, module in own_layers(model):
+        for part in [module, *module.parts] if isinstance(module, FactoredModule) else []:
+            reason = peculiarity(part)
+            if reason is None and any(getattr(part, kind) for kind in _HOOKS):
+                reason = "it carries hooks; remove them first"
+            if reason is not None:
+                inside = "" if part is module else f", {type(part).__name__} inside"
+                raise LowRankError(f"{name!r}{inside}: cannot be multiplied out: {reason}.")
 
 
 def put_(model: nn.Module, replacements: Mapping[str, nn.Module]) -> None:

@@ -17,7 +17,7 @@ from ..linalg import check_tensor
 from ..moments import LayerStats, Statistics
 from ..surgery import reasons_to_stay, remap_optimizer_, replace_
 from ..unfuse import fuse_, mind_fast_paths_, unfuse_, unfused
-from ..walk import check_factors, check_model, own_layers
+from ..walk import check_factors, check_model, check_removable, own_layers
 from .methods import METHODS, regressions
 from .methods.regression import joint_bias
 from .plan import Entry, Plan
@@ -94,6 +94,9 @@ def densify_(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -
         model: a model with factored layers; one without comes back as it is.
         optimizer: its groups are given the new parameters in the place of the old ones.
 
+    Raises:
+        LowRankError: if a factored layer carries hooks or a forward of its own; nothing is changed then.
+
     Examples:
         >>> lr.densify_(nn.Sequential(lr.LowRankLinear(8, 4, rank=2)))
         Sequential(
@@ -102,6 +105,7 @@ def densify_(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -
     """
     check_model(model)
     check_factors(model)
+    check_removable(model)
     factored = {name: module for name, module in own_layers(model) if isinstance(module, FactoredModule)}
     dense = {name: module.to_dense() for name, module in factored.items()}
     replace_(model, dense)

@@ -18,6 +18,7 @@ from .embedding_bag import LowRankEmbeddingBag
 from .kernel import ConvNd
 from .linear import LowRankLinear, LowRankTransposedLinear
 from .matrix import is_table, is_transposed, linear_shape, matrices_of, takes_bias, weight_from_matrices
+from .plain import peculiarity
 from .tensorized import TensorizedEmbedding
 from .tucker import (
     TuckerConv,
@@ -70,6 +71,7 @@ __all__ = [
     "linear_shape",
     "matrices_of",
     "meta_twin",
+    "peculiarity",
     "takes_bias",
     "weight_from_matrices",
     "weight_of",

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from ..errors import LowRankError, UnsupportedLayerError
 from ..rank import Rank
-from .base import bias_of, is_derived, weight_of
+from .base import bias_of, carry_attributes, is_derived, return_attributes, weight_of
 from .linear import LowRankLinear
+from .plain import peculiarity
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
 
@@ -209,6 +210,8 @@ class LowRankMultiheadAttention(nn.Module):
         weights = ["in_proj_weight", *(f"{name}_weight" for name in PROJECTIONS[:3])]
         if any(map(is_derived, attention.modules())) or any(name not in attention._parameters for name in weights):
             raise UnsupportedLayerError(f"{cls.__name__}.from_dense: a weight is parametrized; fold it first.")
+        for strange in filter(None, map(peculiarity, attention.modules())):
+            raise UnsupportedLayerError(f"{cls.__name__}.from_dense: got one that cannot be converted: {strange}.")
         size = attention.embed_dim
         settings = {"bias": False, "device": "meta", "kdim": attention.kdim, "vdim": attention.vdim}
         layer = cls(
@@ -231,6 +234,7 @@ class LowRankMultiheadAttention(nn.Module):
         for key, old in attention.out_proj._parameters.items():
             setattr(layer.out_proj, key, None if old is None else nn.Parameter(old.detach(), old.requires_grad))
         layer.bias_k, layer.bias_v = (attention._parameters.get(key) for key in ("bias_k", "bias_v"))
+        carry_attributes(layer, attention)
         return layer.train(attention.training)
 
     @torch.no_grad()
@@ -271,6 +275,7 @@ class LowRankMultiheadAttention(nn.Module):
                 dense.get_parameter(name).copy_(extra)
         for key, old in dense.named_parameters():
             old.requires_grad_(any(p.requires_grad for p in self._sources(key)))
+        return_attributes(dense, self)
         return dense.train(self.training)
 
     def _sources(self, key: str) -> list[nn.Parameter]:

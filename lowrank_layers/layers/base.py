@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import LowRankError, UnsupportedLayerError
+from ..errors import LowRankError
 from ..factors import Factorization
-from ..linalg import check_tensor
 
 FACTORED_LAYERS: dict[str, type[FactoredModule]] = {}
 """Every factored layer by its class name: what a checkpoint may name."""
 
 Self = TypeVar("Self", bound="FactoredModule")
+Module = TypeVar("Module", bound=nn.Module)
 
 
 class FactoredModule(nn.Module):
@@ -97,7 +96,7 @@ class FactoredModule(nn.Module):
 
     def dense_twin(self) -> nn.Module:
         """:meth:`to_dense` without values, on the meta device: only the settings."""
-        return copy.deepcopy(self).to("meta").to_dense()
+        return meta_twin(self).to_dense()
 
     @property
     def parts(self) -> list[nn.Module]:
@@ -113,26 +112,6 @@ class FactoredModule(nn.Module):
 def is_factored(module: nn.Module) -> bool:
     """Whether ``module`` is one of this library's layers."""
     return isinstance(module, FactoredModule)
-
-
-def check_dense(cls: type[FactoredModule], dense: nn.Module) -> Tensor:
-    """The weight of ``dense``, detached; refuses what ``cls`` cannot stand in for.
-
-    Subclasses are refused: their forward may do something else.
-    """
-    who = f"{cls.__name__}.from_dense"
-    if isinstance(getattr(dense, "weight", None), nn.parameter.UninitializedParameter):
-        raise UnsupportedLayerError(f"{who}: the weight is not initialized yet; run one batch through the model.")
-    if is_derived(dense):
-        raise UnsupportedLayerError(
-            f"{who}: the weight is parametrized: computed from others by weight norm, spectral norm, pruning...;"
-            " fold it first with torch.nn.utils.parametrize.remove_parametrizations, remove_weight_norm,"
-            " remove_spectral_norm or prune.remove."
-        )
-    if not cls.stands_for(dense):
-        hint = " Factorize it once; to change its rank, use factors().truncate." if is_factored(dense) else ""
-        raise UnsupportedLayerError(f"{who}: got {type(dense).__name__}, expected {cls.dense_name()} itself.{hint}")
-    return check_tensor(weight_of(dense), who)
 
 
 def is_derived(module: nn.Module) -> bool:
@@ -157,20 +136,23 @@ def bias_of(module: nn.Module) -> Tensor | None:
     return bias if isinstance(bias, Tensor) else None
 
 
-def meta_twin(module: nn.Module) -> nn.Module:
-    """The same layer without values."""
-    twin: nn.Module = object.__new__(type(module))
+def meta_twin(module: Module) -> Module:
+    """The same layer and its children on the meta device, without values."""
+    twin: Module = object.__new__(type(module))
     twin.__dict__.update(module.__dict__)
     twin._parameters = {
         key: None if p is None else nn.Parameter(p.detach().to("meta"), p.requires_grad)
         for key, p in module._parameters.items()
     }
+    twin._buffers = {key: None if b is None else b.to("meta") for key, b in module._buffers.items()}
+    twin._modules = {key: None if child is None else meta_twin(child) for key, child in module._modules.items()}
     return twin
 
 
 def adopt(new: Self, dense: nn.Module) -> Self:
-    """Carries over what is not in the signature: train or eval mode and ``requires_grad``."""
+    """Carries over what is not in the signature: train or eval mode, ``requires_grad``, attributes of the instance."""
     new.train(dense.training)
+    carry_attributes(new, dense)
     new.requires_grad_(weight_of(dense).requires_grad)
     _match_bias(new.last, dense)
     return new
@@ -179,8 +161,38 @@ def adopt(new: Self, dense: nn.Module) -> Self:
 def adopt_dense(dense: nn.Module, factored: FactoredModule) -> None:
     """The way back of :func:`adopt`."""
     dense.train(factored.training)
+    return_attributes(dense, factored)
     dense.requires_grad_(any(weight_of(child).requires_grad for child in factored.parts))
     _match_bias(dense, factored.last)
+
+
+_CARRIED = "_carried_attributes"
+
+
+def carry_attributes(new: nn.Module, dense: nn.Module) -> None:
+    """Gives a new module the attributes that were set on the dense instance and that its class does not know."""
+    known = _own_attributes(type(dense))
+    carried = {key: value for key, value in vars(dense).items() if key not in known and not hasattr(new, key)}
+    new.__dict__.update(carried)
+    new.__dict__[_CARRIED] = tuple(carried)
+
+
+def return_attributes(dense: nn.Module, new: nn.Module) -> None:
+    """Gives a dense module back what :func:`carry_attributes` took over."""
+    for key in vars(new).get(_CARRIED, ()):
+        dense.__dict__[key] = vars(new)[key]
+
+
+_OWN: dict[type[nn.Module], frozenset[str]] = {}
+
+
+def _own_attributes(kind: type[nn.Module]) -> frozenset[str]:
+    """What a new layer of that kind has in its ``__dict__``."""
+    if kind not in _OWN:
+        sizes = (1,) * (3 if issubclass(kind, nn.modules.conv._ConvNd) else 2)
+        with torch.device("meta"):
+            _OWN[kind] = frozenset(vars(kind(*sizes)))
+    return _OWN[kind]
 
 
 def _match_bias(new: nn.Module, old: nn.Module) -> None:

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from ..decompose import cp
 from ..factors import CP, Blocks
 from ..rank import Rank, Spectrum, choose_rank
-from .base import bias_of, check_dense, fill
+from .base import bias_of, fill
 from .conv import FactoredConv, TransposedConv
 from .kernel import kernel_of
+from .plain import check_dense
 
 Conv = TypeVar("Conv", bound="CPConv")
 AXES = {1: ("horizontal",), 2: ("vertical", "horizontal"), 3: ("depth", "vertical", "horizontal")}

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from ..factors import SVD
 from ..rank import Rank, choose_rank
-from .base import FactoredModule, adopt, adopt_dense, check_dense, fill, weight_of
+from .base import FactoredModule, adopt, adopt_dense, fill, weight_of
 from .linear import pair_factors, pair_spectrum, truncated_pair
+from .plain import check_dense
 
 Table = TypeVar("Table", bound="ThinTable")
 

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from ..errors import UnsupportedLayerError
 from ..rank import Rank, choose_rank
-from .base import adopt, adopt_dense, check_dense
+from .base import adopt, adopt_dense
 from .embedding import ThinTable
 from .linear import pair_spectrum, truncated_pair
+from .plain import check_dense
 
 
 class LowRankEmbeddingBag(ThinTable):

@@ -10,7 +10,8 @@ from ..errors import MissingExtraError
 from ..factors import SVD
 from ..linalg import exact_svd
 from ..rank import Rank, Spectrum, choose_rank
-from .base import FactoredModule, adopt, adopt_dense, bias_of, check_dense, fill, reset_chain, weight_of
+from .base import FactoredModule, adopt, adopt_dense, bias_of, fill, reset_chain, weight_of
+from .plain import check_dense
 
 
 class LowRankLinear(FactoredModule):

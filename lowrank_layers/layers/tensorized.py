@@ -14,7 +14,8 @@ from ..errors import LowRankError, UnsupportedLayerError
 from ..factors import BlockTT
 from ..linalg import train_product, working_dtype
 from ..rank import ParameterFraction, Spectrum, check_rank, choose_rank
-from .base import FactoredModule, adopt, adopt_dense, check_dense, fill, weight_of
+from .base import FactoredModule, adopt, adopt_dense, fill, weight_of
+from .plain import check_dense
 
 Split = tuple[tuple[int, ...], tuple[int, ...]]
 """How rows and columns become digits: ``(n_1, ..., n_K), (d_1, ..., d_K)``."""

@@ -14,9 +14,10 @@ from ..decompose.tucker import tucker_spectrum
 from ..errors import LowRankError
 from ..factors import Blocks, Tucker
 from ..rank import ParameterFraction, RankRule, Spectrum, check_rank, choose_rank
-from .base import bias_of, check_dense, fill, weight_of
+from .base import bias_of, fill, weight_of
 from .conv import FactoredConv, TransposedConv
 from .kernel import kernel_of, weight_of_kernel
+from .plain import check_dense
 
 TuckerRank = int | RankRule | Sequence[int | RankRule]
 Conv = TypeVar("Conv", bound="TuckerConv")
