@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .errors import LowRankError
-from .linalg import mode_product, rounded_train, train_product
+from .linalg import mode_product, rounded_train, train_product, unit_scale
 
 
 @runtime_checkable
@@ -374,6 +374,7 @@ def _relative_error(factorization: Factorization, dense: Tensor) -> float:
             f" expected {tuple(factorization.shape)}, the shape that was factorized."
         )
     dense = dense.detach().double()
-    norm = torch.linalg.vector_norm(dense)
-    error = torch.linalg.vector_norm(dense - factorization.to_dense().detach().double())
+    scale = unit_scale(dense)
+    norm = torch.linalg.vector_norm(dense / scale)
+    error = torch.linalg.vector_norm((dense - factorization.to_dense().detach().double()) / scale)
     return float(error / norm) if norm > 0 else float(error)

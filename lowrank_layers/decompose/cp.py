@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..errors import LowRankError
 from ..factors import CP
-from ..linalg import check_tensor, khatri_rao, leading_eigenvectors, unfold, working_dtype
+from ..linalg import check_tensor, khatri_rao, leading_eigenvectors, narrowed, scaled_to_unit, unfold, working_dtype
 
 
 def cp(
@@ -52,7 +52,7 @@ def cp(
     """
     tensor = check_tensor(tensor, "cp")
     _check_positive(rank=rank, sweeps=sweeps, starts=starts)
-    work = tensor.to(working_dtype(tensor))
+    work, scale = scaled_to_unit(tensor.to(working_dtype(tensor)))
     if rank >= tensor.numel() // max(tensor.shape):
         weights, factors = _fibres(work)
     else:
@@ -65,7 +65,7 @@ def cp(
         best.sweep(sweeps - best.done, tolerance)
         weights, factors = best.components()
     dtype = tensor.dtype
-    return CP(weights.to(dtype), tuple(factor.to(dtype).contiguous() for factor in factors))
+    return CP(narrowed(weights * scale, dtype, "cp"), tuple(factor.to(dtype).contiguous() for factor in factors))
 
 
 def _fibres(tensor: Tensor) -> tuple[Tensor, list[Tensor]]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import LowRankError
 from ..factors import NMF
-from ..linalg import check_tensor, randomized_svd, working_dtype
+from ..linalg import check_tensor, randomized_svd, scaled_to_unit, working_dtype
 from .svd import svd
 
 Solver = Literal["hals", "mu"]
@@ -84,9 +84,7 @@ def nmf(
         eye = torch.eye(min(m, n), dtype=matrix.dtype, device=matrix.device)
         dense = matrix.clone(memory_format=torch.contiguous_format)
         return NMF(dense, eye) if n <= m else NMF(eye, dense)
-    # a power of two, so that dividing by it is exact: squares of huge or tiny entries stay finite
-    scale = math.ldexp(1.0, max(math.frexp(largest)[1] - 1, -120))
-    work = (work / scale).contiguous()
+    work, scale = scaled_to_unit(work.contiguous())
     w, h = _start(work, rank, init, seed)
     if sweeps and largest > 0:
         data = _Sparse(work) if _mostly_zero(work) else _Dense(work)

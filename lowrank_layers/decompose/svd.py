@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ..errors import LowRankError
 from ..factors import SVD
-from ..linalg import check_tensor, exact_svd, gram_svd, randomized_svd, working_dtype
+from ..linalg import check_tensor, exact_svd, gram_svd, narrowed, randomized_svd, scaled_to_unit, working_dtype
 
 Method = Literal["auto", "exact", "randomized", "gram"]
 
@@ -28,7 +28,8 @@ def svd(matrix: Tensor, rank: int | None = None, *, method: Method = "auto", see
         ``[m, n]``.
 
     Raises:
-        LowRankError: for NaN, Inf, integer, empty or meta input, another number of dimensions, a rank below 1.
+        LowRankError: for NaN, Inf, integer, empty or meta input, another number of dimensions, a rank below 1, and
+            singular values that a half-precision input's dtype cannot hold.
 
     Examples:
         >>> weight = torch.randn(60, 40)
@@ -46,7 +47,7 @@ def svd(matrix: Tensor, rank: int | None = None, *, method: Method = "auto", see
             else f"svd: got rank {rank!r}, expected an integer of at least 1 or None."
         )
     rank = limit if rank is None else min(rank, limit)
-    work = matrix.to(working_dtype(matrix))
+    work, scale = scaled_to_unit(matrix.to(working_dtype(matrix)))
     if method == "auto":
         method = _pick(matrix.shape[0], matrix.shape[1], rank)
     if method == "exact":
@@ -57,8 +58,8 @@ def svd(matrix: Tensor, rank: int | None = None, *, method: Method = "auto", see
         u, s, vh = randomized_svd(work, rank, seed=seed)
     else:
         raise LowRankError(f"svd: got method {method!r}, expected 'auto', 'exact', 'randomized' or 'gram'.")
-    dtype = matrix.dtype
-    return SVD(u[:, :rank].to(dtype).contiguous(), s[:rank].to(dtype).contiguous(), vh[:rank].to(dtype).contiguous())
+    parts = u[:, :rank], s[:rank] * scale, vh[:rank]
+    return SVD(*(narrowed(part, matrix.dtype, "svd").contiguous() for part in parts))
 
 
 def _pick(rows: int, columns: int, rank: int) -> Method:

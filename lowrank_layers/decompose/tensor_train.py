@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ..linalg import leading_eigenvectors
+from ..linalg import leading_eigenvectors, scaled_to_unit
 from .svd import svd
 
 _STRIP = 8192
@@ -29,6 +29,7 @@ def tensor_trains(tensor: Tensor, ranks: Sequence[Sequence[int]]) -> Iterator[li
         ``[m_1, ..., m_d]`` to cores ``[r_{k-1}, m_k, r_k]`` with ``r_0 = r_d = 1``.
     """
     modes = tensor.shape
+    tensor, scale = scaled_to_unit(tensor)
     last = len(modes) - 2
     basis, rest = _split(tensor.reshape(modes[0], -1), max(rank[0] for rank in ranks), last=last == 0)
     for rank in ranks:
@@ -37,7 +38,7 @@ def tensor_trains(tensor: Tensor, ranks: Sequence[Sequence[int]]) -> Iterator[li
         for k in range(1, len(modes) - 1):
             core, left = _split(left.reshape(rank[k - 1] * modes[k], -1), rank[k], last=k == last)
             cores.append(core.reshape(rank[k - 1], modes[k], -1))
-        cores.append(left.reshape(rank[-1], modes[-1], 1))
+        cores.append((left * scale).reshape(rank[-1], modes[-1], 1))
         yield cores
 
 

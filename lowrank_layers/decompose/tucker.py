@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..errors import LowRankError
 from ..factors import Tucker
-from ..linalg import check_tensor, mode_product, unfold, working_dtype
+from ..linalg import check_tensor, mode_product, narrowed, scaled_to_unit, unfold, working_dtype
 
 
 def tucker(tensor: Tensor, rank: Sequence[int | None], *, sweeps: int = 20, tolerance: float = 1e-4) -> Tucker:
@@ -39,7 +39,8 @@ def tucker(tensor: Tensor, rank: Sequence[int | None], *, sweeps: int = 20, tole
     """
     tensor = check_tensor(tensor, "tucker")
     ranks = _check_ranks(tensor, rank)
-    core = work = tensor.to(working_dtype(tensor))
+    work, scale = scaled_to_unit(tensor.to(working_dtype(tensor)))
+    core = work
     energy = float(torch.linalg.vector_norm(work, dtype=torch.float64)) ** 2
     factors: dict[int, Tensor] = {}
     kept = energy
@@ -58,7 +59,7 @@ def tucker(tensor: Tensor, rank: Sequence[int | None], *, sweeps: int = 20, tole
             break
     dtype = tensor.dtype
     matrices = (factors[k].to(dtype).contiguous() if k in factors else None for k in range(tensor.ndim))
-    return Tucker(core.to(dtype).clone(memory_format=torch.contiguous_format), tuple(matrices))
+    return Tucker(narrowed(core * scale, dtype, "tucker").contiguous(), tuple(matrices))
 
 
 def _leading(tensor: Tensor, mode: int, rank: int) -> tuple[Tensor, float]:
@@ -114,7 +115,7 @@ def _check_ranks(tensor: Tensor, rank: Sequence[int | None]) -> list[int | None]
 
 def tucker_spectrum(tensor: Tensor, mode: int) -> Tensor:
     """Singular values of one unfolding, largest first, in fp64."""
-    matrix = unfold(tensor, mode).double()
+    matrix, scale = scaled_to_unit(unfold(tensor, mode).double())
     gram = matrix @ matrix.mT if matrix.shape[0] <= matrix.shape[1] else matrix.mT @ matrix
     values: Tensor = torch.linalg.eigvalsh(gram)
-    return values.flip(0).clamp_min(0).sqrt()
+    return values.flip(0).clamp_min(0).sqrt() * scale

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..linalg.svd import leading_eigenvectors, randomized_svd
+from .matrices import to_unit
 
 ProjectionMethod = Literal["svd", "random", "power"]
 POWER_STEPS = 2
@@ -32,11 +33,10 @@ def power_basis(matrix: Tensor, rank: int, basis: Tensor | None, seed: int) -> T
     if basis is None:
         return randomized_svd(matrix, rank, power_iterations=POWER_STEPS, seed=seed)[0]
     for _ in range(POWER_STEPS):
-        rows = matrix.mT @ basis
-        size = rows.abs().amax()
-        # G G^T squares what is small; a gradient of zeros says nothing, and the basis stays
-        turned = torch.linalg.qr(matrix @ (rows / torch.where(size > 0, size, 1.0))).Q
-        basis = torch.where(size > 0, turned, basis)
+        # G G^T squares what is small or large; a gradient of zeros says nothing, and the basis stays
+        rows = to_unit(matrix.mT @ basis)
+        turned = torch.linalg.qr(matrix @ rows).Q
+        basis = torch.where(rows.any(), turned, basis)
     return basis
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from .matrices import to_unit
 from .microscaling import pack, room, unpack
 from .traffic import Clock
 
@@ -99,7 +100,7 @@ class Memory:
         if drawn:
             known = self._drawn(step, known.shape[1])
         # of zeros QR makes the same unit vectors again and again, which may never meet the gradient
-        dead = torch.linalg.vector_norm(known, dim=1, keepdim=True) < 1e-20
+        dead = torch.linalg.vector_norm(to_unit(known), dim=1, keepdim=True) < 1e-20
         basis: Tensor = torch.linalg.qr(torch.where(dead, self._spare(known.shape[1]), known)).Q
         return basis
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..cost import Cost
 from ..errors import LowRankError
+from ..linalg import scaled_to_unit
 from ..rank import Budget, Rank, Spectrum, allocate, check_rank, choose_rank
 from .collectives import Mean
 from .matrices import matrices_of, matrix_shape
@@ -39,8 +40,9 @@ class Look:
         if self.spectrum is None:
             return [0.0]
         energy = self.spectrum.require_values("Budget").square()
-        tail = (energy.sum() - energy.cumsum(0)).clamp_min(0.0).tolist()
-        return [tail[rank - 1] for rank in self.ranks[:-1]] + [0.0]
+        # summed from the small end, which loses nothing
+        tail = [*energy.flip(0).cumsum(0).flip(0).tolist(), 0.0]
+        return [tail[rank] for rank in self.ranks[:-1]] + [0.0]
 
 
 class Ranks:
@@ -98,7 +100,9 @@ class Ranks:
             if not bool(torch.isfinite(matrix).all()):
                 self._spoiled = True
                 break
-            values = torch.linalg.svdvals(matrix).square().sum(0).sqrt()
+            # in fp64 the squares of everything that fp32 holds are finite, and none of them vanishes
+            matrix, scale = scaled_to_unit(matrix)
+            values = (torch.linalg.svdvals(matrix).double() * scale).square().sum(0).sqrt()
             numbers = shape[0] * sum(shape[1:])
             sizes = range(numbers, numbers * len(values) + 1, numbers)
             spectrum = Spectrum(values, shape[1:], sizes, gradient.numel(), f"{WHO}, {name!r}")

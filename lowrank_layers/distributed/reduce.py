@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .collectives import Mean
-from .matrices import gradient_of, matrices_of, times
+from .matrices import gradient_of, matrices_of, times, to_unit
 from .memory import Memory
 from .wire import Parcel
 
@@ -107,7 +107,7 @@ class Low:
         if self.how.alternate or self.memory.whole:
             return basis
         for _ in range(self.how.local_iterations):
-            basis, triangle = torch.linalg.qr(times(self.sum.mT, times(self.sum, basis)))
+            basis, triangle = torch.linalg.qr(times(self.sum.mT, to_unit(times(self.sum, basis))))
             basis = basis * torch.where(triangle.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).unsqueeze(-2)
         return basis
 

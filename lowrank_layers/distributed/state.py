@@ -236,7 +236,7 @@ class LowRankCommState:
             "rank": memory.rank,
             "bytes": sent,
             "ratio": 4 * stack * rows * columns / sent,
-            "residual": float(torch.linalg.vector_norm(memory.error.float())),
+            "residual": float(torch.linalg.vector_norm(memory.error, dtype=torch.float64)),
             "bytes_kept": memory.nbytes(),
             "seconds": memory.clock.seconds,
         }

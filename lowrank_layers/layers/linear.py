@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ..decompose import svd
 from ..errors import MissingExtraError
 from ..factors import SVD
-from ..linalg import exact_svd
+from ..linalg import exact_svd, working_dtype
 from ..rank import Rank, Spectrum, choose_rank
 from .base import FactoredModule, adopt, adopt_dense, bias_of, fill, reset_chain, weight_of
 from .plain import check_dense
@@ -236,10 +236,13 @@ def truncated_pair(matrix: Tensor, rank: Rank, owner: str) -> tuple[Tensor, Tens
     """``(U sqrt(S), sqrt(S) V^T)`` of a matrix at the rank that ``rank`` means for it."""
     limit = min(matrix.shape)
     known = isinstance(rank, int)
-    full = None if known else svd(matrix)
+    # singular values may be beyond what half precision holds, whose roots are within
+    wide = matrix.to(working_dtype(matrix))
+    full = None if known else svd(wide)
     values = None if full is None else full.s
     chosen = choose_rank(rank, pair_spectrum(matrix.shape[0], matrix.shape[1], values, owner), limit)
-    return (svd(matrix, chosen) if full is None else full.truncate(chosen)).pair()
+    up, down = (svd(wide, chosen) if full is None else full.truncate(chosen)).pair()
+    return up.to(matrix.dtype), down.to(matrix.dtype)
 
 
 def pair_factors(up: Tensor, down: Tensor) -> SVD:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..decompose.tensor_train import tensor_trains
 from ..errors import LowRankError, UnsupportedLayerError
 from ..factors import BlockTT
-from ..linalg import train_product, working_dtype
+from ..linalg import scaled_to_unit, train_product, working_dtype
 from ..rank import ParameterFraction, Spectrum, check_rank, choose_rank
 from .base import FactoredModule, adopt, adopt_dense, fill, weight_of
 from .plain import check_dense
@@ -254,7 +254,8 @@ class TensorizedEmbedding(FactoredModule):
         layer = cls.like(embedding, rank=bonds, split=how)
         if layer.rank != bonds:
             cores = BlockTT(tuple(cores), layer.num_embeddings).truncate(layer.rank).cores
-        norms = [torch.linalg.vector_norm(core.double()) for core in cores]
+        parts = [scaled_to_unit(core.double()) for core in cores]
+        norms = [torch.linalg.vector_norm(core) * unit for core, unit in parts]
         even = math.prod((norm ** (1 / len(cores)) for norm in norms), start=torch.ones_like(norms[0]))
         scales = [torch.where(norm > 0, even / norm, 0) for norm in norms]
         scaled = [core.double().transpose(0, 1) * scale for core, scale in zip(cores, scales, strict=True)]

@@ -46,3 +46,18 @@ def check_tensor(tensor: Tensor, who: str, *, ndim: int | None = None) -> Tensor
 def working_dtype(tensor: Tensor) -> torch.dtype:
     """The dtype to compute in: fp64 stays, anything shorter is computed in fp32."""
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def narrowed(tensor: Tensor, dtype: torch.dtype, who: str) -> Tensor:
+    """The result in the dtype of the input, or an error where that cannot hold it.
+
+    Raises:
+        LowRankError: for entries that would become Inf.
+    """
+    narrow = tensor.to(dtype)
+    if dtype != tensor.dtype and not bool(torch.isfinite(narrow).all()):
+        raise LowRankError(
+            f"{who}: the result has entries up to {float(tensor.abs().max()):.4g}, which {dtype}, the dtype of the"
+            " input, cannot hold; convert the input with .float(), or scale it down."
+        )
+    return narrow

@@ -24,7 +24,7 @@ class Energy:
 
     def __call__(self, spectrum: Spectrum) -> int:
         """The rank to use."""
-        kept = spectrum.require_values(self).square().cumsum(0)
+        kept = spectrum.energies(self).cumsum(0)
         return int((kept < self.fraction * kept[-1]).sum()) + 1
 
 
@@ -47,7 +47,7 @@ class RelativeError:
 
     def __call__(self, spectrum: Spectrum) -> int:
         """The rank to use."""
-        energy = spectrum.require_values(self).square()
+        energy = spectrum.energies(self)
         # summed from the small end, which loses nothing: tail[r] is the squared error of rank r
         tail = energy.flip(0).cumsum(0).flip(0)
         return max(1, int((tail > self.bound**2 * tail[0]).sum()))

@@ -27,7 +27,7 @@ class EVBMF:
 
     def __call__(self, spectrum: Spectrum) -> int:
         """The rank to use."""
-        squares = spectrum.require_values(self).square().cpu()
+        squares = spectrum.energies(self).cpu()
         rows, columns = sorted(spectrum.shape)
         alpha = rows / columns
         tau = 2.5129 * math.sqrt(alpha)

@@ -9,6 +9,7 @@ from typing import Protocol, runtime_checkable
 from torch import Tensor
 
 from ..errors import LowRankError
+from ..linalg import scaled_to_unit
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,10 @@ class Spectrum:
                 " give an integer or ParameterFraction."
             )
         return self.values.double()
+
+    def energies(self, rule: object) -> Tensor:
+        """The squares of the singular values in fp64, in a unit in which the largest one is between 1 and 4."""
+        return scaled_to_unit(self.require_values(rule))[0].square()
 
 
 @runtime_checkable

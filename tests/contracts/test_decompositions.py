@@ -175,11 +175,38 @@ def test_global_random_state_is_untouched_and_the_result_repeats(row):
 
 
 @rows
-@pytest.mark.parametrize("scale", [2.0**-50, 2.0**50], ids=["tiny", "huge"])
-def test_scaling_the_input_scales_the_result(row, scale):
-    tensor = row.sample(dtype=torch.float32)
-    expected = row(tensor, row.rank(2)).to_dense()
-    assert relative(row(tensor * scale, row.rank(2)).to_dense() / scale, expected) < 1e-5
+@pytest.mark.parametrize(
+    ("scale", "dtype"),
+    [
+        (2.0**-50, torch.float32),
+        (2.0**50, torch.float32),
+        (2.0**-110, torch.float32),
+        (2.0**110, torch.float32),
+        (2.0**-110, torch.bfloat16),
+        (2.0**-900, torch.float64),
+        (2.0**900, torch.float64),
+    ],
+    ids=str,
+)
+def test_scaling_the_input_scales_the_result(row, scale, dtype):
+    """Squares of entries like these are in no dtype."""
+    tensor = row.sample(dtype=dtype)
+    f = row(tensor, row.rank(2))
+    expected = f.to_dense().double()
+    scaled = row(tensor * scale, row.rank(2))
+    assert relative(scaled.to_dense().double() / scale, expected) < (2e-2 if dtype == torch.bfloat16 else 1e-5)
+    assert scaled.relative_error(tensor * scale) == pytest.approx(f.relative_error(tensor), rel=1e-2)
+
+
+@rows
+def test_a_result_beyond_half_precision_is_refused_with_the_remedy(row):
+    """Entries of 6e4 are in fp16, their norm is not."""
+    tensor = torch.full(row.shape, 6e4, dtype=torch.float16)
+    if row.nonnegative:  # both factors have the square root of the size
+        assert row(tensor, row.rank(2)).relative_error(tensor) < 1e-2
+        return
+    with pytest.raises(lr.LowRankError, match=rf"^{row.function.__name__}: .*float16, .*cannot hold.*\.float\(\)"):
+        row(tensor, row.rank(2))
 
 
 @rows

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 import tempfile
 import time
@@ -490,6 +491,37 @@ def sparse_gradients(rank: int) -> dict[str, Any]:
     return out
 
 
+def units(rank: int) -> dict[str, Any]:
+    """How far averaged gradients of a scaled loss, divided by the scale, are from those of the loss."""
+    out: dict[str, Any] = {}
+    for name, settings in {
+        "rank": {"rank": 2},
+        "alternate": {"rank": 2, "alternate": True},
+        "budget": {"rank": lr.Budget(bytes=4000)},
+        "relative error": {"rank": lr.RelativeError(0.3)},
+        "integers": {"rank": 2, "wire": torch.int8, "error_dtype": torch.int8},
+    }.items():
+        found: dict[float, list[Tensor]] = {}
+        ranks = {}
+        for scale in (1.0, 2.0**60, 2.0**100, 2.0**-100):
+            wrapped, state = wrap(made(), settings)
+            found[scale] = []
+            for x, y in batches(rank, 5):
+                wrapped.zero_grad()
+                (nn.functional.mse_loss(wrapped(x), y) * scale).backward()
+                found[scale].append(torch.cat([p.grad.flatten() / scale for p in wrapped.parameters()]))
+            ranks[scale] = {key: memory.rank for key, memory in state.memories.items()}
+            residuals = [layer["residual"] for layer in state.stats()["layers"].values()]
+            assert all(0 < residual < math.inf for residual in residuals)
+        plain = found.pop(1.0)
+        off = {
+            scale: max(float((a - b).norm() / b.norm()) for a, b in zip(grads, plain, strict=True))
+            for scale, grads in found.items()
+        }
+        out[name] = {"off": off, "ranks": [ranks[scale] == ranks[1.0] != {} for scale in off]}
+    return out
+
+
 def full_rank_alternate(rank: int) -> float:
     """One product with a square orthonormal basis loses nothing."""
 
@@ -533,6 +565,7 @@ CASES: dict[str, Case] = {
         own_errors,
         local_iterations,
         sparse_gradients,
+        units,
     )
 }
 

@@ -278,6 +278,14 @@ def test_local_iterations(seen):
             assert two <= one < none
 
 
+def test_units(seen):
+    """Squares of gradients of 1e18 or 1e-30 are not in fp32."""
+    for process in seen:
+        for name, got in process.items():
+            assert max(got["off"].values()) < 1e-4, (name, got)
+            assert all(got["ranks"]), (name, got)
+
+
 def test_sparse_gradients(seen):
     sparse = ["bag.weight", "pairs.down.weight", "words.weight"]
     for process in seen:
