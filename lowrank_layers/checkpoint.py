@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections import OrderedDict, defaultdict
+from collections import OrderedDict
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from .compress.spec import describe
 from .errors import CheckpointError, LowRankError
 from .files import replacing
 from .layers import FACTORED_LAYERS, FactoredModule, is_factored
+from .storage import separate, shared_names
 from .surgery import replace_
 from .unfuse import attentions, unfuse_, unfused, unfused_names
 from .walk import check_factors, check_model, module_aliases, own_layers, reason_to_keep
@@ -30,15 +31,17 @@ VERSION = 1
 def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Writes the state dict as safetensors, with every factored layer's kind and rank in the metadata.
 
-    A tensor that has several names is stored once. The file is written under a temporary name and renamed, so that
-    it is never seen half done.
+    A tensor that has several names is stored once. Parameters must be finite; buffers may hold anything, such as the
+    ``-inf`` of an attention mask. The file is written under a temporary name and renamed, so that it is never seen
+    half done.
 
     Args:
         model: factored or not.
         path: the file, usually ``*.safetensors``.
 
     Raises:
-        CheckpointError: if the state dict holds something that is no tensor, or a tensor without values.
+        CheckpointError: if the state dict holds something that is no tensor, a tensor without values, a parameter with
+            NaN or Inf entries, or tensors of which one is a part of another.
 
     Examples:
         >>> import tempfile, os
@@ -53,14 +56,21 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     check_model(model)
     check_factors(model)
     path = Path(path)
-    state = model.state_dict()
+    state: dict[str, Tensor] = model.state_dict(keep_vars=True)
     for name, tensor in state.items():
         if not isinstance(tensor, Tensor):
             raise CheckpointError(f"save: {name!r} is a {type(tensor).__name__}, and safetensors hold tensors only.")
         if tensor.is_meta:
             raise CheckpointError(f"save: {name!r} is on the meta device and has no values to write.")
-    shared = _shared(state)
-    tensors = {name: tensor.contiguous() for name, tensor in state.items() if name not in shared}
+        if tensor.layout is not torch.strided:
+            raise CheckpointError(f"save: {name!r} is a {tensor.layout} tensor, expected a dense one; use .to_dense().")
+        if not _may_be_stored(tensor):
+            raise CheckpointError(
+                f"save: the parameter {name!r} has NaN or Inf entries, expected finite ones; go back to a state before"
+                " they appeared, or register what is meant to be infinite (a mask) as a buffer."
+            )
+    shared = shared_names(state)
+    tensors = separate({name: tensor.detach() for name, tensor in state.items() if name not in shared})
     body = {"version": VERSION, "layers": _layers(model), "unfused": unfused_names(model), "shared": shared}
     if not path.parent.is_dir():
         raise CheckpointError(f"save: the folder {path.parent} does not exist.")
@@ -129,19 +139,11 @@ def _layers(model: nn.Module) -> dict[str, Any]:
     return layers
 
 
-def _shared(state: dict[str, Tensor]) -> dict[str, str]:
-    """Later name to first name, for tensors that are one and the same."""
-    names: dict[Any, list[str]] = defaultdict(list)
-    for name, tensor in state.items():
-        if tensor.numel():
-            key = (
-                tensor.untyped_storage().data_ptr(),
-                tensor.storage_offset(),
-                tensor.shape,
-                tensor.stride(),
-            )
-            names[key].append(name)
-    return {other: first for first, *others in names.values() for other in others}
+def _may_be_stored(tensor: Tensor) -> bool:
+    """The one rule of saving and loading: parameters are finite, buffers may hold anything."""
+    if not isinstance(tensor, nn.Parameter):
+        return True
+    return bool(torch.isfinite(tensor.float() if tensor.dtype.itemsize == 1 else tensor).all())
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -215,9 +217,10 @@ def _expected_state(model: nn.Module, built: dict[str, nn.Module]) -> dict[str, 
     aliases = {name: names for names in module_aliases(model).values() for name in names}
     places = {alias: new for name, new in built.items() for alias in aliases[name]}
     inside = tuple(f"{place}." for place in places)
-    state = {name: t for name, t in model.state_dict().items() if not (inside and name.startswith(inside))}
+    kept = model.state_dict(keep_vars=True)
+    state = {name: tensor for name, tensor in kept.items() if not (inside and name.startswith(inside))}
     for place, new in places.items():
-        state.update({f"{place}.{key}": tensor for key, tensor in new.state_dict().items()})
+        state.update({f"{place}.{key}": tensor for key, tensor in new.state_dict(keep_vars=True).items()})
     return state
 
 
@@ -232,8 +235,8 @@ def _compare(state: dict[str, Tensor], tensors: dict[str, Tensor], path: object)
                 problems.append(f"{name!r} has shape {tuple(tensor.shape)}, expected {tuple(own.shape)}")
             elif own.dtype != tensor.dtype:
                 problems.append(f"{name!r} is {tensor.dtype}, the model is {own.dtype} (use model.to({tensor.dtype}))")
-            elif not bool(torch.isfinite(tensor).all()):
-                problems.append(f"{name!r} has NaN or Inf entries")
+            elif isinstance(own, nn.Parameter) and not _may_be_stored(nn.Parameter(tensor, requires_grad=False)):
+                problems.append(f"the parameter {name!r} has NaN or Inf entries")
     if problems:
         more = f", and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise CheckpointError(
