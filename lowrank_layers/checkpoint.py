@@ -18,6 +18,7 @@ from .compress.spec import describe
 from .errors import CheckpointError, LowRankError
 from .files import replacing
 from .layers import FACTORED_LAYERS, FactoredModule, is_factored
+from .materialize import check_can_be_filled, fill_, tied_names
 from .storage import separate, shared_names
 from .surgery import replace_
 from .unfuse import attentions, unfuse_, unfused, unfused_names
@@ -82,7 +83,8 @@ def load(path: str | os.PathLike[str], into: nn.Module) -> nn.Module:
     """Turns a freshly built dense model into the saved one, in place.
 
     Everything is read and compared first: names, kinds, ranks, shapes and dtypes. If anything does not fit, the
-    error names it and the model is as it was.
+    error names it and the model is as it was. Parameters and buffers on the meta device are filled, and those that are
+    one tensor in the model or were one in the saved model are one again.
 
     Args:
         path: what :func:`save` wrote.
@@ -92,7 +94,8 @@ def load(path: str | os.PathLike[str], into: nn.Module) -> nn.Module:
         The model ``into``.
 
     Raises:
-        CheckpointError: if the file is torn, foreign, or for another model.
+        CheckpointError: if the file is torn, foreign, or for another model, or if the model has tensors on the meta
+            device that no file holds, such as non-persistent buffers.
     """
     model = check_model(into)
     body, tensors = _read(Path(path))
@@ -105,12 +108,13 @@ def load(path: str | os.PathLike[str], into: nn.Module) -> nn.Module:
             raise CheckpointError(f"{path}: {alias!r} refers to {name!r}, which is not there; the file is damaged.")
         tensors[alias] = tensors[name]
     _compare(state, tensors, path)
+    check_can_be_filled(model, state, path)
     unfuse_(model, body["unfused"])
     replace_(model, built)
-    on_meta = any(tensor.is_meta for tensor in state.values())
+    fill_(model, tensors, body["shared"])
     complete: OrderedDict[str, Tensor] = OrderedDict(tensors)
     complete._metadata = model.state_dict()._metadata  # type: ignore[attr-defined]
-    model.load_state_dict(complete, strict=True, assign=on_meta)
+    model.load_state_dict(complete, strict=True)
     return model
 
 
@@ -237,6 +241,11 @@ def _compare(state: dict[str, Tensor], tensors: dict[str, Tensor], path: object)
                 problems.append(f"{name!r} is {tensor.dtype}, the model is {own.dtype} (use model.to({tensor.dtype}))")
             elif isinstance(own, nn.Parameter) and not _may_be_stored(nn.Parameter(tensor, requires_grad=False)):
                 problems.append(f"the parameter {name!r} has NaN or Inf entries")
+    for names in tied_names(state).values():
+        for other in names[1:]:
+            first = names[0]
+            if other in tensors and first in tensors and not torch.equal(tensors[first], tensors[other]):
+                problems.append(f"{first!r} and {other!r} are one tensor in the model and differ in the file")
     if problems:
         more = f", and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise CheckpointError(

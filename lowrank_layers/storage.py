@@ -73,5 +73,5 @@ def _overlap(a: Tensor, b: Tensor) -> bool:
 def _span(tensor: Tensor) -> tuple[int, int]:
     """The bytes of the storage at which its first and its last element begin."""
     reach = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
-    first = tensor.storage_offset() * tensor.element_size()
-    return first, first + reach * tensor.element_size()
+    first = int(tensor.storage_offset()) * tensor.element_size()
+    return first, first + int(reach) * tensor.element_size()

@@ -171,7 +171,7 @@ _CARRIED = "_carried_attributes"
 
 def carry_attributes(new: nn.Module, dense: nn.Module) -> None:
     """Gives a new module the attributes that were set on the dense instance and that its class does not know."""
-    known = _own_attributes(type(dense))
+    known = own_attributes(type(dense))
     carried = {key: value for key, value in vars(dense).items() if key not in known and not hasattr(new, key)}
     new.__dict__.update(carried)
     new.__dict__[_CARRIED] = tuple(carried)
@@ -186,7 +186,7 @@ def return_attributes(dense: nn.Module, new: nn.Module) -> None:
 _OWN: dict[type[nn.Module], frozenset[str]] = {}
 
 
-def _own_attributes(kind: type[nn.Module]) -> frozenset[str]:
+def own_attributes(kind: type[nn.Module]) -> frozenset[str]:
     """What a new layer of that kind has in its ``__dict__``."""
     if kind not in _OWN:
         sizes = (1,) * (3 if issubclass(kind, nn.modules.conv._ConvNd) else 2)

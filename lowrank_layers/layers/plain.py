@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..errors import LowRankError, UnsupportedLayerError
 from ..linalg import check_tensor
-from .base import FACTORED_LAYERS, FactoredModule, is_derived, is_factored, meta_twin, weight_of
+from .base import FACTORED_LAYERS, FactoredModule, is_derived, is_factored, meta_twin, own_attributes, weight_of
 
 _COMPILED = "_compiled_call_impl"  # set by ``module.compile()``
 
@@ -86,7 +86,7 @@ def _unlike_fresh(module: nn.Module) -> str | None:
     if shape != expected:
         return f"its weight has shape {shape}, but its settings say {expected}"
     unread = {_PADDING} if getattr(module, "padding_mode", "zeros") == "zeros" else set()
-    for key in vars(fresh).keys() - _MODULE - unread:
+    for key in own_attributes(type(module)) - _MODULE - unread:
         value, expected_value = vars(module).get(key), vars(fresh)[key]
         if value != expected_value:
             return f"its {key} is {value!r}, but a new {name} with its settings has {expected_value!r}"

@@ -64,3 +64,62 @@ def test_parameters_that_are_not_finite_are_refused_on_both_sides(row, value, tm
         with pytest.raises(lr.CheckpointError, match=f"parameter '{name}' has NaN or Inf.*unchanged"):
             lr.load(spoiled, into=dense)
         assert type(dense[0]) is row.cls.dense_type
+
+
+class Tied(nn.Module):
+    """A layer between an embedding and the head that is tied to it, with a buffer that no file holds."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+        self.embed = nn.Embedding(20, 8)
+        self.mid = nn.Linear(8, 8)
+        self.head = nn.Linear(8, 20, bias=False)
+        self.head.weight = self.embed.weight
+        self.embed.weight.requires_grad_(False)
+        self.register_buffer("scale", torch.arange(1.0, 9.0), persistent=False)
+        self.register_buffer("steps", torch.tensor(3))
+
+    def forward(self, ids: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.tanh(self.mid(self.embed(ids) * self.scale))).sum() + self.layer(x).square().sum()
+
+
+def train(model: nn.Module, ids: torch.Tensor, x: torch.Tensor) -> None:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(ids, x).backward()
+        optimizer.step()
+
+
+@rows
+def test_a_model_on_the_meta_device_becomes_the_saved_one(row, tmp_path):
+    path = tmp_path / "m.safetensors"
+    model = Tied(row.dense())
+    lr.factorize_(model, lr.make_plan(model, rank=1))
+    lr.save(model, path)
+    with torch.device("meta"):
+        empty = Tied(row.dense())
+    empty.scale = model.scale.clone()
+    loaded = lr.load(path, into=empty)
+    assert not any(tensor.is_meta for tensor in (*loaded.parameters(), *loaded.buffers()))
+    assert loaded.head.weight is loaded.embed.weight
+    flags = {name: p.requires_grad for name, p in model.named_parameters()}
+    assert {name: p.requires_grad for name, p in loaded.named_parameters()} == flags
+    ids, x = torch.randint(20, (3, 4)), row.input(row.dense())
+    for each in (model, loaded):
+        train(each, ids, x)
+    assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in model.state_dict().items())
+    assert torch.equal(loaded(ids, x), model(ids, x))
+
+
+@rows
+def test_buffers_on_the_meta_device_that_no_file_holds_are_named(row, tmp_path):
+    lr.save(Tied(row.fresh()), tmp_path / "m.safetensors")
+    with torch.device("meta"):
+        empty = Tied(row.dense())
+    layer = empty.layer
+    with pytest.raises(lr.CheckpointError, match=r"'scale'.*Assign them before loading.*unchanged"):
+        lr.load(tmp_path / "m.safetensors", into=empty)
+    assert empty.layer is layer
+    assert all(p.is_meta for p in empty.parameters())

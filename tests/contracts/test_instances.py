@@ -205,7 +205,7 @@ def test_a_hook_that_accelerate_has_removed_is_no_reason(row):
 @rows
 def test_attributes_that_change_nothing_are_carried_there_and_back(row):
     layer = row.dense()
-    layer.tag, layer._is_hf_initialized = ["mine"], True
+    layer.tag, layer.moment, layer._is_hf_initialized = ["mine"], torch.ones(3), True
     model = nn.Sequential(layer)
     factored = row.from_dense(layer, rank=row.small)
     assert factored.tag is layer.tag
