@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -104,8 +105,7 @@ def calibrate(
         (32, torch.Size([16, 16]), torch.Size([4, 4]))
     """
     check_model(model)
-    if isinstance(batches, (Tensor, dict)):
-        raise LowRankError(f"calibrate: got one {type(batches).__name__}, expected a list of batches; write [batch].")
+    check_batches(batches, "calibrate")
     with quiet_eval(model), Calibration(model) as stats:
         stats.with_target = loss is not None
         weights = [m.weight for _, m in _calibrated_layers(model)]
@@ -232,6 +232,14 @@ class Calibration:
         return hook
 
 
+def check_batches(batches: object, owner: str) -> None:
+    """Refuses one batch in the place of several."""
+    if isinstance(batches, (Tensor, Mapping)):
+        raise LowRankError(f"{owner}: got one {type(batches).__name__}, expected a list of batches; write [batch].")
+    if not isinstance(batches, Iterable):
+        raise LowRankError(f"{owner}: got {type(batches).__name__}, expected a list of batches.")
+
+
 def check_loss(value: object, owner: str) -> Tensor:
     """The loss, if it is a scalar that something can be learned from."""
     if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
@@ -251,18 +259,45 @@ def layer_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
 
 def forward(model: nn.Module, batch: Any, *, with_target: bool) -> tuple[Any, Any]:
     """Runs one batch; returns output and target."""
+    args: Sequence[Any] = ()
+    kwargs: Mapping[str, Any] = {}
+    target = None
     if isinstance(batch, Mapping):
-        return model(**batch), batch.get("labels")
-    if isinstance(batch, Tensor):
-        return model(batch), None
-    if isinstance(batch, (tuple, list)) and batch:
-        if not with_target or len(batch) == 1:
-            return model(*batch), None
-        return model(*batch[:-1]), batch[-1]
-    raise LowRankError(
-        f"got a batch of type {type(batch).__name__}, expected a tensor, a tuple (inputs..., target)"
-        " or a dict of keyword arguments."
-    )
+        kwargs, target = batch, batch.get("labels")
+    elif isinstance(batch, Tensor):
+        args = (batch,)
+    elif isinstance(batch, (tuple, list)) and batch:
+        args = batch
+        if with_target and len(batch) > 1:
+            args, target = batch[:-1], batch[-1]
+    else:
+        raise LowRankError(
+            f"got a batch of type {type(batch).__name__}, expected a tensor, a tuple (inputs..., target)"
+            " or a dict of keyword arguments."
+        )
+    try:
+        return model(*args, **kwargs), target
+    except TypeError as error:
+        _check_signature(model, args, kwargs, error, with_target=with_target)
+        raise
+
+
+def _check_signature(
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], error: TypeError, *, with_target: bool
+) -> None:
+    """Turns the error of a batch that does not fit the model's signature into one that says so."""
+    try:
+        inspect.signature(model.forward).bind(*args, **kwargs)
+    except TypeError as mismatch:
+        got = f"{len(args)} inputs" if args else f"the keyword arguments {', '.join(map(str, kwargs))}"
+        hint = (
+            ""
+            if with_target or len(args) < 2
+            else (" Without a loss every item of a tuple is an input: leave the target out, or calibrate with a loss.")
+        )
+        raise LowRankError(
+            f"got a batch of {got}, which {type(model).__name__}.forward does not take ({mismatch}).{hint}"
+        ) from error
 
 
 @contextmanager

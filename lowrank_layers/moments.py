@@ -78,6 +78,7 @@ class LayerStats:
         repeats: how many such inputs the layer takes for one sample of the model (a shared layer: one a call).
         cross: ``E[x x'^T] - E[x] E[x']^T`` of the dense model's inputs ``x`` and the compressed one's ``x'``.
         target_mean: ``E[x]``.
+        free_bias: whether the factored layer may have a bias where the dense one has none.
     """
 
     inputs: Moments
@@ -87,6 +88,7 @@ class LayerStats:
     repeats: float = 1.0
     cross: Tensor | None = None
     target_mean: Tensor | None = None
+    free_bias: bool = True
 
     def group(self, index: int) -> LayerStats:
         """Those of one group of a grouped convolution."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..calibrate import calibrate, quiet_eval
+from ..calibrate import calibrate, check_batches, quiet_eval
 from ..errors import LowRankError
 from ..layers import FactoredModule, bias_of, is_factored, is_table, weight_from_matrices, weight_of
 from ..linalg import check_tensor
@@ -71,6 +72,7 @@ def factorize_(
         if data is None:
             built = _one_shot(model, plan, stats)
         else:
+            check_batches(data, "factorize_")
             batches = data if isinstance(data, (list, tuple)) else list(data)
             if not batches:
                 raise LowRankError("factorize_: got no batches in data.")
@@ -125,6 +127,8 @@ def _one_shot(model: nn.Module, plan: Plan, stats: Statistics | None) -> dict[st
 
 
 def _build(dense: nn.Module, entry: Entry, stats: LayerStats | None) -> FactoredModule:
+    if stats is not None:
+        stats = replace(stats, free_bias=entry.bias)  # a plan made without statistics counts no new biases
     try:
         return METHODS[entry.method].build(dense, entry.rank, stats)
     except LowRankError as error:

@@ -6,16 +6,18 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 from torch import nn
+from tqdm import tqdm
 
 from ..cost import Cost
 from ..errors import BudgetError, LowRankError
-from ..layers import bias_of, is_derived, is_factored, linear_shape, weight_of
-from ..moments import LayerStats, Statistics
+from ..layers import linear_shape, weight_of
+from ..moments import Statistics
 from ..rank import Budget, Rank, allocate, as_budget, check_rank
-from ..surgery import Selector, reasons_to_stay, select
+from ..surgery import Selector, select
 from ..unfuse import unfused
 from ..walk import check_model, own_layers
-from .methods import METHODS, Method, Option, regressions
+from .candidates import UNREACHED, Candidate, candidates
+from .methods import METHODS, Method, Option
 from .methods.base import factored_cost, has_bias, repeated_cost
 from .plan import Entry, Plan, model_cost
 from .spec import describe
@@ -33,6 +35,7 @@ def make_plan(
     *,
     rank: Rank | None = None,
     units: Units = "balanced",
+    progress: bool = False,
 ) -> Plan:
     r"""Chooses, for every layer, a method and a rank, or to leave it dense, under one budget; exactly.
 
@@ -57,6 +60,7 @@ def make_plan(
         rank: instead of a budget: one rank or rule for every layer, by the first method that matches. A rule sees
             the weighted spectrum where there are statistics. A layer that would grow is left dense.
         units: ``"balanced"``, ``"absolute"`` or ``"relative"``.
+        progress: shows a progress bar over the layers.
 
     Returns:
         The plan: print it, edit it, save it, apply it with :func:`factorize_`.
@@ -84,7 +88,7 @@ def make_plan(
     closed = list(own_layers(model))
     with unfused(model):
         asked = select(model, skip, "skip", closed)
-        return _plan(model, budget, stats, chosen, asked, rank, units)
+        return _plan(model, budget, stats, chosen, asked, rank, units, progress)
 
 
 def _plan(
@@ -95,10 +99,11 @@ def _plan(
     asked: set[str],
     rank: Rank | None,
     units: Units,
+    progress: bool,
 ) -> Plan:
     if stats is not None:
         _check_stats(model, stats)
-    layers, skipped = _candidates(model, methods, asked, stats)
+    layers, skipped = candidates(model, methods, asked, stats)
     if not layers:
         why = (
             "; ".join(f"{name!r}: {reason}" for name, reason in skipped.items())
@@ -108,143 +113,82 @@ def _plan(
     total = model_cost(model) + Cost(macs=_model_macs(model, stats))
     if rank is not None:
         check_rank(rank, "make_plan")
-        entries = [_by_rule(name, module, _of(stats, name), methods, rank) for name, module in layers.items()]
+        entries = [_by_rule(name, layer, methods, rank) for name, layer in layers.items()]
         return Plan(entries, skipped=skipped, total=total, settings={"rank": repr(rank)})
     assert budget is not None
-    tables = {name: _options(module, _of(stats, name), methods) for name, module in layers.items()}
-    energies = {
-        name: sum(problem.energy for problem in regressions(module, _of(stats, name)))
-        for name, module in layers.items()
-    }
-    picks = _solve(layers, tables, energies, budget, total, stats, _EXPONENT[units])
+    bar = tqdm(layers.items(), desc="make_plan", disable=not progress)
+    tables = {name: layer.options(methods) for name, layer in bar}
+    picks = _solve(layers, tables, budget, total, _EXPONENT[units])
     entries = []
-    for name, module in layers.items():
+    for name, layer in layers.items():
         method, option = tables[name][picks[name]]
-        energy = energies[name]
-        error = (option.loss_increase / energy) ** 0.5 if energy > 0 else 0.0
-        entries.append(_entry(name, module, _of(stats, name), method, option.rank, option.cost, error))
+        error = (option.loss_increase / layer.energy) ** 0.5 if layer.energy > 0 else 0.0
+        entries.append(_entry(name, layer, method, option.rank, option.cost, error))
     settings = {
-        "budget": {budget.unit: getattr(budget, budget.unit)},
+        "budget": {budget.unit: getattr(budget, budget.unit), "of": budget.of},
         "units": units,
         "calibrated": stats is not None,
     }
-    return Plan(entries, skipped=skipped, total=total, settings=settings)
-
-
-def _options(module: nn.Module, stats: LayerStats | None, methods: Sequence[Method]) -> list[tuple[str, Option]]:
-    """Dense first, then everything that any method offers."""
-    table = [("dense", Option(None, repeated_cost(module, stats), 0.0))]
-    for method in methods:
-        if method.matches(module):
-            table += [(method.name, option) for option in method.options(module, stats)]
-    return table
+    notes = {name: UNREACHED for name, layer in layers.items() if layer.idle}
+    return Plan(entries, skipped=skipped, notes=notes, total=total, settings=settings)
 
 
 def _solve(
-    layers: dict[str, nn.Module],
+    layers: dict[str, Candidate],
     tables: dict[str, list[tuple[str, Option]]],
-    energies: dict[str, float],
     budget: Budget,
     total: Cost,
-    stats: Statistics | None,
     exponent: float,
 ) -> dict[str, int]:
+    """The option of each layer, by its index: the least sum of losses under the budget."""
     unit = budget.unit
-    fixed = getattr(total, unit) - sum(getattr(repeated_cost(m, _of(stats, n)), unit) for n, m in layers.items())
-    costs = [[getattr(option.cost, unit) for _, option in tables[name]] for name in layers]
-    losses = [
-        [option.loss_increase / max(energies[name], 1e-300) ** exponent for _, option in tables[name]]
-        for name in layers
-    ]
-    limit = budget.limit(total)
-    least = fixed + sum(min(cost) for cost in costs)
+    planned = sum((layer.before for layer in layers.values()), Cost())
+    whole = planned if budget.of == "planned" else total
+    fixed = getattr(whole, unit) - getattr(planned, unit)
+    costs = {name: [getattr(option.cost, unit) for _, option in tables[name]] for name in layers}
+    limit = budget.limit(whole)
+    least = fixed + sum(min(cost) for cost in costs.values())
     if least > limit:
+        what, belong = ("this model", f", of which {fixed:,} belong to layers that no method touches")
+        if budget.of == "planned":
+            what, belong = "the planned layers", ""
         raise BudgetError(
-            f"{budget} means {limit:,} {unit}, but the smallest this model can become is {least:,}"
-            f" ({least / getattr(total, unit):.1%}), of which {fixed:,} belong to layers that no method touches."
-            " Raise the budget, or skip fewer layers."
+            f"{budget} means {limit:,} {unit}, but the smallest {what} can become is {least:,}"
+            f" ({least / getattr(whole, unit):.1%}){belong}. Raise the budget, or skip fewer layers."
         )
-    return dict(zip(layers, allocate(costs, losses, limit - fixed), strict=True))
+    picks = {name: costs[name].index(min(costs[name])) for name, layer in layers.items() if layer.idle}
+    spent = fixed + sum(costs[name][pick] for name, pick in picks.items())
+    used = [name for name in layers if name not in picks]
+    losses = [
+        [option.loss_increase / max(layers[name].energy, 1e-300) ** exponent for _, option in tables[name]]
+        for name in used
+    ]
+    return picks | dict(zip(used, allocate([costs[name] for name in used], losses, limit - spent), strict=True))
 
 
-def _by_rule(name: str, module: nn.Module, stats: LayerStats | None, methods: Sequence[Method], rule: Rank) -> Entry:
-    method = next(m for m in methods if m.matches(module))
-    rank = method.choose(module, stats, rule)
-    cost = factored_cost(method, module, rank, stats)
-    before = repeated_cost(module, stats)
-    if not isinstance(rule, int) and cost.params > before.params + len(weight_of(module)):
-        return _entry(name, module, stats, "dense", None, before, 0.0)
-    return _entry(name, module, stats, method.name, rank, cost, None)
+def _by_rule(name: str, layer: Candidate, methods: Sequence[Method], rule: Rank) -> Entry:
+    method = next(m for m in methods if m.matches(layer.module))
+    rank = method.choose(layer.module, layer.stats, rule)
+    cost = factored_cost(method, layer.module, rank, layer.stats)
+    if not isinstance(rule, int) and cost.params > layer.before.params + len(weight_of(layer.module)):
+        return _entry(name, layer, "dense", None, layer.before, 0.0)
+    return _entry(name, layer, method.name, rank, cost, None)
 
 
-def _entry(
-    name: str,
-    module: nn.Module,
-    stats: LayerStats | None,
-    method: str,
-    rank: Any,
-    cost: Cost,
-    error: float | None,
-) -> Entry:
+def _entry(name: str, layer: Candidate, method: str, rank: Any, cost: Cost, error: float | None) -> Entry:
+    stats = layer.stats
     return Entry(
         name,
         method,
         rank,
-        repeated_cost(module, stats),
+        layer.before,
         cost,
         error,
-        describe(module),
-        bias_of(module) is not None if method == "dense" else has_bias(module, stats),
+        describe(layer.module),
+        has_bias(layer.module, stats),
         None if stats is None else stats.input_shape,
         1.0 if stats is None else stats.repeats,
     )
-
-
-def _candidates(
-    model: nn.Module, methods: Sequence[Method], asked: set[str], stats: Statistics | None
-) -> tuple[dict[str, nn.Module], dict[str, str]]:
-    """Layers to plan for, and why the others with a weight are left alone."""
-    reasons = reasons_to_stay(model)
-    layers, skipped = {}, {}
-    for name, module in own_layers(model):
-        weights = [p for p in module.parameters(recurse=False) if p.ndim > 1]
-        if is_factored(module) or isinstance(module, nn.utils.parametrize.ParametrizationList):
-            continue
-        if not weights and not is_derived(module):
-            continue
-        if name in asked:
-            skipped[name] = "as asked"
-        elif name in reasons:
-            skipped[name] = reasons[name]
-        elif not any(method.matches(module) for method in methods):
-            skipped[name] = _no_method(module)
-        elif name == "":
-            raise LowRankError(
-                f"the model itself is a {type(module).__name__} and cannot be replaced in place;"
-                " wrap it in nn.Sequential, or use from_dense."
-            )
-        elif any(p.is_meta for p in weights):
-            raise LowRankError(f"{name!r}: its weight is on the meta device; load the weights first.")
-        elif stats is not None and name not in stats:
-            skipped[name] = "calibration never reached it"
-        else:
-            layers[name] = module
-    return layers, skipped
-
-
-def _no_method(module: nn.Module) -> str:
-    kind = type(module).__name__
-    if isinstance(module, nn.RNNBase):
-        return f"no method for {kind}: torch's recurrent kernels take whole matrices"
-    if isinstance(module, nn.EmbeddingBag):
-        return f"no method for {kind} with mode={module.mode!r}"
-    if type(module) is nn.MultiheadAttention:
-        return f"{kind} as the model itself cannot be opened in place; wrap it in nn.Sequential"
-    known = {"nn.MultiheadAttention", *(cls.dense_name() for method in METHODS.values() for cls in method.layers)}
-    parents = [parent for parent in type(module).__mro__[1:] if f"nn.{parent.__name__}" in known]
-    if parents:
-        return f"no method for {kind}, a subclass of nn.{parents[0].__name__} that may compute something else"
-    return f"no method for {kind}"
 
 
 def _check_methods(methods: Sequence[Method] | None) -> list[Method]:
@@ -274,10 +218,6 @@ def _check_stats(model: nn.Module, stats: Statistics) -> None:
                 f"{name!r}: got statistics of {seen} inputs for a layer of {expected}; calibrate this model, not"
                 " another one."
             )
-
-
-def _of(stats: Statistics | None, name: str) -> LayerStats | None:
-    return None if stats is None else stats[name]
 
 
 def _model_macs(model: nn.Module, stats: Statistics | None) -> int:

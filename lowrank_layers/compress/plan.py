@@ -68,6 +68,7 @@ class Plan:
     Args:
         entries: one line a layer that a method matches; those left dense have the method ``"dense"``.
         skipped: name to reason, for layers with a weight that no method touches.
+        notes: name to remark, for layers whose line needs one.
         total: cost of the whole dense model.
         settings: how the plan was made, for the record.
 
@@ -85,11 +86,13 @@ class Plan:
         entries: list[Entry],
         *,
         skipped: dict[str, str] | None = None,
+        notes: dict[str, str] | None = None,
         total: Cost | None = None,
         settings: dict[str, Any] | None = None,
     ) -> None:
         self._entries = {entry.name: entry for entry in entries}
         self.skipped = dict(skipped or {})
+        self.notes = dict(notes or {})
         self.total = total or sum((entry.before for entry in entries), Cost())
         self.settings = dict(settings or {})
 
@@ -141,12 +144,14 @@ class Plan:
             kind = entry.layer["type"]
             raise LowRankError(f"{name!r}: got method {method!r}, expected one of {fits} for this {kind}.")
         self._entries[name] = entry.with_rank(method, rank)
+        self.notes.pop(name, None)
         return self
 
     def drop(self, name: str) -> Plan:
         """Leaves one layer dense, in place; returns the plan itself."""
         entry = self[name]
         self._entries[name] = replace(entry, method="dense", rank=None, after=entry.before, error=0.0)
+        self.notes.pop(name, None)
         return self
 
     def apply(self, model: nn.Module, **kwargs: Any) -> nn.Module:
@@ -189,6 +194,7 @@ class Plan:
             "settings": self.settings,
             "entries": [asdict(entry) for entry in self],
             "skipped": self.skipped,
+            "notes": self.notes,
         }
         return json.dumps(body, indent=1)
 
@@ -225,7 +231,13 @@ class Plan:
             raise LowRankError(f"{name}: has version {body.get('version')!r}, expected {VERSION}; update the package.")
         try:
             entries = [_entry(raw) for raw in body["entries"]]
-            return cls(entries, skipped=body["skipped"], total=Cost(**body["total"]), settings=body["settings"])
+            return cls(
+                entries,
+                skipped=body["skipped"],
+                notes=body.get("notes"),  # older files have none
+                total=Cost(**body["total"]),
+                settings=body["settings"],
+            )
         except (KeyError, TypeError, AttributeError, LowRankError) as error:
             raise LowRankError(f"{name}: is damaged: {type(error).__name__}: {error}") from None
 
@@ -267,6 +279,7 @@ class Plan:
         lines = [line.rstrip() for line in lines]
         rule = "-" * max(map(len, lines))
         lines = [lines[0], rule, *lines[1:-1], rule, lines[-1]]
+        lines += [f"{name}: {note}" for name, note in self.notes.items()]
         lines += [f"{name}: left alone, {reason}" for name, reason in self.skipped.items()]
         return "\n".join(lines)
 

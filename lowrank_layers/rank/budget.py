@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from typing import Literal
 
 from ..cost import Cost
 from ..errors import BudgetError, LowRankError
 
+_UNITS = ("params", "macs", "bytes")
+
 
 @dataclass(frozen=True)
 class Budget:
-    """A limit on the whole model, factorized or not: on parameters, multiply-accumulates or bytes.
+    """A limit on the parameters, the multiply-accumulates or the bytes of a model.
 
     Args:
         params: a float in (0, 1] is a fraction of what the model has now, an integer is a count.
         macs: likewise for multiply-accumulates a sample; needs calibration statistics, which know the sizes.
         bytes: likewise for the bytes of all parameters, or for what a step sends (:class:`LowRankCommState`).
+        of: what the limit counts: ``"model"``, the whole model, or ``"planned"``, only the layers that
+            :func:`make_plan` may change, without those that are skipped and without what no method takes.
 
     Raises:
         BudgetError: unless exactly one limit is given, and is a fraction in (0, 1] or a positive integer.
@@ -25,14 +30,19 @@ class Budget:
         300
         >>> lr.Budget(bytes=4_000_000).unit
         'bytes'
+        >>> model = nn.Sequential(nn.Embedding(500, 64), nn.Linear(64, 64), nn.Linear(64, 64))
+        >>> plan = lr.make_plan(model, lr.Budget(params=0.5, of="planned"), skip=["0"])
+        >>> sum(entry.after.params for entry in plan) <= 0.5 * sum(entry.before.params for entry in plan)
+        True
     """
 
     params: float | int | None = None
     macs: float | int | None = None
     bytes: float | int | None = None
+    of: Literal["model", "planned"] = "model"
 
     def __post_init__(self) -> None:
-        given = [field.name for field in fields(self) if getattr(self, field.name) is not None]
+        given = [unit for unit in _UNITS if getattr(self, unit) is not None]
         if len(given) != 1:
             raise BudgetError(
                 f"Budget: got {len(given)} limits, expected exactly one of params, macs and bytes,"
@@ -45,14 +55,16 @@ class Budget:
                 f"Budget: got {given[0]}={value!r}, expected a fraction in (0, 1] (a float)"
                 " or a positive count (an integer)."
             )
+        if self.of not in ("model", "planned"):
+            raise BudgetError(f"Budget: got of={self.of!r}, expected 'model' or 'planned'.")
 
     @property
     def unit(self) -> str:
         """What is limited."""
-        return next(field.name for field in fields(self) if getattr(self, field.name) is not None)
+        return next(unit for unit in _UNITS if getattr(self, unit) is not None)
 
     def limit(self, total: Cost) -> int:
-        """The count that the limit means for a model of that cost."""
+        """The count that the limit means where all that it counts has that cost."""
         value = getattr(self, self.unit)
         return int(value * getattr(total, self.unit)) if isinstance(value, float) else value
 

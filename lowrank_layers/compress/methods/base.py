@@ -84,7 +84,7 @@ def repeated_cost(module: nn.Module, stats: LayerStats | None) -> Cost:
 
 def has_bias(module: nn.Module, stats: LayerStats | None) -> bool:
     """Whether the factored layer has a bias: once the input means are known, it corrects the mean of the output."""
-    return bias_of(module) is not None or (stats is not None and takes_bias(module))
+    return bias_of(module) is not None or (stats is not None and stats.free_bias and takes_bias(module))
 
 
 def affine(first: Cost, second: Cost, steps: int) -> Cost:

@@ -219,7 +219,8 @@ def regressions(module: nn.Module, stats: LayerStats | None, *, centred: bool = 
     bias = bias_of(module)
     biases = [None] * groups if bias is None else bias.unflatten(0, (groups, -1))
     known = [None if stats is None else stats.group(k) for k in range(groups)]
-    centred = centred and takes_bias(module)
+    free = bias is not None or stats is None or stats.free_bias
+    centred = centred and takes_bias(module) and free
     return [Regression.of(m, b, s, centred=centred) for m, b, s in zip(matrices, biases, known, strict=True)]
 
 
