@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +14,25 @@ from ..linalg import exact_svd
 from .adapter import Adapter, Bank
 from .inject import banks, check_name, use_adapter
 from .kinds import Kernel, Kind
+from .task_vectors import Seed, combined
 
-How = Literal["linear", "concatenation", "svd", "ties", "dare"]
+How = Literal[
+    "svd",
+    "cat",
+    "concatenation",
+    "linear",
+    "ties",
+    "dare",
+    "dare_linear",
+    "dare_ties",
+    "magnitude_prune",
+    "ties_svd",
+    "dare_linear_svd",
+    "dare_ties_svd",
+    "magnitude_prune_svd",
+]
+_SHORT = {"concatenation": "cat", "dare": "dare_linear"}
+_Parts = list[tuple[float, Adapter]]
 
 
 @torch.no_grad()
@@ -30,20 +48,30 @@ def combine_lora_(
 ) -> nn.Module:
     r"""Adds one more adapter, the weighted sum of others, in place; they stay, and only the new one is in use.
 
+    Every ``how`` gives the delta that PEFT's ``add_weighted_adapter`` gives under the same name. Biases of the adapters
+    are summed with their weights.
+
     Args:
         model: an adapted model.
-        weights: adapter to weight.
-        name: of the new one.
-        how: ``"concatenation"`` (exact, ranks add up), ``"svd"`` (the best of rank ``rank``, by QR of the factors: the
-            deltas are never formed), ``"linear"`` (sums ``A`` and ``B`` apart, for equal ranks, as PEFT does),
-            ``"ties"`` (Yadav et al., 2023: the largest entries of each factor, the sign that outweighs, their mean) or
-            ``"dare"`` (Yu et al., 2024: entries of the factors dropped at random, the others scaled up).
-        rank: of the result, for ``"svd"``; by default the largest of the ranks.
-        density: the part of the entries that TIES and DARE keep.
-        seed: of DARE.
+        weights: a number of either sign for each adapter. A single adapter is only scaled, whatever ``how`` is.
+        name: of the new adapter.
+        how: ``"svd"`` (the best approximation of the sum of rank ``rank``, by QR of the factors: the deltas are never
+            formed), ``"cat"`` or ``"concatenation"`` (exact, ranks add up) or ``"linear"`` (sums ``A`` and ``B`` apart,
+            for equal ranks). Three more prune the factors before they are summed apart: ``"magnitude_prune"`` keeps the
+            largest entries, ``"ties"`` also drops those against the sign that outweighs and takes the mean of the
+            others (Yadav et al., 2023), ``"dare_linear"`` or ``"dare"`` drops entries at random and scales the others
+            up (Yu et al., 2024), and ``"dare_ties"`` does both. With ``_svd`` behind the name they prune the deltas
+            themselves, and the sum is approximated at rank ``rank``.
+        rank: of the result, for ``"svd"`` and the names that end so; by default the largest of the ranks.
+        density: the part of the entries that pruning keeps, in (0, 1].
+        seed: of what DARE drops.
+
+    Returns:
+        The model.
 
     Raises:
-        LowRankError: for unknown names, a name taken, unequal ranks where they must be equal, DoRA.
+        LowRankError: for unknown names, a name taken, unequal ranks where they must be equal, DoRA; the model is as it
+            was then.
 
     Examples:
         >>> model = nn.Sequential(nn.Linear(8, 8))
@@ -51,102 +79,121 @@ def combine_lora_(
         >>> lr.combine_lora_(model, {"a": 0.5, "b": 0.5}, "both")[0].lora_weight.names
         ['a', 'b', 'both']
     """
-    for each in weights:
-        check_name(model, each)
-    if how not in ("linear", "concatenation", "svd", "ties", "dare"):
-        raise LowRankError(f"combine_lora_: got how={how!r}, expected linear, concatenation, svd, ties or dare.")
-    if not 0 < density <= 1:
-        raise LowRankError(f"combine_lora_: got density {density!r}, expected a number in (0, 1].")
-    generator = torch.Generator().manual_seed(seed)
+    _check(model, weights, name, how, rank, density)
+    method = _SHORT.get(how, how)
+    if len(weights) == 1 and (rank is None or not method.endswith("svd")):
+        method = "cat"
+    draws = Seed(seed)
     made: list[tuple[Bank, Adapter]] = []
     for bank in banks(model):
-        if name in bank.names:
-            raise LowRankError(f"combine_lora_: there is an adapter {name!r} already; give another name.")
         parts = [(weight, adapter) for own, weight in weights.items() for adapter in bank.named(own)]
-        if not parts:
-            continue
-        if any(adapter.magnitude is not None for _, adapter in parts):
-            raise LowRankError("combine_lora_: DoRA's lengths do not add up; merge such adapters into the weight.")
-        a, b = _combined(parts, bank.kind, how, rank, density, generator)
-        made.append((bank, Adapter(a, b, scaling=1.0)))
+        if parts:
+            a, b = _factors_of_sum(parts, bank.kind, method, rank, density, draws)
+            made.append((bank, Adapter(a, b, scaling=1.0, bias=_bias_of_sum(parts))))
     for bank, adapter in made:
-        bank.add(name, adapter)
+        bank.add(name, adapter.train(bank.training))
     return use_adapter(model, name)
 
 
-def _combined(
-    parts: list[tuple[float, Adapter]],
-    kind: Kind,
-    how: How,
-    rank: int | None,
-    density: float,
-    generator: torch.Generator,
+def _check(
+    model: nn.Module, weights: Mapping[str, float], name: str, how: str, rank: int | None, density: float
+) -> None:
+    if not weights:
+        raise LowRankError("combine_lora_: got no weights, expected a number for at least one adapter.")
+    for each, weight in weights.items():
+        check_name(model, each)
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
+            raise LowRankError(f"combine_lora_: got the weight {weight!r} for {each!r}, expected a finite number.")
+    if not name or "." in name:
+        raise LowRankError(f"combine_lora_: got name {name!r}, expected one without dots.")
+    if how not in get_args(How):
+        raise LowRankError(f"combine_lora_: got how={how!r}, expected one of {list(get_args(How))}.")
+    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
+        raise LowRankError(f"combine_lora_: got rank {rank!r}, expected an integer of at least 1.")
+    if not 0 < density <= 1:
+        raise LowRankError(f"combine_lora_: got density {density!r}, expected a number in (0, 1].")
+    for bank in banks(model):
+        if name in bank.names:
+            raise LowRankError(f"combine_lora_: there is an adapter {name!r} already; give another name.")
+        if any(adapter.magnitude is not None for each in weights for adapter in bank.named(each)):
+            raise LowRankError("combine_lora_: DoRA's lengths do not add up; merge such adapters into the weight.")
+
+
+def _factors_of_sum(
+    parts: _Parts, kind: Kind, method: str, rank: int | None, density: float, draws: Seed
 ) -> tuple[Tensor, Tensor]:
-    groups = kind.groups if isinstance(kind, Kernel) else 1
-    if how in ("concatenation", "svd"):
-        a, b = _concatenated(parts, groups)
-        return (a, b) if how == "concatenation" else _truncated(a, b, groups, rank or _largest(parts))
-    factors = []
-    for weight, adapter in parts:
-        if adapter.a0 is not None:
-            raise LowRankError(f"combine_lora_: {how!r} sums factors apart, which a frozen start forbids; use 'svd'.")
-        size = weight * float(adapter.scaling)
-        root = abs(size) ** 0.5
-        factors.append((adapter.A * root, adapter.B * root * (1 if size >= 0 else -1)))
-    if len({a.shape for a, _ in factors}) > 1:
-        raise LowRankError(f"combine_lora_: {how!r} needs equal ranks; use 'svd' or 'concatenation'.")
-    sides = [torch.stack(side) for side in zip(*factors, strict=True)]
-    if how == "ties":
-        joint = [_elected(_largest_entries(side, density)) for side in sides]
-    elif how == "dare":
-        joint = [_dropped(side, density, generator).sum(0) for side in sides]
-    else:
-        joint = [side.sum(0) for side in sides]
-    return joint[0], joint[1]
+    if method == "cat":
+        return _concatenated(parts, kind)
+    if method == "svd":
+        a, b = _concatenated(parts, kind)
+        return _truncated(a, b, kind, rank or _largest(parts, kind))
+    if method.endswith("_svd"):
+        deltas = [adapter.delta(kind) for _, adapter in parts]
+        weights = [weight for weight, _ in parts]
+        total = combined(deltas, weights, method.removesuffix("_svd"), density, draws)
+        return _best_factors(total, kind, rank or _largest(parts, kind))
+    if any(adapter.a0 is not None for _, adapter in parts):
+        raise LowRankError(f"combine_lora_: {method!r} sums factors apart, which a frozen start forbids; use 'svd'.")
+    if len({adapter.A.shape for _, adapter in parts}) > 1:
+        raise LowRankError(f"combine_lora_: {method!r} needs equal ranks; use 'svd' or 'cat'.")
+    sizes = [weight * float(adapter.scaling) for weight, adapter in parts]
+    roots = [abs(size) ** 0.5 for size in sizes]
+    signed = [math.copysign(root, size) for root, size in zip(roots, sizes, strict=True)]
+    a = combined([adapter.A for _, adapter in parts], signed, method, density, draws)
+    b = combined([adapter.B for _, adapter in parts], roots, method, density, draws)
+    return a, b
 
 
-def _concatenated(parts: list[tuple[float, Adapter]], groups: int) -> tuple[Tensor, Tensor]:
+def _concatenated(parts: _Parts, kind: Kind) -> tuple[Tensor, Tensor]:
+    """``[A_1; A_2; ...]`` and ``[s_1 B_1, s_2 B_2, ...]``, frozen starts with the opposite sign."""
     below, beside = [], []
     for weight, adapter in parts:
         size = weight * float(adapter.scaling)
         pairs: list[tuple[Tensor, Tensor]] = [(adapter.A, adapter.B * size)]
         if adapter.a0 is not None and adapter.b0 is not None:
             pairs.append((adapter.a0, adapter.b0 * -size))
-        for a, b in pairs:
-            below.append(a.unflatten(0, (groups, -1)))
+        for pair in pairs:
+            a, b = kind.directions(*pair)
+            below.append(a)
             beside.append(b)
-    return torch.cat(below, 1).flatten(0, 1), torch.cat(beside, 1)
+    a, b = kind.joined(torch.cat(below), torch.cat(beside))
+    return a.contiguous(), b.contiguous()
 
 
-def _truncated(a: Tensor, b: Tensor, groups: int, rank: int) -> tuple[Tensor, Tensor]:
+def _truncated(a: Tensor, b: Tensor, kind: Kind, rank: int) -> tuple[Tensor, Tensor]:
     """``B A = Q_b (R_b R_a^T) Q_a^T``: only the small core is decomposed."""
-    rows = a.unflatten(0, (groups, -1))
-    columns = b.unflatten(0, (groups, -1)).movedim(2, -1)
-    right, left = torch.linalg.qr(rows.flatten(2).double().mT), torch.linalg.qr(columns.flatten(1, -2).double())
+    rows, columns = _as_matrices(a, b, kind)
+    right, left = torch.linalg.qr(rows.double().mT), torch.linalg.qr(columns.double())
     u, s, vh = exact_svd(left.R @ right.R.mT)
-    root = s[:, None, :rank].sqrt()
-    new_b = (left.Q @ u[..., :rank] * root).unflatten(1, columns.shape[1:-1]).movedim(-1, 2).flatten(0, 1)
-    new_a = (right.Q @ vh.mT[..., :rank] * root).mT.unflatten(2, rows.shape[2:]).flatten(0, 1)
-    return new_a.to(a).contiguous(), new_b.to(b).contiguous()
+    root = s[..., None, :rank].sqrt()
+    down, up = (right.Q @ vh.mT[..., :rank] * root).mT, left.Q @ u[..., :rank] * root
+    return _in_layout(down.to(a), up.to(b), kind, kind.product(a.to("meta"), b.to("meta")))
 
 
-def _largest(parts: list[tuple[float, Adapter]]) -> int:
-    return max(adapter.B.shape[1] for _, adapter in parts)
+def _best_factors(delta: Tensor, kind: Kind, rank: int) -> tuple[Tensor, Tensor]:
+    """The factors of the best approximation of a formed delta."""
+    u, s, vh = exact_svd(kind.matrix(delta).double())
+    root = s[..., None, :rank].sqrt()
+    return _in_layout((vh[..., :rank, :] * root.mT).to(delta), (u[..., :rank] * root).to(delta), kind, delta)
 
 
-def _largest_entries(stack: Tensor, density: float) -> Tensor:
-    flat = stack.flatten(1)
-    kept = max(1, round(density * flat.shape[1]))
-    threshold = flat.abs().topk(kept, dim=1).values[:, -1:]
-    return torch.where(flat.abs() >= threshold, flat, 0).view_as(stack)
+def _as_matrices(a: Tensor, b: Tensor, kind: Kind) -> tuple[Tensor, Tensor]:
+    """``[..., r, in]`` and ``[..., out, r]``: what ``kind.pair`` puts into the layout of ``A`` and ``B``."""
+    if not isinstance(kind, Kernel):
+        return a, b
+    rows, columns = a.unflatten(0, (kind.groups, -1)), b.unflatten(0, (kind.groups, -1))
+    return rows.flatten(2), columns.movedim(2, -1).flatten(1, -2)
 
 
-def _elected(stack: Tensor) -> Tensor:
-    """The mean of the entries that have the sign that outweighs."""
-    agree = (stack.sign() == stack.sum(0).sign()) & (stack != 0)
-    return torch.where(agree, stack, 0).sum(0) / agree.sum(0).clamp_min(1)
+def _in_layout(down: Tensor, up: Tensor, kind: Kind, like: Tensor) -> tuple[Tensor, Tensor]:
+    a, b = kind.pair(like, down, up)
+    return a.contiguous(), b.contiguous()
 
 
-def _dropped(stack: Tensor, density: float, generator: torch.Generator) -> Tensor:
-    kept = torch.rand(stack.shape, generator=generator).to(stack.device) < density
-    return torch.where(kept, stack, 0) / density
+def _largest(parts: _Parts, kind: Kind) -> int:
+    return max(len(kind.directions(adapter.A, adapter.B)[0]) for _, adapter in parts)
+
+
+def _bias_of_sum(parts: _Parts) -> Tensor | None:
+    biases = [weight * adapter.bias for weight, adapter in parts if adapter.bias is not None]
+    return torch.stack(biases).sum(0) if biases else None

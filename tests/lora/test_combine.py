@@ -1,13 +1,18 @@
 """Extracting, and combining several adapters into one."""
 
 import copy
+from typing import get_args
 
 import pytest
 import torch
 from torch import nn
 
 import lowrank_layers as lr
-from lowrank_layers.lora.adapter import Adapter
+from lowrank_layers.lora.adapter import Adapter, Bank
+from lowrank_layers.lora.combine import How
+from lowrank_layers.lora.task_vectors import Seed, combined
+
+from .peer import peft, second, wrapped
 
 
 def everything(name, module):
@@ -148,14 +153,121 @@ def test_of_one_adapter_at_full_density_nothing_changes(how):
 
 
 def test_ties_elects_the_sign_that_outweighs_and_dare_keeps_the_mean():
-    from lowrank_layers.lora.combine import _dropped, _elected, _largest_entries
-
-    stack = torch.tensor([[3.0, -1.0, 0.1], [1.0, -2.0, 0.2], [-2.0, 5.0, 0.0]])
-    assert torch.equal(_largest_entries(stack, 2 / 3)[:, 2], torch.zeros(3))
-    assert torch.equal(_elected(stack), torch.tensor([2.0, 5.0, 0.15]))
-    many = _dropped(torch.ones(1, 100_000), 0.2, torch.Generator().manual_seed(0))
+    first, second = torch.tensor([3.0, -1.0, 2.0, 0.1]), torch.tensor([1.0, 2.0, -5.0, 0.2])
+    # the last entry is pruned from both, of the second and third those of the smaller magnitude are outvoted
+    found = combined([first, second], [1.0, 0.5], "ties", 0.75, Seed(0))
+    assert torch.equal(found, torch.tensor([(3 + 0.5) / 2, 1.0, -2.5, 0.0]))
+    many = combined([torch.ones(100_000)], [1.0], "dare_linear", 0.2, Seed(0))
     assert float(many.mean()) == pytest.approx(1, abs=0.03)
     assert set(many.unique().tolist()) == {0.0, 5.0}
+
+
+@pytest.mark.parametrize("how", ["cat", "svd", "linear", "ties", "magnitude_prune_svd"])
+def test_stacks_of_matrices_are_combined_one_by_one(how):
+    """As every matrix of the stack alone, in a layer of its own."""
+    model = nn.Module()
+    model.experts = nn.Parameter(torch.randn(3, 6, 5))
+    two(model)
+    adapters = model.lora_experts.adapters
+    alone = nn.ModuleList([nn.Linear(5, 6) for _ in range(3)])
+    two(alone)
+    with torch.no_grad():
+        for k, layer in enumerate(alone):
+            for own, adapter in layer.lora_weight.adapters.items():
+                adapter.A.copy_(adapters[own].A[k])
+                adapter.B.copy_(adapters[own].B[k])
+    for each in (model, alone):
+        lr.combine_lora_(each, {"a": 0.5, "b": -2.0}, "sum", how=how, density=1.0)
+    for k, layer in enumerate(alone):
+        got = adapters["sum"].delta(model.lora_experts.kind)[k]
+        assert torch.allclose(got, layer.lora_weight.adapters["sum"].delta(layer.lora_weight.kind), atol=1e-5)
+
+
+@pytest.mark.parametrize("how", ["ties_svd", "dare_linear_svd", "dare_ties_svd", "magnitude_prune_svd"])
+def test_pruned_deltas_are_summed_in_every_layout(how):
+    """Of two that are the same, at full density: twice the delta, or for TIES their mean."""
+    model = two(base())
+    for module in model.modules():
+        if isinstance(module, Bank):
+            module.adapters["b"].load_state_dict(module.adapters["a"].state_dict())
+    lr.use_adapter(model, "a" if "ties" in how else ["a", "b"])
+    expected = weights(model)
+    lr.combine_lora_(model, {"a": 1.0, "b": 1.0}, "sum", how=how, density=1.0)
+    for key, weight in weights(model).items():
+        assert torch.allclose(weight, expected[key], atol=1e-4), key
+
+
+def test_biases_of_adapters_are_summed_with_their_weights():
+    model, x = nn.Sequential(nn.Linear(8, 6)), torch.randn(3, 8)
+    plain = model(x)
+    two(model, bias=True)
+    with torch.no_grad():
+        for adapter in model[0].lora_weight:
+            adapter.bias.normal_()
+    parts = [lr.use_adapter(model, name)(x) - plain for name in "ab"]
+    lr.combine_lora_(model, {"a": 0.5, "b": -2.0}, "sum", how="cat")
+    assert torch.allclose(model(x) - plain, 0.5 * parts[0] - 2 * parts[1], atol=1e-4)
+
+
+def test_one_adapter_is_only_scaled():
+    model = two(nn.Sequential(nn.Linear(8, 6)), init="pissa")
+    delta = model[0].lora_weight.adapters["a"].delta(model[0].lora_weight.kind)
+    for how in get_args(How):
+        lr.combine_lora_(model, {"a": -0.5}, how, how=how)
+        got = model[0].lora_weight.adapters[how].delta(model[0].lora_weight.kind)
+        assert torch.allclose(got, -0.5 * delta, atol=1e-5), how
+    lr.combine_lora_(model, {"a": 1.0}, "small", rank=1)
+    assert model[0].lora_weight.adapters["small"].A.shape == (1, 8)
+
+
+class Peer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table, self.linear, self.conv = nn.Embedding(9, 7), nn.Linear(8, 6), nn.Conv2d(3, 5, 3)
+
+
+WEIGHTS = {"positive": [0.5, 1.5, 1.0], "mixed": [0.5, -1.5, 0.7], "negative": [-0.5, -0.8, -1.2]}
+
+
+@pytest.mark.parametrize("sizes", WEIGHTS)
+@pytest.mark.parametrize("how", [how for how in get_args(How) if how not in ("concatenation", "dare")])
+def test_every_combination_is_what_peft_computes(how, sizes, tmp_path, monkeypatch):
+    library, targets = peft(), ["table", "linear", "conv"]
+    unequal = how in ("cat", "svd") or how.endswith("_svd")
+    theirs = wrapped(Peer(), targets, r=2, lora_alpha=3)
+    for k, name in enumerate(["second", "third"]):
+        second(theirs, targets, name, r=3 + k if unequal else 2, lora_alpha=5 - k)
+    with torch.no_grad():
+        for key, parameter in theirs.named_parameters():
+            if "lora_" in key:
+                parameter.normal_()
+    theirs.save_pretrained(tmp_path)
+    model = Peer()
+    for name in ("default", "second", "third"):
+        lr.load_lora(model, tmp_path / ("" if name == "default" else name), name)
+
+    inject = library.LoraModel.inject_adapter
+
+    def seeded(*arguments, **more):  # PEFT draws the new adapter's initial values before it drops entries
+        inject(*arguments, **more)
+        torch.manual_seed(5)
+
+    monkeypatch.setattr(library.LoraModel, "inject_adapter", seeded)
+    found = dict(zip(["default", "second", "third"], WEIGHTS[sizes], strict=True))
+    rank = {"rank": 3} if how.endswith("svd") else {}
+    theirs.add_weighted_adapter(
+        list(found), list(found.values()), "new", how, density=0.6, **({"svd_rank": 3} if rank else {})
+    )
+    lr.combine_lora_(model, found, "new", how=how, density=0.6, seed=5, **rank)
+    for name in targets:
+        bank = getattr(model, name).lora_weight
+        expected = getattr(theirs.base_model.model, name).get_delta_weight("new").detach()
+        got = bank.adapters["new"].delta(bank.kind).detach()
+        assert float((got - expected).norm()) <= 1e-4 * float(expected.norm()), name
+        if not how.endswith("svd"):
+            layer = getattr(theirs.base_model.model, name)
+            a = layer.lora_embedding_A["new"] if name == "table" else layer.lora_A["new"].weight
+            assert bank.adapters["new"].A.shape == a.shape
 
 
 def test_bad_combinations_are_refused_and_change_nothing():
@@ -167,6 +279,9 @@ def test_bad_combinations_are_refused_and_change_nothing():
         (({"a": 1.0}, "b"), "already"),
         (({"a": 1.0, "c": 1.0}, "x", "linear"), "equal ranks"),
         (({"a": 1.0}, "x", "magic"), "magic"),
+        (({}, "x"), "no weights"),
+        (({"a": float("nan")}, "x"), "nan"),
+        (({"a": 1.0}, "x.y"), "without dots"),
     ]:
         weights_, name, *how = arguments
         with pytest.raises(lr.LowRankError, match=word):
