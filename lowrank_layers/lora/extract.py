@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -10,10 +10,13 @@ from torch import Tensor, nn
 from ..decompose import svd
 from ..errors import LowRankError
 from ..rank import Energy, Rank, Spectrum, choose_rank
+from ..unfuse import mind_fast_paths_
 from ..walk import check_model
 from .adapter import Adapter
+from .checks import check_place
 from .inject import attach_, freeze_
-from .kinds import Kind, kind_of
+from .kinds import Kind, Matrix, kind_of
+from .lookup import tensor_for
 from .target import Place, Target, targets
 
 
@@ -24,12 +27,14 @@ class Extracted:
     Args:
         a: ``A``.
         b: ``B``.
+        rank: of their product, for a stack of matrices of each.
         energy: how much of the squared change they hold, in [0, 1].
         change: the change's norm relative to the weight's.
     """
 
     a: Tensor
     b: Tensor
+    rank: int
     energy: float
     change: float
 
@@ -48,20 +53,28 @@ class Extraction(dict[Place, Extracted]):
     """
 
     def apply_(self, model: nn.Module, name: str = "extracted") -> nn.Module:
-        """Adds them to the base as an adapter of that name, in place; returns the model."""
+        """Adds them to the base as an adapter of that name, in place; returns the model.
+
+        Raises:
+            LowRankError: if the model has not these weights, or an adapter of that name; nothing changes then.
+        """
         check_model(model)
-        made = {place: kind_of(model.get_submodule(place[0]), place[1]) for place in self}
+        if not name or "." in name:
+            raise LowRankError(f"Extraction.apply_: got name {name!r}, expected one without dots.")
+        made = [(place, _check_fit(model, place, found, name)) for place, found in self.items()]
         freeze_(model)
-        for (owner, parameter), kind in made.items():
+        for (owner, parameter), kind in made:
             found = self[owner, parameter]
-            attach_(model.get_submodule(owner), parameter, name, Adapter(found.a, found.b, scaling=1.0), kind)
+            # copies: an extraction may be applied to several models, which are trained apart
+            adapter = Adapter(found.a.clone(), found.b.clone(), scaling=1.0)
+            attach_(model.get_submodule(owner), parameter, name, adapter, kind)
+        mind_fast_paths_(model)
         return model
 
     def __str__(self) -> str:
         rows = [("weight", "rank", "change", "energy kept")]
         for (owner, parameter), found in self.items():
-            rank = found.a.shape[-2] if found.a.ndim == 2 else found.b.shape[1]
-            rows.append((f"{owner}.{parameter}", str(rank), f"{found.change:.2%}", f"{found.energy:.1%}"))
+            rows.append((f"{owner}.{parameter}", str(found.rank), f"{found.change:.2%}", f"{found.energy:.1%}"))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         first, *others = widths
         template = "  ".join([f"{{:<{first}}}", *(f"{{:>{width}}}" for width in others)])
@@ -78,7 +91,8 @@ def extract_lora(
 ) -> Extraction:
     """The best adapters of that rank for the difference of two models: its truncated SVD, weight by weight.
 
-    Biases, norms and whatever else is no matrix stay the base's.
+    Biases, norms and whatever else is no matrix stay the base's. A weight that is tied in both models is decomposed once,
+    and every layer that has it gets the adapter; where it is tied in one model only, each layer gets its own change.
 
     Args:
         base: the model before.
@@ -96,18 +110,55 @@ def extract_lora(
         raise LowRankError("extract_lora: expected either rank= or energy=.")
     rule: Rank = Energy(energy) if energy is not None else rank  # type: ignore[assignment]
     found = Extraction()
-    ours, theirs = dict(base.named_parameters()), dict(tuned.named_parameters())
+    known: dict[tuple[object, object], tuple[Kind, Extracted]] = {}
     for place in targets(base, target if target is not None else lambda *_: True):
         key = ".".join(filter(None, place))
-        if key not in theirs or ours[key].shape != theirs[key].shape:
+        weight, other = tensor_for(base, place), tensor_for(tuned, place)
+        if weight is None or other is None or weight.shape != other.shape:
             raise LowRankError(f"extract_lora: {key!r} is not in both models with one shape; give two of one kind.")
-        weight, change = ours[key].detach(), (theirs[key].detach().double() - ours[key].detach().double())
+        change = other.to(weight.device).double() - weight.double()
+        if not bool(torch.isfinite(change).all()):
+            raise LowRankError(
+                f"extract_lora: the change of {key!r} has NaN or Inf entries; there is nothing to extract."
+            )
+        if not bool(change.any()):
+            continue
         kind = kind_of(base.get_submodule(place[0]), place[1])
-        if bool(change.any()):
-            found[place] = _extract(weight, change, kind, rule, key)
+        pair = _identity(base, place), _identity(tuned, place)
+        if pair not in known or not isinstance(kind, Matrix):
+            known[pair] = kind, _extract(weight, change, kind, rule, key)
+        found[place] = _in_kind(kind, *known[pair])
     if not found:
         raise LowRankError("extract_lora: the two models have the same weights; there is nothing to extract.")
     return found
+
+
+def _check_fit(model: nn.Module, place: Place, found: Extracted, name: str) -> Kind:
+    """The layout of the weight that an extracted change belongs to."""
+    label = ".".join(filter(None, place))
+    weight = tensor_for(model, place)
+    if weight is None:
+        raise LowRankError(f"Extraction.apply_: the model has no {label!r}; give the base, or another of its kind.")
+    kind = check_place(model.get_submodule(place[0]), place, name)
+    shape = kind.product(found.a.to("meta"), found.b.to("meta")).shape
+    if shape != weight.shape:
+        raise LowRankError(
+            f"Extraction.apply_: {label!r} has shape {tuple(weight.shape)}, expected {tuple(shape)}, as in the base."
+        )
+    return kind
+
+
+def _identity(model: nn.Module, place: Place) -> object:
+    """Equal for the places of one parameter, and for no others."""
+    parameter = model.get_submodule(place[0])._parameters.get(place[1])
+    return place if parameter is None else id(parameter)
+
+
+def _in_kind(kind: Kind, first_kind: Kind, first: Extracted) -> Extracted:
+    """The same change in another layer: an embedding holds the transpose of the linear layer that is tied to it."""
+    if kind == first_kind:
+        return first
+    return replace(first, a=first.b.mT.contiguous(), b=first.a.mT.contiguous())
 
 
 def _extract(weight: Tensor, change: Tensor, kind: Kind, rule: Rank, key: str) -> Extracted:
@@ -124,4 +175,4 @@ def _extract(weight: Tensor, change: Tensor, kind: Kind, rule: Rank, key: str) -
     a, b = kind.pair(weight, a, b)
     kept = float(values[:rank].square().sum() / values.square().sum())
     size = float(torch.linalg.vector_norm(change) / torch.linalg.vector_norm(weight.double()).clamp_min(1e-300))
-    return Extracted(a.contiguous().to(weight), b.contiguous().to(weight), kept, size)
+    return Extracted(a.contiguous().to(weight), b.contiguous().to(weight), rank, kept, size)
