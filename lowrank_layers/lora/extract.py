@@ -91,8 +91,9 @@ def extract_lora(
 ) -> Extraction:
     """The best adapters of that rank for the difference of two models: its truncated SVD, weight by weight.
 
-    Biases, norms and whatever else is no matrix stay the base's. A weight that is tied in both models is decomposed once,
-    and every layer that has it gets the adapter; where it is tied in one model only, each layer gets its own change.
+    Biases, norms and whatever else is no matrix stay the base's. A weight that is tied in both models is decomposed
+    once, and every layer that has it gets the adapter; where it is tied in one model only, each layer gets its own
+    change.
 
     Args:
         base: the model before.
