@@ -86,12 +86,15 @@ def unfused_names(model: nn.Module) -> list[str]:
 
 
 def mind_fast_paths_(model: nn.Module) -> None:
-    """Switches torch's fast paths off where a layer below is low-rank or open, and on again where none is."""
+    """Switches torch's fast paths off where a layer below is low-rank, open or trained whole, and on again where none is."""
     for module in model.modules():
         for kind, (flag, off) in _FAST_PATHS.items():
             if not isinstance(module, kind):
                 continue
-            factored = any(isinstance(m, (FactoredModule, LowRankMultiheadAttention)) for m in module.modules())
+            factored = any(
+                isinstance(m, (FactoredModule, LowRankMultiheadAttention)) or hasattr(m, "skipped_by_fast_paths")
+                for m in module.modules()
+            )
             if factored and _MEMORY not in module.__dict__:
                 module.__dict__[_MEMORY] = getattr(module, flag)
                 setattr(module, flag, off)

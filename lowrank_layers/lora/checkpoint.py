@@ -21,18 +21,18 @@ from .kinds import Kernel
 from .peft_config import config_of
 from .peft_format import (
     CONFIG,
+    EMBEDDING,
     OLD_WEIGHTS,
-    PREFIX,
     WEIGHTS,
     WHOLE,
+    embedding_keys,
     find_slots,
-    modules_of,
     own_tensors,
-    peft_path,
     saved_modules,
     whole_keys,
 )
-from .reading import Read, differences, find_plain, read_json, read_tensors, refuse
+from .reading import Read, Whole, differences, find_plain, read_json, read_tensors, refuse
+from .whole import attach_whole_, find_whole, plain_copy
 
 
 def load_lora(
@@ -47,8 +47,8 @@ def load_lora(
     """Puts the adapter that :func:`save_lora` or PEFT wrote on a model, in place.
 
     Everything is read and compared first: settings, names, shapes, values. If anything does not fit, or a setting
-    cannot be honoured, the error lists it and the model is as it was. What PEFT keeps whole (``modules_to_save``,
-    ``bias``) replaces the base's own values.
+    cannot be honoured, the error lists it and the model is as it was. Modules that the file holds whole
+    (``modules_to_save``) become copies that belong to the adapter; biases and embeddings replace the base's values.
 
     Args:
         model: the plain base; a compressed one is fine too, where a layer still is one matrix.
@@ -93,24 +93,35 @@ def load_lora(
         found, whole, tensors = find_plain(model, path, rank, alpha)
     problems = [trouble for read in found if (trouble := _trouble(model, read, name))]
     own = own_tensors(model)
-    problems += [f"{place!r} is on the meta device" for place in whole.values() if own[place].is_meta]
+    problems += [f"{place!r} is on the meta device" for place in whole.base.values() if own[place].is_meta]
+    try:
+        modules = find_whole(model, whole.saved, name, "load_lora")
+    except LowRankError as error:
+        problems.append(str(error).removeprefix("load_lora: ").removesuffix("."))
     if problems:
         refuse(path, problems)
     made = [(read.slot, _adapter(read)) for read in found]
+    copies = {owner: _copy(module, owner, whole.copied, tensors) for owner, module in modules.items()}
     freeze_(model)
     with torch.no_grad():
-        for key, place in whole.items():
+        for key, place in whole.base.items():
             own[place].copy_(tensors[key])
             if isinstance(own[place], nn.Parameter):
                 own[place].requires_grad_(trainable)
                 setattr(own[place], WHOLE, True)
+        for key, place in whole.embeddings.items():
+            if not torch.equal(own[place].detach().cpu(), tensors[key].to(own[place].dtype)):
+                own[place].copy_(tensors[key])
+                setattr(own[place], EMBEDDING, True)
     for slot, adapter in made:
         attach_(slot.module, slot.parameter, name, adapter.requires_grad_(trainable), slot.kind)
+    for owner, module in modules.items():
+        attach_whole_(module, name, copies[owner].requires_grad_(trainable))
     mind_fast_paths_(model)
     return model
 
 
-def _find_peft(model: nn.Module, path: Path) -> tuple[list[Read], dict[str, str], dict[str, Tensor]]:
+def _find_peft(model: nn.Module, path: Path) -> tuple[list[Read], Whole, dict[str, Tensor]]:
     config, problems = config_of(read_json(path / CONFIG))
     if problems:
         refuse(path / CONFIG, problems)
@@ -130,9 +141,11 @@ def _find_peft(model: nn.Module, path: Path) -> tuple[list[Read], dict[str, str]
         shapes = slot.shapes(rank)
         expected |= {slot.keys[part]: shapes[part] for part in parts}
     own = own_tensors(model)
-    whole = whole_keys(model, config.bias, saved_modules(model, config.modules_to_save or ()), wraps)
-    whole |= {key: place for key, place in _embeddings(model, wraps).items() if key in tensors}
-    expected |= {key: tuple(own[place].shape) for key, place in whole.items()}
+    saved = saved_modules(model, config.modules_to_save or ())
+    copied = whole_keys(model, "none", saved, wraps)
+    biases = {k: place for k, place in whole_keys(model, config.bias, saved, wraps).items() if k not in copied}
+    frozen = {k: place for k, place in embedding_keys(model, wraps).items() if k in tensors and k not in copied}
+    expected |= {key: tuple(own[place].shape) for key, place in (copied | biases | frozen).items()}
     problems += differences(tensors, expected)
     found = []
     for slot in [] if problems else slots:
@@ -148,7 +161,7 @@ def _find_peft(model: nn.Module, path: Path) -> tuple[list[Read], dict[str, str]
         found.append(Read(slot, *pair, scaling, config.lora_dropout, magnitude, bias))
     if problems:
         refuse(path, problems)
-    return found, whole, tensors
+    return found, Whole(biases, saved, copied, frozen), tensors
 
 
 def _trouble(model: nn.Module, read: Read, name: str) -> str | None:
@@ -192,8 +205,12 @@ def _plain(module: nn.Module) -> type[nn.Module]:
     return plain
 
 
-def _embeddings(model: nn.Module, wraps: Mapping[str, int]) -> dict[str, str]:
-    """PEFT writes the tables of transformers' models whole when they are adapted or were resized."""
-    tables = [getattr(model, f"get_{which}_embeddings", lambda: None)() for which in ("input", "output")]
-    names = [name for name, module in modules_of(model).items() if name and any(module is table for table in tables)]
-    return {f"{PREFIX}{peft_path(name, wraps, wraps.get(name, 0))}.weight": f"{name}.weight" for name in names}
+def _copy(module: nn.Module, owner: str, keys: Mapping[str, str], tensors: Mapping[str, Tensor]) -> nn.Module:
+    """The copy of a module that the file holds."""
+    copy = plain_copy(module)
+    own = own_tensors(copy)
+    with torch.no_grad():
+        for key, place in keys.items():
+            if place.startswith(f"{owner}."):
+                own[place.removeprefix(f"{owner}.")].copy_(tensors[key])
+    return copy

@@ -11,6 +11,7 @@ from .adapted import bank_of, base_weight
 from .fast import fast_forward
 from .kinds import SLICES, Kind, kind_of
 from .target import Place
+from .whole import TrainedWhole
 
 
 def check_place(module: nn.Module, place: Place, name: str, dora: bool = False) -> Kind:
@@ -22,6 +23,10 @@ def check_place(module: nn.Module, place: Place, name: str, dora: bool = False) 
     label = ".".join(filter(None, place))
     if is_derived(module) or hasattr(module, "parametrizations"):
         raise LowRankError(f"add_lora_: {label!r} is parametrized; fold it first.")
+    if isinstance(module, TrainedWhole):
+        raise LowRankError(
+            f"add_lora_: {label!r} is trained whole by another adapter (modules_to_save); leave it out with exclude=."
+        )
     bank = bank_of(module, place[1])
     if bank is not None and bank.merged is not None:
         raise LowRankError(f"add_lora_: the adapters of {label!r} are merged; call unmerge_lora_ first.")

@@ -25,6 +25,7 @@ from .kinds import Kind
 from .lookup import Source, tensor_for
 from .ranks import explained_ranks, moment_of, note_lowered, of_pattern, rank_for
 from .target import Place, Target, targets
+from .whole import TrainedWhole, attach_whole_, check_choice, copies_of, drop_whole_, find_whole
 
 DEFAULT = "default"
 _LEARNED = "_learned_before_lora"
@@ -38,6 +39,7 @@ def add_lora_(
     *,
     name: str = DEFAULT,
     exclude: Target | None = None,
+    modules_to_save: Iterable[str] | None = None,
     dropout: float = 0.0,
     init: Init = "kaiming",
     rank_pattern: Mapping[str, Rank] | None = None,
@@ -74,6 +76,9 @@ def add_lora_(
             ``gradients``, and ``"loftq"``, which restores what quantising took from ``reference``. PiSSA, OLoRA, CorDA
             and LoRA-GA start from a product that is not zero, which is taken off again: the base is never touched.
         exclude: what to leave out of the target, in the same ways.
+        modules_to_save: names, or ends of names, of modules that this adapter trains whole, such as a new classifier:
+            it gets a copy of each, which is used, switched, saved and taken off with the adapter. The base keeps its
+            own, and the target takes nothing in them.
         rank_pattern: ranks for the modules or parameters of these names or ends of names; also rules.
         alpha_pattern: likewise alpha.
         rslora: scales by ``alpha / sqrt(rank)`` (Kalajdzievski, 2023).
@@ -113,7 +118,8 @@ def add_lora_(
     if init not in INITS:
         raise LowRankError(f"add_lora_: got init {init!r}, expected one of {list(INITS)}.")
     check_rank(rank, "add_lora_")
-    places = targets(model, target, exclude)
+    whole = find_whole(model, modules_to_save or (), name)
+    places = targets(model, target, exclude, whole)
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     made: dict[Place, tuple[Adapter, Kind]] = {}
     lowered: dict[str, int] = {}
@@ -151,6 +157,8 @@ def add_lora_(
     freeze_(model)
     for (owner, parameter), (adapter, kind) in made.items():
         attach_(model.get_submodule(owner), parameter, name, adapter, kind)
+    for module in whole.values():
+        attach_whole_(module, name)
     mind_fast_paths_(model)
     note_lowered(lowered, "add_lora_", 2)
     return model
@@ -193,7 +201,8 @@ def remove_lora_(model: nn.Module, name: str | None = None) -> nn.Module:
                 bank.drop(each)
             if not bank.names:
                 detach_(module, parameter)
-    if not any(isinstance(module, Adapted) for module in model.modules()):
+    drop_whole_(model, name)
+    if not any(isinstance(module, (Adapted, TrainedWhole)) for module in model.modules()):
         learned = model.__dict__.pop(_LEARNED, {})
         for own, weight in model.named_parameters():
             if own in learned:
@@ -222,6 +231,9 @@ def use_adapter(model: nn.Module, name: str | Iterable[str] | None) -> nn.Module
     wanted = [] if name is None else [name] if isinstance(name, str) else list(name)
     for each in wanted:
         check_name(model, each)
+    check_choice(model, wanted)
+    for copies in copies_of(model).values():
+        copies.choose(wanted)
     for bank in banks(model):
         bank.rows = None
         with torch.no_grad():
@@ -242,10 +254,13 @@ def lora_disabled(model: nn.Module) -> Iterator[nn.Module]:
         True
     """
     kept = [(bank, bank.gates.clone(), bank.rows) for bank in banks(model)]
+    copies = [(each, each.active, each.rows) for each in copies_of(model).values()]
     use_adapter(model, None)
     try:
         yield model
     finally:
+        for each, active, names in copies:
+            each.active, each.rows = active, names
         for bank, gates, rows in kept:
             bank.gates.copy_(gates)
             bank.rows = rows
@@ -269,8 +284,12 @@ def lora_rows(model: nn.Module, names: list[str | None]) -> Iterator[nn.Module]:
             own = bank.names
             rows = torch.tensor([[float(n == each) for each in own] for n in names], device=bank.gates.device)
             bank.rows = rows
+        for copies in copies_of(model).values():
+            copies.rows = list(names)
         yield model
     finally:
+        for copies in copies_of(model).values():
+            copies.rows = None
         for bank in found:
             bank.rows = None
 
@@ -290,7 +309,8 @@ def lora_parameters(
     if name is not None:
         check_name(model, name)
     adapters = [a for bank in banks(model) for own, a in bank.adapters.items() if name in (None, own)]
-    slow: list[nn.Parameter] = []
+    whole = [own for copies in copies_of(model).values() for key, own in copies.items() if name in (None, key)]
+    slow: list[nn.Parameter] = [p for own in whole for p in own.parameters() if p.requires_grad]
     fast: list[nn.Parameter] = []
     for adapter in adapters:
         for key, parameter in adapter.named_parameters():
@@ -309,13 +329,14 @@ def banks(model: nn.Module) -> list[Bank]:
 def check_name(model: nn.Module, name: str) -> None:
     """Refuses a name that no adapter has."""
     known = {own for bank in banks(model) for own in bank.names}
+    known |= {own for copies in copies_of(model).values() for own in copies}
     if name not in known:
         raise LowRankError(f"got the adapter {name!r}, expected one of {sorted(known)}.")
 
 
 def freeze_(model: nn.Module) -> None:
     """Only adapters learn; what learned before is remembered on the model."""
-    own = {id(p) for bank in banks(model) for p in bank.parameters()}
+    own = {id(p) for part in (*banks(model), *copies_of(model).values()) for p in part.parameters()}
     learned = model.__dict__.setdefault(_LEARNED, {})
     for name, parameter in model.named_parameters():
         if id(parameter) not in own:

@@ -18,7 +18,7 @@ Ties = Literal["refuse", "untie"]
 
 
 @torch.no_grad()
-def merge_lora_(model: nn.Module, *, ties: Ties = "refuse") -> nn.Module:
+def merge_lora_(model: nn.Module, *, ties: Ties = "refuse", safe_merge: bool = True) -> nn.Module:
     """Adds what the adapters that are in use give to their weights, in fp32 with one rounding, in place.
 
     The base weights are kept aside, so that :func:`unmerge_lora_` brings them back to the bit;
@@ -28,13 +28,14 @@ def merge_lora_(model: nn.Module, *, ties: Ties = "refuse") -> nn.Module:
         model: an adapted model.
         ties: what to do where an adapted weight also belongs to a module that is not adapted: ``"refuse"``, or
             ``"untie"``, which leaves that module the base weight.
+        safe_merge: refuses a sum with NaN or Inf entries, as a broken adapter gives; ``False`` does not look.
 
     Returns:
         The model.
 
     Raises:
-        LowRankError: if they are merged already, a weight is tied, quantised, or a product of factors; nothing
-            changes then.
+        LowRankError: if they are merged already, a weight is tied, quantised, or a product of factors, or the sum is
+            not finite; nothing changes then.
 
     Examples:
         >>> model = lr.add_lora_(nn.Sequential(nn.Linear(8, 8)), rank=2, init="pissa")
@@ -71,6 +72,11 @@ def merge_lora_(model: nn.Module, *, ties: Ties = "refuse") -> nn.Module:
                 " change; give ties='untie' to part them."
             )
         merged.append(bank.effective(weight.float()).to(weight.dtype))
+        if safe_merge and not bool(torch.isfinite(merged[-1]).all()):
+            raise LowRankError(
+                f"merge_lora_: {label!r} would have NaN or Inf entries; choose another adapter with use_adapter, or give"
+                " safe_merge=False."
+            )
     for (module, name, bank, _), value in zip(places, merged, strict=True):
         weight = _parameter(module, name)
         if len({id(owner) for _, owner in users[id(weight)]}) > 1:

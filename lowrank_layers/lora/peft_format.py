@@ -16,10 +16,13 @@ from .adapted import base_weight
 from .adapter import Adapter, Bank
 from .kinds import Kernel, Kind, Matrix, is_conv1d, kind_of
 from .peft_config import Config
+from .whole import Copies
 
 PREFIX = "base_model.model."
 WHOLE = "_saved_with_lora"
 """On a parameter of the base that was read from an adapter's file, and belongs into the next one."""
+EMBEDDING = "_embedding_of_adapter"
+"""On a frozen embedding, or head, whose values an adapter's file brought with it."""
 CONFIG, WEIGHTS, OLD_WEIGHTS = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 
 
@@ -125,7 +128,7 @@ def modules_of(model: nn.Module) -> dict[str, nn.Module]:
     found: dict[str, nn.Module] = {}
     inside: tuple[str, ...] = ()
     for name, module in own_layers(model):
-        if isinstance(module, Bank):
+        if isinstance(module, (Bank, Copies)):
             inside = (*inside, f"{name}.")
         elif not (inside and name.startswith(inside)):
             found[name] = module
@@ -279,3 +282,10 @@ def whole_keys(model: nn.Module, bias: str, saved: Iterable[str], wraps: Mapping
         path = peft_path(name, wraps, wraps.get(name, 0))
         keys[f"{PREFIX}{path}.bias" if name else f"{PREFIX}bias"] = place
     return keys
+
+
+def embedding_keys(model: nn.Module, wraps: Mapping[str, int]) -> dict[str, str]:
+    """Keys of the frozen embeddings that PEFT writes where they are adapted or were resized, with our names of them."""
+    ends = [getattr(model, f"get_{which}_embeddings", lambda: None)() for which in ("input", "output")]
+    names = [name for name, module in modules_of(model).items() if name and any(module is end for end in ends)]
+    return {f"{PREFIX}{peft_path(name, wraps, wraps.get(name, 0))}.weight": f"{name}.weight" for name in names}

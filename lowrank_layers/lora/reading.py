@@ -7,6 +7,7 @@ import pickle
 import re
 from collections import defaultdict
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -32,6 +33,23 @@ class Read(NamedTuple):
     dropout: float = 0.0
     magnitude: Tensor | None = None
     bias: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Whole:
+    """What a file holds beside adapters: its keys, with our names of what they belong to.
+
+    Args:
+        base: parameters and buffers of the base that were trained.
+        saved: the modules that the adapter has copies of.
+        copied: their parameters and buffers.
+        embeddings: those of the base that are frozen.
+    """
+
+    base: dict[str, str]
+    saved: list[str] = field(default_factory=list)
+    copied: dict[str, str] = field(default_factory=dict)
+    embeddings: dict[str, str] = field(default_factory=dict)
 
 
 def refuse(path: Path, problems: list[str]) -> NoReturn:
@@ -87,11 +105,11 @@ _KEY = re.compile(r"(?P<path>.+)\.(?P<part>lora_A|lora_B|lora_a\.weight|lora_b\.
 
 def find_plain(
     model: nn.Module, path: Path, rank: int | None, alpha: float | None
-) -> tuple[list[Read], dict[str, str], dict[str, Tensor]]:
+) -> tuple[list[Read], Whole, dict[str, Tensor]]:
     """What loralib (``fc.lora_A``) and torchtune (``fc.lora_a.weight``) wrote: no settings, parameters by our names.
 
     Returns:
-        The adapters, the file's keys of whole parameters with our names of them, and the tensors.
+        The adapters, the whole parameters, and the tensors.
     """
     if not path.is_file():
         raise CheckpointError(f"{path}: there is no such file or folder.")
@@ -131,7 +149,7 @@ def find_plain(
         problems = ["there is no adapter in it"]
     if problems:
         refuse(path, problems)
-    return found, whole, tensors
+    return found, Whole(whole), tensors
 
 
 def _trouble(name: str, part: dict[str, Tensor], module: nn.Module | None, rank: int | None) -> str | None:

@@ -101,7 +101,7 @@ def adaptable(model: nn.Module) -> dict[Place, nn.Module]:
     """Every matrix, kernel and stack of matrices; a factored layer counts as one weight."""
     found: dict[Place, nn.Module] = {}
     for name, module in own_layers(model):
-        if type(module).__name__ in ("Adapter", "Bank"):
+        if ".lora_" in f".{name}.":
             continue
         if is_factored(module):
             found[name, "weight"] = module

@@ -26,9 +26,11 @@ from .kinds import SLICES, Matrix, is_conv1d, kind_of
 from .peft_config import BIASES, Config
 from .peft_format import (
     CONFIG,
+    EMBEDDING,
     WEIGHTS,
     WHOLE,
     Slot,
+    embedding_keys,
     is_plain_target,
     modules_of,
     own_tensors,
@@ -36,6 +38,7 @@ from .peft_format import (
     to_slots,
     whole_keys,
 )
+from .whole import copies_of
 
 Bias = Literal["none", "all", "lora_only"]
 _Adapters = dict[tuple[str, str, str], Adapter]
@@ -58,8 +61,9 @@ def save_lora(
         model: an adapted model.
         folder: made where it is missing.
         name: of the adapter; may be left out where there is one only.
-        modules_to_save: names, or ends of names, of modules to write as a whole, running statistics included. By
-            default those outside the adapters whose parameters learn, or were read from an adapter's file.
+        modules_to_save: names, or ends of names, of modules of the base to write as a whole, running statistics
+            included. By default those outside the adapters whose parameters learn. What the adapter itself trains whole
+            (``add_lora_(modules_to_save=)``) is always written.
         bias: which biases of the base to write: ``"none"``, ``"lora_only"``, ``"all"``; by default those that learn.
 
     Raises:
@@ -90,7 +94,8 @@ def save_lora(
     adapters, problems = _adapters_of(model, name)
     slots, wraps = to_slots(modules_of(model), adapters)
     chosen = None if modules_to_save is None else list(modules_to_save)
-    whole, bias, more = _learned_whole(model, wraps, chosen, bias)
+    copies = {owner: own[name] for owner, own in copies_of(model).items() if name in own}
+    whole, bias, more = _learned_whole(model, wraps, chosen, bias, list(copies))
     problems += more
     if problems:
         raise UnsupportedLayerError(f"save_lora: PEFT's file cannot hold {'; '.join(problems)}.")
@@ -99,8 +104,12 @@ def save_lora(
     config.target_modules, config.target_parameters = _targets(model, slots)
     config.bias, config.modules_to_save = bias, sorted(whole) or None
     own = own_tensors(model)
+    own |= {f"{owner}.{key}": value for owner, copy in copies.items() for key, value in copy.state_dict().items()}
     for key, place in whole_keys(model, bias, saved_modules(model, whole), wraps).items():
         tensors[key] = own[place].detach()
+    for key, place in embedding_keys(model, wraps).items():
+        if hasattr(own[place], EMBEDDING):
+            tensors.setdefault(key, own[place].detach())
     if any(tensor.is_meta for tensor in tensors.values()):
         raise CheckpointError("save_lora: a tensor is on the meta device and has no values to write.")
     body = {"peft_type": "LORA", "task_type": None, "base_model_name_or_path": None, "inference_mode": True}
@@ -198,7 +207,7 @@ def _nothing(module: nn.Module, parameter: str, beside: Adapter) -> Adapter:
 
 
 def _learned_whole(
-    model: nn.Module, wraps: Mapping[str, int], chosen: list[str] | None, bias: Bias | None
+    model: nn.Module, wraps: Mapping[str, int], chosen: list[str] | None, bias: Bias | None, copied: list[str]
 ) -> tuple[list[str], Bias, list[str]]:
     """The modules to write whole, the biases, and what PEFT cannot write."""
     whole: list[str] = []
@@ -219,6 +228,7 @@ def _learned_whole(
         if unknown:
             raise LowRankError(f"save_lora: got modules_to_save {unknown}, which the model has not.")
         whole = chosen
+    whole += copied
     whole = [name for name in whole if not any(name.startswith(f"{other}.") for other in whole)]
     for name in saved_modules(model, whole):
         inside = [owner for owner in wraps if owner == name or owner.startswith(f"{name}.")]

@@ -153,3 +153,20 @@ def test_the_merged_weight_is_the_sum_in_fp64_rounded_once(dtype):
     below = torch.nextafter(got, torch.full_like(got, -torch.inf)).double()
     above = torch.nextafter(got, torch.full_like(got, torch.inf)).double()
     assert bool(((below <= weight) & (weight <= above)).all())
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, 1e38])
+def test_a_sum_that_is_not_finite_is_refused_and_nothing_merged(value):
+    """A broken adapter must not break the base with it; PEFT calls the check ``safe_merge``."""
+    model = lr.add_lora_(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), rank=2)
+    with torch.no_grad():
+        model[1].lora_weight.adapters["default"].A.fill_(value)
+        model[1].lora_weight.adapters["default"].B.fill_(value)
+    kept = [layer._parameters["weight"].clone() for layer in model]
+    with pytest.raises(lr.LowRankError, match=r"'1\.weight' would have NaN or Inf"):
+        lr.merge_lora_(model)
+    assert all(torch.equal(layer._parameters["weight"], own) for layer, own in zip(model, kept, strict=True))
+    lr.merge_lora_(model, safe_merge=False)
+    assert not torch.isfinite(model[1]._parameters["weight"]).all()
+    lr.unmerge_lora_(model)
+    assert all(torch.equal(layer._parameters["weight"], own) for layer, own in zip(model, kept, strict=True))

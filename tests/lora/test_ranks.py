@@ -61,12 +61,15 @@ def test_a_lowered_adapter_reaches_every_change_of_its_matrix(kind):
     assert torch.allclose(base[0].weight, tuned[0].weight, atol=1e-5)
 
 
+def two_labels():
+    return nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 2))
+
+
 def test_what_is_excluded_is_left_as_it_is():
-    build = lambda: nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 2))
     for exclude in (["2"], "2", lambda name, module: name == "2"):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            model = lr.add_lora_(build(), rank=4, exclude=exclude)
+            model = lr.add_lora_(two_labels(), rank=4, exclude=exclude)
         assert [type(layer) is nn.Linear for layer in model] == [False, False, True]
 
 
@@ -80,8 +83,7 @@ def test_excluding_a_part_of_a_fused_attention_leaves_the_others():
 
 
 def test_peft_reads_lowered_ranks(tmp_path):
-    build = lambda: nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 2))
-    base, x = build(), torch.randn(3, 8)
+    base, x = two_labels(), torch.randn(3, 8)
     with pytest.warns(UserWarning, match="lowered"):
         model = lr.add_lora_(copy.deepcopy(base), rank=4, alpha=6)
     scramble(model)
@@ -147,9 +149,8 @@ def test_a_fraction_of_the_parameters():
 
 def test_rules_in_a_pattern_and_patterns_of_parameters():
     model = nn.Sequential(with_weights(3, 5), nn.LSTM(6, 6))
-    everything = lambda *_: True
     pattern = {"0.1": lr.RelativeError(1e-4), "weight_hh_l0": 3}
-    lr.add_lora_(model, everything, rank=2, rank_pattern=pattern)
+    lr.add_lora_(model, lambda *_: True, rank=2, rank_pattern=pattern)
     lstm = {
         name: len(getattr(model[1], f"lora_{name}").adapters["default"].A) for name in ("weight_ih_l0", "weight_hh_l0")
     }
@@ -157,17 +158,19 @@ def test_rules_in_a_pattern_and_patterns_of_parameters():
     assert lstm == {"weight_ih_l0": 2, "weight_hh_l0": 3}
 
 
+def quarters(weight):
+    return (weight * 4).round() / 4
+
+
 def test_loftq_takes_rules_and_lowers_ranks():
     model = nn.Sequential(nn.Linear(12, 12), nn.Linear(12, 3))
     kept = model[0].weight.detach().clone()
-    quantize = lambda w: (w * 4).round() / 4
-    lr.loftq_(copy.deepcopy(model), lr.Energy(0.5), quantize)
-    values = torch.linalg.svdvals((kept - quantize(kept)).double()).square().cumsum(0)
+    values = torch.linalg.svdvals((kept - quarters(kept)).double()).square().cumsum(0)
     rank = int((values < 0.5 * values[-1]).sum()) + 1
-    ruled = lr.loftq_(copy.deepcopy(model), lr.Energy(0.5), quantize)
+    ruled = lr.loftq_(copy.deepcopy(model), lr.Energy(0.5), quarters)
     assert ranks_of(ruled)["0"] == rank
     with pytest.warns(UserWarning, match=r"loftq_: .*'1\.weight' to 3"):
-        lr.loftq_(model, 6, quantize)
+        lr.loftq_(model, 6, quarters)
     assert ranks_of(model) == {"0": 6, "1": 3}
 
 

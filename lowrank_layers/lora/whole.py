@@ -1,0 +1,242 @@
+"""Modules that are trained whole beside the adapters: every adapter has a copy of its own, the base stays as it is."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import LowRankError
+from ..walk import own_layers
+from .adapter import Bank
+
+WHOLE_COPIES = "lora_whole"
+"""The child that holds the copies of a module: ``head.lora_whole.default.weight``."""
+
+
+class Copies(nn.ModuleDict):
+    """The copies of one module by the names of adapters, and which of them is in use (``None``: the module itself)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.active: str | None = None
+        self.rows: list[str | None] | None = None  # a name for each row of a batch
+
+    def choose(self, names: Iterable[str]) -> None:
+        """Uses the copy of one of these adapters."""
+        self.rows = None
+        self.active = next((name for name in names if name in self), None)
+
+
+class TrainedWhole:
+    """Mixed into the class of a module that has copies: its forward is that of the copy in use."""
+
+    _plain_class: type[nn.Module]
+    skipped_by_fast_paths = True
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        state = self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
+        return _blank, (self._plain_class,), state
+
+
+def _blank(cls: type[nn.Module]) -> nn.Module:
+    blank: nn.Module = object.__new__(_whole_class(cls))
+    return blank
+
+
+_CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+def _whole_class(cls: type[nn.Module]) -> type[nn.Module]:
+    if cls not in _CLASSES:
+        body = {"_plain_class": cls, "__module__": cls.__module__, "forward": _forward_of(cls)}
+        _CLASSES[cls] = cast("type[nn.Module]", type(f"Whole{cls.__name__}", (TrainedWhole, cls), body))
+    return _CLASSES[cls]
+
+
+def _forward_of(cls: type[nn.Module]) -> Callable[..., Any]:
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        copies = cast(Copies, self._modules[WHOLE_COPIES])
+        if copies.rows is not None:
+            return _by_rows(cls, self, copies, copies.rows, *args, **kwargs)
+        if copies.active is None:
+            return cls.forward(self, *args, **kwargs)
+        return copies[copies.active](*args, **kwargs)
+
+    return forward
+
+
+def _by_rows(
+    cls: type[nn.Module], self: nn.Module, copies: Copies, rows: list[str | None], input: Any, *args: Any, **kwargs: Any
+) -> Tensor:
+    """Each row of the batch through the copy of its adapter."""
+    result: Tensor | None = None
+    for name in dict.fromkeys(rows):
+        if not isinstance(input, Tensor) or len(input) != len(rows):
+            got = tuple(input.shape) if isinstance(input, Tensor) else type(input).__name__
+            raise LowRankError(f"lora_rows: got an input of {got}, expected a tensor of {len(rows)} rows.")
+        index = torch.tensor([k for k, own in enumerate(rows) if own == name], device=input.device)
+        part = input[index]
+        out = copies[name](part, *args, **kwargs) if name in copies else cls.forward(self, part, *args, **kwargs)
+        if not isinstance(out, Tensor):
+            raise LowRankError(
+                f"lora_rows: a {cls.__name__} that is trained whole returned a {type(out).__name__}, expected a tensor"
+                " with one row per sample; run the adapters one after the other with use_adapter."
+            )
+        result = out.new_zeros(len(rows), *out.shape[1:]) if result is None else result
+        result = result.index_copy(0, index, out)
+    assert result is not None
+    return result
+
+
+def copies_of(model: nn.Module) -> dict[str, Copies]:
+    """The copies of every module that is trained whole, by the module's name."""
+    found = {name: module._modules.get(WHOLE_COPIES) for name, module in model.named_modules()}
+    return {name: copies for name, copies in found.items() if isinstance(copies, Copies)}
+
+
+def check_choice(model: nn.Module, names: Iterable[str]) -> None:
+    """Refuses to use two copies of one module at once.
+
+    Raises:
+        LowRankError: naming the module and the adapters.
+    """
+    wanted = list(names)
+    for owner, copies in copies_of(model).items():
+        both = [name for name in wanted if name in copies]
+        if len(both) > 1:
+            raise LowRankError(
+                f"use_adapter: {owner!r} is trained whole by each of the adapters {both}, and only one of these copies"
+                " can be used; choose one of the adapters."
+            )
+
+
+def find_whole(model: nn.Module, wanted: Iterable[str], name: str, who: str = "add_lora_") -> dict[str, nn.Module]:
+    """The modules of these names, or ends of names, once it is sure that an adapter can train each of them whole.
+
+    Containers (``nn.Sequential``, ``nn.ModuleList``, ``nn.ModuleDict``) stand for the modules in them.
+
+    Raises:
+        LowRankError: where there is none, or a module cannot be trained whole.
+    """
+    if isinstance(wanted, str):
+        raise LowRankError(f"{who}: got modules_to_save={wanted!r}, expected a list; write [{wanted!r}].")
+    modules = {owner: module for owner, module in own_layers(model) if ".lora_" not in f".{owner}."}
+    found: dict[str, nn.Module] = {}
+    for each in wanted:
+        own = {owner: m for owner, m in modules.items() if owner and (owner == each or owner.endswith(f".{each}"))}
+        if not own:
+            raise LowRankError(f"{who}: modules_to_save has {each!r}, which matches no module of the model.")
+        for owner, module in own.items():
+            found |= dict(_opened(owner, module))
+    outer = {o: m for o, m in found.items() if not any(o.startswith(f"{other}.") for other in found)}
+    for owner, module in outer.items():
+        trouble = _trouble(modules, owner, module, name)
+        if trouble:
+            raise LowRankError(f"{who}: modules_to_save has {owner!r}, which {trouble}.")
+    return outer
+
+
+def _opened(owner: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """What is to be copied of a container: it runs its children, and must not get one more."""
+    if not isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)) or module._parameters:
+        yield owner, module
+        return
+    for key, child in module.named_children():
+        if child.state_dict():
+            yield from _opened(f"{owner}.{key}", child)
+
+
+def _trouble(modules: dict[str, nn.Module], owner: str, module: nn.Module, name: str) -> str | None:
+    """Why a module cannot be trained whole."""
+    above = [modules[owner[:k]] for k, letter in enumerate(owner) if letter == "." and owner[:k] in modules]
+    copies = module._modules.get(WHOLE_COPIES)
+    if isinstance(copies, Copies) and name in copies:
+        return f"the adapter {name!r} trains already; give another name"
+    if any(isinstance(outer, TrainedWhole) for outer in above):
+        return "lies in a module that another adapter trains whole; name that one"
+    if any(isinstance(part, Bank) for part in module.modules()):
+        return "has adapters; take them off first, or leave it out"
+    if any(isinstance(part, Copies) for part in module.modules() if part is not copies):
+        return "has a module in it that another adapter trains whole; name that one"
+    if owner.endswith("out_proj") and isinstance(above[-1] if above else None, nn.MultiheadAttention):
+        return "an nn.MultiheadAttention reads without calling it; name the attention"
+    if "forward" in module.__dict__:
+        return "has a forward of its own on the instance (an offloading hook, or a patch); take that off first"
+    if isinstance(module, nn.Sequential) or type(module).forward is nn.Module.forward:
+        return (
+            f"is a {type(module).__name__} with parameters of its own, which cannot get a copy; name the modules in it"
+        )
+    if not module.state_dict():
+        return f"is a {type(module).__name__} without parameters"
+    return None
+
+
+def attach_whole_(module: nn.Module, name: str, own: nn.Module | None = None) -> nn.Module:
+    """Gives an adapter its copy of a module, which is then the one in use; returns the copy."""
+    copies = module._modules.get(WHOLE_COPIES)
+    if own is None:
+        own = plain_copy(module)
+    if not isinstance(copies, Copies):
+        copies = Copies().train(module.training)
+        module.add_module(WHOLE_COPIES, copies)
+        module.__class__ = _whole_class(type(module))
+        module._lora_whole_hook = module.register_load_state_dict_post_hook(_without_copies)
+    copies[name] = own.train(module.training)
+    copies.active = name
+    return own
+
+
+def plain_copy(module: nn.Module) -> nn.Module:
+    """A copy of the module as it was before it had copies, all of which learns."""
+    if not isinstance(module, TrainedWhole):
+        return copy.deepcopy(module).requires_grad_(True)
+    hidden = module._modules.pop(WHOLE_COPIES)
+    try:
+        own: Any = copy.deepcopy(module)
+    finally:
+        module._modules[WHOLE_COPIES] = hidden
+    own.__class__ = own._plain_class
+    own.__dict__.pop("_lora_whole_hook").remove()
+    plain: nn.Module = own.requires_grad_(True)
+    return plain
+
+
+def drop_whole_(model: nn.Module, name: str | None) -> None:
+    """Takes the copies of one adapter off, or of all."""
+    for module in [module for module in model.modules() if isinstance(module, TrainedWhole)]:
+        assert isinstance(module, nn.Module)
+        copies = cast(Copies, module._modules[WHOLE_COPIES])
+        for own in [own for own in copies if name in (None, own)]:
+            del copies[own]
+        if not len(copies):
+            _detach(module)
+        elif copies.active not in copies:
+            copies.active = None
+
+
+def adopt_whole_(model: nn.Module) -> None:
+    """Makes every copy in use the module itself; a tied parameter is parted from its other owners."""
+    for module in [module for module in model.modules() if isinstance(module, TrainedWhole)]:
+        assert isinstance(module, nn.Module)
+        copies = cast(Copies, module._modules[WHOLE_COPIES])
+        own = None if copies.active is None else copies[copies.active]
+        _detach(module)
+        if own is not None:
+            for kind in ("_parameters", "_buffers", "_modules"):
+                module.__dict__[kind].update(own.__dict__[kind])
+
+
+def _detach(module: nn.Module) -> None:
+    plain: Any = module
+    del plain._modules[WHOLE_COPIES]
+    plain.__class__ = plain._plain_class
+    plain.__dict__.pop("_lora_whole_hook").remove()
+
+
+def _without_copies(module: nn.Module, incompatible: Any) -> None:
+    """A state dict of the base fits: copies that it does not mention stay as they are."""
+    incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if ".lora_" not in f".{key}"]
