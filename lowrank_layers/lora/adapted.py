@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
 
+from ..errors import LowRankError
 from ..layers import FactoredModule
 from ..walk import is_quantized
 from .adapter import Bank
@@ -31,6 +32,17 @@ class Adapted:
     def __reduce_ex__(self, protocol: Any) -> Any:
         state = self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
         return _blank, (self._plain_class, self._adapted_names), state
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        return refuse_scripting()
+
+
+def refuse_scripting() -> NoReturn:
+    """Raises what ``torch.jit.script`` shows for a model with adapters, whose classes are made while it runs."""
+    raise LowRankError(
+        "torch.jit.script: the model has adapters, whose classes cannot be scripted; use torch.jit.trace or torch.export"
+        " for the adapted model, or merge the adapters into a plain one first."
+    )
 
 
 def _blank(cls: type[nn.Module], names: tuple[str, ...]) -> nn.Module:

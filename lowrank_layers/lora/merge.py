@@ -74,8 +74,8 @@ def merge_lora_(model: nn.Module, *, ties: Ties = "refuse", safe_merge: bool = T
         merged.append(bank.effective(weight.float()).to(weight.dtype))
         if safe_merge and not bool(torch.isfinite(merged[-1]).all()):
             raise LowRankError(
-                f"merge_lora_: {label!r} would have NaN or Inf entries; choose another adapter with use_adapter, or give"
-                " safe_merge=False."
+                f"merge_lora_: {label!r} would have NaN or Inf entries; choose another adapter with use_adapter, or"
+                " give safe_merge=False."
             )
     for (module, name, bank, _), value in zip(places, merged, strict=True):
         weight = _parameter(module, name)

@@ -6,6 +6,7 @@ import difflib
 import re
 from collections.abc import Callable, Iterable, Mapping
 
+import torch
 from torch import nn
 
 from ..errors import LowRankError
@@ -101,7 +102,7 @@ def adaptable(model: nn.Module) -> dict[Place, nn.Module]:
     """Every matrix, kernel and stack of matrices; a factored layer counts as one weight."""
     found: dict[Place, nn.Module] = {}
     for name, module in own_layers(model):
-        if ".lora_" in f".{name}.":
+        if ".lora_" in f".{name}." or isinstance(module, torch.jit.ScriptModule):
             continue
         if is_factored(module):
             found[name, "weight"] = module

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import LowRankError
 from ..walk import own_layers
+from .adapted import refuse_scripting
 from .adapter import Bank
 
 WHOLE_COPIES = "lora_whole"
@@ -40,6 +41,9 @@ class TrainedWhole:
     def __reduce_ex__(self, protocol: Any) -> Any:
         state = self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
         return _blank, (self._plain_class,), state
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        return refuse_scripting()
 
 
 def _blank(cls: type[nn.Module]) -> nn.Module:
@@ -80,7 +84,8 @@ def _by_rows(
             raise LowRankError(f"lora_rows: got an input of {got}, expected a tensor of {len(rows)} rows.")
         index = torch.tensor([k for k, own in enumerate(rows) if own == name], device=input.device)
         part = input[index]
-        out = copies[name](part, *args, **kwargs) if name in copies else cls.forward(self, part, *args, **kwargs)
+        own = None if name is None or name not in copies else copies[name]
+        out = cls.forward(self, part, *args, **kwargs) if own is None else own(part, *args, **kwargs)
         if not isinstance(out, Tensor):
             raise LowRankError(
                 f"lora_rows: a {cls.__name__} that is trained whole returned a {type(out).__name__}, expected a tensor"
@@ -94,8 +99,8 @@ def _by_rows(
 
 def copies_of(model: nn.Module) -> dict[str, Copies]:
     """The copies of every module that is trained whole, by the module's name."""
-    found = {name: module._modules.get(WHOLE_COPIES) for name, module in model.named_modules()}
-    return {name: copies for name, copies in found.items() if isinstance(copies, Copies)}
+    found = {name: module for name, module in model.named_modules() if isinstance(module, TrainedWhole)}
+    return {name: cast(Copies, cast(nn.Module, module)._modules[WHOLE_COPIES]) for name, module in found.items()}
 
 
 def check_choice(model: nn.Module, names: Iterable[str]) -> None:
@@ -153,6 +158,8 @@ def _opened(owner: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def _trouble(modules: dict[str, nn.Module], owner: str, module: nn.Module, name: str) -> str | None:
     """Why a module cannot be trained whole."""
     above = [modules[owner[:k]] for k, letter in enumerate(owner) if letter == "." and owner[:k] in modules]
+    if isinstance(module, torch.jit.ScriptModule):
+        return "is scripted; script the model after training instead"
     copies = module._modules.get(WHOLE_COPIES)
     if isinstance(copies, Copies) and name in copies:
         return f"the adapter {name!r} trains already; give another name"
@@ -214,7 +221,7 @@ def drop_whole_(model: nn.Module, name: str | None) -> None:
             del copies[own]
         if not len(copies):
             _detach(module)
-        elif copies.active not in copies:
+        elif copies.active is not None and copies.active not in copies:
             copies.active = None
 
 
