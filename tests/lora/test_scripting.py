@@ -73,3 +73,30 @@ def test_a_scripted_part_is_left_as_it_is():
     lr.use_adapter(lr.merge_lora_(model), "default")
     lr.remove_lora_(lr.unmerge_lora_(model))
     assert torch.equal(model(x), base)
+
+
+LAZY = {
+    "linear": lambda: nn.LazyLinear(4),
+    "convolution": lambda: nn.LazyConv2d(4, 3),
+    "buffers only": lambda: nn.LazyBatchNorm1d(affine=False),
+}
+CALLS = {
+    "add_lora_": lambda model, folder: lr.add_lora_(model, ["0"], rank=2),
+    "add_lora_ whole": lambda model, folder: lr.add_lora_(model, ["0"], rank=2, modules_to_save=["1"]),
+    "loftq_": lambda model, folder: lr.loftq_(model, 2, lambda weight: weight.round(), target=["0"]),
+    "load_lora": lambda model, folder: lr.load_lora(model, folder),
+    "extract_lora": lambda model, folder: lr.extract_lora(model, model, rank=2),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("lazy", LAZY)
+def test_lazy_modules_are_refused_before_anything_changes(lazy, call, tmp_path):
+    lr.save_lora(lr.add_lora_(nn.Sequential(nn.Linear(8, 8)), rank=2), tmp_path)
+    model = nn.Sequential(nn.Linear(8, 8), LAZY[lazy]())
+    state = model[0].weight.clone()
+    with pytest.raises(lr.LowRankError, match=r"not initialized yet.*run one batch"):
+        CALLS[call](model, tmp_path)
+    assert type(model[0]) is nn.Linear
+    assert torch.equal(model[0].weight, state)
+    assert all(p.requires_grad for p in model.parameters())
