@@ -36,8 +36,11 @@ class Piece(Protocol):
     def mixed(self, weights: Tensor) -> Tensor:
         """Values weighted and summed, ``[batch, heads, rows, size]``."""
 
-    def dense(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Keys and values, ``[batch, heads, tokens, size]``."""
+    def dense_keys(self, dtype: torch.dtype) -> Tensor:
+        """Keys, ``[batch, heads, tokens, size]``."""
+
+    def dense_values(self, dtype: torch.dtype) -> Tensor:
+        """Values, likewise."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,9 +68,13 @@ class Exact:
         """Values weighted and summed."""
         return weights @ self.values.to(weights.dtype)
 
-    def dense(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Keys and values."""
-        return self.keys.to(dtype), self.values.to(dtype)
+    def dense_keys(self, dtype: torch.dtype) -> Tensor:
+        """Keys."""
+        return self.keys.to(dtype)
+
+    def dense_values(self, dtype: torch.dtype) -> Tensor:
+        """Values."""
+        return self.values.to(dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,7 +108,7 @@ class Old:
         if self.rotation is None:
             return self.keys.scores(rows)
         if torch.compiler.is_compiling():
-            return rows @ self.dense(rows.dtype)[0].mT
+            return rows @ self.dense_keys(rows.dtype).mT
         found = []
         for start in range(0, self.tokens, TILE):
             stop = min(start + TILE, self.tokens)
@@ -115,13 +122,16 @@ class Old:
         """Values weighted and summed, in the subspace."""
         return self.values.mixed(weights)
 
-    def dense(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Keys as they came, and values."""
-        keys, values = (latent.rebuilt(0, self.tokens, dtype) for latent in (self.keys, self.values))
-        if self.rotation is not None:
-            index = torch.arange(self.offset, self.offset + self.tokens, device=keys.device)
-            keys = self.rotation.turn(keys, index)
-        return keys, values
+    def dense_keys(self, dtype: torch.dtype) -> Tensor:
+        """Keys as they came."""
+        keys = self.keys.rebuilt(0, self.tokens, dtype)
+        if self.rotation is None:
+            return keys
+        return self.rotation.turn(keys, torch.arange(self.offset, self.offset + self.tokens, device=keys.device))
+
+    def dense_values(self, dtype: torch.dtype) -> Tensor:
+        """Values."""
+        return self.values.rebuilt(0, self.tokens, dtype)
 
 
 def attend(

@@ -155,7 +155,7 @@ class LatentAttention(nn.Module):
         old = self._old(keys, values)
         if not whole:
             return old
-        dense_keys, dense_values = old.dense(keys.dtype)
+        dense_keys, dense_values = old.dense_keys(keys.dtype), old.dense_values(keys.dtype)
         # fused attention takes values as wide as the keys, and as many heads
         share = dense_keys.shape[1] // dense_values.shape[1]
         dense_values = F.pad(dense_values, (0, self.head_dim - dense_values.shape[3])).repeat_interleave(share, 1)

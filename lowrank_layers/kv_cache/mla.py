@@ -59,11 +59,14 @@ class Shared:
         found: Tensor = summed.unflatten(1, weights.shape[1:3]) @ self.values.to(weights.dtype).mT
         return found
 
-    def dense(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Keys and values."""
-        latents = self.latents.to(dtype)
-        keys, values = (latents @ each.to(dtype).mT for each in (self.keys, self.values))
-        return torch.cat([keys, self.turned.to(dtype).expand(-1, self.heads, -1, -1)], -1), values
+    def dense_keys(self, dtype: torch.dtype) -> Tensor:
+        """Keys."""
+        lifted = self.latents.to(dtype) @ self.keys.to(dtype).mT
+        return torch.cat([lifted, self.turned.to(dtype).expand(-1, self.heads, -1, -1)], -1)
+
+    def dense_values(self, dtype: torch.dtype) -> Tensor:
+        """Values."""
+        return self.latents.to(dtype) @ self.values.to(dtype).mT
 
 
 class Absorbing:

@@ -109,9 +109,12 @@ class LowRankKV:
 
     def dense(self) -> tuple[Tensor, Tensor]:
         """All keys and values, rebuilt: for an attention that knows nothing of coefficients."""
-        dtype = self._like().dtype
-        keys, values = zip(*(piece.dense(dtype) for piece in self.pieces()), strict=True)
-        return torch.cat(keys, 2), torch.cat(values, 2)
+        return self.side(0), self.side(1)
+
+    def side(self, index: int) -> Tensor:
+        """All keys (0) or values (1), rebuilt."""
+        pieces, dtype = self.pieces(), self._like(index).dtype
+        return torch.cat([piece.dense_values(dtype) if index else piece.dense_keys(dtype) for piece in pieces], 2)
 
     @torch.no_grad()
     def compress(self) -> None:
@@ -259,9 +262,9 @@ class LowRankKV:
     def _before_tail(self) -> int:
         return self._first_tokens() + self.compressed
 
-    def _like(self) -> Tensor:
+    def _like(self, side: int = 0) -> Tensor:
         assert self.tail is not None
-        return self.tail[0].buffer
+        return self.tail[side].buffer
 
     def _over_batch(self, change: Callable[[Tensor], Tensor]) -> None:
         if self.tail is None:

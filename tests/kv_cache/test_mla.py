@@ -90,7 +90,7 @@ def test_many_new_tokens_run_as_before():
 def test_a_piece_of_shared_latents_is_what_it_expands_to():
     keys, values = torch.randn(3, 5, 4), torch.randn(3, 6, 4)
     piece = Shared(keys, values, torch.randn(2, 1, 9, 4), torch.randn(2, 1, 9, 2))
-    dense = piece.dense(torch.float32)
+    dense = piece.dense_keys(torch.float32), piece.dense_values(torch.float32)
     rows, weights = torch.randn(2, 3, 7, 7), torch.rand(2, 3, 7, 9)
     torch.testing.assert_close(piece.scores(rows), rows @ dense[0].mT, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(piece.mixed(weights), weights @ dense[1], atol=1e-5, rtol=1e-5)
@@ -140,3 +140,19 @@ def test_versions_that_cache_expanded_keys_are_refused():
 
     with pytest.raises(lr.LowRankError, match=r"upgrade to transformers 5\.15"):
         lr.absorb_mla_(nn.ModuleList([Attention()]))
+
+
+def test_a_low_rank_cache_keeps_its_greatest_length_where_latents_stay_exact():
+    model, (ids, mask) = latent("deepseek_v3"), prompts()
+    cache = lr.LowRankCache(rank=4, max_length=ids.shape[1] + 3)
+    with torch.no_grad():
+        model(ids, attention_mask=mask, past_key_values=cache)
+        with pytest.raises(lr.LowRankError, match=f"4 more tokens after {ids.shape[1]}.*max_length"):
+            model(ids[:, :4], past_key_values=cache)
+        assert [layer.get_seq_length() for layer in cache.layers] == [ids.shape[1]] * 2
+        model(ids[:, :3], past_key_values=cache)
+    assert cache.get_seq_length() == ids.shape[1] + 3
+    fresh = lr.LowRankCache(rank=4, max_length=ids.shape[1] - 1)
+    with torch.no_grad(), pytest.raises(lr.LowRankError, match="max_length"):
+        model(ids, attention_mask=mask, past_key_values=fresh)
+    assert (len(fresh.layers), fresh.get_seq_length()) == (0, 0)

@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from torch import nn
 
 TOKENS = {"vocab_size": 97, "pad_token_id": 0, "eos_token_id": 96, "bos_token_id": 1, "decoder_start_token_id": 2}
-T5 = {"d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_decoder_layers": 3, "num_heads": 4}
+TOKENS |= {"tie_word_embeddings": False}
+T5 = {"d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_heads": 4}
 BART = {
     "d_model": 64,
     "encoder_layers": 2,
@@ -52,13 +54,17 @@ NAMES = [*KINDS, "t5gemma"]
 
 
 def seq2seq(kind: str, **changes: Any) -> Any:
-    """A model in eval mode."""
+    """A model in eval mode, whose attentions decide what comes next."""
     torch.manual_seed(0)
     made = (_t5gemma() if kind == "t5gemma" else _made(*KINDS[kind], changes)).eval()
+    head = made.get_output_embeddings()
+    head.weight = nn.Parameter(head.weight.detach().clone())
     with torch.no_grad():
-        for parameter in made.parameters():
+        for name, parameter in made.named_parameters():
             if parameter.ndim > 1:
-                parameter.mul_(4).add_(torch.randn_like(parameter), alpha=0.1)
+                parameter.add_(torch.randn_like(parameter), alpha=0.3)
+            if name.split(".")[-2] in ("o", "o_proj", "out_proj") and parameter.ndim > 1:
+                parameter.mul_(4)
     return made
 
 
@@ -81,7 +87,7 @@ def padded(kind: str) -> dict[str, torch.Tensor]:
 
 
 def _made(config: str, network: str, sizes: dict[str, Any], changes: dict[str, Any]) -> Any:
-    return getattr(transformers, network)(getattr(transformers, config)(**sizes, **changes))
+    return getattr(transformers, network)(getattr(transformers, config)(**sizes | changes))
 
 
 def _t5gemma() -> Any:

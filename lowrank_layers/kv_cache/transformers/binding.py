@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from ..rotation import Rotation
 from .versions import turned_last
 
+ENCODED = ("key_value_states", "encoder_hidden_states")
+"""Arguments of cross-attentions, and of decoders that have some."""
 APPLY = ("apply_rotary_pos_emb", "apply_rotary_emb")
 
 
@@ -27,9 +29,26 @@ def calling_module(frame: FrameType | None) -> nn.Module | None:
     return None
 
 
+def crosses(module: nn.Module | None, frame: FrameType | None) -> bool:
+    """Whether a module that is running attends to what an encoder gave.
+
+    Args:
+        module: whose forward is running.
+        frame: where it calls the cache, or deeper.
+    """
+    while frame is not None and frame.f_locals.get("self") is not module:
+        frame = frame.f_back
+    return module is not None and frame is not None and any(frame.f_locals.get(name) is not None for name in ENCODED)
+
+
 def text_config(config: Any) -> Any:
     """The decoder's, where there are several."""
     return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+
+
+def depth_of(config: Any) -> int | None:
+    """Layers of the decoder; some of transformers' configurations count their encoder's as the model's."""
+    return getattr(config, "decoder_layers", None) or getattr(config, "num_hidden_layers", None)
 
 
 def rotation_of(config: Any, module: nn.Module | None, layer: int, size: int) -> Rotation | None:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicCache
 
 from ...errors import LowRankError
 from ...rank import Rank
@@ -20,16 +20,16 @@ from ..rotation import Rotation
 from ..settings import KVSettings
 from ..state import LowRankKV
 from ..subspace import Subspace
-from . import files
+from . import files, refusals
 from .attention import NAME
-from .binding import calling_module, rotation_of, text_config
+from .binding import calling_module, crosses, depth_of, rotation_of, text_config
 from .layer import LowRankLayer
 from .versions import caches_latents, forget, own_layers, plain_layer
 
 _NONE_YET = sys.maxsize
 
 
-class LowRankCache(Cache):
+class LowRankCache(DynamicCache):
     """The key/value cache of a transformers model, old tokens at low rank.
 
     It goes where a ``DynamicCache`` goes: ``generate`` with every way of decoding, and a model's own call. With
@@ -37,26 +37,31 @@ class LowRankCache(Cache):
     rebuilt as a whole; any other implementation gets them rebuilt at every step, which saves no time. The tokens of a
     step are attended to exactly and compressed afterwards, so that a prompt's own logits are exact.
 
+    An encoder-decoder takes two, ``EncoderDecoderCache(LowRankCache(...), LowRankCache(...))``: the second compresses
+    the encoder's keys and values, and a ``DynamicCache()`` in its place keeps them exact. ``cache.layers[i].keys`` and
+    ``.values``, and a loop over the cache, give tensors as a ``DynamicCache`` does, old tokens rebuilt.
+
     MLA layers that cache latents stay exact. Without ``config`` a layer with a sliding window keeps all tokens (its
     mask hides the old ones), as in a ``DynamicCache()``. transformers knows the name ``"lowrank"`` from the moment that
     this class is looked up, so that is what comes first.
 
     Args:
-        rank: see :class:`KVSettings`, as for all that is not named here.
-        value_rank: see there.
-        keep_recent: see there.
-        keep_first: see there.
-        joint: see there.
-        rope: see there.
-        dtype: see there.
-        block: see there.
-        refresh: see there.
-        max_length: see there.
+        rank: coefficients per token and head, of keys and of values: an integer or a rule.
+        value_rank: of values, where it differs.
+        keep_recent: exact tokens at the end.
+        keep_first: exact tokens at the start.
+        joint: whether the heads share one subspace.
+        rope: ``"before"`` takes the rotation off before keys are compressed, ``"after"`` compresses them as they come.
+        dtype: of the coefficients; ``None`` is that of the keys.
+        block: tokens that are compressed at a time.
+        refresh: fits a subspace again when a block loses more than this many times what the first fit lost.
+        max_length: more tokens are refused, whatever a layer keeps of them.
         budget: in place of ranks: what the cache may take after the prompt, a part of the exact one (a float) or bytes
             (an integer); layers, keys, values and heads share it (see :func:`compress_together`), one step later.
         subspaces: a pair for every layer, from :func:`kv_subspaces`, in place of those of the tokens.
         config: the model's: layers with a sliding window, and others that are no plain attention, become transformers'
             own.
+        offloading: not offered, and refused with a reason.
 
     Raises:
         LowRankError: for settings out of range; in use for no tokens, NaN, more tokens than ``max_length``, or another
@@ -90,14 +95,15 @@ class LowRankCache(Cache):
         budget: float | int | None = None,
         subspaces: Sequence[tuple[Subspace, Subspace]] | None = None,
         config: Any = None,
+        offloading: bool | None = None,
     ) -> None:
+        if offloading is not None:
+            raise refusals.offloading(offloading)
         if budget is not None:
             check_budget(budget)
             rank, value_rank = 1, None  # not used, and allowed for heads of any size
         if budget is not None and subspaces is not None:
-            raise LowRankError(
-                "LowRankCache: got budget= and subspaces=, expected one; the subspaces have their ranks."
-            )
+            raise refusals.budget_and_subspaces()
         self.budget, self._subspaces = budget, None if subspaces is None else list(subspaces)
         self.settings = KVSettings(
             rank, value_rank, keep_recent, keep_first, joint, rope, dtype, block, refresh, max_length
@@ -107,7 +113,7 @@ class LowRankCache(Cache):
     def _start(self, config: Any) -> None:
         self._config = None if config is None else text_config(config)
         made = [] if config is None else own_layers(config)
-        super().__init__(layers=[LowRankLayer() if layer is None else layer for layer in made])
+        Cache.__init__(self, layers=[LowRankLayer() if layer is None else layer for layer in made])
         self._given = bool(made)
         self._depth: int | None = None
         self._latest = _NONE_YET
@@ -132,29 +138,34 @@ class LowRankCache(Cache):
             All keys and values: as tensors, or as what the attention ``"lowrank"`` reads coefficients from.
         """
         if torch.compiler.is_compiling():
-            # a graph can neither look at frames nor make a layer
             if not self._has(layer_idx):
-                raise LowRankError(
-                    "LowRankCache: got a compiled model before any prompt, expected one call that is not compiled;"
-                    " run the prompt with the plain model."
-                )
+                raise refusals.compiled()
             return self._update(self.layers[layer_idx], key_states, value_states, *args, **kwargs)
-        begins = layer_idx <= self._latest
-        if begins:
-            self._before = self.get_seq_length()
-            self._share_budget()
-        self._latest = layer_idx
-        module = calling_module(sys._getframe(1)) if begins or not self._has(layer_idx) else None
+        begins, frame = layer_idx <= self._latest, sys._getframe(1)
+        module = calling_module(frame) if begins or not self._has(layer_idx) else None
+        cross = crosses(module, frame)
         try:
-            if begins and module is not None:
+            if cross and super().get_seq_length(layer_idx):
+                raise refusals.alone(module)
+            if begins:
+                self._before = super().get_seq_length()
+                self._share_budget()
                 self._bind(module)
+            self._latest = layer_idx
             layer = self._layer(layer_idx, module)
             if isinstance(layer, LowRankLayer) and layer.kv is None:
-                layer.kv = self._make(layer_idx, key_states, module)
+                layer.kv = self._make(layer_idx, key_states, module, cross=cross)
             return self._update(layer, key_states, value_states, *args, **kwargs)
         except LowRankError:
             self._undo()
             raise
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens so far."""
+        found = int(super().get_seq_length(layer_idx))
+        if not found and not torch.compiler.is_compiling():
+            refusals.check_not_alone(self, sys._getframe(1))
+        return found
 
     def is_filled(self) -> bool:
         """Whether every layer has tokens: the first pass through the model is over."""
@@ -248,6 +259,9 @@ class LowRankCache(Cache):
 
     def _update(self, layer: Any, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if not isinstance(layer, LowRankLayer):
+            held, more, limit = layer.get_seq_length(), keys.shape[-2], self.settings.max_length
+            if limit is not None and held + more > limit:
+                raise refusals.too_long(more, held, limit)
             found: tuple[Tensor, Tensor] = layer.update(keys, values, *args, **kwargs)
             return found
         learning = torch.is_grad_enabled() and (keys.requires_grad or values.requires_grad)
@@ -262,13 +276,16 @@ class LowRankCache(Cache):
             )
         return layer.update(keys, values)
 
-    def _make(self, layer_idx: int, keys: Tensor, module: nn.Module | None) -> LowRankKV:
+    def _make(self, layer_idx: int, keys: Tensor, module: nn.Module | None, *, cross: bool) -> LowRankKV:
         """A layer's cache, when its first tokens come."""
+        if cross and self.budget is not None:
+            raise refusals.budget_for_encoder()
         given = self._subspaces
         if given is not None and layer_idx >= len(given):
-            raise LowRankError(f"LowRankCache: got subspaces of {len(given)} layers and keys of layer {layer_idx}.")
+            raise refusals.few_subspaces(len(given), layer_idx)
         pair = None if given is None else given[layer_idx]
-        made = LowRankKV(self.settings, self._rotation(layer_idx, keys, module), pair)
+        # an encoder's keys are not rotated by the decoder's positions
+        made = LowRankKV(self.settings, None if cross else self._rotation(layer_idx, keys, module), pair)
         made.waits = self.budget is not None
         return made
 
@@ -292,16 +309,13 @@ class LowRankCache(Cache):
         key = (rotation.frequencies.device, rotation.interleaved, rotation.start, *rotation.frequencies.tolist())
         return self._rotations.setdefault(key, rotation)
 
-    def _bind(self, module: nn.Module) -> None:
+    def _bind(self, module: nn.Module | None) -> None:
         config = getattr(module, "config", None)
         if config is None:
             return
-        depth = getattr(config, "num_hidden_layers", None)
+        depth = depth_of(config)
         if self._depth is not None and depth != self._depth and self._before:
-            raise LowRankError(
-                f"LowRankCache: got a model of {depth} layers, but the cache holds tokens of one with {self._depth};"
-                " a cache belongs to one model: make a new one."
-            )
+            raise refusals.other_depth(depth, self._depth)
         self._config, self._depth = config, depth
 
     def _has(self, layer_idx: int) -> bool:
@@ -312,10 +326,7 @@ class LowRankCache(Cache):
 
     def _layer(self, layer_idx: int, module: nn.Module | None) -> Any:
         if layer_idx >= len(self.layers) and self._before and module is None:
-            raise LowRankError(
-                f"LowRankCache: got keys of layer {layer_idx}, but the cache holds tokens of a model with"
-                f" {len(self.layers)} layers; a cache belongs to one model: make a new one."
-            )
+            raise refusals.more_layers(layer_idx, len(self.layers))
         while len(self.layers) <= layer_idx:
             self.layers.append(LowRankLayer())
         layer = self.layers[layer_idx]

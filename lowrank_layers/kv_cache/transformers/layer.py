@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ...errors import LowRankError
 from ..state import LowRankKV
 from .lazy import Handle, LazyKV
 from .versions import LayerInterface, cropped_length, query_length
@@ -16,6 +18,7 @@ class LowRankLayer(LayerInterface):
     """A :class:`LowRankKV` that comes with the first tokens, since only they show size, dtype and device."""
 
     kv: LowRankKV | None = None
+    lazy = False
 
     def __len__(self) -> int:
         return 0 if self.kv is None else len(self.kv)
@@ -28,6 +31,28 @@ class LowRankLayer(LayerInterface):
         """How many tokens are coefficients."""
         return 0 if self.kv is None else self.kv.compressed
 
+    @property
+    def keys(self) -> Tensor | None:
+        """All keys, old ones rebuilt from their coefficients; what is written into them is not cached.
+
+        ``None`` before there are any. A cross-attention of transformers reads them from the second step on: where it
+        is the attention ``"lowrank"``, nothing is rebuilt.
+        """
+        return self._side(0)
+
+    @keys.setter
+    def keys(self, given: Tensor | None) -> None:
+        self._refuse(given)
+
+    @property
+    def values(self) -> Tensor | None:
+        """All values, as :attr:`keys`."""
+        return self._side(1)
+
+    @values.setter
+    def values(self, given: Tensor | None) -> None:
+        self._refuse(given)
+
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing is made before there are tokens."""
         self.is_initialized = True
@@ -35,6 +60,7 @@ class LowRankLayer(LayerInterface):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """More tokens; all of them rebuilt, for an attention that knows nothing of coefficients."""
         assert self.kv is not None, "a LowRankCache makes it"
+        self.lazy = False
         keys, values = key_states.detach(), value_states.detach()
         if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
             past = self.kv.dense() if len(self.kv) else None
@@ -53,6 +79,7 @@ class LowRankLayer(LayerInterface):
         assert self.kv is not None, "a LowRankCache makes it"
         self.kv.compress()  # of a step whose attention was another
         self.kv.append(key_states.detach(), value_states.detach())
+        self.lazy = True
         handle = Handle(self.kv)
         if torch.compiler.is_compiling():
             return handle, handle
@@ -88,3 +115,23 @@ class LowRankLayer(LayerInterface):
         """Repeats every row of the batch."""
         if self.kv is not None:
             self.kv.repeat(repeats)
+
+    def _side(self, index: int) -> Tensor | None:
+        if not len(self):
+            return None
+        assert self.kv is not None
+        if self.lazy and torch.compiler.is_compiling():
+            found: Any = Handle(self.kv)  # a graph cannot make what looks like a tensor
+            return found
+        # tensors for all but the attention that can do without
+        reader = sys._getframe(2).f_locals.get("self") if self.lazy else None
+        if isinstance(reader, nn.Module) and getattr(reader, "layer_idx", None) is not None:
+            return LazyKV.of(Handle(self.kv), index)
+        return self.kv.side(index)
+
+    def _refuse(self, given: Tensor | None) -> None:
+        if given is not None:
+            raise LowRankError(
+                "LowRankCache: got keys or values to put in place of a layer's, expected update() for more tokens,"
+                " crop() and batch_select_indices() for fewer; a DynamicCache takes others in place of its own."
+            )

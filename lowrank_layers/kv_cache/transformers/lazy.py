@@ -16,13 +16,24 @@ class Handle:
 
     def __init__(self, kv: LowRankKV) -> None:
         self.kv = kv
-        self._dense: tuple[Tensor, Tensor] | None = None
+        self._dense: dict[int, Tensor] = {}
 
-    def dense(self) -> tuple[Tensor, Tensor]:
-        """Keys and values, rebuilt once."""
-        if self._dense is None:
-            self._dense = self.kv.dense()
-        return self._dense
+    @property
+    def shape(self) -> torch.Size:
+        """Of the keys."""
+        return self.shape_of(0)
+
+    def shape_of(self, side: int) -> torch.Size:
+        """Of keys (0) or values (1)."""
+        assert self.kv.tail is not None
+        batch, heads, _, size = self.kv.tail[side].buffer.shape
+        return torch.Size([batch, heads, len(self.kv), size])
+
+    def dense(self, side: int) -> Tensor:
+        """Keys (0) or values (1), rebuilt once."""
+        if side not in self._dense:
+            self._dense[side] = self.kv.side(side)
+        return self._dense[side]
 
 
 class LazyKV(torch.Tensor):
@@ -39,8 +50,7 @@ class LazyKV(torch.Tensor):
     def of(handle: Handle, side: int) -> LazyKV:
         """Keys (``side`` 0) or values (1)."""
         assert handle.kv.tail is not None
-        like = handle.kv.tail[side].buffer
-        shape = (*like.shape[:2], len(handle.kv), like.shape[3])
+        like, shape = handle.kv.tail[side].buffer, handle.shape_of(side)
         found: LazyKV = torch.Tensor._make_wrapper_subclass(LazyKV, shape, dtype=like.dtype, device=like.device)
         found.handle, found.side = handle, side
         return found
@@ -60,10 +70,10 @@ def stored(keys: object, values: object) -> LowRankKV | None:
     """Whose keys and values these are; ``None`` if they are plain tensors."""
     if isinstance(keys, Handle):
         return keys.kv
-    if isinstance(keys, LazyKV) and isinstance(values, LazyKV) and keys.handle is values.handle:
+    if isinstance(keys, LazyKV) and isinstance(values, LazyKV) and keys.handle.kv is values.handle.kv:
         return keys.handle.kv if len(keys.handle.kv) == keys.shape[2] else None
     return None
 
 
 def _plain(x: Any) -> Any:
-    return x.handle.dense()[x.side] if isinstance(x, LazyKV) else x
+    return x.handle.dense(x.side) if isinstance(x, LazyKV) else x

@@ -1,0 +1,184 @@
+"""Encoder-decoders with LowRankCache for both of their attentions: at full rank the tokens of DynamicCache."""
+
+import pytest
+import torch
+from transformers import DynamicCache, EncoderDecoderCache
+
+import lowrank_layers as lr
+
+from .tiny_seq2seq import padded, seq2seq, source
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+KEEP = {"keep_recent": 6, "keep_first": 2, "block": 4}
+KINDS = pytest.mark.parametrize("kind", ["t5", "whisper", "bart", "t5gemma"])
+BOTH = pytest.mark.parametrize("implementation", ["lowrank", "eager"])
+START = torch.randint(3, 96, (2, 7), generator=torch.Generator().manual_seed(2))
+
+
+def exact(kind, **changes):
+    """Coefficients that hold everything, of the decoder's own tokens and of the encoder's."""
+    own, encoder = (lr.LowRankCache(**{"rank": 16, **KEEP, **changes}) for _ in range(2))
+    return EncoderDecoderCache(own, DynamicCache() if kind == "t5gemma" else encoder)
+
+
+def compressed(cache):
+    """Every layer of ours has coefficients."""
+    both = cache.self_attention_cache, cache.cross_attention_cache
+    ours = [each for each in both if isinstance(each, lr.LowRankCache)]
+    return all(each.layers and all(layer.compressed > 0 for layer in each.layers) for each in ours)
+
+
+def same(net, implementation, inputs, cache, tokens=16, **options):
+    """Our tokens, after they were compared with those of DynamicCache."""
+    options = {"do_sample": False, "max_new_tokens": tokens, "min_new_tokens": tokens} | options
+    found = []
+    for name, past in ((implementation, cache), ("eager", EncoderDecoderCache(DynamicCache(), DynamicCache()))):
+        net.set_attn_implementation(name)
+        torch.manual_seed(5)
+        found.append(net.generate(**inputs, past_key_values=past, **options))
+    assert torch.equal(*found)
+    assert cache.get_seq_length() == past.get_seq_length()
+    assert compressed(cache)
+    return found[0]
+
+
+MODES = {
+    "greedy": {},
+    "sampled": {"do_sample": True, "top_k": 20},
+    "beams": {"num_beams": 3},
+    "sampled beams": {"num_beams": 4, "do_sample": True, "num_return_sequences": 2},
+    "several": {"do_sample": True, "num_return_sequences": 3},
+    "chunks": {"prefill_chunk_size": 3, "decoder_input_ids": START},
+    "begun": {"decoder_input_ids": START},
+    "penalized": {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2},
+}
+
+
+WAYS = [(kind, mode) for kind in ("t5", "whisper", "bart", "t5gemma") for mode in MODES]
+# transformers itself gives Whisper's decoder two position_ids then, with any cache
+WAYS.remove(("whisper", "chunks"))
+
+
+@pytest.mark.parametrize(("kind", "mode"), WAYS)
+@BOTH
+def test_every_way_of_decoding(kind, implementation, mode):
+    lr.LowRankCache  # noqa: B018 - transformers knows the implementation from here on
+    net = seq2seq(kind)
+    for inputs in (source(kind), padded(kind)):
+        out = same(net, implementation, inputs, exact(kind), **MODES[mode])
+        assert kind in ("bart", "t5gemma") or len(out.unique()) > 5  # attention decides
+
+
+@BOTH
+@KINDS
+@pytest.mark.parametrize("mode", ["assistant", "sampling assistant", "lookup"])
+def test_assisted_decoding_crops(kind, implementation, mode):
+    lr.LowRankCache  # noqa: B018
+    net, inputs = seq2seq(kind), source(kind, 1)
+    if mode == "lookup":
+        options = {"prompt_lookup_num_tokens": 3, "decoder_input_ids": START[:1].repeat(1, 3)}
+    else:
+        helper = seq2seq(kind)
+        with torch.no_grad():  # one that is often right, and often not
+            for parameter in helper.parameters():
+                parameter.add_(torch.randn_like(parameter), alpha=0.02)
+        options = {"assistant_model": helper, "do_sample": mode != "assistant"}
+    same(net, implementation, inputs, exact(kind), tokens=24, **options)
+
+
+@BOTH
+@KINDS
+def test_generation_goes_on_with_the_same_cache(kind, implementation):
+    lr.LowRankCache  # noqa: B018
+    net, inputs, cache, found = seq2seq(kind), source(kind), exact(kind), []
+    options = {"do_sample": False, "min_new_tokens": 10, "max_new_tokens": 10}
+    for name, past in ((implementation, cache), ("eager", EncoderDecoderCache(*twice(DynamicCache)))):
+        net.set_attn_implementation(name)
+        first = net.generate(**inputs, past_key_values=past, **options)
+        more = torch.cat([first if kind != "whisper" else torch.cat([START[:, :1] * 0 + 2, first], 1), START], 1)
+        found.append((first, net.generate(**inputs, past_key_values=past, decoder_input_ids=more, **options)))
+        if past is cache:
+            assert compressed(cache)
+            cache.reset()
+            assert torch.equal(net.generate(**inputs, past_key_values=cache, **options), first)
+    assert all(torch.equal(*both) for both in zip(*found, strict=True))
+
+
+@BOTH
+@KINDS
+def test_logits_step_by_step(kind, implementation):
+    lr.LowRankCache  # noqa: B018
+    net, inputs = seq2seq(kind), padded(kind)
+    encoder, second = lr.LowRankCache(16, **KEEP), exact(kind)
+    caches = (
+        EncoderDecoderCache(lr.LowRankCache(16, **KEEP), encoder),
+        second,
+        EncoderDecoderCache(*twice(DynamicCache)),
+    )
+    found = []
+    for cache in caches:
+        net.set_attn_implementation("eager" if cache is caches[2] else implementation)
+        with torch.no_grad():
+            parts = [
+                net(**inputs, decoder_input_ids=part, past_key_values=cache).logits
+                for part in START.repeat(1, 4).split([9, 4, 1, 1, 13], 1)
+            ]
+        found.append(torch.cat(parts, 1))
+    assert compressed(caches[0])
+    for ours in found[:2]:
+        assert float((ours - found[2]).norm() / found[2].norm()) < 1e-3
+
+
+def twice(make):
+    return make(), make()
+
+
+@pytest.mark.parametrize("changes", [{"rank": 4}, {"rank": 8, "dtype": torch.int8, "joint": False}], ids=str)
+@pytest.mark.parametrize("kind", ["t5", "whisper"])
+def test_below_full_rank_a_step_sees_what_is_stored(kind, changes):
+    lr.LowRankCache  # noqa: B018
+    net, inputs = seq2seq(kind, attn_implementation="lowrank"), source(kind)
+    cache, plain = exact(kind, **changes), EncoderDecoderCache(*twice(DynamicCache))
+    with torch.no_grad():
+        for each in (cache, plain):
+            net(**inputs, decoder_input_ids=START.repeat(1, 3), past_key_values=each)
+        lossy = 0.0
+        for ours, theirs in zip(twice_of(cache), twice_of(plain), strict=True):
+            for layer, own in zip(theirs.layers, ours.layers, strict=True):
+                lossy = max(lossy, float((layer.keys - own.keys).abs().max()))
+                layer.keys, layer.values = own.keys, own.values
+        decoded, expected = (
+            net(**inputs, decoder_input_ids=START[:, :3], past_key_values=each).logits for each in (cache, plain)
+        )
+    assert compressed(cache)
+    assert lossy > 1e-3
+    assert float((decoded - expected).norm() / expected.norm()) < 1e-4
+
+
+def twice_of(cache):
+    return cache.self_attention_cache, cache.cross_attention_cache
+
+
+@pytest.mark.parametrize("kind", ["t5", "whisper", "bart"])
+@pytest.mark.parametrize("way", ["generate", "call"])
+def test_one_cache_for_both_attentions_is_refused_with_what_to_write(kind, way):
+    lr.LowRankCache  # noqa: B018
+    net, cache = seq2seq(kind), lr.LowRankCache(16, **KEEP)
+    call = net.generate if way == "generate" else net
+    with torch.no_grad(), pytest.raises(lr.LowRankError, match=r"EncoderDecoderCache\(LowRankCache"):
+        call(**source(kind), decoder_input_ids=START, past_key_values=cache)
+    assert (len(cache.layers), cache.get_seq_length(), cache.nbytes()) == (0, 0, 0)
+
+
+def test_a_budget_for_an_encoder_is_refused():
+    lr.LowRankCache  # noqa: B018
+    net, cache = seq2seq("t5"), EncoderDecoderCache(DynamicCache(), lr.LowRankCache(budget=0.5))
+    with torch.no_grad(), pytest.raises(lr.LowRankError, match="give rank="):
+        net(**source("t5"), decoder_input_ids=START, past_key_values=cache)
+
+
+def test_offloading_is_refused_with_what_to_write():
+    lr.LowRankCache  # noqa: B018
+    net, cache = seq2seq("t5gemma"), EncoderDecoderCache(*twice(lr.LowRankCache))
+    with pytest.raises(lr.LowRankError, match=r"LowRankCache\(...\), DynamicCache\(\)"):
+        net.generate(**source("t5gemma"), past_key_values=cache, max_new_tokens=3)
