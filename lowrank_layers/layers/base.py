@@ -120,7 +120,7 @@ def is_derived(module: nn.Module) -> bool:
         return False
     if hasattr(module, "parametrizations"):
         return True
-    return isinstance(getattr(module, "weight", None), Tensor) and "weight" not in module._parameters
+    return "weight" not in module._parameters and isinstance(getattr(module, "weight", None), Tensor)
 
 
 def weight_of(module: nn.Module) -> Tensor:

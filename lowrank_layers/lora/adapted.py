@@ -14,6 +14,7 @@ from ..walk import is_quantized
 from .adapter import Bank
 from .fast import WITH_MORE, Fast, add_biases, fast_forward
 from .kinds import SLICES, stored
+from .mixed_groups import mixed_forward, mixes_groups
 
 BANK = "lora_{}"
 """The child that holds the adapters of a parameter: ``fc.lora_weight.adapters.default.A``."""
@@ -125,8 +126,10 @@ def _choose(cls: type[nn.Module], fast: Fast) -> Callable[..., Any]:
         bank = self._modules["lora_weight"]
         formed = any(adapter.magnitude is not None for adapter in bank) and not isinstance(self, FactoredModule)
         formed = formed or getattr(self, "mode", None) == "max"  # the maximum of a bag is no linear function of it
-        if bank.merged is not None or formed or ((args or kwargs) and fast not in WITH_MORE):
-            out: Tensor = cls.forward(self, input, *args, **kwargs)
+        if mixes_groups(bank):
+            out: Tensor = mixed_forward(self, bank, input)
+        elif bank.merged is not None or formed or ((args or kwargs) and fast not in WITH_MORE):
+            out = cls.forward(self, input, *args, **kwargs)
         else:
             out = fast(cls, self, bank, input, *args, **kwargs)
         return add_biases(self, bank, out)

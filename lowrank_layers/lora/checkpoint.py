@@ -18,6 +18,7 @@ from .adapter import Adapter
 from .fast import fast_forward
 from .inject import DEFAULT, attach_, freeze_
 from .kinds import Kernel
+from .mixed_groups import MixedGroups, dora_ratio
 from .peft_config import config_of
 from .peft_format import (
     CONFIG,
@@ -151,14 +152,13 @@ def _find_peft(model: nn.Module, path: Path) -> tuple[list[Read], Whole, dict[st
     for slot in [] if problems else slots:
         given = {part: tensors[slot.keys[part]] for part in parts}
         pair, scaling = slot.decode(given["a"], given["b"]), config.scaling(slot.label)
-        if pair is None:
-            problems.append(
-                f"the adapter of {slot.owner!r} mixes the groups of a convolution, which no weight can hold"
-            )
-            continue
         magnitude = given["magnitude"].flatten() if "magnitude" in given else None
+        grouped = isinstance(slot.kind, Kernel) and slot.kind.groups > 1 and not slot.weight.is_meta
+        if magnitude is not None and grouped:
+            magnitude = magnitude * dora_ratio(slot.weight, given["a"], given["b"], scaling, slot.module.groups).cpu()
         bias = given["bias"] * scaling if "bias" in given else None
-        found.append(Read(slot, *pair, scaling, config.lora_dropout, magnitude, bias))
+        a, b = pair or (given["a"], given["b"])
+        found.append(Read(slot, a, b, scaling, config.lora_dropout, magnitude, bias, mixed=pair is None))
     if problems:
         refuse(path, problems)
     return found, Whole(biases, saved, copied, frozen), tensors
@@ -182,6 +182,11 @@ def _trouble(model: nn.Module, read: Read, name: str) -> str | None:
     whole = fast_forward(_plain(module)) is None
     if is_factored(module) and (whole or read.magnitude is not None):
         return f"{slot.owner!r} is a {type(module).__name__}, which never forms its weight; call densify_ first"
+    if read.mixed and (whole or is_factored(module)):
+        return (
+            f"{slot.owner!r} is a {type(module).__name__}, and its adapter reads the channels of all groups, which only"
+            " torch's own convolutions can be given"
+        )
     if read.bias is not None and whole:
         return f"{slot.owner!r} is a {type(module).__name__}, which can have no lora_bias"
     return None
@@ -197,7 +202,8 @@ def _adapter(read: Read) -> Adapter:
     assert b is not None
     # where a weight is read as a whole there is no input to drop out from; PEFT does not either
     dropout = read.dropout if fast_forward(_plain(read.slot.module)) is not None else 0.0
-    return Adapter(a, b, scaling=read.scaling, dropout=dropout, magnitude=magnitude, bias=bias)
+    cls = MixedGroups if read.mixed else Adapter
+    return cls(a, b, scaling=read.scaling, dropout=dropout, magnitude=magnitude, bias=bias)
 
 
 def _plain(module: nn.Module) -> type[nn.Module]:

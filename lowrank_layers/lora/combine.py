@@ -14,6 +14,7 @@ from ..linalg import exact_svd
 from .adapter import Adapter, Bank
 from .inject import banks, check_name, use_adapter
 from .kinds import Kernel, Kind
+from .mixed_groups import MixedGroups
 from .task_vectors import Seed, combined
 
 How = Literal[
@@ -117,6 +118,11 @@ def _check(
             raise LowRankError(f"combine_lora_: there is an adapter {name!r} already; give another name.")
         if any(adapter.magnitude is not None for each in weights for adapter in bank.named(each)):
             raise LowRankError("combine_lora_: DoRA's lengths do not add up; merge such adapters into the weight.")
+        if any(isinstance(adapter, MixedGroups) for each in weights for adapter in bank.named(each)):
+            raise LowRankError(
+                "combine_lora_: an adapter lets each group of a convolution read the channels of all groups, which no"
+                " sum of weights can hold; combine those that add_lora_ made."
+            )
 
 
 def _factors_of_sum(

@@ -15,6 +15,7 @@ from ..walk import own_layers
 from .adapted import base_weight
 from .adapter import Adapter, Bank
 from .kinds import Kernel, Kind, Matrix, is_conv1d, kind_of
+from .mixed_groups import MixedGroups
 from .peft_config import Config
 from .whole import Copies
 
@@ -83,7 +84,7 @@ class Slot:
         return {"a": (rows, into), "b": (out, rows), "magnitude": (out,), "bias": (out,)}
 
     def decode(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Our ``A`` and ``B``; ``None`` where the groups of a convolution are mixed."""
+        """Our ``A`` and ``B``; ``None`` where ``A`` reads the channels of all groups, as PEFT's does."""
         groups = self.kind.groups if isinstance(self.kind, Kernel) else 1
         if groups > 1:
             width = self.weight.shape[1]
@@ -98,6 +99,8 @@ class Slot:
 
     def encode(self, adapter: Adapter) -> tuple[Tensor, Tensor, int]:
         """``A`` and ``B`` as they lie in the file, and the rank there."""
+        if isinstance(adapter, MixedGroups):
+            return adapter.A.detach(), adapter.B.detach(), adapter.A.shape[0]
         a, b = _with_start(adapter, self.kind)
         groups = self.kind.groups if isinstance(self.kind, Kernel) else 1
         if groups > 1:

@@ -24,7 +24,10 @@ _SHOWN = 8
 
 
 class Read(NamedTuple):
-    """One adapter of a file: our ``A`` and ``B``, what their product is multiplied by, and the rest."""
+    """One adapter of a file: our ``A`` and ``B``, what their product is multiplied by, and the rest.
+
+    ``mixed`` says that ``A`` reads the channels of all groups of a convolution.
+    """
 
     slot: Slot
     a: Tensor
@@ -33,6 +36,7 @@ class Read(NamedTuple):
     dropout: float = 0.0
     magnitude: Tensor | None = None
     bias: Tensor | None = None
+    mixed: bool = False
 
 
 @dataclass(frozen=True)

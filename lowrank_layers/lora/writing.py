@@ -22,7 +22,8 @@ from ..walk import check_model, module_aliases
 from .adapted import banks_of
 from .adapter import Adapter
 from .inject import banks, check_name
-from .kinds import SLICES, Matrix, is_conv1d, kind_of
+from .kinds import SLICES, Kernel, Matrix, is_conv1d, kind_of
+from .mixed_groups import dora_ratio
 from .peft_config import BIASES, Config
 from .peft_format import (
     CONFIG,
@@ -167,9 +168,6 @@ def _why_not(module: nn.Module, parameter: str, label: str, adapter: Adapter) ->
         special = adapter.magnitude is not None or module.in_proj_weight is None
         return "is an attention with kdim, vdim or DoRA" if special else None
     if is_plain_target(module):
-        groups = getattr(module, "groups", 1)
-        if groups > 1 and adapter.magnitude is not None:
-            return "is a convolution with groups and DoRA"
         return None if parameter == "weight" else f"is a parameter that PEFT does not look for in a {kind}"
     special = adapter.magnitude is not None or adapter.bias is not None
     if isinstance(module, (nn.RNNBase, ConvNd, nn.EmbeddingBag)) or special or kind_of(module, parameter) != Matrix():
@@ -261,7 +259,10 @@ def _encoded(found: list[tuple[Slot, Adapter]]) -> tuple[Config, dict[str, Tenso
             tensors[slot.keys["b"]] = b if own == scaling else b * (own / scaling)
             shapes = slot.shapes(ranks[label])
             if adapter.magnitude is not None:
-                tensors[slot.keys["magnitude"]] = adapter.magnitude.detach().reshape(shapes["magnitude"])
+                magnitude = adapter.magnitude.detach()
+                if isinstance(slot.kind, Kernel) and slot.kind.groups > 1:
+                    magnitude = magnitude / dora_ratio(slot.weight, a, b, own, slot.kind.groups)
+                tensors[slot.keys["magnitude"]] = magnitude.reshape(shapes["magnitude"])
             if with_bias:  # PEFT scales it too
                 bias = b.new_zeros(shapes["bias"]) if adapter.bias is None else adapter.bias.detach() / scaling
                 tensors[slot.keys["bias"]] = bias
