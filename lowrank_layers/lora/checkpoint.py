@@ -153,9 +153,9 @@ def _find_peft(model: nn.Module, path: Path) -> tuple[list[Read], Whole, dict[st
         given = {part: tensors[slot.keys[part]] for part in parts}
         pair, scaling = slot.decode(given["a"], given["b"]), config.scaling(slot.label)
         magnitude = given["magnitude"].flatten() if "magnitude" in given else None
-        grouped = isinstance(slot.kind, Kernel) and slot.kind.groups > 1 and not slot.weight.is_meta
-        if magnitude is not None and grouped:
-            magnitude = magnitude * dora_ratio(slot.weight, given["a"], given["b"], scaling, slot.module.groups).cpu()
+        kind, weight = slot.kind, slot.weight
+        if magnitude is not None and isinstance(kind, Kernel) and kind.groups > 1 and not weight.is_meta:
+            magnitude = magnitude * dora_ratio(weight, given["a"], given["b"], scaling, kind.groups).cpu()
         bias = given["bias"] * scaling if "bias" in given else None
         a, b = pair or (given["a"], given["b"])
         found.append(Read(slot, a, b, scaling, config.lora_dropout, magnitude, bias, mixed=pair is None))
