@@ -41,8 +41,8 @@ class Adapted:
 def refuse_scripting() -> NoReturn:
     """Raises what ``torch.jit.script`` shows for a model with adapters, whose classes are made while it runs."""
     raise LowRankError(
-        "torch.jit.script: the model has adapters, whose classes cannot be scripted; use torch.jit.trace or torch.export"
-        " for the adapted model, or merge the adapters into a plain one first."
+        "torch.jit.script: the model has adapters, whose classes cannot be scripted; use torch.jit.trace or"
+        " torch.export for the adapted model, or merge the adapters into a plain one first."
     )
 
 

@@ -15,6 +15,8 @@ from ..unfuse import mind_fast_paths_
 from ..walk import check_model, module_aliases
 from .adapted import bank_of
 from .adapter import Adapter
+from .diffusers import FILE as DIFFUSERS_FILE
+from .diffusers import find_diffusion, is_diffusion_file
 from .fast import fast_forward
 from .inject import DEFAULT, attach_, freeze_
 from .kinds import Kernel
@@ -32,7 +34,7 @@ from .peft_format import (
     saved_modules,
     whole_keys,
 )
-from .reading import Read, Whole, differences, find_plain, read_json, read_tensors, refuse
+from .reading import Read, Whole, differences, find_plain, read_json, read_tensors, refuse, without_adapter_name
 from .whole import attach_whole_, find_whole, plain_copy
 
 
@@ -44,8 +46,9 @@ def load_lora(
     *,
     rank: int | None = None,
     alpha: float | None = None,
+    prefix: str | None = None,
 ) -> nn.Module:
-    """Puts the adapter that :func:`save_lora` or PEFT wrote on a model, in place.
+    """Puts the adapter that :func:`save_lora`, PEFT, diffusers, kohya's scripts or ComfyUI wrote on a model, in place.
 
     Everything is read and compared first: settings, names, shapes, values. If anything does not fit, or a setting
     cannot be honoured, the error lists it and the model is as it was. Modules that the file holds whole
@@ -53,12 +56,16 @@ def load_lora(
 
     Args:
         model: the plain base; a compressed one is fine too, where a layer still is one matrix.
-        folder: with ``adapter_config.json`` and ``adapter_model.safetensors`` (or ``.bin``); or a file of loralib or
-            torchtune, which say nothing about their settings.
+        folder: with ``adapter_config.json`` and ``adapter_model.safetensors`` (or ``.bin``); or a single file, of
+            diffusers (``unet.``, ``transformer.``, ``text_encoder.``), of kohya's scripts (``lora_unet_``,
+            ``lora_te_``), of ComfyUI (``diffusion_model.``), of loralib or of torchtune.
         name: of the new adapter.
         trainable: whether it learns.
-        rank: of a file without settings, where it is to be checked.
-        alpha: of a file without settings: the product is scaled by ``alpha / rank``.
+        rank: of a single file, where it is to be checked.
+        alpha: of a single file that has none: the product is scaled by ``alpha / rank``. Files of loralib and torchtune
+            need it; those for diffusion models are added as they are without it.
+        prefix: of a single file with adapters for several models (``"unet"``, ``"lora_te2"``): which of them belong to
+            this one; may be left out where only those of one fit.
 
     Returns:
         The model.
@@ -84,14 +91,7 @@ def load_lora(
     if "." in name or not name:
         raise LowRankError(f"load_lora: got name {name!r}, expected one without dots.")
     path = Path(folder)
-    if path.is_dir():
-        if rank is not None or alpha is not None:
-            raise LowRankError(
-                "load_lora: got rank or alpha beside a folder, whose settings have them; leave them out."
-            )
-        found, whole, tensors = _find_peft(model, path)
-    else:
-        found, whole, tensors = find_plain(model, path, rank, alpha)
+    found, whole, tensors = find_adapters(model, path, rank, alpha, prefix)
     problems = [trouble for read in found if (trouble := _trouble(model, read, name))]
     own = own_tensors(model)
     problems += [f"{place!r} is on the meta device" for place in whole.base.values() if own[place].is_meta]
@@ -122,6 +122,35 @@ def load_lora(
     return model
 
 
+def find_adapters(
+    model: nn.Module, path: Path, rank: int | None = None, alpha: float | None = None, prefix: str | None = None
+) -> tuple[list[Read], Whole, dict[str, Tensor]]:
+    """What a folder or file has for a model, whoever wrote it: adapters, what is held whole, and the tensors.
+
+    Raises:
+        CheckpointError: if it is torn, foreign, or for another model.
+    """
+    if path.is_dir() and not (path / CONFIG).is_file() and (path / DIFFUSERS_FILE).is_file():
+        path = path / DIFFUSERS_FILE
+    if path.is_dir():
+        if (rank, alpha, prefix) != (None, None, None):
+            raise LowRankError(
+                "load_lora: got rank, alpha or prefix beside a folder, whose settings have them; leave them out."
+            )
+        return _find_peft(model, path)
+    if not path.is_file():
+        raise CheckpointError(f"{path}: there is no such file or folder.")
+    for what, number in (("rank", rank), ("alpha", alpha)):
+        if number is not None and (isinstance(number, bool) or not isinstance(number, (int, float))):
+            raise CheckpointError(f"{path}: got {what} {number!r}, expected the number that it was trained with.")
+    tensors = read_tensors(path)
+    if is_diffusion_file(tensors):
+        return find_diffusion(model, path, tensors, rank=rank, alpha=alpha, prefix=prefix)
+    if prefix is not None:
+        raise CheckpointError(f"{path}: got prefix={prefix!r}, and is no file of diffusers, kohya or ComfyUI.")
+    return find_plain(model, path, tensors, rank, alpha)
+
+
 def _find_peft(model: nn.Module, path: Path) -> tuple[list[Read], Whole, dict[str, Tensor]]:
     config, problems = config_of(read_json(path / CONFIG))
     if problems:
@@ -131,7 +160,7 @@ def _find_peft(model: nn.Module, path: Path) -> tuple[list[Read], Whole, dict[st
         file = path / OLD_WEIGHTS
     if not file.is_file():
         raise CheckpointError(f"{path}: has neither {WEIGHTS} nor {OLD_WEIGHTS}.")
-    tensors = read_tensors(file)
+    tensors = without_adapter_name(file, read_tensors(file))
     slots, wraps, problems = find_slots(model, config)
     parts = ["a", "b"] + ["magnitude"] * config.use_dora + ["bias"] * config.lora_bias
     expected: dict[str, tuple[int, ...]] = {}

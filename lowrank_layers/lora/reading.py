@@ -103,21 +103,44 @@ def differences(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int,
     return problems
 
 
+_NAMED = (
+    re.compile(r"(?P<head>.+\.lora_[AB])\.(?P<name>[^.]+)(?P<tail>\.(?:weight|bias))"),
+    re.compile(r"(?P<head>.+\.lora_embedding_[AB])\.(?P<name>[^.]+)(?P<tail>)"),
+    re.compile(r"(?P<head>.+\.lora_magnitude_vector)\.(?P<name>[^.]+)(?P<tail>)\.weight"),
+    re.compile(r"(?P<head>.+\.token_adapter\.trainable_tokens_delta)\.(?P<name>[^.]+)(?P<tail>)"),
+    re.compile(r"(?P<head>.+)\.modules_to_save\.(?P<name>[^.]+)(?P<tail>\..+)"),
+)
+
+
+def without_adapter_name(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The keys as ``save_pretrained`` writes them, where a state dict was saved with the adapter's name in them.
+
+    Raises:
+        CheckpointError: if it has several adapters.
+    """
+    names: set[str] = set()
+    found = {}
+    for key, tensor in tensors.items():
+        match = next((match for pattern in _NAMED if (match := pattern.fullmatch(key))), None)
+        found[match["head"] + match["tail"] if match else key] = tensor
+        names |= {match["name"]} if match else set()
+    if len(names) > 1:
+        raise CheckpointError(f"{path}: has several adapters ({sorted(names)}); save each on its own.")
+    return found
+
+
 _NAMES = {"lora_A": "a", "lora_B": "b", "lora_a.weight": "a", "lora_b.weight": "b", "magnitude": "magnitude"}
 _KEY = re.compile(r"(?P<path>.+)\.(?P<part>lora_A|lora_B|lora_a\.weight|lora_b\.weight)")
 
 
 def find_plain(
-    model: nn.Module, path: Path, rank: int | None, alpha: float | None
+    model: nn.Module, path: Path, tensors: dict[str, Tensor], rank: int | None, alpha: float | None
 ) -> tuple[list[Read], Whole, dict[str, Tensor]]:
     """What loralib (``fc.lora_A``) and torchtune (``fc.lora_a.weight``) wrote: no settings, parameters by our names.
 
     Returns:
         The adapters, the whole parameters, and the tensors.
     """
-    if not path.is_file():
-        raise CheckpointError(f"{path}: there is no such file or folder.")
-    tensors = read_tensors(path)
     if any(key.startswith(PREFIX) for key in tensors):
         raise CheckpointError(f"{path}: is one of PEFT's files; give the folder, which has its settings too.")
     if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
