@@ -319,9 +319,9 @@ def test_a_file_for_a_whole_pipeline(tmp_path):
         key = f"lora_te1_{kohya(name)}"
         again[name] = dense(module, tensors[f"{key}.lora_down.weight"], tensors[f"{key}.lora_up.weight"], 1.0)
     check(lr.load_lora(same, file, prefix="lora_te1_"), again)
-    with pytest.raises(lr.CheckpointError, match=r"for 'lora_unet', 'lora_te1', 'lora_te2', none of which.*prefix="):
+    with pytest.raises(lr.CheckpointError, match=r"for 'lora_te1', 'lora_te2', 'lora_unet', none of which.*prefix="):
         lr.load_lora(FluxLike(), file)
-    with pytest.raises(lr.CheckpointError, match="expected one of 'lora_unet', 'lora_te1', 'lora_te2'"):
+    with pytest.raises(lr.CheckpointError, match="expected one of 'lora_te1', 'lora_te2', 'lora_unet'"):
         lr.load_lora(FluxLike(), file, prefix="te2")
     twins = {key: value for key, value in tensors.items() if "_te2_" not in key}
     twins |= {key.replace("te1", "te2"): value for key, value in twins.items() if "te1" in key}
