@@ -8,6 +8,7 @@ from .gradients import weight_gradients
 from .inject import add_lora_, lora_disabled, lora_parameters, lora_rows, remove_lora_, use_adapter
 from .loftq import loftq_
 from .merge import merge_lora_, unmerge_lora_
+from .swap import swap_lora_
 from .writing import save_lora
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "merge_lora_",
     "remove_lora_",
     "save_lora",
+    "swap_lora_",
     "unmerge_lora_",
     "use_adapter",
     "weight_gradients",

@@ -1,0 +1,175 @@
+"""Putting the values of another file into an adapter that is there already, without new modules or new shapes."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import LowRankError
+from ..walk import check_model
+from .adapted import bank_of, banks_of, base_weight, values_of
+from .adapter import Adapter, Bank
+from .checkpoint import find_adapters
+from .inject import banks, check_name
+from .kinds import Kind
+from .peft_format import own_tensors
+from .reading import Read, Whole, refuse
+from .whole import copies_of
+
+
+@torch.no_grad()
+def swap_lora_(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    name: str | None = None,
+    *,
+    rank: int | None = None,
+    alpha: float | None = None,
+    prefix: str | None = None,
+) -> nn.Module:
+    """Replaces the values of an adapter by those of a file, in place: a compiled model is not compiled again.
+
+    Parameters stay the same tensors of the same shapes. A smaller rank is filled up with zeros, and layers that the
+    file has no adapter for get one that adds nothing, so that one adapter of the greatest rank on all layers can take
+    the values of every other. Everything is read and compared before anything changes.
+
+    Args:
+        model: an adapted model, compiled or not.
+        folder: what to read, as in :func:`load_lora`.
+        name: of the adapter whose values are replaced; may be left out where there is one only.
+        rank: as in :func:`load_lora`.
+        alpha: as in :func:`load_lora`.
+        prefix: as in :func:`load_lora`.
+
+    Returns:
+        The model.
+
+    Raises:
+        CheckpointError: if the file is torn or foreign, has an adapter where the model has none, a greater rank, or
+            trains something that the adapter has no place for; nothing changes then.
+        LowRankError: for an unknown name, or if the adapters are merged.
+
+    Examples:
+        >>> import tempfile
+        >>> folder, build = tempfile.mkdtemp(), lambda: nn.Sequential(nn.Linear(8, 6))
+        >>> other = lr.add_lora_(build(), rank=2, init="gaussian")
+        >>> _ = nn.init.ones_(other[0].lora_weight.adapters["default"].B)
+        >>> lr.save_lora(other, folder)
+        >>> model = lr.add_lora_(build(), rank=4)
+        >>> _ = lr.swap_lora_(model, folder)
+        >>> model[0].lora_weight.adapters["default"].B.sum(0).tolist()
+        [6.0, 6.0, 0.0, 0.0]
+    """
+    inner = getattr(model, "_orig_mod", model)
+    check_model(inner, quantized=True)
+    names = sorted({own for bank in banks(inner) for own in bank.names})
+    if name is None and len(names) != 1:
+        raise LowRankError(f"swap_lora_: the model has the adapters {names}, expected one; give the name of it.")
+    name = names[0] if name is None else name
+    check_name(inner, name)
+    own = {
+        (owner, parameter): (module, bank, bank.adapters[name])
+        for owner, module in inner.named_modules()
+        for parameter, bank in banks_of(module).items()
+        if name in bank.adapters
+    }
+    if any(bank.merged is not None for _, bank, _ in own.values()):
+        raise LowRankError("swap_lora_: the adapters are merged; call unmerge_lora_ first.")
+    path = Path(folder)
+    found, whole, tensors = find_adapters(inner, path, rank, alpha, prefix)
+    reads = {(read.slot.owner, read.slot.parameter): read for read in found}
+    problems = [trouble for read in found if (trouble := _trouble(read, name))]
+    problems += _trouble_whole(inner, name, whole, tensors)
+    if problems:
+        refuse(path, problems)
+    for place, (module, bank, adapter) in own.items():
+        assert isinstance(adapter, Adapter)
+        if place in reads:
+            _fill(adapter, bank.kind, reads[place])
+        else:
+            _empty(adapter, bank, values_of(base_weight(module, place[1])))
+    targets = _copied(inner, name)
+    for key, copied in whole.copied.items():
+        targets[copied].copy_(tensors[key])
+    return model
+
+
+def _trouble(read: Read, name: str) -> str | None:
+    """Why the values do not fit the adapter that is there."""
+    slot = read.slot
+    bank = bank_of(slot.module, slot.parameter)
+    label = f"{slot.owner}.{slot.parameter}"
+    adapter = None if bank is None else bank.adapters._modules.get(name)
+    if not isinstance(adapter, Adapter):
+        return f"it adapts {label!r}, where the model has no adapter {name!r}"
+    room = sum(len(a) for a, _ in _rooms(adapter, slot.kind))
+    rank = len(slot.kind.directions(read.a, read.b)[0])
+    if rank > room:
+        return f"its rank is {rank} for {label!r}, above the adapter's {room}; make that with the greatest rank of all"
+    for what, ours, theirs in (("DoRA", adapter.magnitude, read.magnitude), ("a bias", adapter.bias, read.bias)):
+        if theirs is not None and ours is None:
+            return f"it has {what} for {label!r}, and the adapter {name!r} has none"
+    if adapter.magnitude is not None and read.magnitude is None:
+        return f"it has no DoRA for {label!r}, and the adapter {name!r} has"
+    return None
+
+
+def _trouble_whole(model: nn.Module, name: str, whole: Whole, tensors: dict[str, Tensor]) -> list[str]:
+    """What the file holds whole and the adapter has no copy of, and the other way round."""
+    own, base = _copied(model, name), own_tensors(model)
+    problems = [f"it trains {place!r} of the base, which a swap must not change" for place in whole.base.values()]
+    problems += [
+        f"it brings other values of {place!r}, which belongs to the base"
+        for key, place in whole.embeddings.items()
+        if not torch.equal(base[place].detach().cpu(), tensors[key].to(base[place].dtype))
+    ]
+    places = set(whole.copied.values())
+    problems += [f"it has {place!r} whole, of which the adapter has no copy" for place in sorted(places - own.keys())]
+    problems += [f"it lacks {place!r}, which the adapter trains whole" for place in sorted(own.keys() - places)]
+    return problems
+
+
+def _copied(model: nn.Module, name: str) -> dict[str, Tensor]:
+    """The parameters and buffers of an adapter's copies, by their names in the base."""
+    found: dict[str, Tensor] = {}
+    for owner, copies in copies_of(model).items():
+        if name in copies:
+            found |= {f"{owner}.{key}": tensor for key, tensor in own_tensors(copies[name]).items()}
+    return found
+
+
+def _rooms(adapter: Adapter, kind: Kind) -> list[tuple[Tensor, Tensor]]:
+    """Where directions can be put: the trained factors, and those of the start, whose product is taken off."""
+    rooms = [kind.directions(adapter.A, adapter.B)]
+    if adapter.a0 is not None and adapter.b0 is not None:
+        rooms.append(kind.directions(adapter.a0, adapter.b0))
+    return rooms
+
+
+def _fill(adapter: Adapter, kind: Kind, read: Read) -> None:
+    a, b = kind.directions(read.a, read.b)
+    for sign, (own_a, own_b) in zip((1, -1), _rooms(adapter, kind), strict=False):
+        count = min(len(own_a), len(a))
+        own_a.zero_()
+        own_b.zero_()
+        own_a[:count].copy_(a[:count])
+        own_b[:count].copy_(sign * b[:count])
+        a, b = a[count:], b[count:]
+    adapter.scaling.fill_(read.scaling)
+    if adapter.magnitude is not None and read.magnitude is not None:
+        adapter.magnitude.copy_(read.magnitude)
+    if adapter.bias is not None:
+        adapter.bias.zero_() if read.bias is None else adapter.bias.copy_(read.bias)
+
+
+def _empty(adapter: Adapter, bank: Bank, weight: Tensor) -> None:
+    """Makes an adapter that adds nothing of it."""
+    for _, b in _rooms(adapter, bank.kind):
+        b.zero_()
+    if adapter.magnitude is not None:
+        adapter.magnitude.copy_(bank.kind.lengths(weight.float()))
+    if adapter.bias is not None:
+        adapter.bias.zero_()
