@@ -10,11 +10,13 @@ from torch import Tensor
 from ..errors import LowRankError
 from ..factors import CP
 from ..linalg import check_tensor, khatri_rao, leading_eigenvectors, narrowed, scaled_to_unit, unfold, working_dtype
+from ..rank import Rank
+from .ranks import cp_rank
 
 
 def cp(
     tensor: Tensor,
-    rank: int,
+    rank: Rank,
     *,
     sweeps: int = 50,
     starts: int = 2,
@@ -32,6 +34,8 @@ def cp(
             do not flow: the input is detached.
         rank: number of components; above the largest rank that a tensor of this shape can have
             (the product of all modes but the largest) it is clamped. At that rank the result is exact.
+            ``ParameterFraction`` counts the numbers of the factors. Rules that look at singular values are refused:
+            no spectrum says how far a sum of this many components is from the tensor.
         sweeps: at most this many a start.
         starts: the first one is the HOSVD's leading vectors, the others are random; the best one is returned.
             Every start runs a few sweeps, only the most promising one to the end.
@@ -42,7 +46,8 @@ def cp(
         ``[n_0, ..., n_{d-1}]``, two or more modes.
 
     Raises:
-        LowRankError: for NaN, Inf, integer, empty or meta input, a rank below 1.
+        LowRankError: for NaN, Inf, integer, empty or meta input, a rank below 1, a rule that
+            looks at singular values.
 
     Examples:
         >>> a, b, c = torch.randn(9, 2), torch.randn(8, 2), torch.randn(7, 2)
@@ -51,7 +56,8 @@ def cp(
         True
     """
     tensor = check_tensor(tensor, "cp")
-    _check_positive(rank=rank, sweeps=sweeps, starts=starts)
+    _check_positive(sweeps=sweeps, starts=starts)
+    rank = cp_rank(rank, tensor.shape, "cp")
     work, scale = scaled_to_unit(tensor.to(working_dtype(tensor)))
     if rank >= tensor.numel() // max(tensor.shape):
         weights, factors = _fibres(work)

@@ -13,6 +13,8 @@ from torch import Tensor
 from ..errors import LowRankError
 from ..factors import NMF
 from ..linalg import check_tensor, randomized_svd, scaled_to_unit, working_dtype
+from ..rank import Rank
+from .ranks import matrix_rank
 from .svd import svd
 
 Solver = Literal["hals", "mu"]
@@ -22,7 +24,7 @@ Init = Literal["nndsvda", "nndsvd", "random"]
 
 def nmf(
     matrix: Tensor,
-    rank: int,
+    rank: Rank,
     *,
     solver: Solver = "hals",
     loss: Loss = "frobenius",
@@ -40,7 +42,8 @@ def nmf(
         matrix: any float dtype, any device, no entry below zero; half precision is computed in fp32 and cast back.
             Gradients do not flow: the input is detached. Where nine tenths of it are zero, the zeros cost nothing.
         rank: number of components; above ``min(m, n)`` it is clamped. At that rank the result is exact: the matrix
-            itself and the identity.
+            itself and the identity. A rule looks at the singular values of the matrix, whose tail is the least error of
+            any factorization of that rank: that of non-negative factors may be larger than the rule asked for.
         solver: ``"hals"``, exact minimisation over one component after the other (Cichocki and Phan, 2009), or
             ``"mu"``, multiplicative updates (Lee and Seung, 2001), slower to converge and the only one for ``"kl"``.
             Both use a product with the matrix several times where that is cheap (Gillis and Glineur, 2012).
@@ -71,7 +74,7 @@ def nmf(
         torch.Size([3, 20])
     """
     matrix = check_tensor(matrix, "nmf", ndim=2)
-    _check_arguments(rank, solver, loss, init, sweeps, tolerance)
+    _check_arguments(solver, loss, init, sweeps, tolerance)
     work = matrix.to(working_dtype(matrix))
     smallest, largest = (float(bound) for bound in torch.aminmax(work))
     if smallest < 0:
@@ -80,7 +83,8 @@ def nmf(
             " .clamp_min(0), or use svd."
         )
     m, n = matrix.shape
-    if rank >= min(m, n):
+    rank = matrix_rank(rank, work, "nmf")
+    if rank == min(m, n):
         eye = torch.eye(min(m, n), dtype=matrix.dtype, device=matrix.device)
         dense = matrix.clone(memory_format=torch.contiguous_format)
         return NMF(dense, eye) if n <= m else NMF(eye, dense)
@@ -357,10 +361,9 @@ def _tidy(w: Tensor, h: Tensor, scale: float, dtype: torch.dtype) -> NMF:
     return NMF(w.mT.to(dtype).contiguous(), h.to(dtype).contiguous())
 
 
-def _check_arguments(rank: int, solver: str, loss: str, init: str, sweeps: int, tolerance: float) -> None:
-    for name, value, least in (("rank", rank, 1), ("sweeps", sweeps, 0)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise LowRankError(f"nmf: got {name} {value!r}, expected an integer of at least {least}.")
+def _check_arguments(solver: str, loss: str, init: str, sweeps: int, tolerance: float) -> None:
+    if isinstance(sweeps, bool) or not isinstance(sweeps, int) or sweeps < 0:
+        raise LowRankError(f"nmf: got sweeps {sweeps!r}, expected an integer of at least 0.")
     if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)) or not 0 <= tolerance < math.inf:
         raise LowRankError(f"nmf: got tolerance {tolerance!r}, expected a number of at least 0.")
     for name, choice, known in (

@@ -7,17 +7,21 @@ from torch import Tensor
 from ..errors import LowRankError
 from ..factors import SVD
 from ..linalg import check_tensor, exact_svd, gram_svd, narrowed, randomized_svd, scaled_to_unit, working_dtype
+from ..rank import Rank
+from .ranks import matrix_rank
 
 Method = Literal["auto", "exact", "randomized", "gram"]
 
 
-def svd(matrix: Tensor, rank: int | None = None, *, method: Method = "auto", seed: int = 0) -> SVD:
+def svd(matrix: Tensor, rank: Rank | None = None, *, method: Method = "auto", seed: int = 0) -> SVD:
     """The best approximation of a matrix by one of rank ``rank`` (Eckart and Young, 1936).
 
     Args:
         matrix: any float dtype, any device; half precision is computed in fp32 and cast back.
             Gradients do not flow: the input is detached.
-        rank: number of singular triplets; above ``min(m, n)`` it is clamped. ``None`` keeps all of them.
+        rank: number of singular triplets; above ``min(m, n)`` it is clamped. ``None`` keeps all of them. A rule such
+            as ``Energy(0.95)`` looks at all singular values first; ``ParameterFraction`` counts the numbers of a pair
+            of matrices ``[m, r]`` and ``[r, n]``.
         method: ``"exact"`` (LAPACK), ``"gram"`` (eigenvectors of the smaller side's Gram matrix in fp64;
             loses singular values below 1e-8 of the largest), ``"randomized"`` (Halko et al., 2011, with four
             power iterations), or ``"auto"``: randomized for ranks below a tenth of a matrix whose smaller
@@ -37,17 +41,13 @@ def svd(matrix: Tensor, rank: int | None = None, *, method: Method = "auto", see
         >>> tail = torch.linalg.svdvals(weight)[10:].norm() / weight.norm()
         >>> abs(f.relative_error(weight) - tail.item()) < 1e-5
         True
+        >>> lr.svd(weight, rank=lr.RelativeError(0.1)).relative_error(weight) <= 0.1
+        True
     """
     matrix = check_tensor(matrix, "svd", ndim=2)
-    limit = min(matrix.shape)
-    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
-        raise LowRankError(
-            f"svd: got rank {rank!r}, expected an integer of at least 1 or a rank rule such as Energy(0.95)."
-            if isinstance(rank, int)
-            else f"svd: got rank {rank!r}, expected an integer of at least 1 or None."
-        )
-    rank = limit if rank is None else min(rank, limit)
-    work, scale = scaled_to_unit(matrix.to(working_dtype(matrix)))
+    wide = matrix.to(working_dtype(matrix))
+    rank = min(matrix.shape) if rank is None else matrix_rank(rank, wide, "svd")
+    work, scale = scaled_to_unit(wide)
     if method == "auto":
         method = _pick(matrix.shape[0], matrix.shape[1], rank)
     if method == "exact":

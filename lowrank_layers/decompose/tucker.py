@@ -6,12 +6,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..errors import LowRankError
 from ..factors import Tucker
 from ..linalg import check_tensor, mode_product, narrowed, scaled_to_unit, unfold, working_dtype
+from ..rank import Rank, RankRule
+from .ranks import mode_ranks
 
 
-def tucker(tensor: Tensor, rank: Sequence[int | None], *, sweeps: int = 20, tolerance: float = 1e-4) -> Tucker:
+def tucker(
+    tensor: Tensor, rank: RankRule | Sequence[Rank | None], *, sweeps: int = 20, tolerance: float = 1e-4
+) -> Tucker:
     """A core and one orthonormal matrix a mode, by higher-order orthogonal iteration (De Lathauwer et al., 2000).
 
     Starts from the sequentially truncated HOSVD (Vannieuwenhoven et al., 2012); every sweep replaces each factor
@@ -21,7 +24,10 @@ def tucker(tensor: Tensor, rank: Sequence[int | None], *, sweeps: int = 20, tole
     Args:
         tensor: any float dtype, any device; half precision is computed in fp32 and cast back. Gradients
             do not flow: the input is detached.
-        rank: one entry a mode; ``None`` leaves that mode whole (no factor), ranks above the dimension are clamped.
+        rank: one entry for each mode: an integer (above the dimension it is clamped), a rule, or ``None``, which leaves
+            that mode whole (no factor). A rule looks at the singular values of the unfolding of its mode, whatever the
+            ranks of the others are; those modes that have ``ParameterFraction`` shrink in proportion, until core and
+            factors together hold no more than the fraction. One rule in place of the entries stands for every mode.
         sweeps: at most this many; 0 returns the start.
         tolerance: stops when the relative error changes by less than this in a sweep.
 
@@ -36,10 +42,14 @@ def tucker(tensor: Tensor, rank: Sequence[int | None], *, sweeps: int = 20, tole
         >>> f = lr.tucker(kernel, rank=(16, 8, None, None))
         >>> torch.allclose(f.to_dense(), kernel, atol=1e-5)
         True
+        >>> f = lr.tucker(kernel, rank=(lr.ParameterFraction(0.5), lr.ParameterFraction(0.5), None, None))
+        >>> f.rank, f.numel() / kernel.numel() <= 0.5
+        ((9, 4, 3, 3), True)
     """
     tensor = check_tensor(tensor, "tucker")
-    ranks = _check_ranks(tensor, rank)
-    work, scale = scaled_to_unit(tensor.to(working_dtype(tensor)))
+    wide = tensor.to(working_dtype(tensor))
+    ranks = mode_ranks(rank, wide, "tucker")
+    work, scale = scaled_to_unit(wide)
     core = work
     energy = float(torch.linalg.vector_norm(work, dtype=torch.float64)) ** 2
     factors: dict[int, Tensor] = {}
@@ -97,20 +107,6 @@ def _project(tensor: Tensor, factors: dict[int, Tensor]) -> Tensor:
     for mode in sorted(factors, key=lambda k: factors[k].shape[1] / factors[k].shape[0]):
         tensor = mode_product(tensor, factors[mode].mT, mode)
     return tensor
-
-
-def _check_ranks(tensor: Tensor, rank: Sequence[int | None]) -> list[int | None]:
-    if isinstance(rank, (int, float, str)) or not isinstance(rank, Sequence):
-        raise LowRankError(
-            f"tucker: got rank {rank!r}, expected one entry a mode, as in {(1,) * tensor.ndim};"
-            " None leaves a mode whole."
-        )
-    if len(rank) != tensor.ndim:
-        raise LowRankError(f"tucker: got {len(rank)} ranks for {tensor.ndim} modes; None leaves a mode whole.")
-    for r in rank:
-        if r is not None and (isinstance(r, bool) or not isinstance(r, int) or r < 1):
-            raise LowRankError(f"tucker: got rank {r!r}, expected integers of at least 1, or None.")
-    return [None if r is None else min(r, n) for r, n in zip(rank, tensor.shape, strict=True)]
 
 
 def tucker_spectrum(tensor: Tensor, mode: int) -> Tensor:

@@ -9,7 +9,8 @@ from ..decompose import svd
 from ..errors import MissingExtraError
 from ..factors import SVD
 from ..linalg import exact_svd, working_dtype
-from ..rank import Rank, Spectrum, choose_rank
+from ..rank import Rank, choose_rank
+from ..rank import pair_spectrum as pair_spectrum
 from .base import FactoredModule, adopt, adopt_dense, bias_of, fill, reset_chain, weight_of
 from .plain import check_dense
 
@@ -224,12 +225,6 @@ class LowRankTransposedLinear(LowRankLinear):
     def factors(self) -> SVD:
         """The weight ``[in_features, out_features]`` as an SVD."""
         return pair_factors(self.down.weight.mT, self.up.weight.mT)
-
-
-def pair_spectrum(rows: int, columns: int, values: Tensor | None, owner: str) -> Spectrum:
-    """What a rank rule sees of a matrix that becomes a pair."""
-    sizes = range(rows + columns, (rows + columns) * min(rows, columns) + 1, rows + columns)
-    return Spectrum(values, (rows, columns), sizes, rows * columns, owner)
 
 
 def truncated_pair(matrix: Tensor, rank: Rank, owner: str) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,8 @@ from torch import Tensor
 def unit_scale(tensor: Tensor) -> float:
     """A power of two, so that dividing by it is exact and leaves a largest magnitude between 1 and 2; 1.0 for zeros.
 
-    Where all entries are denormal the largest one is below 1. The squares and Gram matrices of what is left stay finite, and those of the largest entries do not vanish.
+    Squares and Gram matrices of what is left stay finite, and those of the largest entries do not vanish. Where all
+    entries are denormal, the largest one is below 1.
 
     Args:
         tensor: finite, of fp32 or fp64.

@@ -6,7 +6,7 @@ from .elbow import Elbow
 from .energy import Energy, RelativeError
 from .evbmf import EVBMF
 from .gavish_donoho import GavishDonoho
-from .rule import Rank, RankRule, Spectrum, check_rank, choose_rank
+from .rule import Rank, RankRule, Spectrum, check_rank, choose_rank, pair_spectrum
 from .size import ParameterFraction
 
 __all__ = [
@@ -24,4 +24,5 @@ __all__ = [
     "as_budget",
     "check_rank",
     "choose_rank",
+    "pair_spectrum",
 ]

@@ -83,6 +83,12 @@ def choose_rank(rank: Rank, spectrum: Spectrum, limit: int) -> int:
     return min(chosen, limit)
 
 
+def pair_spectrum(rows: int, columns: int, values: Tensor | None, owner: str) -> Spectrum:
+    """What a rank rule sees of a matrix that becomes a pair."""
+    sizes = range(rows + columns, (rows + columns) * min(rows, columns) + 1, rows + columns)
+    return Spectrum(values, (rows, columns), sizes, rows * columns, owner)
+
+
 def check_fraction(value: object, who: str, *, closed: bool) -> None:
     """Refuses what is not a number in (0, 1], or in (0, 1) when not ``closed``."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool)

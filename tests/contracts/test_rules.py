@@ -15,7 +15,7 @@ from torch import nn
 
 import lowrank_layers as lr
 
-from .tables import DERANDOMIZED, LAYERS, RULES, generator, spectrum, spectrum_of
+from .tables import DECOMPOSITIONS, DERANDOMIZED, LAYERS, RULES, SVD_METHODS, generator, spectrum, spectrum_of
 
 rows = pytest.mark.parametrize("row", RULES, ids=lambda row: row.name)
 
@@ -152,6 +152,44 @@ def test_layers_take_it(row):
     assert lr.TuckerConv2d.from_dense(conv, rank=row.rule).rank == tuple(row.rule(spectrum(u)) for u in unfoldings)
     with pytest.raises(lr.LowRankError, match=r"^CPConv2d: got .*no singular values.*ParameterFraction"):
         lr.CPConv2d.from_dense(conv, rank=row.rule)
+
+
+@rows
+@pytest.mark.parametrize("shape", [(24, 36), (36, 24), (20, 88)], ids=str)
+def test_decompositions_take_it(row, shape):
+    """Each entry of the matrix is positive, so that it has all factorizations."""
+    matrix = noisy_matrix(5, shape, 0.1) + 8
+    expected = row.rule(spectrum(matrix))
+    for method in SVD_METHODS:
+        f = lr.svd(matrix, row.rule, method=method)
+        assert f.rank == expected
+        assert torch.allclose(f.s, torch.linalg.svdvals(matrix)[:expected])
+    assert lr.nmf(matrix, row.rule, sweeps=1).rank == expected
+    tensor = matrix.reshape(shape[0], shape[1] // 4, 2, 2)
+    each = [row.rule(spectrum(tensor.movedim(mode, 0).flatten(1))) for mode in range(4)]
+    assert lr.tucker(tensor, row.rule).rank == tuple(each)
+    mixed = lr.tucker(tensor, (row.rule, 3, None, row.rule))
+    assert mixed.rank == (each[0], 3, 2, each[3])
+    assert mixed.factors[2] is None
+    with pytest.raises(lr.LowRankError, match=r"^cp: got .*no singular values.*ParameterFraction"):
+        lr.cp(tensor, row.rule)
+
+
+@rows
+@pytest.mark.parametrize("scale", [2.0**-100, 2.0**100], ids=str)
+def test_decompositions_do_not_mind_units(row, scale):
+    matrix = (noisy_matrix(5, (20, 30), 0.1) + 8).float()
+    for decompose in (lr.svd, lr.nmf):
+        assert decompose(matrix * scale, row.rule).rank == row.rule(spectrum(matrix))
+
+
+def test_the_error_asked_for_is_reached():
+    for seed, bound in enumerate((0.5, 0.1, 0.01)):
+        matrix = noisy_matrix(6, (40, 30), 0.2, seed)
+        assert lr.svd(matrix, lr.RelativeError(bound)).relative_error(matrix) <= bound
+        # what all modes lose together is at most the sum of what each loses (De Lathauwer et al., 2000)
+        tensor = matrix.reshape(40, 5, 6)
+        assert lr.tucker(tensor, lr.RelativeError(bound / math.sqrt(3))).relative_error(tensor) <= bound
 
 
 # -------------------------------------------------------------------------------------------- known answers
@@ -319,6 +357,34 @@ def test_parameter_fraction_of_a_tucker_layer_uses_what_it_may():
 
 
 @DERANDOMIZED
+@given(fraction=fractions, shape=st.tuples(st.integers(1, 30), st.integers(1, 30)))
+def test_parameter_fraction_of_decompositions_is_that_of_layers(fraction, shape):
+    rule = lr.ParameterFraction(fraction)
+    expected = lr.LowRankLinear(shape[1], shape[0], device="meta", rank=rule).rank
+    matrix = torch.rand(shape, generator=generator(0))
+    assert lr.svd(matrix, rule).rank == expected
+    assert lr.nmf(matrix, rule, sweeps=1).rank == expected
+    kernel = torch.rand(*shape, 3, 2, generator=generator(1))
+    assert lr.cp(kernel, rule, sweeps=1).rank == lr.CPConv2d(shape[1], shape[0], (3, 2), device="meta", rank=rule).rank
+
+
+@pytest.mark.parametrize("fraction", [0.05, 0.1, 0.3, 0.6])
+@pytest.mark.parametrize("place", [(0, 1), (1,), (0,), (0, 1, 2, 3)], ids=str)
+def test_parameter_fraction_of_tucker_uses_what_it_may(fraction, place):
+    kernel = torch.randn(32, 48, 3, 3, generator=generator(2))
+    rule = lr.ParameterFraction(fraction)
+    f = lr.tucker(kernel, tuple(rule if mode in place else None for mode in range(4)), sweeps=0)
+    more = [min(n, r + (mode in place)) for mode, (n, r) in enumerate(zip(kernel.shape, f.rank, strict=True))]
+    too_much = math.prod(more) + sum(more[mode] * kernel.shape[mode] for mode in place)
+    assert f.numel() <= fraction * kernel.numel() < too_much
+    assert [mode for mode in range(4) if f.factors[mode] is not None] == sorted(place)
+    parts = [f.rank[mode] / kernel.shape[mode] for mode in place if kernel.shape[mode] > 3]
+    assert max(parts) - min(parts) < 0.04
+    if len(place) == 4:
+        assert lr.tucker(kernel, rule, sweeps=0).rank == f.rank
+
+
+@DERANDOMIZED
 @given(pair=st.tuples(st.floats(0.01, 1), st.floats(0.01, 1)), shape=sizes)
 def test_parameter_fraction_grows_with_the_fraction(pair, shape):
     low, high = (lr.ParameterFraction(fraction)(spectrum_of(None, shape)) for fraction in sorted(pair))
@@ -355,6 +421,29 @@ def test_a_fraction_in_place_of_a_rank_is_refused_with_a_hint(layer):
         lr.LowRankError, match=rf"^{layer.cls.__name__}.*got rank 0\.25.*write ParameterFraction\(0\.25\)"
     ):
         layer.from_dense(layer.dense(), rank=0.25)
+
+
+@pytest.mark.parametrize("row", DECOMPOSITIONS, ids=lambda row: row.name)
+def test_decompositions_take_any_function_of_a_spectrum(row):
+    seen = []
+
+    def rule(spectrum: lr.Spectrum) -> int:
+        seen.append(spectrum)
+        return 2
+
+    tensor = row.sample()
+    assert row(tensor, rule).rank == row.rank(2)
+    assert {each.dense for each in seen} == {tensor.numel()}
+    assert all(list(each.sizes) == sorted(each.sizes) and each.owner == row.function.__name__ for each in seen)
+    for each in seen:
+        assert each.values is None or len(each.values) <= len(each.sizes) <= 9
+    assert row(tensor, lambda spectrum: 10_000).rank == row(tensor, row.full(row.shape)).rank
+    for answer in (0, 2.0, True, None):
+        with pytest.raises(lr.LowRankError, match=f"^{row.function.__name__}: the rule .* returned {answer!r}"):
+            row(tensor, lambda spectrum, answer=answer: answer)
+    for bad, hint in ((lr.Energy, r"Call the rule: Energy\("), (0.25, r"ParameterFraction\(0\.25\)")):
+        with pytest.raises(lr.LowRankError, match=f"^{row.function.__name__}: got rank .*{hint}"):
+            row(tensor, row.rank(bad))
 
 
 @pytest.mark.parametrize("layer", LAYERS, ids=lambda row: row.name)
