@@ -12,6 +12,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from ..errors import LowRankError
+from ..rank import Rank, check_rank
 from .basis import ProjectionMethod
 from .habits import decoupled, reads_values
 from .settings import check_optimizer, check_settings, chooser
@@ -27,7 +28,7 @@ class LowRankProjection(Optimizer):
     Of a matrix ``[n, m]`` with gradient :math:`G` the optimizer is shown :math:`P^T G` (or :math:`G P`, on the shorter
     side), with :math:`P` orthonormal of ``rank`` columns, and its step :math:`\Delta` is taken back: :math:`W` gains
     ``scale`` :math:`\cdot P \Delta`. Convolutions count as ``[out, rest]``. Parameters of one dimension, those whose
-    shorter side is not above ``rank``, and what is not in ``target`` are stepped as ever.
+    shorter side is not above ``rank`` (under a rule: 1), and what is not in ``target`` are stepped as ever.
 
     The optimizer is taken over: its groups hold small parameters from now on. Use the projection in its place, for
     schedulers, ``GradScaler``, ``zero_grad`` and checkpoints too; set ``lr`` and the rest in *its* ``param_groups``.
@@ -36,7 +37,9 @@ class LowRankProjection(Optimizer):
 
     Args:
         optimizer: new, of torch or made like them: AdamW, Adam, SGD, RMSprop, Adafactor...
-        rank: of the projections.
+        rank: of the projections: an integer, or a rule that looks at the singular values of each parameter's first
+            gradient that is finite and not zero; until then the parameter only decays. The rank stays.
+            ``ParameterFraction`` counts the numbers of projector and coefficients.
         refresh: steps from one projector to the next.
         method: ``"svd"`` fits to the gradient exactly; ``"power"`` starts from the last projector and makes two steps
             of subspace iteration, so that ``refresh`` may be small; ``"random"`` draws.
@@ -80,7 +83,7 @@ class LowRankProjection(Optimizer):
     def __init__(
         self,
         optimizer: Optimizer,
-        rank: int,
+        rank: Rank,
         *,
         refresh: int = 200,
         method: ProjectionMethod = "svd",
@@ -102,8 +105,8 @@ class LowRankProjection(Optimizer):
                 f"LowRankProjection: got comm_state {type(comm_state).__name__}, expected the LowRankCommState of the"
                 " hook, or None."
             )
+        check_rank(rank, "LowRankProjection")
         check_settings(
-            rank=rank,
             refresh=refresh,
             method=method,
             scale=scale,
@@ -178,9 +181,16 @@ class LowRankProjection(Optimizer):
                 loss = closure()
         shrinks = self._settle()
         values = reads_values(self.optimizer)
-        going = [(shadow, *shrinks[p]) for p, shadow in self._shadows.items() if p.grad is not None]
-        for shadow, decay, _ in going:
+        going = []
+        for p, shadow in self._shadows.items():
+            if p.grad is None:
+                continue
+            decay, shrink = shrinks[p]
             gradient = shadow.gradient(decay)
+            if not shadow.knows_rank(gradient):
+                shadow.shrunk(shrink)
+                continue
+            going.append((shadow, shrink))
             if shadow.due(self.refresh):
                 factors = None if self.comm_state is None or decay else self.comm_state.factors(shadow.parameter)
                 turn = shadow.refit(gradient, self.method, factors)
@@ -188,7 +198,7 @@ class LowRankProjection(Optimizer):
                     shadow.rotate(self.optimizer.state[shadow.small], turn, self.rotate == "both")
             shadow.project(gradient, values)
         self.optimizer.step()
-        for shadow, _, shrink in going:
+        for shadow, shrink in going:
             shadow.apply(shrink, self.scale)
         return loss
 
@@ -230,8 +240,8 @@ class LowRankProjection(Optimizer):
         found = {p: dict(state_dict["state"].get(key, {})) for key, p in zip(keys, self._parameters(), strict=True)}
         for p, state in found.items():
             shadow = self._shadows.get(p)
-            wanted = None if shadow is None or not state else (shadow.short, shadow.rank)
             got = tuple(state["projector"].shape) if "projector" in state else None
+            wanted = None if shadow is None or not state else shadow.projector_shape(got)
             if got != wanted:
                 raise LowRankError(
                     f"load_state_dict: got {_described(got)} for a parameter {list(p.shape)}, expected"
@@ -317,7 +327,7 @@ class LowRankProjection(Optimizer):
             p.ndim >= 2
             and p.is_floating_point()
             and p.numel() >= max(self.min_size, 1)
-            and min(p.shape[0], p.numel() // p.shape[0]) > self.rank
+            and min(p.shape[0], p.numel() // p.shape[0]) > (self.rank if isinstance(self.rank, int) else 1)
             and self._chosen(p)
         )
 

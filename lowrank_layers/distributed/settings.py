@@ -13,7 +13,7 @@ from ..errors import LowRankError
 from .habits import check_fit
 
 _CHOICES = {"method": ("svd", "random", "power"), "rotate": ("none", "first", "both"), "decoupled": (None, True, False)}
-_LEAST = {"rank": 1, "refresh": 1, "min_size": 0, "seed": 0}
+_LEAST = {"refresh": 1, "min_size": 0, "seed": 0}
 
 
 def check_optimizer(optimizer: object) -> None:

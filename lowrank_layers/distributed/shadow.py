@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..decompose.ranks import matrix_rank
 from ..errors import LowRankError
+from ..rank import Rank
 from .basis import ProjectionMethod, factors_basis, fitted, random_basis
 from .habits import FIRST_MOMENTS, SECOND_MOMENTS
 
@@ -18,22 +20,39 @@ class Shadow:
 
     Args:
         parameter: the big one.
-        rank: below its shorter side.
+        rank: below its shorter side, or a rule that finds it in the first gradient.
         seed: of what is drawn for it.
     """
 
-    def __init__(self, parameter: Tensor, rank: int, seed: int) -> None:
-        rows, columns = parameter.shape[0], parameter[0].numel()
-        self.parameter, self.rank, self.seed = parameter, rank, seed
-        self.left = rows < columns
-        self.short = min(rows, columns)
-        self.shape = (rank, columns) if self.left else (rows, rank)
+    def __init__(self, parameter: Tensor, rank: Rank, seed: int) -> None:
+        self.parameter, self.rule, self.seed = parameter, rank, seed
+        self.size = parameter.shape[0], parameter[0].numel()
+        self.left = self.size[0] < self.size[1]
+        self.short = min(self.size)
+        self.rank = rank if isinstance(rank, int) else 0  # 0: not known yet
         self.dtype = torch.promote_types(parameter.dtype, torch.float32)
         self.small = nn.Parameter(parameter.new_empty(0, dtype=self.dtype))
         self.before: Tensor | None = None
         self.basis: Tensor | None = None
         self.age = 0  # steps since the last fit
         self.fits = 0
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of the coefficients."""
+        return (self.rank, self.size[1]) if self.left else (self.size[0], self.rank)
+
+    def knows_rank(self, gradient: Tensor) -> bool:
+        """Whether there is a rank; a rule waits for a gradient that is finite and not zero."""
+        if not self.rank and bool(torch.isfinite(gradient).all()) and bool(gradient.any()):
+            self.rank = matrix_rank(self.rule, gradient, "LowRankProjection")
+        return self.rank > 0
+
+    def projector_shape(self, got: tuple[int, ...] | None) -> tuple[int, int]:
+        """What a saved projector should be; a rule may have chosen any rank."""
+        if isinstance(self.rule, int):
+            return self.short, self.rule
+        return self.short, min(got[-1], self.short) if got else 1
 
     def due(self, refresh: int) -> bool:
         """Whether this step wants a new basis."""
@@ -101,15 +120,18 @@ class Shadow:
         assert self.basis is not None
         step = self.small.detach() if self.before is None else self.small.detach() - self.before
         factors = (self.basis, step) if self.left else (step, self.basis.mT)
-        weight = self.parameter.detach()
-        if shrink is not None:
-            weight.mul_(shrink)
+        weight = self.shrunk(shrink)
         if weight.dtype == self.dtype and (weight.ndim == 2 or weight.is_contiguous()):
             weight.flatten(1).addmm_(*factors, alpha=scale)
         else:
             weight.add_((factors[0] @ factors[1]).reshape(weight.shape), alpha=scale)
         self.drop()
         self.age += 1
+
+    def shrunk(self, shrink: float | Tensor | None) -> Tensor:
+        """The big parameter's value, after it was multiplied by ``shrink`` in place."""
+        weight = self.parameter.detach()
+        return weight if shrink is None else weight.mul_(shrink)
 
     def drop(self) -> None:
         """Between steps the small parameter holds no memory."""
@@ -127,6 +149,8 @@ class Shadow:
         basis = state.get("projector")
         self.basis = None if basis is None else basis.detach().to(self.parameter.device, self.dtype, copy=True)
         self.age, self.fits = int(state.get("projector_age", 0)), int(state.get("projector_fits", 0))
+        if not isinstance(self.rule, int):
+            self.rank = 0 if basis is None else basis.shape[1]
 
     def _weights(self) -> Tensor:
         return self.parameter.detach().flatten(1).to(self.dtype)

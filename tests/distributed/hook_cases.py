@@ -20,6 +20,7 @@ import lowrank_layers as lr
 from lowrank_layers.distributed import link
 from lowrank_layers.distributed.collectives import Mean
 from lowrank_layers.distributed.wire import Parcel
+from tests.contracts.tables import RULES, spectrum
 
 from .hook_worker import FULL, Case, Net, SparseWords, batches, caught, conserved, difference, flat, made, train, wrap
 
@@ -491,6 +492,24 @@ def sparse_gradients(rank: int) -> dict[str, Any]:
     return out
 
 
+def rules(rank: int) -> dict[str, bool]:
+    """Whether each rule finds the rank that it finds in the averaged gradient."""
+    plain, _ = wrap(made(), None)
+    x, y = (torch.cat(parts) for parts in zip(*batches(rank, 12), strict=True))
+    nn.functional.mse_loss(plain(x), y).backward()
+    spectra = {name: spectrum(p.grad) for name, p in plain.module.named_parameters() if p.grad.ndim == 2}
+    # where half of the values are rounding, a rule that looks at their median finds it, as it should
+    spectra = {name: seen for name, seen in spectra.items() if seen.values.median() > 1e-4 * seen.values[0]}
+    assert len(spectra) > 1
+    given = [row.rule for row in RULES] + [lr.ParameterFraction(0.2), lambda spectrum: len(spectrum.values) // 3]
+    out = {}
+    for rule in given:
+        wrapped, state = wrap(made(), {"rank": rule})
+        nn.functional.mse_loss(wrapped(x), y).backward()
+        out[str(rule)] = all(rule(seen) == state.ranks.chosen[name] for name, seen in spectra.items())
+    return out
+
+
 def units(rank: int) -> dict[str, Any]:
     """How far averaged gradients of a scaled loss, divided by the scale, are from those of the loss."""
     out: dict[str, Any] = {}
@@ -566,6 +585,7 @@ CASES: dict[str, Case] = {
         local_iterations,
         sparse_gradients,
         units,
+        rules,
     )
 }
 

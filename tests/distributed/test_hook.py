@@ -278,6 +278,12 @@ def test_local_iterations(seen):
             assert two <= one < none
 
 
+def test_rules(seen):
+    for process in seen:
+        assert len(process) == 10
+        assert all(process.values()), process
+
+
 def test_units(seen):
     """Squares of gradients of 1e18 or 1e-30 are not in fp32."""
     for process in seen:

@@ -14,6 +14,7 @@ from torch import nn
 import lowrank_layers as lr
 from benchmarks.peers import has, peer
 from lowrank_layers.distributed.basis import factors_basis, fitted, power_basis, random_basis, svd_basis
+from tests.contracts.tables import RULES, spectrum
 from tests.distributed import worker
 from tests.processes import run_processes
 
@@ -565,6 +566,76 @@ def test_a_first_gradient_that_is_not_finite():
     torch.testing.assert_close(basis @ basis.mT, (e := svd_basis(good.mT, 4)) @ e.mT, atol=1e-6, rtol=0)
 
 
+# --- rules ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("row", RULES, ids=lambda row: row.name)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("shape", [(20, 12), (12, 20), (6, 4, 3, 3)])
+def test_a_rule_means_the_rank_that_it_finds_in_the_first_gradient(row, method, shape):
+    first, second = one(shape), one(shape)
+    first.grad = second.grad = one(shape, seed=3).grad * 0.7 ** torch.arange(shape[-1])
+    rank = row.rule(spectrum(first.grad.flatten(1)))
+    steps = []
+    for p, given in ((first, row.rule), (second, rank)):
+        optimizer = lr.LowRankProjection(torch.optim.SGD([p], lr=0.1), given, method=method)
+        before = p.detach().clone()
+        optimizer.step()
+        steps.append(p.detach() - before)
+    assert torch.linalg.matrix_rank(steps[0].flatten(1)) == rank
+    torch.testing.assert_close(steps[0], steps[1])
+
+
+def test_parameter_fraction_is_that_of_a_pair():
+    p = one((30, 50))
+    optimizer = lr.LowRankProjection(torch.optim.Adam([p]), lr.ParameterFraction(0.25))
+    optimizer.step()
+    rank = int(0.25 * 30 * 50 / 80)
+    assert optimizer.state_dict()["state"][0]["projector"].shape == (30, rank)
+    assert optimizer.state_dict()["state"][0]["exp_avg"].shape == (rank, 50)
+
+
+@pytest.mark.parametrize("name", ["SGD", "AdamW", "RMSprop", "Adafactor"])
+def test_a_rule_goes_on_to_the_bit_from_a_file(name):
+    whole, half, other = net(), net(), net()
+    rule = lr.Energy(0.8)
+
+    def made(model):
+        return lr.LowRankProjection(OPTIMIZERS[name](model.parameters()), rule, refresh=3)
+
+    train(whole, made(whole), 8)
+    optimizer = made(half)
+    train(half, optimizer, 4)
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    other.load_state_dict(half.state_dict())
+    again = made(other)
+    train(net(), made(net()), 1)
+    again.load_state_dict(torch.load(file, weights_only=True))
+    train(other, again, 4, start=4)
+    same(whole, other)
+    with pytest.raises(lr.LowRankError, match="load_state_dict: got a projector"):
+        lr.LowRankProjection(OPTIMIZERS[name](net().parameters()), 7).load_state_dict(again.state_dict())
+
+
+@pytest.mark.parametrize("bad", [0.0, math.nan])
+def test_a_rule_waits_for_a_gradient_that_says_something(bad):
+    p, late = one(), one()
+    late.grad = p.grad.clone()
+    good, p.grad = p.grad, torch.full_like(p, bad)
+    optimizers = [
+        lr.LowRankProjection(torch.optim.AdamW([q], lr=0.1, weight_decay=0.1), lr.Energy(0.6)) for q in (p, late)
+    ]
+    optimizers[0].step()
+    torch.testing.assert_close(p, 0.99 * late)  # it decays, as a parameter with a gradient of zeros does
+    late.data.copy_(p.data)
+    p.grad = good
+    for optimizer in optimizers:
+        optimizer.step()
+    assert torch.equal(p, late)
+
+
 # --- refusals ---------------------------------------------------------------------------------------------------
 
 
@@ -600,9 +671,9 @@ BAD = {
     "twice": (lambda: lr.LowRankProjection(lr.LowRankProjection(adam(), 4), 4), "project once"),
     "begun": (lambda: lr.LowRankProjection(stepped(), 4), "give a new one"),
     "scheduled": (lambda: lr.LowRankProjection(scheduled(), 4), "make the scheduler for the projection"),
-    "rank 0": (lambda: lr.LowRankProjection(adam(), 0), "rank=0"),
-    "rank 0.5": (lambda: lr.LowRankProjection(adam(), 0.5), "rank=0.5"),
-    "rank True": (lambda: lr.LowRankProjection(adam(), True), "rank=True"),
+    "rank 0": (lambda: lr.LowRankProjection(adam(), 0), "rank 0, expected"),
+    "rank 0.5": (lambda: lr.LowRankProjection(adam(), 0.5), "ParameterFraction(0.5)"),
+    "rank True": (lambda: lr.LowRankProjection(adam(), True), "rank True, expected"),
     "refresh 0": (lambda: lr.LowRankProjection(adam(), 4, refresh=0), "refresh=0"),
     "min_size": (lambda: lr.LowRankProjection(adam(), 4, min_size=-1), "min_size=-1"),
     "seed": (lambda: lr.LowRankProjection(adam(), 4, seed=None), "seed=None"),
