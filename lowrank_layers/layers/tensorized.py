@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..decompose.partial_train import trains_of_known
 from ..decompose.tensor_train import tensor_trains
 from ..errors import LowRankError, UnsupportedLayerError
 from ..factors import BlockTT
@@ -209,7 +210,10 @@ class TensorizedEmbedding(FactoredModule):
     ) -> TensorizedEmbedding:
         """The TT-SVD of a trained table (Oseledets, 2011): within ``sqrt(order - 1)`` of the best train of those bonds.
 
-        That holds for the table filled up with rows of zeros; at the largest bonds it is exact.
+        That holds where the digits count the rows exactly. Otherwise the rows that only fill them up, and the padding
+        row, are free: the error of the others is at most that of the TT-SVD with zeros there. An embedding that is such
+        a train (what :meth:`to_dense` gave) is found again, where the first digit's values whose rows are all used,
+        times ``d_1``, are at least the first bond. At the largest bonds it is exact.
 
         Args:
             embedding: an ``nn.Embedding``.
@@ -240,7 +244,7 @@ class TensorizedEmbedding(FactoredModule):
             )
         how = digits(embedding.num_embeddings, embedding.embedding_dim, order, split)
         bonds = choose_bonds(rank, how, table.numel())
-        (cores,) = block_trains(table, how, [bonds])
+        (cores,) = block_trains(table, how, [bonds], padding_idx=embedding.padding_idx)
         return cls.from_cores(embedding, cores)
 
     @classmethod
@@ -390,9 +394,14 @@ def choose_bonds(rank: Any, split: Split, dense: int) -> tuple[int, ...]:
 
 
 def block_trains(
-    table: Tensor, split: Split, bonds: Sequence[tuple[int, ...]], scales: Sequence[Tensor] | None = None
+    table: Tensor,
+    split: Split,
+    bonds: Sequence[tuple[int, ...]],
+    scales: Sequence[Tensor] | None = None,
+    *,
+    padding_idx: int | None = None,
 ) -> Iterator[list[Tensor]]:
-    """The TT-SVD of a table for each of several bonds, cores ``[r_{k-1}, n_k, d_k, r_k]``.
+    """The train of an embedding for each of several bonds, cores ``[r_{k-1}, n_k, d_k, r_k]``.
 
     Args:
         table: ``[n, d]``.
@@ -400,25 +409,33 @@ def block_trains(
         bonds: one tuple for each train.
         scales: ``[n_k, d_k]``, positive, for each digit: the error is that of the table times their product, which
             the cores take back.
+        padding_idx: a row that may become anything, like those that only fill the digits up.
     """
-    for train in tensor_trains(_by_digits(table, split, scales), bonds):
+    tensor = _by_digits(table.to(working_dtype(table)), split)
+    for k, scale in enumerate(scales or ()):
+        tensor = tensor * scale.to(tensor).flatten().reshape(-1, *[1] * (tensor.ndim - 1 - k))
+    known = torch.ones(len(table), 1, dtype=torch.bool, device=table.device)
+    if padding_idx is not None:
+        known[padding_idx] = False
+    if padding_idx is None and len(table) == math.prod(split[0]):
+        trains = tensor_trains(tensor, bonds)
+    else:
+        trains = trains_of_known(tensor, _by_digits(known.expand(table.shape), split), bonds)
+    for train in trains:
         cores = [core.unflatten(1, sizes) for core, sizes in zip(train, zip(*split, strict=True), strict=True)]
         if scales is not None:
             cores = [core / scale.to(core)[None, ..., None] for core, scale in zip(cores, scales, strict=True)]
         yield cores
 
 
-def _by_digits(table: Tensor, split: Split, scales: Sequence[Tensor] | None) -> Tensor:
-    """The scaled table as a tensor of one mode a digit, ``[n_1 * d_1, ..., n_K * d_K]``, filled up with zeros."""
+def _by_digits(table: Tensor, split: Split) -> Tensor:
+    """As a tensor of one mode a digit, ``[n_1 * d_1, ..., n_K * d_K]``, filled up with zeros."""
     n, d = split
     order = len(n)
-    work = table.to(working_dtype(table))
-    if len(work) < math.prod(n):
-        work = torch.cat([work, work.new_zeros(math.prod(n) - len(work), work.shape[1])])
-    work = work.reshape(*n, *d).permute([axis for k in range(order) for axis in (k, order + k)])
-    for k, scale in enumerate(scales or ()):
-        work = work * scale.to(work).reshape(*scale.shape, *[1] * (2 * (order - k - 1)))
-    return work.reshape([a * b for a, b in zip(n, d, strict=True)])
+    if len(table) < math.prod(n):
+        table = torch.cat([table, table.new_zeros(math.prod(n) - len(table), table.shape[1])])
+    table = table.reshape(*n, *d).permute([axis for k in range(order) for axis in (k, order + k)])
+    return table.reshape([a * b for a, b in zip(n, d, strict=True)])
 
 
 def _refuse(max_norm: float | None, scale_grad_by_freq: bool, sparse: bool) -> None:

@@ -59,8 +59,8 @@ class LayerRow:
         channels_last: whether inputs have a memory format.
         form: what ``from_dense`` and the constructor take besides the rank.
         unbatched: whether one sample without a batch is an input.
-        again: whether ``from_dense`` of its own dense form gives the layer back; rows that are only filled up are
-            zero again then.
+        again: whether ``from_dense`` of its own dense form gives the layer back; not where the digits of a small
+            embedding leave too few rows to tell the train from.
     """
 
     cls: type[lr.FactoredModule]

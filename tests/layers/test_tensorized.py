@@ -12,7 +12,7 @@ from tensorly.tt_matrix import tt_matrix_to_matrix
 from torch import nn
 
 import lowrank_layers as lr
-from lowrank_layers.layers.tensorized import _split_columns, _split_rows
+from lowrank_layers.layers.tensorized import _split_columns, _split_rows, block_trains
 from lowrank_layers.linalg import rounded_train, train_product
 from lowrank_layers.moments import LayerStats, Moments
 
@@ -137,11 +137,48 @@ def test_a_train_is_recovered_at_its_rank():
         assert relative(layer.weight, weight) < limit
 
 
-def test_from_dense_of_its_dense_form_is_the_layer_where_no_row_is_filled_up():
-    weight = torch.randn(27, 8, generator=generator(1), dtype=torch.float64)
-    layer = lr.TensorizedEmbedding.from_dense(table_of(weight), rank=2)
-    again = lr.TensorizedEmbedding.from_dense(layer.to_dense(), rank=2)
-    assert relative(again.weight, layer.weight) < 1e-12
+@pytest.mark.parametrize("padding_idx", [None, 0, 13, -1])
+@pytest.mark.parametrize(
+    ("rows", "columns", "settings"),
+    [
+        (256, 16, {"rank": 8}),
+        (27, 8, {"rank": 2}),
+        (301, 24, {"rank": 9}),
+        (730, 32, {"rank": 10}),
+        (500, 27, {"rank": 4, "order": 4}),
+        (90, 12, {"rank": 5, "order": 2}),
+        (1030, 8, {"rank": (3, 6), "split": [(11, 10, 10), (2, 2, 2)]}),
+        (77, 16, {"rank": 3, "split": [(40, 4, 4), (4, 2, 2)]}),
+    ],
+)
+def test_from_dense_of_its_dense_form_is_the_layer(rows, columns, settings, padding_idx):
+    """Rows that only fill the digits up, and the padding row, are not zero in the train."""
+    torch.manual_seed(0)
+    for dtype, limit in ((torch.float64, 1e-11), (torch.float32, 1e-4)):
+        layer = lr.TensorizedEmbedding(rows, columns, padding_idx, dtype=dtype, **settings)
+        again = lr.TensorizedEmbedding.from_dense(layer.to_dense(), **settings)
+        assert again.rank == layer.rank
+        assert relative(again.weight, layer.weight) < limit
+
+
+@pytest.mark.parametrize("padding_idx", [None, 0, 40])
+@pytest.mark.parametrize(("rows", "columns"), [(256, 16), (100, 12), (301, 24), (40, 30)])
+@pytest.mark.parametrize("rank", [1, 3, 8, 13])
+@pytest.mark.parametrize("noise", [0.2, 10])
+def test_free_rows_never_make_it_worse(rows, columns, rank, noise, padding_idx):
+    weight = low_tt_rank(rows, columns, rank)
+    weight = weight + noise * weight.std() * torch.randn(weight.shape, generator=generator(9), dtype=torch.float64)
+    if padding_idx is not None:
+        padding_idx = min(padding_idx, rows - 1)
+        weight[padding_idx] = 0
+    layer = lr.TensorizedEmbedding.from_dense(table_of(weight, padding_idx=padding_idx), rank=rank)
+    filled = torch.zeros(math.prod(layer.split[0]), columns, dtype=torch.float64)
+    filled[:rows] = weight
+    (cores,) = block_trains(filled, layer.split, [layer.rank])
+    with_zeros = train_product(cores)[:rows]
+    if padding_idx is not None:
+        with_zeros[padding_idx] = 0
+    assert relative(layer.weight, weight) <= relative(with_zeros, weight) * (1 + 1e-9) + 1e-14
 
 
 def test_the_value_is_tensorlys_tt_matrix():

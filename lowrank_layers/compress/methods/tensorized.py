@@ -61,7 +61,7 @@ class TensorizedMethod:
         bonds = [ladder[step - 1] for step in sorted(steps)]
         (problem,) = regressions(module, stats)
         options: list[Option] = []
-        for rank, cores in zip(bonds, _trains(table, split, bonds, problem, stats), strict=True):
+        for rank, cores in zip(bonds, _trains(module, split, bonds, problem, stats), strict=True):
             approximate = train_product(cores)[: len(table)]
             if module.padding_idx is not None:
                 approximate[module.padding_idx] = 0  # type: ignore[index]
@@ -82,7 +82,7 @@ class TensorizedMethod:
         table = _table(module)
         split = _split(table)
         (problem,) = regressions(module, stats)
-        (cores,) = _trains(table, split, [choose_bonds(rank, split, table.numel())], problem, stats)
+        (cores,) = _trains(module, split, [choose_bonds(rank, split, table.numel())], problem, stats)
         return TensorizedEmbedding.from_cores(module, cores)
 
 
@@ -96,13 +96,13 @@ def _split(table: Tensor) -> Split:
 
 
 def _trains(
-    table: Tensor, split: Split, bonds: Sequence[tuple[int, ...]], problem: Regression, stats: LayerStats | None
+    module: nn.Module, split: Split, bonds: Sequence[tuple[int, ...]], problem: Regression, stats: LayerStats | None
 ) -> Iterator[list[Tensor]]:
     scales = None
     if stats is not None:
         rows, columns = (_marginals(w, side) for w, side in zip(_weights(problem), split, strict=True))
         scales = [torch.outer(r, c).sqrt() for r, c in zip(rows, columns, strict=True)]
-    return block_trains(table, split, bonds, scales)
+    return block_trains(_table(module), split, bonds, scales, padding_idx=module.padding_idx)  # type: ignore[arg-type]
 
 
 def _weights(problem: Regression) -> tuple[Tensor, Tensor]:
