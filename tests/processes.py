@@ -28,8 +28,11 @@ def run_processes(
     seconds: float = 90,
     timeout: float = 45,
     together: bool = True,
+    before: Callable[[], Any] | None = None,
 ) -> list[Any]:
     """``work(rank, *args)`` in each; its exceptions are raised here, processes that hang are killed.
+
+    What ``before`` returns, called before the process group is there, is the first of ``args``.
 
     Without ``together`` they do not wait for each other at the end; a process that exits early returns ``None``.
     """
@@ -41,7 +44,7 @@ def run_processes(
     method = "forkserver" if "forkserver" in torch.multiprocessing.get_all_start_methods() else "spawn"
     if method == "forkserver":
         torch.multiprocessing.set_forkserver_preload(PRELOAD)
-    task = (work, world, str(folder), timeout, together, args)
+    task = (work, world, str(folder), timeout, together, before, args)
     workers = torch.multiprocessing.start_processes(_start, task, nprocs=world, join=False, start_method=method)
     deadline = time.monotonic() + seconds
     try:
@@ -63,9 +66,12 @@ def _start(
     folder: str,
     timeout: float,
     together: bool,
+    before: Callable[[], Any] | None,
     args: tuple[Any, ...],
 ) -> None:
     torch.set_num_threads(1)
+    if before is not None:
+        args = (before(), *args)
     store = (Path(folder) / "store").as_uri()
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world, timeout=timedelta(seconds=timeout))
     try:

@@ -12,18 +12,30 @@ from ..errors import LowRankError
 from .traffic import Clock
 
 
+def place() -> tuple[int, int]:
+    """This process' number, and how many there are."""
+    _check_started()
+    return dist.get_rank(), dist.get_world_size()
+
+
 def own_group(group: dist.ProcessGroup | None, timeout: timedelta | None) -> dist.ProcessGroup:
     """A new group of the same processes: what goes through it cannot be taken for another's."""
-    if not dist.is_initialized():
-        raise LowRankError("LowRankCommState: there is no process group; call dist.init_process_group first.")
+    _check_started()
     ranks = dist.get_process_group_ranks(dist.group.WORLD if group is None else group)
     made = dist.new_group(ranks, timeout=timeout, backend=dist.get_backend(group), use_local_synchronization=True)
     assert isinstance(made, dist.ProcessGroup)
     return made
 
 
+def _check_started() -> None:
+    if not dist.is_initialized():
+        raise LowRankError("LowRankCommState: there is no process group yet; call dist.init_process_group first.")
+
+
 class Mean:
     """Averages tensors in place; over the processes of a node first, if there is a group of them.
+
+    Its own groups are made at once, or in the first backward where ``init_process_group`` was not called before.
 
     Args:
         group: of all processes, or of those of the same place in each node.
@@ -32,10 +44,28 @@ class Mean:
     """
 
     def __init__(self, group: dist.ProcessGroup | None, node: dist.ProcessGroup | None, timeout: timedelta | None):
-        self.group = own_group(group, timeout)
+        self._given, self._timeout = group, timeout
+        self._group: dist.ProcessGroup | None = None
+        if dist.is_initialized():
+            self.start()
         self.node = None if node is None else own_group(node, timeout)
-        self.size = self.group.size()
         self.clock = Clock()  # of exchanges, waiting for other processes included
+
+    def start(self) -> None:
+        """Makes the group, where that is still to be done."""
+        if self._group is None:
+            self._group = own_group(self._given, self._timeout)
+
+    @property
+    def group(self) -> dist.ProcessGroup:
+        """Its own, of all processes or of those of the same place in each node."""
+        assert self._group is not None
+        return self._group
+
+    @property
+    def size(self) -> int:
+        """Processes in the group."""
+        return self.group.size()
 
     def within_node_(self, tensor: Tensor) -> None:
         """Among the processes of the node, as it is."""

@@ -18,7 +18,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from ..errors import LowRankError
 from ..rank import Budget, Rank
 from .checkpoint import Known, load, saved
-from .collectives import Mean
+from .collectives import Mean, place
 from .link import Link
 from .matrices import gradient_of, matrix_shape
 from .memory import ERROR_DTYPES, Kept, Memory
@@ -39,7 +39,8 @@ class LowRankCommState:
     what all owe together.
 
     The state is kept by parameter, so that it outlives rebuilt buckets; collectives go through a process group of their
-    own and one worker, so that they go out in one order everywhere. A gradient that is not finite in any process leaves
+    own and one worker, so that they go out in one order everywhere. The state may be made before
+    ``init_process_group``, but not saved or loaded. A gradient that is not finite in any process leaves
     the state as it was and is averaged as it is, for a ``GradScaler`` to see. One that is zero in every process stays
     zero and its error is kept, since DDP would throw away what an unused parameter were given. Sparse gradients
     (``nn.Embedding(sparse=True)``) are averaged as they are, and no budget counts them.
@@ -70,7 +71,7 @@ class LowRankCommState:
         timeout: of a collective; ``backward`` raises in the others when a process is gone or later than that.
 
     Raises:
-        LowRankError: for a setting that is out of range, or without a process group.
+        LowRankError: for a setting that is out of range.
 
     Examples:
         >>> import torch.distributed as dist
@@ -142,6 +143,7 @@ class LowRankCommState:
 
     def submit(self, bucket: GradBucket) -> Future[Tensor]:
         """Averages a bucket, in the worker; what a hook returns."""
+        self.mean.start()
         buffer, step = bucket.buffer(), self.step
         compress = step >= self.start_step and (self.link is None or self.link.trying)
         if bucket.index() == 0 and self.scaler is not None:
@@ -178,7 +180,7 @@ class LowRankCommState:
         For ``torch.save``, ``safetensors`` (a file a process) and ``torch.distributed.checkpoint`` (all in one).
 
         Raises:
-            LowRankError: without ``model``.
+            LowRankError: without ``model``, or before ``init_process_group``.
         """
         self._named_model("state_dict")
         memories = self.memories
@@ -187,17 +189,17 @@ class LowRankCommState:
             memories = {name: memory for name, memory in made.items() if memory is not None}
         compress = None if self.link is None else self.link.compress
         known = Known(self.step, self.ranks.chosen, self.ranks.spent, compress, memories)
-        return saved(known, dist.get_rank(), dist.get_world_size())
+        return saved(known, *place())
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Goes on from a state of this process, or from one of :func:`merge_comm_states`.
 
         Raises:
-            LowRankError: without ``model``, or for a state of another model, rank, or number of processes; then nothing
-                is changed.
+            LowRankError: without ``model``, before ``init_process_group``, or for a state of another model, rank, or
+                number of processes; then nothing is changed.
         """
         self._named_model("load_state_dict")
-        known = load(state, self._parameters(), self.ranks.fixed, self.kept, dist.get_rank(), dist.get_world_size())
+        known = load(state, self._parameters(), self.ranks.fixed, self.kept, *place())
         ruled = self.ranks.fixed is None and self.link is None and any(p.ndim > 1 for p in self._parameters().values())
         if ruled and known.step > self.start_step and not known.ranks:
             raise LowRankError(

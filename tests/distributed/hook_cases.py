@@ -590,6 +590,31 @@ CASES: dict[str, Case] = {
 }
 
 
+def made_too_early() -> tuple[lr.LowRankCommState, list[str]]:
+    """A state without a process group, and what it says when it is asked for what it does not know."""
+    state = lr.LowRankCommState(rank=2, model=made())
+    said = []
+    for call in (state.state_dict, lambda: state.load_state_dict({})):
+        try:
+            call()
+        except lr.LowRankError as error:
+            said.append(str(error))
+    return state, said
+
+
+def early(rank: int, prepared: tuple[lr.LowRankCommState, list[str]]) -> dict[str, Any]:
+    """It then does what one that is made in time does."""
+    state, said = prepared
+    assert state.model is not None
+    first, _ = wrap(state.model, {"state": state})
+    second, other = wrap(made(), {"rank": 2})
+    for wrapped in (first, second):
+        train(wrapped, batches(rank, 5))
+    kept, expected = state.state_dict(), other.state_dict()
+    same = kept.keys() == expected.keys() and all(torch.equal(kept[key], expected[key]) for key in kept)
+    return {"said": said, "apart": float((flat(first) - flat(second)).abs().max()), "same": same}
+
+
 def lost_process(rank: int) -> list[Any]:
     """One process is late, then gone: what the other sees, and after how many seconds."""
     out = []

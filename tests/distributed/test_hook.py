@@ -328,6 +328,14 @@ def test_foreign_parameter(seen):
     assert all("model= has not" in message for message in seen)
 
 
+def test_a_state_from_before_the_process_group(tmp_path):
+    for process in run_processes(hook_cases.early, tmp_path, before=hook_cases.made_too_early):
+        assert len(process["said"]) == 2
+        assert all("call dist.init_process_group first" in message for message in process["said"])
+        assert process["apart"] == EXACT
+        assert process["same"]
+
+
 def test_lost_process(tmp_path):
     """Whoever is left raises within the timeout and says so."""
     first, gone = run_processes(hook_cases.lost_process, tmp_path, seconds=45, together=False)
