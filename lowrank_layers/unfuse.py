@@ -86,7 +86,7 @@ def unfused_names(model: nn.Module) -> list[str]:
 
 
 def mind_fast_paths_(model: nn.Module) -> None:
-    """Switches torch's fast paths off where a layer below is low-rank, open or trained whole, and on again where none is."""
+    """Switches torch's fast paths off where a layer below is low-rank, open or trained whole, else on again."""
     for module in model.modules():
         for kind, (flag, off) in _FAST_PATHS.items():
             if not isinstance(module, kind):
