@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -38,8 +39,9 @@ class Moments:
         return cls(mean, mean.clone() if diagonal else mean.new_zeros(*mean.shape, n))
 
     def update(self, rows: Tensor) -> None:
-        """Takes in ``[count, n]`` (``[groups, count, n]``): products in the precision of the data, sums in fp64."""
-        self._add(rows.sum(-2), rows.mT @ rows, rows.shape[-2])
+        """Takes in ``[count, n]`` (``[groups, count, n]``): products in fp32 at least, sums in fp64."""
+        if rows.shape[-2]:
+            self._add(*sums(rows), rows.shape[-2])
 
     def update_counts(self, indices: Tensor) -> None:
         """Takes in one-hot rows, given by their index."""
@@ -74,8 +76,9 @@ class LayerStats:
             prefix delivers, when ``cross`` is there.
         gradients: ``E[g g^T]`` of the loss's gradients at the output, ``[m, m]``, or ``None``.
         input_shape: shape of one sample's input, without the batch.
-        positions: rows a sample of the model, over all calls.
-        repeats: how many such inputs the layer takes for one sample of the model (a shared layer: one a call).
+        positions: rows per sample of the model, summed over calls; padding is not counted.
+        repeats: how many such inputs the layer takes for one sample of the model (a shared layer: one a call); fewer
+            where other samples have fewer positions.
         cross: ``E[x x'^T] - E[x] E[x']^T`` of the dense model's inputs ``x`` and the compressed one's ``x'``.
         target_mean: ``E[x]``.
         free_bias: whether the factored layer may have a bias where the dense one has none.
@@ -108,13 +111,15 @@ class Statistics(Mapping[str, LayerStats]):
         layers: the statistics of every calibrated layer that was called.
         samples: how many samples were seen.
         with_target: whether the last item of a tuple batch is the target.
-        other_macs: MACs a sample of layers that are counted but not calibrated (those with a computed weight).
+        other_macs: MACs per sample of layers that are counted but not calibrated (those with a computed weight).
+        mask: how the padding of a batch is found, as given to :func:`calibrate`.
     """
 
     layers: dict[str, LayerStats] = field(default_factory=dict)
     samples: int = 0
     with_target: bool = False
     other_macs: int = 0
+    mask: str | Callable[[Any], Tensor] | None = field(default=None, repr=False, compare=False)
 
     def __getitem__(self, name: str) -> LayerStats:
         return self.layers[name]
@@ -126,28 +131,59 @@ class Statistics(Mapping[str, LayerStats]):
         return len(self.layers)
 
 
-def input_rows(module: nn.Module, x: Tensor) -> Iterator[Tensor]:
+def sums(rows: Tensor, others: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The sum of ``others [count, n]``, by default the rows themselves, and ``others^T rows``.
+
+    Products are formed in fp32 at least, whatever autocast says, of rows scaled to one by a power of two: squares of
+    1e25 do not overflow, those of 1e-25 do not vanish. The sums are returned in fp64.
+    """
+    wide = torch.float32 if rows.device.type == "mps" else torch.float64
+    with torch.autocast(rows.device.type, enabled=False):
+        unit, size = _to_one(rows)
+        other, other_size = (unit, size) if others is None else _to_one(others)
+        products = (other.mT @ unit).to(wide) * size.to(wide) * other_size.to(wide)
+        return other.sum(-2).to(wide) * other_size.to(wide), products
+
+
+def _to_one(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows in fp32 at least, over a power of two near their largest entry, and that power."""
+    rows = rows if rows.dtype == torch.float64 else rows.float()
+    power = torch.frexp(rows.abs().amax()).exponent.clamp(-120, 120)
+    return torch.ldexp(rows, -power), torch.ldexp(torch.ones_like(power, dtype=rows.dtype), power)
+
+
+def input_rows(module: nn.Module, x: Tensor, keep: Tensor | None = None) -> Iterator[Tensor]:
     """The inputs as rows of the layer's matrix: a convolution's patches, in chunks.
+
+    Args:
+        module: a layer.
+        x: its batched input.
+        keep: boolean, ``[N, *positions]``: which rows to take; by default all.
 
     Shape:
         ``[count, in]``; with groups ``[groups, count, in / groups]``.
     """
     x = x if x.dtype == torch.float64 else x.float()
     if not isinstance(module, ConvNd):
-        yield x.reshape(-1, x.shape[-1])
+        yield _taken(x.reshape(-1, x.shape[-1]), keep)
         return
     if module.transposed:
         ones = (1,) * len(module.kernel_size)
-        yield _patches(x, ones, ones, ones, module.groups)
+        yield _taken(_patches(x, ones, ones, ones, module.groups), keep)
         return
     x = pad_input(module, x)
     area = math.prod(x.shape[2:]) // math.prod(module.stride)
     step = max(1, _CHUNK // max(1, area * module.in_channels * math.prod(module.kernel_size)))
-    for chunk in torch.split(x, step):
-        yield _patches(chunk, module.kernel_size, module.stride, module.dilation, module.groups)
+    kept = [None] * len(x) if keep is None else torch.split(keep, step)
+    for chunk, chosen in zip(torch.split(x, step), kept, strict=False):
+        yield _taken(_patches(chunk, module.kernel_size, module.stride, module.dilation, module.groups), chosen)
 
 
-def output_rows(module: nn.Module, y: Tensor) -> Tensor:
+def _taken(rows: Tensor, keep: Tensor | None) -> Tensor:
+    return rows if keep is None else rows[..., keep.flatten(), :]
+
+
+def output_rows(module: nn.Module, y: Tensor, keep: Tensor | None = None) -> Tensor:
     """The gradients at the output as rows of what the layer's matrix makes: a transposed convolution's patches.
 
     Shape:
@@ -155,19 +191,20 @@ def output_rows(module: nn.Module, y: Tensor) -> Tensor:
     """
     y = y if y.dtype == torch.float64 else y.float()
     if not isinstance(module, ConvNd):
-        return y.reshape(-1, y.shape[-1])
+        return _taken(y.reshape(-1, y.shape[-1]), keep)
     dims = len(module.kernel_size)
     y = y if y.ndim > dims + 1 else y[None]
     ones = (1,) * dims
     if not module.transposed:
-        return _patches(y, ones, ones, ones, module.groups)
+        return _taken(_patches(y, ones, ones, ones, module.groups), keep)
     pads: list[int] = []
     for axis in range(dims):
         k, s, d, p = (int(v[axis]) for v in (module.kernel_size, module.stride, module.dilation, module.padding))
         n = y.shape[2 + axis] + 2 * p
         whole = (n - d * (k - 1) - 1) // s * s + d * (k - 1) + 1
         pads = [p, whole - n + p, *pads]
-    return _patches(F.pad(y, pads), module.kernel_size, module.stride, module.dilation, module.groups)
+    patches = _patches(F.pad(y, pads), module.kernel_size, module.stride, module.dilation, module.groups)
+    return _taken(patches, keep)
 
 
 def _patches(x: Tensor, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int], groups: int) -> Tensor:
@@ -182,14 +219,17 @@ def _patches(x: Tensor, kernel: Sequence[int], stride: Sequence[int], dilation: 
     return rows[0] if groups == 1 else rows
 
 
+def paddings(conv: ConvNd) -> list[tuple[int, int]]:
+    """How far a convolution pads each axis, before and after."""
+    if not isinstance(conv.padding, str):
+        return [(int(p), int(p)) for p in conv.padding]
+    totals = [
+        d * (k - 1) if conv.padding == "same" else 0 for d, k in zip(conv.dilation, conv.kernel_size, strict=True)
+    ]
+    return [(total // 2, total - total // 2) for total in totals]
+
+
 def pad_input(conv: ConvNd, x: Tensor) -> Tensor:
     """What the convolution sees: its input padded by its own numbers and mode."""
-    if isinstance(conv.padding, str):
-        totals = [
-            d * (k - 1) if conv.padding == "same" else 0 for d, k in zip(conv.dilation, conv.kernel_size, strict=True)
-        ]
-        sides = [(total // 2, total - total // 2) for total in totals]
-    else:
-        sides = [(int(p), int(p)) for p in conv.padding]
     mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
-    return F.pad(x, [n for side in reversed(sides) for n in side], mode=mode)
+    return F.pad(x, [n for side in reversed(paddings(conv)) for n in side], mode=mode)

@@ -155,7 +155,7 @@ def _in_sequence(
             if regress and changed:
                 assert layer_stats is not None
                 layer_stats = paired_stats(
-                    model, work, name, layer_stats, batches, calls=calls[name], with_target=target
+                    model, work, name, layer_stats, batches, calls=calls[name], with_target=target, mask=stats.mask
                 )
             if entry.method != "dense":
                 new = _build(dense, entry, layer_stats)

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..calibrate import as_batch, forward, layer_input, quiet_eval
+from ..calibrate import Kept, MaskOf, Padding, as_batch, data_rows, forward, layer_input, quiet_eval, target_of
 from ..errors import LowRankError
-from ..moments import LayerStats, input_rows
+from ..moments import LayerStats, sums
 
 
 class _Reached(Exception):
@@ -47,45 +47,54 @@ def paired_stats(
     *,
     calls: int,
     with_target: bool,
+    mask: MaskOf | None = None,
 ) -> LayerStats:
     """``E[x' x'^T]`` and ``E[x x'^T]`` of one layer, ``x`` in the dense model and ``x'`` in the compressed one.
 
-    Both forward passes stop at the layer. Where the two models route rows differently (so that they cannot be
-    paired), the statistics come back as they were.
+    Padding is left out, as :func:`calibrate` does. Both forward passes stop at the layer. Where the two models route
+    rows differently (so that they cannot be paired), the statistics come back as they were.
     """
     layer = dense.get_submodule(name)
     inputs = replace(stats.inputs, mean=stats.inputs.mean * 0, second=stats.inputs.second * 0, rows=0)
     target_mean = torch.zeros_like(inputs.mean)
     cross = torch.zeros_like(inputs.second)
     for batch in batches:
-        ours = _inputs(work, name, batch, calls, with_target)
-        theirs = _inputs(dense, name, batch, calls, with_target)
-        if [x.shape for x in ours] != [x.shape for x in theirs]:
+        ours = _inputs(work, name, batch, calls, with_target, mask)
+        theirs = _inputs(dense, name, batch, calls, with_target, mask)
+        if [x.shape for x, _ in ours] != [x.shape for x, _ in theirs]:
             return stats
-        for x, x_dense in zip(ours, theirs, strict=True):
-            for rows, rows_dense in zip(input_rows(layer, x), input_rows(layer, x_dense), strict=True):
-                inputs.update(rows)
+        for (x, kept), (x_dense, _) in zip(ours, theirs, strict=True):
+            for rows, rows_dense in zip(data_rows(layer, x, kept), data_rows(layer, x_dense, kept), strict=True):
                 count = rows.shape[-2]
-                target_mean.lerp_(rows_dense.mean(-2).to(target_mean), count / inputs.rows)
-                cross.lerp_((rows_dense.mT @ rows).to(cross) / count, count / inputs.rows)
+                if not count:
+                    continue
+                inputs.update(rows)
+                share = count / inputs.rows
+                total, products = sums(rows, rows_dense)
+                target_mean.lerp_(total.to(target_mean) / count, share)
+                cross.lerp_(products.to(cross) / count, share)
     if not bool(torch.isfinite(cross).all() & torch.isfinite(inputs.second).all()):
         raise LowRankError(f"{name!r}: got NaN or Inf in its inputs; look at the batches in data.")
     cross = cross - target_mean[..., :, None] * inputs.mean[..., None, :]
     return replace(stats, inputs=inputs, cross=cross, target_mean=target_mean)
 
 
-def _inputs(model: nn.Module, name: str, batch: Any, calls: int, with_target: bool) -> list[Tensor]:
-    seen: list[Tensor] = []
+def _inputs(
+    model: nn.Module, name: str, batch: Any, calls: int, with_target: bool, mask: MaskOf | None
+) -> list[tuple[Tensor, Kept | None]]:
+    seen: list[tuple[Tensor, Kept | None]] = []
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        x = layer_input(args, kwargs).detach()
-        seen.append(as_batch(module, x))
+        x = layer_input(args, kwargs)
+        batched = as_batch(module, x.detach())
+        seen.append((batched, padding.of(module, x, batched)))
         if len(seen) == calls:
             raise _Reached
 
     handle = model.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), Padding(model) as padding:
+            padding.start(batch, mask, target_of(batch) if with_target else None)
             forward(model, batch, with_target=with_target)
     except _Reached:
         pass

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..calibrate import Loss, check_loss, forward, quiet_eval
+from ..calibrate import Loss, MaskOf, Padding, batch_loss, check_batches, check_mask, fitting_scale, frozen, quiet_eval
 from ..errors import LowRankError
 from ..walk import check_model, is_quantized
 from .kinds import SLICES
@@ -17,7 +17,12 @@ from .target import Target, targets
 
 
 def weight_gradients(
-    model: nn.Module, batches: Iterable[Any], loss: Loss, *, target: Target | None = None
+    model: nn.Module,
+    batches: Iterable[Any],
+    loss: Loss,
+    *,
+    target: Target | None = None,
+    mask: MaskOf | None = None,
 ) -> dict[str, Tensor]:
     """The gradient of the loss by every weight, averaged over batches, in fp32: for ``add_lora_(init="lora-ga")``.
 
@@ -31,6 +36,8 @@ def weight_gradients(
         loss: ``loss(output, target) -> scalar``.
         target: of which weights, as in :func:`add_lora_`; by default of every matrix and kernel. All of them together
             take four bytes a parameter.
+        mask: how the padding of a batch is found, as in :func:`calibrate`; masks that the model is called with are
+            followed without it.
 
     Returns:
         Gradients by the names of ``named_parameters``; a weight of several names has one under each. Weights that the
@@ -50,26 +57,27 @@ def weight_gradients(
     Wang et al., "LoRA-GA: Low-Rank Adaptation with Gradient Approximation", 2024, section 3.
     """
     check_model(model, quantized=True)
-    if isinstance(batches, (Tensor, dict)):
-        raise LowRankError(
-            f"weight_gradients: got one {type(batches).__name__}, expected a list of batches; write [batch]."
-        )
+    check_batches(batches, "weight_gradients")
+    check_mask(mask, "weight_gradients")
     weights = _weights(model, target)
     trainable = [weight.requires_grad for weight in weights]
+    before = [(weight.grad, weight._post_accumulate_grad_hooks) for weight in weights]
     sums: list[Tensor | None] = [None] * len(weights)
     count = 0
     try:
-        for weight in weights:
-            weight.requires_grad_(True)
-        with quiet_eval(model), torch.enable_grad():
+        with quiet_eval(model), frozen(model), torch.enable_grad(), Padding(model) as padding:
+            for weight in weights:
+                weight._post_accumulate_grad_hooks = None  # type: ignore[assignment] # an optimizer's step, perhaps
+                weight.requires_grad_(True)
             for batch in batches:
                 count += 1
-                value = check_loss(loss(*forward(model, batch, with_target=True)), "weight_gradients")
-                found = torch.autograd.grad(value, weights, allow_unused=True)
+                value = batch_loss(model, batch, loss, padding, mask, "weight_gradients")
+                found = _backward(value, weights)
                 sums = [_plus(total, gradient) for total, gradient in zip(sums, found, strict=True)]
     finally:
-        for weight, flag in zip(weights, trainable, strict=True):
+        for weight, flag, (gradient, hooks) in zip(weights, trainable, before, strict=True):
             weight.requires_grad_(flag)
+            weight.grad, weight._post_accumulate_grad_hooks = gradient, hooks
     if not count:
         raise LowRankError("weight_gradients: batches is empty.")
     means = {id(weight): total / count for weight, total in zip(weights, sums, strict=True) if total is not None}
@@ -91,11 +99,33 @@ def _weights(model: nn.Module, target: Target | None) -> list[nn.Parameter]:
     return list(found.values())
 
 
+def _backward(loss: Tensor, weights: list[nn.Parameter]) -> list[Tensor | None]:
+    """The gradients of a loss, by a backward pass as reentrant checkpoints need it; scaled where some are in fp16."""
+
+    def run(scale: float, *, again: bool) -> list[Tensor | None]:
+        for weight in weights:
+            weight.grad = None
+        torch.autograd.backward(loss, torch.full_like(loss, scale), retain_graph=again)
+        return [weight.grad for weight in weights]
+
+    def largest(scale: float) -> float:
+        return max((float(_wide(g).abs().max()) for g in run(scale, again=True) if g is not None), default=0.0)
+
+    device = loss.device.type
+    autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
+    half = autocast or any(weight.dtype == torch.float16 for weight in weights)
+    scale = fitting_scale(largest, loss.dtype) if half else 1.0
+    return [None if gradient is None else _wide(gradient) / scale for gradient in run(scale, again=False)]
+
+
+def _wide(gradient: Tensor) -> Tensor:
+    return (gradient.to_dense() if gradient.is_sparse else gradient).float()
+
+
 def _plus(total: Tensor | None, gradient: Tensor | None) -> Tensor | None:
     if gradient is None:
         return total
-    wide = (gradient.to_dense() if gradient.is_sparse else gradient).float()
-    return wide if total is None else total.add_(wide)
+    return gradient if total is None else total.add_(gradient)
 
 
 def _names(model: nn.Module) -> dict[int, list[str]]:

@@ -1,0 +1,264 @@
+"""Following the padding of a batch through a model, by the masks that its modules are called with."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from ..errors import LowRankError
+from ..layers import ConvNd
+from .masks import Kept, fits, kept, labelled, output_mask, read_mask
+
+MaskOf = str | Callable[[Any], Tensor]
+"""How the padding of a batch is found: a key of dict batches, or a function from a batch to a mask ``[B, T]``."""
+
+_OWN = ("decoder_attention_mask", "attention_mask", "tgt_key_padding_mask", "src_key_padding_mask", "key_padding_mask")
+"""Masks of the sequence that a module works on."""
+_OTHER = {
+    "encoder_hidden_states": "encoder_attention_mask",
+    "memory": "memory_key_padding_mask",
+    "key": "key_padding_mask",
+    "value": "key_padding_mask",
+}
+"""Tensors of another sequence, and their masks."""
+
+
+@dataclass(eq=False)
+class _Mask:
+    real: Tensor
+    full: bool
+
+
+@dataclass(eq=False)
+class _Scope:
+    """What holds inside one call of a module: masks, the likeliest first."""
+
+    masks: list[_Mask]
+    own: _Mask | None
+    decodes: bool
+    time_first: bool
+
+
+class Padding:
+    """The context in which the masks of every forward pass are followed.
+
+    Every module that is called with ``attention_mask`` or ``*_key_padding_mask`` of shape ``[B, T]`` sets the mask of
+    what happens inside it. A decoder takes its own, and what an encoder returned keeps the encoder's. Where a decoder,
+    or a model, has none, the labels of the batch give it: what follows the last label other than -100 is padding.
+
+    Args:
+        model: whose forward passes are followed.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._hooks: list[Any] = []
+        self._scopes: list[_Scope] = []
+        self._given: Tensor | None = None
+        self._target: object = None
+        self._decoder: _Mask | None = None
+        self._two = self._decoded = False
+        self._states: Any = WeakTensorKeyDictionary()
+        self._read: Any = WeakTensorKeyDictionary()
+
+    def __enter__(self) -> Padding:
+        for module in self._model.modules():
+            if module is self._model or next(module.children(), None) is not None:
+                names = _arguments(type(module).forward)
+                attends = hasattr(module, "q_proj") or isinstance(module, nn.MultiheadAttention)
+                late = not attends and any(getattr(m, "batch_first", True) is False for m in module.modules())
+                self._hooks.append(module.register_forward_pre_hook(self._enter(names, late), with_kwargs=True))
+                self._hooks.append(module.register_forward_hook(self._leave))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        self._scopes.clear()
+
+    def start(self, batch: Any, mask: MaskOf | None, target: object = None) -> None:
+        """What the next forward pass is about: its batch, how its mask is found, and a target beside the inputs."""
+        self._given = None if mask is None else find_mask(batch, mask)
+        self._target = target
+
+    def samples(self) -> int | None:
+        """How many samples of the forward pass have data, where a mask is known."""
+        known = [mask.real.flatten(1).any(1) for mask in self._base()]
+        return int(torch.stack(known).any(0).sum()) if known and len({len(k) for k in known}) == 1 else None
+
+    def of(self, module: nn.Module, x: Tensor, batched: Tensor) -> Kept | None:
+        """The rows of a layer's input that are data; ``None`` where all are."""
+        if not self._scopes:
+            return None
+        scope = self._scopes[-1]
+        for mask in [*self._tagged(x), *self._now(scope)]:
+            found = kept(mask.real, module, batched, time_first=scope.time_first)
+            if found is None:
+                continue
+            if isinstance(module, ConvNd):
+                self._derive(output_mask(mask.real, module, batched, found.inputs), mask.full)
+            return None if mask.full else found
+        return None
+
+    def of_output(self, output: Tensor | None) -> Tensor | None:
+        """The mask ``[B, T]`` of what the model returned; ``None`` where all is data."""
+        masks = self._base()
+        if output is None or not masks:
+            return None
+        mask = next((m for m in masks if fits(m.real, tuple(output.shape))), masks[0])
+        return None if mask.full else mask.real
+
+    def _base(self) -> list[_Mask]:
+        return self._scopes[0].masks if self._scopes else []
+
+    def _enter(self, names: tuple[str, ...], late: bool) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if in_backward():  # recomputation; what it leaves half-way it would leave on the stack
+                return
+            given = {**dict(zip(names, args, strict=False)), **kwargs}
+            tensors = {name: value for name, value in given.items() if isinstance(value, Tensor)}
+            if module is self._model:
+                self._scopes = [self._first(tensors, late)]
+            elif self._scopes:
+                self._scopes.append(self._inner(tensors, self._scopes[-1], late))
+            for name, mask_name in _OTHER.items():
+                mask = self._mask(mask_name, tensors)
+                if mask is not None and name in tensors and fits(mask.real, tuple(tensors[name].shape)):
+                    self._states[tensors[name]] = mask
+
+        return hook
+
+    def _leave(self, module: nn.Module, _: Any, output: Any) -> None:
+        if in_backward() or module is self._model or len(self._scopes) < 2:
+            return
+        scope = self._scopes.pop()
+        if scope.own is None:
+            return
+        values = output.values() if isinstance(output, Mapping) else output
+        for value in values if isinstance(output, (Mapping, tuple, list)) else [output]:
+            if isinstance(value, Tensor) and value.ndim > 2 and fits(scope.own.real, tuple(value.shape)):
+                self._states[value] = scope.own
+
+    def _first(self, tensors: dict[str, Tensor], late: bool) -> _Scope:
+        """The scope of the model itself."""
+        self._states.clear()
+        self._read.clear()
+        config = getattr(self._model, "config", None)
+        own = self._own(tensors)
+        label_mask = labelled(tensors.get("labels", self._target))
+        labels = [] if label_mask is None else [_Mask(label_mask, full=False)]
+        given = [] if self._given is None else [_Mask(self._given, bool(self._given.all()))]
+        pair = _is_pair(tensors) or bool(getattr(config, "is_encoder_decoder", False))
+        self._two, self._decoded = pair and not given, False
+        decoder = given or labels
+        if not given and "decoder_attention_mask" in tensors:
+            decoder = [own[0]]
+        elif not given and not pair and own:
+            decoder = []
+        self._decoder = decoder[0] if decoder else None
+        masks = [*decoder, *(mask for mask in own if mask not in decoder)]
+        return _Scope(masks, None, _has_memory(tensors), late)
+
+    def _inner(self, tensors: dict[str, Tensor], outer: _Scope, late: bool) -> _Scope:
+        """The scope of a module inside the model."""
+        own = self._own(tensors)
+        late = late or outer.time_first
+        decodes = outer.decodes or _has_memory(tensors)
+        self._decoded = self._decoded or decodes
+        if _is_pair(tensors):  # both sequences, as in the model itself
+            return _Scope([*own, *(mask for mask in outer.masks if mask not in own)], None, decodes, late)
+        if own:
+            shapes = {mask.real.shape for mask in own}
+            return _Scope([*own, *(m for m in outer.masks if m.real.shape not in shapes)], own[0], decodes, late)
+        if decodes and not outer.decodes:
+            return _Scope([] if self._decoder is None else [self._decoder], self._decoder, True, late)
+        held = list(tensors.values())
+        inside = not held or any(fits(m.real, tuple(t.shape)) for m in self._now(outer) for t in held)
+        return _Scope(outer.masks if inside else [], None, decodes, late)
+
+    def _now(self, scope: _Scope) -> list[_Mask]:
+        """The masks of a scope; until a decoder is entered, its mask is that of nothing."""
+        return [m for m in scope.masks if m is not self._decoder or self._decoded or not self._two]
+
+    def _own(self, tensors: dict[str, Tensor]) -> list[_Mask]:
+        names = [name for name in _OWN if name != "key_padding_mask" or "key" not in tensors]
+        found = (self._mask(name, tensors) for name in names)
+        return [mask for mask in found if mask is not None]
+
+    def _mask(self, name: str, tensors: dict[str, Tensor]) -> _Mask | None:
+        value = tensors.get(name)
+        if value is None:
+            return None
+        if value not in self._read:
+            real = read_mask(name, value)
+            self._read[value] = None if real is None else _Mask(real, bool(real.all()))
+        found: _Mask | None = self._read[value]
+        return found
+
+    def _tagged(self, x: Tensor) -> list[_Mask]:
+        found = self._states.get(x)
+        if found is None and x._base is not None:
+            found = self._states.get(x._base)
+        return [] if found is None else [found]
+
+    def _derive(self, real: Tensor, full: bool) -> None:
+        """A convolution's output has positions of its own; they are known from here on."""
+        for scope in self._scopes:
+            if all(mask.real.shape != real.shape for mask in scope.masks):
+                scope.masks = [*scope.masks, _Mask(real, full)]
+
+
+def find_mask(batch: Any, mask: MaskOf) -> Tensor:
+    """The mask of a batch, true at data.
+
+    Raises:
+        LowRankError: if there is no such key, or what is found is no tensor ``[B, T]``.
+    """
+    if isinstance(mask, str):
+        if not isinstance(batch, Mapping) or mask not in batch:
+            keys = f"a dict of {sorted(batch)}" if isinstance(batch, Mapping) else f"a {type(batch).__name__}"
+            raise LowRankError(f"mask={mask!r}: expected it among the keys of every batch, got {keys}.")
+        found = batch[mask]
+    else:
+        found = mask(batch)
+    if not isinstance(found, Tensor) or found.ndim < 2:
+        got = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+        raise LowRankError(f"mask: got {got} for a batch, expected a tensor [B, T], nonzero where a position is data.")
+    return found.detach() != 0
+
+
+def check_mask(mask: object, owner: str) -> None:
+    """Refuses what is neither a key nor a function."""
+    if mask is not None and not isinstance(mask, str) and not callable(mask):
+        raise LowRankError(
+            f"{owner}: got mask of type {type(mask).__name__}, expected a key of the batches, or a function from a"
+            " batch to a tensor [B, T], nonzero where a position is data."
+        )
+
+
+def in_backward() -> bool:
+    """Whether a backward pass is running: a forward pass inside it is a recomputation (activation checkpointing)."""
+    task: int = torch._C._current_graph_task_id()
+    return task != -1
+
+
+def _has_memory(tensors: dict[str, Tensor]) -> bool:
+    return "encoder_hidden_states" in tensors or "memory" in tensors
+
+
+def _is_pair(tensors: dict[str, Tensor]) -> bool:
+    return any(name.startswith("decoder_") for name in tensors)
+
+
+def _arguments(function: Callable[..., Any]) -> tuple[str, ...]:
+    try:
+        return tuple(inspect.signature(function).parameters)[1:]
+    except (TypeError, ValueError):
+        return ()

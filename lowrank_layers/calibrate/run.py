@@ -1,0 +1,233 @@
+"""Running a model over batches, and the loss of its output."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import is_dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import LowRankError
+from .fisher import describe_output, main_output, main_part
+from .masks import spread
+from .padding import MaskOf, Padding
+
+_PEAK = 2.0**8
+"""The largest gradient in fp16, after scaling: far from 65,504 and from 6e-8."""
+_TRIES = 6
+
+Loss = Callable[..., Tensor]
+"""``loss(output, target) -> scalar``, or ``loss(output, target, mask=...)``."""
+
+
+def check_batches(batches: object, owner: str) -> None:
+    """Refuses one batch in the place of several."""
+    if isinstance(batches, (Tensor, Mapping)):
+        raise LowRankError(f"{owner}: got one {type(batches).__name__}, expected a list of batches; write [batch].")
+    if not isinstance(batches, Iterable):
+        raise LowRankError(f"{owner}: got {type(batches).__name__}, expected a list of batches.")
+
+
+def batch_loss(model: nn.Module, batch: Any, loss: Loss, padding: Padding, mask: MaskOf | None, owner: str) -> Tensor:
+    """The loss of one batch, to which positions that are padding add nothing.
+
+    A loss that takes no mask and still looks at padding is taken for a mean over all positions: its gradients there are
+    dropped, and the others are those of the mean over data.
+    """
+    padding.start(batch, mask, target_of(batch))
+    output, target = forward(model, _with_gradients(batch), with_target=True)
+    main = main_output(output)
+    real = padding.of_output(main)
+    if main is not None and real is not None and main.requires_grad and not _takes_mask(loss):
+        found = spread(real, tuple(main.shape[:-1]))
+        if found is not None:
+            main.register_hook(_of_data(found[0][..., None]))
+    try:
+        value = _call(loss, output, target, real)
+    except (TypeError, AttributeError, KeyError) as error:
+        if isinstance(output, Tensor) or isinstance(error, LowRankError):
+            raise
+        raise LowRankError(
+            f"{owner}: the loss failed ({type(error).__name__}: {error}). The model returned {describe_output(output)};"
+            " choose the part that the loss is about: loss = lambda output, target:"
+            f" your_loss(output{main_part(output)}, target)."
+        ) from error
+    return check_loss(value, owner, output)
+
+
+def is_minimum(model: nn.Module, batch: Any, loss: Loss) -> bool:
+    """Whether the loss has its minimum at the model's output: moved by one percent, its gradients are far larger."""
+    with torch.no_grad():
+        output, target = forward(model, batch, with_target=True)
+    main = getattr(output, "logits", output)
+    if not isinstance(main, Tensor) or not (main is output or is_dataclass(output)):
+        return False  # no telling which part to move
+
+    def size(values: Tensor) -> float:
+        values = values.detach().requires_grad_()
+        moved: Any = values
+        if is_dataclass(output) and not isinstance(output, type):
+            moved = replace(output, logits=values)
+        with torch.enable_grad():
+            value = check_loss(_call(loss, moved, target, None), "calibrate", output)
+            (gradient,) = torch.autograd.grad(value, values, allow_unused=True)
+        return 0.0 if gradient is None else float(torch.linalg.vector_norm(gradient.double()))
+
+    signs = torch.ones_like(main).flatten()
+    signs[::2] = -1
+    return size(main) <= 1e-3 * size(main * (1 + 0.01 * signs.view_as(main)))
+
+
+def fitting_scale(largest: Callable[[float], float], dtype: torch.dtype) -> float:
+    """The power of two to multiply a loss of this dtype by, so that gradients in fp16 neither overflow nor vanish.
+
+    Args:
+        largest: from a scale to the largest gradient that is found with it.
+        dtype: of the loss.
+    """
+    least, most = (2.0**-14, 2.0**15) if dtype == torch.float16 else (2.0**-60, 2.0**60)
+    scale = 2.0**10
+    for _ in range(_TRIES):
+        peak = largest(scale)
+        found = math.isfinite(peak) and peak > 0
+        step = 2.0 ** math.floor(math.log2(_PEAK / peak)) if found else 2.0**-8 if peak else 2.0**8
+        scale = min(max(scale * step, least), most)
+        if found:
+            break
+    return scale
+
+
+def check_loss(value: object, owner: str, output: object = None) -> Tensor:
+    """The loss, if it is a scalar that something can be learned from."""
+    if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
+        got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        came = "" if output is None else f" The model returned {describe_output(output)}."
+        raise LowRankError(
+            f"{owner}: the loss returned {got}, expected a scalar tensor that depends on the model's output.{came}"
+        )
+    return value
+
+
+def target_of(batch: Any) -> Any:
+    """What stands beside the inputs of a batch."""
+    if isinstance(batch, Mapping):
+        return batch.get("labels")
+    return batch[-1] if isinstance(batch, (tuple, list)) and len(batch) > 1 else None
+
+
+def forward(model: nn.Module, batch: Any, *, with_target: bool) -> tuple[Any, Any]:
+    """Runs one batch; returns output and target."""
+    args: Sequence[Any] = ()
+    kwargs: Mapping[str, Any] = {}
+    target = None
+    if isinstance(batch, Mapping):
+        kwargs, target = batch, batch.get("labels")
+    elif isinstance(batch, Tensor):
+        args = (batch,)
+    elif isinstance(batch, (tuple, list)) and batch:
+        args = batch
+        if with_target and len(batch) > 1:
+            args, target = batch[:-1], batch[-1]
+    else:
+        raise LowRankError(
+            f"got a batch of type {type(batch).__name__}, expected a tensor, a tuple (inputs..., target)"
+            " or a dict of keyword arguments."
+        )
+    try:
+        return model(*args, **kwargs), target
+    except TypeError as error:
+        _check_signature(model, args, kwargs, error, with_target=with_target)
+        raise
+
+
+def _check_signature(
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], error: TypeError, *, with_target: bool
+) -> None:
+    """Turns the error of a batch that does not fit the model's signature into one that says so."""
+    try:
+        inspect.signature(model.forward).bind(*args, **kwargs)
+    except TypeError as mismatch:
+        got = f"{len(args)} inputs" if args else f"the keyword arguments {', '.join(map(str, kwargs))}"
+        hint = (
+            ""
+            if with_target or len(args) < 2
+            else (" Without a loss every item of a tuple is an input: leave the target out, or calibrate with a loss.")
+        )
+        raise LowRankError(
+            f"got a batch of {got}, which {type(model).__name__}.forward does not take ({mismatch}).{hint}"
+        ) from error
+
+
+@contextmanager
+def quiet_eval(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside; afterwards every module's own flag again."""
+    flags = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, flag in flags:
+            module.training = flag
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Inside, no parameter requires gradients; afterwards those that did do again."""
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in learning:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in learning:
+            parameter.requires_grad_(True)
+
+
+def layer_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The one tensor that a layer was called with."""
+    x = args[0] if args else kwargs["input"]
+    assert isinstance(x, Tensor)
+    return x
+
+
+def _with_gradients(batch: Any) -> Any:
+    """The batch with floating point inputs that require gradients, as reentrant checkpoints need them to give any.
+
+    They are copies, and no leaves, so that a model may change them in place.
+    """
+    if isinstance(batch, Tensor):
+        return _copy(batch)
+    if isinstance(batch, Mapping):
+        return {name: value if "mask" in name or name == "labels" else _copy(value) for name, value in batch.items()}
+    return type(batch)(map(_copy, batch)) if type(batch) in (tuple, list) else batch
+
+
+def _copy(value: Any) -> Any:
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        return value
+    return value.detach().requires_grad_().clone()
+
+
+def _takes_mask(loss: Loss) -> bool:
+    try:
+        return "mask" in inspect.signature(loss.forward if isinstance(loss, nn.Module) else loss).parameters
+    except (TypeError, ValueError):
+        return False
+
+
+def _call(loss: Loss, output: Any, target: Any, mask: Tensor | None) -> Any:
+    return loss(output, target, mask=mask) if _takes_mask(loss) else loss(output, target)
+
+
+def _of_data(real: Tensor) -> Callable[[Tensor], Tensor]:
+    def hook(gradient: Tensor) -> Tensor:
+        rest = gradient * ~real
+        share = torch.where((rest != 0).any(), real.numel() / real.sum().clamp(min=1), 1.0)
+        return (gradient - rest) * share.to(gradient.dtype)
+
+    return hook
