@@ -170,7 +170,7 @@ class Calibration:
             gradients = self._gradients.get(name)
             stats.gradients = None if gradients is None else gradients.second
             stats.positions = stats.inputs.rows / self._stats.samples
-            stats.repeats = self._rows[name] / self._longest[name] / self._stats.samples
+            stats.repeats = self._rows[name] / self._longest.get(name, 1) / self._stats.samples
             for moment in (stats.inputs.second, stats.gradients):
                 if moment is not None and not bool(torch.isfinite(moment).all()):
                     raise LowRankError(
@@ -235,22 +235,23 @@ class Calibration:
         if stats is None:
             groups, _, size = linear_shape(module)
             moments = Moments.zeros(size, weight_of(module).device, groups=groups, diagonal=table)
-            shape = tuple(batched.shape[1:]) if rows is None else rows.sample
-            stats = self._stats.layers[name] = LayerStats(moments, input_shape=shape)
+            stats = self._stats.layers[name] = LayerStats(moments, input_shape=tuple(batched.shape[1:]))
             self._rows[name] = 0
         before = stats.inputs.rows
         if table:
             looked_up = batched if rows is None else batched[rows.inputs]
+            taken = looked_up.numel()
             if isinstance(module, nn.EmbeddingBag) and module.padding_idx is not None:
                 looked_up = looked_up[looked_up != module.padding_idx]  # no part of its bag
             stats.inputs.update_counts(looked_up)
         else:
             for part in data_rows(module, batched, rows):
                 stats.inputs.update(part)
-        taken = stats.inputs.rows - before
+            taken = stats.inputs.rows - before
         self._rows[name] += taken
-        if name not in self._longest:
+        if taken and name not in self._longest:
             self._longest[name] = max(1, taken // len(batched) if rows is None else rows.longest)
+            stats.input_shape = tuple(batched.shape[1:]) if rows is None else rows.sample
         if rows is not None:
             self._kept[name, rows.outputs.numel()] = rows
         return rows

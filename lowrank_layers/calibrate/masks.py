@@ -106,6 +106,15 @@ def spread(real: Tensor, lead: tuple[int, ...], *, time_first: bool = False) -> 
     return None
 
 
+def over(real: Tensor, shape: tuple[int, ...]) -> Tensor | None:
+    """The mask, to be broadcast over a tensor ``[B, T, C]`` or ``[B, C, T]``; ``None`` if it does not fit."""
+    channels_first = shape[:1] == (len(real),) and tuple(shape[2:]) == tuple(real.shape[1:])
+    if channels_first and shape[:-1] != tuple(real.shape):
+        return real[:, None]
+    found = spread(real, shape[:-1])
+    return None if found is None else found[0][..., None]
+
+
 def kept(real: Tensor, module: nn.Module, x: Tensor, *, time_first: bool = False) -> Kept | None:
     """The rows of a layer's batched input that are data; ``None`` where the mask has nothing to do with the input."""
     if isinstance(module, ConvNd):

@@ -6,7 +6,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import is_dataclass, replace
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import LowRankError
 from .fisher import describe_output, main_output, main_part
-from .masks import spread
+from .masks import over
 from .padding import MaskOf, Padding
 
 _PEAK = 2.0**8
@@ -44,9 +44,11 @@ def batch_loss(model: nn.Module, batch: Any, loss: Loss, padding: Padding, mask:
     main = main_output(output)
     real = padding.of_output(main)
     if main is not None and real is not None and main.requires_grad and not _takes_mask(loss):
-        found = spread(real, tuple(main.shape[:-1]))
+        found = over(real, tuple(main.shape))
         if found is not None:
-            main.register_hook(_of_data(found[0][..., None]))
+            shown = main.view_as(main)  # later hooks of one tensor run later
+            shown.register_hook(_of_data(found))
+            output = _with_main(output, shown)
     try:
         value = _call(loss, output, target, real)
     except (TypeError, AttributeError, KeyError) as error:
@@ -64,17 +66,14 @@ def is_minimum(model: nn.Module, batch: Any, loss: Loss) -> bool:
     """Whether the loss has its minimum at the model's output: moved by one percent, its gradients are far larger."""
     with torch.no_grad():
         output, target = forward(model, batch, with_target=True)
-    main = getattr(output, "logits", output)
-    if not isinstance(main, Tensor) or not (main is output or is_dataclass(output)):
+    main = main_output(output)
+    if main is None or _with_main(output, main.clone()) is output:
         return False  # no telling which part to move
 
     def size(values: Tensor) -> float:
         values = values.detach().requires_grad_()
-        moved: Any = values
-        if is_dataclass(output) and not isinstance(output, type):
-            moved = replace(output, logits=values)
         with torch.enable_grad():
-            value = check_loss(_call(loss, moved, target, None), "calibrate", output)
+            value = check_loss(_call(loss, _with_main(output, values), target, None), "calibrate", output)
             (gradient,) = torch.autograd.grad(value, values, allow_unused=True)
         return 0.0 if gradient is None else float(torch.linalg.vector_norm(gradient.double()))
 
@@ -222,6 +221,21 @@ def _takes_mask(loss: Loss) -> bool:
 
 def _call(loss: Loss, output: Any, target: Any, mask: Tensor | None) -> Any:
     return loss(output, target, mask=mask) if _takes_mask(loss) else loss(output, target)
+
+
+def _with_main(output: Any, main: Tensor) -> Any:
+    """The output with another tensor in the place of :func:`main_output`; itself where it cannot be rebuilt."""
+    old = main_output(output)
+    if output is old:
+        return main
+    if is_dataclass(output) and not isinstance(output, type):
+        name = next((field.name for field in fields(output) if getattr(output, field.name) is old), None)
+        return output if name is None else replace(output, **{name: main})
+    if type(output) in (tuple, list):
+        return type(output)(main if value is old else value for value in output)
+    if type(output) is dict:
+        return {name: main if value is old else value for name, value in output.items()}
+    return output
 
 
 def _of_data(real: Tensor) -> Callable[[Tensor], Tensor]:
