@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import LowRankError
 from ..factors import Factorization
+from .computed import computed
 
 FACTORED_LAYERS: dict[str, type[FactoredModule]] = {}
 """Every factored layer by its class name: what a checkpoint may name."""
@@ -21,8 +22,8 @@ Module = TypeVar("Module", bound=nn.Module)
 class FactoredModule(nn.Module):
     """A layer whose weight is a product of smaller ones, held by its children in the order in which they run.
 
-    A subclass gives ``dense_type``, ``like``, ``from_dense``, ``to_dense``, ``rank`` and ``factors``; defining it
-    registers it under its class name.
+    A subclass gives ``dense_type``, ``like``, ``from_dense``, ``to_dense``, ``rank``, ``product`` and ``factors``;
+    defining it registers it under its class name.
     """
 
     dense_type: ClassVar[type[nn.Module]]
@@ -53,13 +54,34 @@ class FactoredModule(nn.Module):
         """What besides the rank tells one such layer from another: keywords of the constructor and of ``like``."""
         return {}
 
+    def product(self) -> Tensor:
+        """The dense weight, multiplied out of the factors, differentiable."""
+        raise LowRankError(f"{type(self).__name__} does not define product.")
+
     @property
     def weight(self) -> Tensor:
-        """The dense weight, multiplied out on every access, differentiable.
+        """The dense weight, multiplied out on every access, differentiable, to be read only.
 
         For code that reads ``layer.weight`` instead of calling the layer: it gets the right answer at the dense price.
+        What is written to it would be lost, and raises a :class:`LowRankError` that says where to write instead.
         """
-        raise LowRankError(f"{type(self).__name__} does not define weight.")
+        return computed(self.product().contiguous(), self._read_only())
+
+    def _read_only(self) -> str:
+        factors = ", ".join(f"{name}.weight" for name, child in self.named_children() if child in self.parts)
+        return (
+            f"{type(self).__name__}: its weight is multiplied out of its factors on every access, so that what is"
+            f" written to it would be lost; write to the factors ({factors}), make the layer dense first (to_dense(),"
+            " or densify_ for a model), or take a copy with .detach().clone()."
+        )
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight":
+            raise LowRankError(self._read_only())
+        if name == "bias" and "bias" in self.last._parameters:
+            self.last.bias = value
+        else:
+            super().__setattr__(name, value)
 
     @property
     def bias(self) -> Tensor | None:

@@ -76,9 +76,8 @@ class FactoredConv(FactoredModule):
         """Shape of one group's kernel, ``[out / groups, in / groups, *k]``."""
         return self.out_channels // self.groups, self.in_channels // self.groups, *self.kernel_size
 
-    @property
-    def weight(self) -> Tensor:
-        """The dense weight, multiplied out on every access, differentiable."""
+    def product(self) -> Tensor:
+        """The dense weight, multiplied out, differentiable."""
         return weight_of_kernel(self.kernel(), transposed=self.transposed)
 
     def reset_parameters(self) -> None:

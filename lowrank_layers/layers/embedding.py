@@ -34,9 +34,8 @@ class ThinTable(FactoredModule):
         """Size of the inner dimension."""
         return self.down.embedding_dim
 
-    @property
-    def weight(self) -> Tensor:
-        """The dense table ``[num_embeddings, embedding_dim]``, multiplied out on every access, differentiable."""
+    def product(self) -> Tensor:
+        """The dense embedding ``[num_embeddings, embedding_dim]``, multiplied out, differentiable."""
         return self.down.weight @ self.up.weight.mT
 
     def reset_parameters(self) -> None:

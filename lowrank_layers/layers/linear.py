@@ -74,9 +74,8 @@ class LowRankLinear(FactoredModule):
         """Size of the inner dimension."""
         return self.down.out_features
 
-    @property
-    def weight(self) -> Tensor:
-        """The dense weight ``[out_features, in_features]``, multiplied out on every access, differentiable."""
+    def product(self) -> Tensor:
+        """The dense weight ``[out_features, in_features]``, multiplied out, differentiable."""
         return self.up.weight @ self.down.weight
 
     def reset_parameters(self) -> None:
@@ -179,10 +178,9 @@ class LowRankTransposedLinear(LowRankLinear):
         """What users call the dense layer."""
         return "transformers' Conv1D"
 
-    @property
-    def weight(self) -> Tensor:
-        """The dense weight ``[in_features, out_features]``, multiplied out on every access, differentiable."""
-        return super().weight.mT
+    def product(self) -> Tensor:
+        """The dense weight ``[in_features, out_features]``, multiplied out, differentiable."""
+        return super().product().mT
 
     @classmethod
     def like(cls, dense: nn.Module, *, rank: int, bias: bool | None = None) -> LowRankTransposedLinear:

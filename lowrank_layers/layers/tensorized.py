@@ -135,9 +135,8 @@ class TensorizedEmbedding(FactoredModule):
             for k, (child, d) in enumerate(zip(self.parts, self.split[1], strict=True))
         ]
 
-    @property
-    def weight(self) -> Tensor:
-        """The dense table ``[num_embeddings, embedding_dim]``, multiplied out on every access, differentiable."""
+    def product(self) -> Tensor:
+        """The dense embedding ``[num_embeddings, embedding_dim]``, multiplied out, differentiable."""
         table = train_product(self.cores())[: self.num_embeddings]
         if self.padding_idx is not None:
             rows = torch.arange(self.num_embeddings, device=table.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any, NoReturn, cast
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import LowRankError
 from ..layers import FactoredModule
+from ..layers.computed import computed
 from ..walk import is_quantized
 from .adapter import Bank
 from .fast import WITH_MORE, Fast, add_biases, fast_forward
@@ -36,6 +38,23 @@ class Adapted:
 
     def __prepare_scriptable__(self) -> nn.Module:
         return refuse_scripting()
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """What an assignment of a parameter comes to: the base weight, whose shape must stay."""
+        if name in self._adapted_names:
+            check_same_shape(self, name, param)
+        super().register_parameter(name, param)  # type: ignore[misc]
+
+
+def check_same_shape(module: Any, name: str, value: Any) -> None:
+    """Raises if a base weight is replaced by one that its adapters do not fit."""
+    old, new = tuple(base_weight(module, name).shape), tuple(getattr(value, "shape", ()))
+    if old != new:
+        raise LowRankError(
+            f"{type(module).__name__}: its {name} has adapters of shape {old}, so that it cannot be replaced by"
+            f" {f'one of shape {new}' if new else value!r}; call remove_lora_ first, change the layer, and add the"
+            " adapters again."
+        )
 
 
 def refuse_scripting() -> NoReturn:
@@ -91,8 +110,8 @@ def base_weight(module: nn.Module, name: str) -> Tensor:
     parameter = stored(module, name)
     if parameter is not None:
         return parameter
-    plain = getattr(module, "_plain_class", type(module))
-    return cast(Tensor, getattr(plain, name).fget(module))
+    assert isinstance(module, FactoredModule)
+    return module.product()
 
 
 def values_of(weight: Tensor) -> Tensor:
@@ -105,14 +124,34 @@ def _with_adapters(cls: type[nn.Module], name: str) -> property:
         bank = bank_of(self, name)
         weight = base_weight(self, name)
         # fully_shard reads its shards by this name; in the forward pass the weight is whole
-        return weight if bank is None or type(weight).__name__ == "DTensor" else bank.effective(values_of(weight))
+        if bank is None or type(weight).__name__ == "DTensor":
+            return weight
+        formed = bank.effective(values_of(weight))
+        return formed if formed is weight else _guarded(self, name, formed)
 
     return property(read)
 
 
+def _guarded(self: nn.Module, name: str, weight: Tensor) -> Tensor:
+    """For whoever reads it, but for torch's own forwards, which leave their fast paths for anything but a tensor."""
+    if torch.compiler.is_compiling():
+        return weight
+    reader = sys._getframe(2)
+    if reader.f_code.co_name == "forward" and reader.f_globals.get("__name__", "").startswith("torch.nn.modules."):
+        return weight
+    where = f"dict(layer.named_parameters())[{name!r}]" if name in self._parameters else "its parameters"
+    return computed(
+        weight,
+        f"{type(self).__name__}: its {name} is read with its adapters added, so that what is written to it would be"
+        f" lost; write to the base ({where}), call merge_lora_ or remove_lora_ first, or take a copy with"
+        " .detach().clone().",
+    )
+
+
 def _joined(self: nn.Module) -> Tensor:
     """A fused weight whose parts have adapters of their own."""
-    return torch.cat([getattr(self, name) if bank_of(self, name) else base_weight(self, name) for name in SLICES])
+    parts = [getattr(self, name) if bank_of(self, name) else base_weight(self, name) for name in SLICES]
+    return _guarded(self, "in_proj_weight", torch.cat(parts))
 
 
 def _flat_weights(self: Any) -> list[Tensor]:

@@ -1,0 +1,111 @@
+"""A weight that is computed from others: it can be read as any tensor, and refuses to be written to."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C import _functorch
+
+from ..errors import LowRankError
+
+_ARITHMETIC = (
+    "add",
+    "sub",
+    "mul",
+    "truediv",
+    "floordiv",
+    "mod",
+    "pow",
+    "matmul",
+    "and",
+    "or",
+    "xor",
+    "lshift",
+    "rshift",
+)
+_WRITES = {"__setitem__", "__set__", "__delete__", "register_hook", *(f"__i{name}__" for name in _ARITHMETIC)}
+
+
+class ComputedWeight(Tensor):
+    """What ``layer.weight`` gives where it is a product of factors or a weight with adapters in it.
+
+    It was multiplied out for whoever reads it: a write would change that copy and never the layer, so every write
+    raises, also through ``.data``, ``.detach()`` and other views. What is computed from it is an ordinary tensor.
+    """
+
+    _remedy: str
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        written = _written(func.__name__, args, kwargs)
+        if written is not None:
+            raise LowRankError(written._remedy)
+        with torch._C.DisableTorchFunctionSubclass():
+            result = func(*args, **kwargs)
+        source = next((arg for arg in args if isinstance(arg, ComputedWeight)), None)
+        return result if source is None else _views(result, source)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.as_subclass(Tensor).__reduce_ex__(protocol)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        return copy.deepcopy(self.as_subclass(Tensor), memo)
+
+
+def computed(weight: Tensor, remedy: str) -> Tensor:
+    """The same values, which cannot be written to.
+
+    Compilers and exporters, vmap and other transformations get the tensor as it is.
+
+    Args:
+        weight: computed for the one who reads it.
+        remedy: the message of the error that a write raises.
+
+    Examples:
+        >>> from lowrank_layers.layers.computed import computed
+        >>> weight = computed(torch.ones(2, 2), "it is computed")
+        >>> weight.sum()
+        tensor(4.)
+        >>> weight.data.zero_()
+        Traceback (most recent call last):
+        lowrank_layers.errors.LowRankError: it is computed
+    """
+    if type(weight) is not Tensor or torch.compiler.is_compiling() or torch._C._is_tracing():
+        return weight
+    if _functorch.maybe_current_level() is not None:
+        return weight
+    guarded = weight.as_subclass(ComputedWeight)
+    guarded._remedy = remedy
+    return guarded
+
+
+def _written(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> ComputedWeight | None:
+    """The computed weight that a call would write to, if it would."""
+    out = kwargs.get("out")
+    targets = list(out) if isinstance(out, (tuple, list)) else [out]
+    if name in _WRITES or (name.endswith("_") and not name.endswith("__")):
+        first = args[0] if args else next(iter(kwargs.values()), None)
+        targets += first if isinstance(first, (tuple, list)) else [first]
+    return next((target for target in targets if isinstance(target, ComputedWeight)), None)
+
+
+def _views(result: Any, source: ComputedWeight) -> Any:
+    """The result, in which what shares the memory of the computed weight cannot be written to either."""
+    if isinstance(result, (tuple, list)):
+        return type(result)(_views(each, source) for each in result) if type(result) in (tuple, list) else result
+    if type(result) is not Tensor or result.is_meta or result.layout is not torch.strided:
+        return result
+    with torch._C.DisableTorchFunctionSubclass():
+        shared = result.untyped_storage().data_ptr() == source.untyped_storage().data_ptr()
+    if not shared:
+        return result
+    view = result.as_subclass(ComputedWeight)
+    view._remedy = source._remedy
+    return view
