@@ -60,7 +60,7 @@ def compress_together(layers: Sequence[LowRankKV], budget: float | int) -> None:
         for values, scatter in zip((False, True), scatters, strict=True):
             energies = scatter.spectrum()[0].mean(0).cpu()
             gains = energies / energies.sum(-1, keepdim=True).clamp_min(1e-30) * (1.0 if values else KEYS_COUNT)
-            cost = layer.direction_nbytes(scatter.mean.shape[-1])
+            cost = layer.direction_nbytes(scatter.mean.shape[-1], values=values)
             groups += [_Group(index, values, each, cost) for each in gains]
     limit = int(budget * exact) if isinstance(budget, float) else budget
     ranks = _share(groups, limit - fixed)

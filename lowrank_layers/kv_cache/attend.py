@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import LowRankError
+from .autocast import as_autocast, without_autocast
 from .latent import Latent
 from .masks import causal_mask
 from .rotation import TILE, Rotation
@@ -144,7 +145,7 @@ def attend(
     softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """Softmax attention, in fp32 from the scores to the weights.
+    """Softmax attention, in fp32 from the scores to the weights; under autocast in its dtype, as torch's own.
 
     Args:
         query: ``[batch, query heads, q, size]``, a multiple of the pieces' heads; of the last ``q`` tokens.
@@ -155,6 +156,20 @@ def attend(
         softcap: bounds the scores by ``softcap tanh(score / softcap)``.
         sinks: ``[query heads]``: a logit a head that takes part in the softmax and has no value.
     """
+    query = as_autocast(query)
+    with without_autocast(query.device):
+        return _in_turns(query, pieces, mask, scale, causal, softcap, sinks)
+
+
+def _in_turns(
+    query: Tensor,
+    pieces: Sequence[Piece],
+    mask: Tensor | None,
+    scale: float | None,
+    causal: bool,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
     tokens = sum(piece.tokens for piece in pieces)
     count = query.shape[2]
     if mask is None and causal and count > 1:
@@ -166,6 +181,7 @@ def attend(
     if isinstance(only, Exact) and softcap is None and sinks is None:
         grouped = query.shape[1] != only.keys.shape[1]
         keys, values = only.keys.to(query.dtype), only.values.to(query.dtype)
+        mask = mask.to(query.dtype) if mask is not None and mask.is_floating_point() else mask
         return F.scaled_dot_product_attention(query, keys, values, mask, scale=scale, enable_gqa=grouped)
     step = max(1, MOST_SCORES // max(1, query.shape[0] * query.shape[1] * tokens))
     if step >= count:

@@ -11,6 +11,10 @@ RUN = 4096
 """Tokens that are converted to another dtype at a time: the converted ones stay in a processor's cache."""
 
 
+MOST = {torch.float16: 2.0**12, torch.int8: 2.0**12}
+"""Greatest coefficients of a first fit, by dtype: read in fp16, whose largest number is sixteen times as great."""
+
+
 class Coefficients:
     """``[batch, groups, rank, tokens]`` in a floating dtype, or in int8 with an fp16 scale a token and group.
 

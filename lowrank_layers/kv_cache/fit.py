@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 
 import torch
 from torch import Tensor
 
 from ..rank import Rank
-from .coefficients import Coefficients
+from .coefficients import MOST, Coefficients
 from .latent import Heads, Latent, Part, grouped
 from .settings import KVSettings
 from .subspace import Scatter, Subspace, chosen_ranks
@@ -45,7 +46,8 @@ def fit_latent(
     parts, left = [], 0.0
     for which, subspace in chosen:
         rows = grouped(x[:, which], together)
-        parts.append(Part(which, size, subspace, Coefficients(subspace.coefficients(rows), in_coefficients)))
+        subspace, coefficients = subspace.within(subspace.coefficients(rows), MOST.get(in_coefficients, math.inf))
+        parts.append(Part(which, size, subspace, Coefficients(coefficients, in_coefficients)))
         # looking at the error breaks a compiled graph; without it the subspace is never fitted again
         left = float("inf") if torch.compiler.is_compiling() else max(left, subspace.discarded(rows))
     return Latent(parts, left)

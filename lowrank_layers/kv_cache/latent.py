@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .coefficients import Coefficients
+from .coefficients import MOST, Coefficients
 from .subspace import Scatter, Subspace
 
 Heads = slice | list[int]
@@ -74,7 +75,9 @@ class Part:
         # both subspaces are affine: the coefficients of mean + basis c change by a small matrix and a shift
         shift = self.subspace.coefficients(old.mean[:, :, None])
         turn = self.subspace.coefficients(self.subspace.mean.float()[:, :, None] + old.basis.float().mT)
-        self.coefficients = Coefficients(turn @ known + shift, self.coefficients.dtype)
+        dtype = self.coefficients.dtype
+        self.subspace, found = self.subspace.within(turn @ known + shift, MOST.get(dtype, math.inf))
+        self.coefficients = Coefficients(found, dtype)
 
     def _by_group(self, x: Tensor) -> Tensor:
         split: Tensor = x.unflatten(1, (self.subspace.basis.shape[1], -1))

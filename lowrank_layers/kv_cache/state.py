@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..errors import LowRankError
 from .attend import Exact, Old, Piece, attend
+from .autocast import without_autocast
 from .fit import fit_latent
 from .latent import Latent, grouped
 from .rotation import Rotation
@@ -113,23 +114,17 @@ class LowRankKV:
 
     def side(self, index: int) -> Tensor:
         """All keys (0) or values (1), rebuilt."""
-        pieces, dtype = self.pieces(), self._like(index).dtype
-        return torch.cat([piece.dense_values(dtype) if index else piece.dense_keys(dtype) for piece in pieces], 2)
+        pieces, like = self.pieces(), self._like(index)
+        with without_autocast(like.device):
+            return torch.cat([(p.dense_values if index else p.dense_keys)(like.dtype) for p in pieces], 2)
 
     @torch.no_grad()
     def compress(self) -> None:
         """Turns tokens that are neither first nor recent into coefficients, once there is a block of them."""
         if self.tail is None:
             return
-        count = self.tail[0].tokens - self.settings.keep_recent
-        if self.old is None:
-            if not self.waits:
-                self._begin()
-        elif count >= self.settings.block:
-            limits = self._limits()
-            for latent, x, limit in zip(self.old, self._leaving(0, count), limits, strict=True):
-                latent.extend(x, limit)
-            self._drop(count)
+        with without_autocast(self._like().device):
+            self._compress()
 
     def crop(self, tokens: int) -> None:
         """Leaves the first ``tokens`` tokens."""
@@ -179,7 +174,9 @@ class LowRankKV:
         span = self._span()
         if span is None:
             return None
-        keys, values = (Scatter.of(grouped(x, x.shape[1] if self.settings.joint else 1)) for x in self._leaving(*span))
+        with without_autocast(self._like().device):
+            sides = (grouped(x, x.shape[1] if self.settings.joint else 1) for x in self._leaving(*span))
+            keys, values = map(Scatter.of, sides)
         return keys, values
 
     def exact_nbytes(self) -> int:
@@ -188,18 +185,17 @@ class LowRankKV:
 
     def fixed_nbytes(self) -> int:
         """Of what a first fit leaves at any rank: exact tokens, means and scales."""
-        assert self.tail is not None
-        bases, coefficients = self.settings.dtypes(self._like().dtype)
         batch, heads = self._like().shape[:2]
         first, stop = self._span() or (0, 0)
         kept = first + max(self.settings.keep_recent + self.settings.block, len(self) - stop)
-        means = sum(batch * heads * tail.buffer.shape[3] * bases.itemsize for tail in self.tail)
-        scales = 2 * 2 * (stop - first) * batch * (1 if self.settings.joint else heads)
-        return kept * self._token_nbytes() + means + (scales if coefficients == torch.int8 else 0)
+        stored = [(self._like(side).shape[3], *self.settings.dtypes(self._like(side).dtype)) for side in (0, 1)]
+        means = sum(batch * heads * size * bases.itemsize for size, bases, _ in stored)
+        scales = 2 * (stop - first) * batch * (1 if self.settings.joint else heads)
+        return kept * self._token_nbytes() + means + sum(scales for *_, dtype in stored if dtype == torch.int8)
 
-    def direction_nbytes(self, width: int) -> int:
+    def direction_nbytes(self, width: int, *, values: bool = False) -> int:
         """Of one more direction of a group of that width: coefficients and basis."""
-        bases, coefficients = self.settings.dtypes(self._like().dtype)
+        bases, coefficients = self.settings.dtypes(self._like(int(values)).dtype)
         first, stop = self._span() or (0, 0)
         return self._like().shape[0] * ((stop - first) * coefficients.itemsize + width * bases.itemsize)
 
@@ -215,6 +211,18 @@ class LowRankKV:
         skip = self.settings.keep_first if self.first is None else 0
         return (skip, stop) if stop - skip >= self.settings.block else None
 
+    def _compress(self) -> None:
+        assert self.tail is not None
+        count = self.tail[0].tokens - self.settings.keep_recent
+        if self.old is None:
+            if not self.waits:
+                self._begin()
+        elif count >= self.settings.block:
+            limits = self._limits()
+            for latent, x, limit in zip(self.old, self._leaving(0, count), limits, strict=True):
+                latent.extend(x, limit)
+            self._drop(count)
+
     def _begin(self) -> None:
         """The first fit."""
         span = self._span()
@@ -225,7 +233,7 @@ class LowRankKV:
         subspaces = (None, None) if self.subspaces is None else self.subspaces
         ranks = (None, None) if self.ranks is None else self.ranks
         made = [
-            fit_latent(x, self.settings, self._like().dtype, given, own, values=index == 1)
+            fit_latent(x, self.settings, self._like(index).dtype, given, own, values=index == 1)
             for index, (x, given, own) in enumerate(zip(self._leaving(*span), subspaces, ranks, strict=True))
         ]
         if skip:
@@ -287,10 +295,11 @@ class LowRankKV:
             raise LowRankError(
                 "LowRankKV: got keys of no tokens, expected at least one; give a prompt that is not empty."
             )
-        if keys.dtype != values.dtype or keys.device != values.device:
+        floating = keys.is_floating_point() and values.is_floating_point()
+        if not floating or keys.device != values.device:
             raise LowRankError(
                 f"LowRankKV: got keys in {keys.dtype} on {keys.device} and values in {values.dtype} on {values.device},"
-                " expected one dtype and one device."
+                " expected floating point on one device."
             )
         for rank, x, what in (
             (self.settings.rank, keys, "keys"),
@@ -314,8 +323,14 @@ class LowRankKV:
             raise LowRankError(
                 f"LowRankKV: got {keys.shape[2]} more tokens after {len(self)}, expected at most max_length={limit}."
             )
-        if not torch.compiler.is_compiling() and not bool(torch.isfinite(keys.sum() + values.sum())):
+        if not torch.compiler.is_compiling() and not _are_finite(keys, values):
             raise LowRankError("LowRankKV: got keys or values with NaN or Inf; look at the model's input and dtype.")
+
+
+def _are_finite(*tensors: Tensor) -> bool:
+    """By their extremes, which NaN passes through; a sum of finite numbers may be none itself."""
+    ends = [end.isfinite() for tensor in tensors if tensor.numel() for end in tensor.detach().aminmax()]
+    return not ends or bool(torch.stack(ends).all())
 
 
 def _described(x: Tensor) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -44,6 +45,19 @@ class Subspace:
         mean = self.mean.to(each.dtype).expand(*shape).flatten(0, 1)
         found: Tensor = torch.baddbmm(mean[:, None], each, basis.mT).unflatten(0, coefficients.shape[:2])
         return found
+
+    def within(self, coefficients: Tensor, most: float) -> tuple[Subspace, Tensor]:
+        """The same subspace with a longer basis, and coefficients of which none is greater than ``most``.
+
+        A coefficient sums the squares of all heads' entries: those of finite rows need not be finite in fp16.
+        """
+        if torch.compiler.is_compiling() or not coefficients.numel():
+            return self, coefficients
+        peak = float(coefficients.abs().amax())
+        if peak <= most:
+            return self, coefficients
+        factor = 2.0 ** math.ceil(math.log2(peak / most))
+        return Subspace(self.basis * factor, self.mean), coefficients / factor
 
     def discarded(self, rows: Tensor) -> float:
         """The part of the rows' energy about the mean that the subspace does not hold."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -121,8 +121,7 @@ class LowRankLayer(LayerInterface):
             return None
         assert self.kv is not None
         if self.lazy and torch.compiler.is_compiling():
-            found: Any = Handle(self.kv)  # a graph cannot make what looks like a tensor
-            return found
+            return cast(Tensor, Handle(self.kv))  # a graph cannot make what looks like a tensor
         # tensors for all but the attention that can do without
         reader = sys._getframe(2).f_locals.get("self") if self.lazy else None
         if isinstance(reader, nn.Module) and getattr(reader, "layer_idx", None) is not None:
