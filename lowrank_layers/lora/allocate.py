@@ -15,6 +15,7 @@ from .adapted import banks_of
 from .cutting import Swap, check_optimizer, cut_, gone, swap_
 from .importance import Watched
 from .inject import banks, check_name, detach_
+from .tokens import TokenRows
 
 _STEP = "step"
 
@@ -100,7 +101,7 @@ class LoraRankAllocator:
             f"{owner}.{parameter}" if owner else parameter: Watched(bank, name)
             for owner, module in model.named_modules()
             for parameter, bank in banks_of(module).items()
-            if name in bank.adapters
+            if name in bank.adapters and not isinstance(bank.adapters[name], TokenRows)
         }
         total = sum(len(each.kept) for each in watched.values())
         budget = round(rank * len(watched))

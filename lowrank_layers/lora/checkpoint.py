@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -21,20 +21,24 @@ from .fast import fast_forward
 from .inject import DEFAULT, attach_, freeze_
 from .kinds import Kernel
 from .mixed_groups import MixedGroups, dora_ratio
-from .peft_config import config_of
+from .peft_config import Config, config_of
 from .peft_format import (
     CONFIG,
     EMBEDDING,
     OLD_WEIGHTS,
+    PREFIX,
+    TOKENS,
     WEIGHTS,
     WHOLE,
     embedding_keys,
     find_slots,
     own_tensors,
     saved_modules,
+    token_key,
     whole_keys,
 )
 from .reading import Read, Whole, differences, find_plain, read_json, read_tensors, refuse, without_adapter_name
+from .tokens import TokensOf, find_tokens, rows_of
 from .whole import attach_whole_, find_whole, plain_copy
 
 
@@ -91,7 +95,7 @@ def load_lora(
     if "." in name or not name:
         raise LowRankError(f"load_lora: got name {name!r}, expected one without dots.")
     path = Path(folder)
-    found, whole, tensors = find_adapters(model, path, rank, alpha, prefix)
+    found, whole, tensors = find_adapters(model, path, name, rank, alpha, prefix)
     problems = [trouble for read in found if (trouble := _trouble(model, read, name))]
     own = own_tensors(model)
     problems += [f"{place!r} is on the meta device" for place in whole.base.values() if own[place].is_meta]
@@ -116,6 +120,8 @@ def load_lora(
                 setattr(own[place], EMBEDDING, True)
     for slot, adapter in made:
         attach_(slot.module, slot.parameter, name, adapter.requires_grad_(trainable), slot.kind)
+    for _, module, kind, rows in whole.tokens:
+        attach_(module, "weight", name, rows.requires_grad_(trainable), kind)
     for owner, module in modules.items():
         attach_whole_(module, name, copies[owner].requires_grad_(trainable))
     mind_fast_paths_(model)
@@ -123,7 +129,12 @@ def load_lora(
 
 
 def find_adapters(
-    model: nn.Module, path: Path, rank: int | None = None, alpha: float | None = None, prefix: str | None = None
+    model: nn.Module,
+    path: Path,
+    name: str | None,
+    rank: int | None = None,
+    alpha: float | None = None,
+    prefix: str | None = None,
 ) -> tuple[list[Read], Whole, dict[str, Tensor]]:
     """What a folder or file has for a model, whoever wrote it: adapters, what is held whole, and the tensors.
 
@@ -137,7 +148,7 @@ def find_adapters(
             raise LowRankError(
                 "load_lora: got rank, alpha or prefix beside a folder, whose settings have them; leave them out."
             )
-        return _find_peft(model, path)
+        return _find_peft(model, path, name)
     if not path.is_file():
         raise CheckpointError(f"{path}: there is no such file or folder.")
     for what, number in (("rank", rank), ("alpha", alpha)):
@@ -151,7 +162,7 @@ def find_adapters(
     return find_plain(model, path, tensors, rank, alpha)
 
 
-def _find_peft(model: nn.Module, path: Path) -> tuple[list[Read], Whole, dict[str, Tensor]]:
+def _find_peft(model: nn.Module, path: Path, name: str | None) -> tuple[list[Read], Whole, dict[str, Tensor]]:
     config, problems = config_of(read_json(path / CONFIG))
     if problems:
         refuse(path / CONFIG, problems)
@@ -176,7 +187,9 @@ def _find_peft(model: nn.Module, path: Path) -> tuple[list[Read], Whole, dict[st
     biases = {k: place for k, place in whole_keys(model, config.bias, saved, wraps).items() if k not in copied}
     frozen = {k: place for k, place in embedding_keys(model, wraps).items() if k in tensors and k not in copied}
     expected |= {key: tuple(own[place].shape) for key, place in (copied | biases | frozen).items()}
-    problems += differences(tensors, expected)
+    tokens, keys, trouble = _find_tokens(model, config, tensors, name, {*wraps, *saved})
+    expected |= keys
+    problems += trouble + differences(tensors, expected)
     found = []
     for slot in [] if problems else slots:
         given = {part: tensors[slot.keys[part]] for part in parts}
@@ -190,7 +203,39 @@ def _find_peft(model: nn.Module, path: Path) -> tuple[list[Read], Whole, dict[st
         found.append(Read(slot, a, b, scaling, config.lora_dropout, magnitude, bias, mixed=pair is None))
     if problems:
         refuse(path, problems)
-    return found, Whole(biases, saved, copied, frozen), tensors
+    fill_tokens(tokens, tensors)
+    return found, Whole(biases, saved, copied, frozen, tokens), tensors
+
+
+def _find_tokens(
+    model: nn.Module, config: Config, tensors: Mapping[str, Tensor], name: str | None, taken: Iterable[str]
+) -> tuple[list[TokensOf], dict[str, tuple[int, ...]], list[str]]:
+    """The rows that are trained on their own, the shapes of what the file must have of them, and what is wrong."""
+    wanted = config.trainable_token_indices
+    if wanted is None:
+        return [], {}, []
+    ties = bool(getattr(getattr(model, "config", None), "tie_word_embeddings", False))
+    if isinstance(wanted, dict) and ties:
+        # PEFT writes what tied layers share once
+        first = {str(indices): key for key, indices in reversed(wanted.items())}
+        ends = tuple(key.removeprefix(PREFIX).removesuffix(TOKENS) for key in tensors if key.endswith(TOKENS))
+        wanted = {k: own for k, own in wanted.items() if first[str(own)] == k or any(end.endswith(k) for end in ends)}
+    try:
+        tokens = find_tokens(model, wanted, name, taken, ties=ties)
+    except LowRankError as error:
+        return [], {}, [str(error).removeprefix("add_lora_: ").removesuffix(".")]
+    firsts = {id(rows.rows): owner for owner, _, _, rows in reversed(tokens)}
+    keys = {token_key(owner): tuple(rows.rows.shape) for owner, _, _, rows in tokens if firsts[id(rows.rows)] == owner}
+    return tokens, keys, []
+
+
+@torch.no_grad()
+def fill_tokens(tokens: Iterable[TokensOf], tensors: Mapping[str, Tensor]) -> None:
+    """Puts the file's rows in, as differences from those of the base."""
+    for owner, module, _, rows in tokens:
+        if token_key(owner) in tensors:
+            base = rows_of(module, rows.tokens)
+            rows.rows.copy_(tensors[token_key(owner)].to(base) - base)
 
 
 def _trouble(model: nn.Module, read: Read, name: str) -> str | None:

@@ -14,7 +14,7 @@ from .target import Place
 from .whole import TrainedWhole
 
 
-def check_place(module: nn.Module, place: Place, name: str, dora: bool = False) -> Kind:
+def check_place(module: nn.Module, place: Place, name: str | None, dora: bool = False) -> Kind:
     """The layout of a weight that an adapter of that name can be put on.
 
     Raises:

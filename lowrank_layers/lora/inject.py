@@ -25,6 +25,7 @@ from .kinds import Kind
 from .lookup import Source, tensor_for
 from .ranks import explained_ranks, moment_of, note_lowered, of_pattern, rank_for
 from .target import Place, Target, targets
+from .tokens import Tokens, find_tokens
 from .whole import TrainedWhole, attach_whole_, check_choice, copies_of, drop_whole_, find_whole
 
 DEFAULT = "default"
@@ -40,6 +41,7 @@ def add_lora_(
     name: str = DEFAULT,
     exclude: Target | None = None,
     modules_to_save: Iterable[str] | None = None,
+    trainable_tokens: Tokens | None = None,
     dropout: float = 0.0,
     init: Init = "kaiming",
     rank_pattern: Mapping[str, Rank] | None = None,
@@ -79,6 +81,9 @@ def add_lora_(
         modules_to_save: names, or ends of names, of modules that this adapter trains whole, such as a new classifier:
             it gets a copy of each, which is used, switched, saved and taken off with the adapter. The base keeps its
             own, and the target takes nothing in them.
+        trainable_tokens: indices of tokens whose rows of the input embedding this adapter trains, as it does the rest:
+            a list, or lists by the names of embeddings or heads. A tied head sees the same rows. ``target=[]`` trains
+            nothing else.
         rank_pattern: ranks for the modules or parameters of these names or ends of names; also rules.
         alpha_pattern: likewise alpha.
         rslora: scales by ``alpha / sqrt(rank)`` (Kalajdzievski, 2023).
@@ -119,7 +124,8 @@ def add_lora_(
         raise LowRankError(f"add_lora_: got init {init!r}, expected one of {list(INITS)}.")
     check_rank(rank, "add_lora_")
     whole = find_whole(model, modules_to_save or (), name)
-    places = targets(model, target, exclude, whole)
+    places = [] if target == [] and (whole or trainable_tokens) else targets(model, target, exclude, whole)
+    rows = find_tokens(model, trainable_tokens, name, {owner for owner, _ in places} | set(whole))
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     made: dict[Place, tuple[Adapter, Kind]] = {}
     lowered: dict[str, int] = {}
@@ -157,6 +163,8 @@ def add_lora_(
     freeze_(model)
     for (owner, parameter), (adapter, kind) in made.items():
         attach_(model.get_submodule(owner), parameter, name, adapter, kind)
+    for _, module, kind, adapter in rows:
+        attach_(module, "weight", name, adapter, kind)
     for module in whole.values():
         attach_whole_(module, name)
     mind_fast_paths_(model)
@@ -316,6 +324,7 @@ def lora_parameters(
         for key, parameter in adapter.named_parameters():
             if parameter.requires_grad:
                 (fast if key == "B" else slow).append(parameter)
+    slow = list(dict.fromkeys(slow))  # tied layers share their rows
     if lr is None:
         return slow + fast
     return [{"params": slow, "lr": lr}, {"params": fast, "lr": lr * ratio}]

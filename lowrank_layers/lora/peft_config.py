@@ -43,6 +43,7 @@ class Config:
     layers_pattern: list[str] | str | None = None
     modules_to_save: list[str] | None = None
     target_parameters: list[str] | None = None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
 
     def rank(self, label: str) -> int:
         """The rank of the layer of that name."""
@@ -75,7 +76,7 @@ def config_of(body: Any) -> tuple[Config, list[str]]:
             f"init_lora_weights is {config.init_lora_weights!r}: this adapter goes with a base whose weights that init"
             " changed; save it again with path_initial_model_for_weight_conversion, which makes it fit the plain base"
         )
-    if config.target_modules is None and not config.target_parameters:
+    if config.target_modules is None and not config.target_parameters and not config.trainable_token_indices:
         problems.append("target_modules is missing")
     return config, problems
 
@@ -124,6 +125,12 @@ def _is_index(value: Any) -> bool:
     return value is None or _is_rank(value + 1 if isinstance(value, int) else value)
 
 
+def _are_tokens(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(_is_name(key) and isinstance(own, list) and _are_tokens(own) for key, own in value.items())
+    return value is None or (isinstance(value, list) and all(map(_is_index, value)) and None not in value)
+
+
 _VALID = {
     "r": _is_rank,
     "lora_alpha": _is_number,
@@ -141,6 +148,7 @@ _VALID = {
     "layers_pattern": lambda value: _is_names(value) and _all_regex([value] if isinstance(value, str) else value),
     "modules_to_save": lambda value: _is_names(value) and not isinstance(value, str) and _all_regex(value),
     "target_parameters": lambda value: _is_names(value) and not isinstance(value, str),
+    "trainable_token_indices": _are_tokens,
 }
 _EXPECTED = {
     "r": "an integer of at least 1",
@@ -150,6 +158,7 @@ _EXPECTED = {
     "bias": f"one of {list(BIASES)}",
     "lora_dropout": "a number in [0, 1)",
     "layers_to_transform": "a layer's index or a list of them",
+    "trainable_token_indices": "indices, or lists of them by name",
 } | dict.fromkeys(("use_rslora", "use_dora", "lora_bias"), "true or false")
 
 

@@ -24,6 +24,7 @@ WHOLE = "_saved_with_lora"
 """On a parameter of the base that was read from an adapter's file, and belongs into the next one."""
 EMBEDDING = "_embedding_of_adapter"
 """On a frozen embedding, or head, whose values an adapter's file brought with it."""
+TOKENS = ".token_adapter.trainable_tokens_delta"
 CONFIG, WEIGHTS, OLD_WEIGHTS = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 
 
@@ -285,6 +286,11 @@ def whole_keys(model: nn.Module, bias: str, saved: Iterable[str], wraps: Mapping
         path = peft_path(name, wraps, wraps.get(name, 0))
         keys[f"{PREFIX}{path}.bias" if name else f"{PREFIX}bias"] = place
     return keys
+
+
+def token_key(owner: str) -> str:
+    """The key of the rows of an embedding that are trained on their own."""
+    return f"{PREFIX}{owner}{TOKENS}"
 
 
 def embedding_keys(model: nn.Module, wraps: Mapping[str, int]) -> dict[str, str]:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..errors import CheckpointError
 from .kinds import Matrix
 from .peft_format import PREFIX, Slot, modules_of
+from .tokens import TokensOf
 
 _SHOWN = 8
 
@@ -48,12 +49,14 @@ class Whole:
         saved: the modules that the adapter has copies of.
         copied: their parameters and buffers.
         embeddings: those of the base that are frozen.
+        tokens: rows of embeddings that are trained on their own, with their layers.
     """
 
     base: dict[str, str]
     saved: list[str] = field(default_factory=list)
     copied: dict[str, str] = field(default_factory=dict)
     embeddings: dict[str, str] = field(default_factory=dict)
+    tokens: list[TokensOf] = field(default_factory=list)
 
 
 def refuse(path: Path, problems: list[str]) -> NoReturn:

@@ -17,6 +17,7 @@ from .inject import banks, check_name
 from .kinds import Kind
 from .peft_format import own_tensors
 from .reading import Read, Whole, refuse
+from .tokens import TokenRows
 from .whole import copies_of
 
 
@@ -79,18 +80,25 @@ def swap_lora_(
     if any(bank.merged is not None for _, bank, _ in own.values()):
         raise LowRankError("swap_lora_: the adapters are merged; call unmerge_lora_ first.")
     path = Path(folder)
-    found, whole, tensors = find_adapters(inner, path, rank, alpha, prefix)
+    found, whole, tensors = find_adapters(inner, path, None, rank, alpha, prefix)
     reads = {(read.slot.owner, read.slot.parameter): read for read in found}
     problems = [trouble for read in found if (trouble := _trouble(read, name))]
     problems += _trouble_whole(inner, name, whole, tensors)
+    problems += [
+        trouble for owner, module, _, rows in whole.tokens if (trouble := _trouble_tokens(owner, module, rows, name))
+    ]
     if problems:
         refuse(path, problems)
     for place, (module, bank, adapter) in own.items():
         assert isinstance(adapter, Adapter)
-        if place in reads:
+        if isinstance(adapter, TokenRows):
+            adapter.rows.zero_()
+        elif place in reads:
             _fill(adapter, bank.kind, reads[place])
         else:
             _empty(adapter, bank, values_of(base_weight(module, place[1])))
+    for _, module, _, rows in whole.tokens:
+        _rows_there(module, name).rows.copy_(rows.rows)
     targets = _copied(inner, name)
     for key, copied in whole.copied.items():
         targets[copied].copy_(tensors[key])
@@ -103,7 +111,7 @@ def _trouble(read: Read, name: str) -> str | None:
     bank = bank_of(slot.module, slot.parameter)
     label = f"{slot.owner}.{slot.parameter}"
     adapter = None if bank is None else bank.adapters._modules.get(name)
-    if not isinstance(adapter, Adapter):
+    if not isinstance(adapter, Adapter) or isinstance(adapter, TokenRows):
         return f"it adapts {label!r}, where the model has no adapter {name!r}"
     room = sum(len(a) for a, _ in _rooms(adapter, slot.kind))
     rank = len(slot.kind.directions(read.a, read.b)[0])
@@ -115,6 +123,24 @@ def _trouble(read: Read, name: str) -> str | None:
     if adapter.magnitude is not None and read.magnitude is None:
         return f"it has no DoRA for {label!r}, and the adapter {name!r} has"
     return None
+
+
+def _rows_there(module: nn.Module, name: str) -> TokenRows:
+    bank = bank_of(module, "weight")
+    assert bank is not None
+    rows = bank.adapters[name]
+    assert isinstance(rows, TokenRows)
+    return rows
+
+
+def _trouble_tokens(owner: str, module: nn.Module, rows: TokenRows, name: str) -> str | None:
+    """Why the file's rows of an embedding do not fit those that are there."""
+    bank = bank_of(module, "weight")
+    own = None if bank is None else bank.adapters._modules.get(name)
+    if isinstance(own, TokenRows) and torch.equal(own.tokens, rows.tokens):
+        return None
+    there = own.tokens.tolist() if isinstance(own, TokenRows) else "none"
+    return f"it trains the tokens {rows.tokens.tolist()} of {owner!r}, and the adapter {name!r} has {there}"
 
 
 def _trouble_whole(model: nn.Module, name: str, whole: Whole, tensors: dict[str, Tensor]) -> list[str]:

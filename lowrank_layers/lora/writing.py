@@ -37,11 +37,15 @@ from .peft_format import (
     own_tensors,
     saved_modules,
     to_slots,
+    token_key,
     whole_keys,
 )
+from .tokens import TokenRows, rows_of
 from .whole import copies_of
 
 Bias = Literal["none", "all", "lora_only"]
+_NEWER = ("lora_bias", "target_parameters", "trainable_token_indices")
+"""Settings that older versions of PEFT do not know."""
 _Adapters = dict[tuple[str, str, str], Adapter]
 
 
@@ -95,6 +99,8 @@ def save_lora(
     adapters, problems = _adapters_of(model, name)
     slots, wraps = to_slots(modules_of(model), adapters)
     chosen = None if modules_to_save is None else list(modules_to_save)
+    rows, more = _tokens_of(model, name)
+    problems += more
     copies = {owner: own[name] for owner, own in copies_of(model).items() if name in own}
     whole, bias, more = _learned_whole(model, wraps, chosen, bias, list(copies))
     problems += more
@@ -103,6 +109,9 @@ def save_lora(
     ordered = [(slot, adapters[slot.owner, slot.parameter, slot.label]) for slot in slots]
     config, tensors = _encoded(ordered)
     config.target_modules, config.target_parameters = _targets(model, slots)
+    config.trainable_token_indices = {owner: own.tokens.tolist() for owner, (_, own) in rows.items()} or None
+    for owner, (module, own_rows) in rows.items():
+        tensors[token_key(owner)] = rows_of(module, own_rows.tokens) + own_rows.rows.detach()
     config.bias, config.modules_to_save = bias, sorted(whole) or None
     own = own_tensors(model)
     own |= {f"{owner}.{key}": value for owner, copy in copies.items() for key, value in copy.state_dict().items()}
@@ -115,7 +124,7 @@ def save_lora(
         raise CheckpointError("save_lora: a tensor is on the meta device and has no values to write.")
     body = {"peft_type": "LORA", "task_type": None, "base_model_name_or_path": None, "inference_mode": True}
     body["fan_in_fan_out"] = any(is_conv1d(slot.module) for slot in slots)
-    body |= {k: v for k, v in asdict(config).items() if k not in ("lora_bias", "target_parameters") or v}
+    body |= {k: v for k, v in asdict(config).items() if k not in _NEWER or v}
     files = {key: tensor.cpu().clone().contiguous() for key, tensor in tensors.items()}
     path = Path(folder)
     try:
@@ -138,6 +147,8 @@ def _adapters_of(model: nn.Module, name: str) -> tuple[_Adapters, list[str]]:
                 continue
             adapter = bank.adapters[name]
             assert isinstance(adapter, Adapter)
+            if isinstance(adapter, TokenRows):
+                continue
             attention = owner.rpartition(".")[0] if owner.endswith("out_proj") else owner
             inside = isinstance(modules.get(attention), nn.MultiheadAttention)
             label = attention if inside else owner if is_plain_target(module) else f"{owner}.{parameter}"
@@ -156,6 +167,23 @@ def _adapters_of(model: nn.Module, name: str) -> tuple[_Adapters, list[str]]:
                 if place not in found:
                     found[place] = _nothing(modules[place[0]], place[1], found[owner, parameter, label])
     return found, problems + _mixtures(modules, found)
+
+
+def _tokens_of(model: nn.Module, name: str) -> tuple[dict[str, tuple[nn.Module, TokenRows]], list[str]]:
+    """The rows that are trained on their own by their embeddings' names, and what PEFT cannot write."""
+    found: dict[str, tuple[nn.Module, TokenRows]] = {}
+    problems = []
+    tied = bool(getattr(getattr(model, "config", None), "tie_word_embeddings", False))
+    for owner, module in modules_of(model).items():
+        bank = banks_of(module).get("weight")
+        rows = None if bank is None else bank.adapters._modules.get(name)
+        if not isinstance(rows, TokenRows):
+            continue
+        if is_factored(module):
+            problems.append(f"{owner!r}, which is a factored embedding with trainable_tokens: call densify_ first")
+        elif not (tied and any(rows.rows is other.rows for _, other in found.values())):  # PEFT shares them itself
+            found[owner] = module, rows
+    return found, problems
 
 
 def _why_not(module: nn.Module, parameter: str, label: str, adapter: Adapter) -> str | None:
@@ -266,6 +294,8 @@ def _encoded(found: list[tuple[Slot, Adapter]]) -> tuple[Config, dict[str, Tenso
             if with_bias:  # PEFT scales it too
                 bias = b.new_zeros(shapes["bias"]) if adapter.bias is None else adapter.bias.detach() / scaling
                 tensors[slot.keys["bias"]] = bias
+    if not found:
+        return Config(), {}
     r, alpha = Counter(ranks.values()).most_common(1)[0][0], Counter(alphas.values()).most_common(1)[0][0]
     config = Config(
         r=r,
