@@ -124,7 +124,7 @@ def add_lora_(
         raise LowRankError(f"add_lora_: got init {init!r}, expected one of {list(INITS)}.")
     check_rank(rank, "add_lora_")
     whole = find_whole(model, modules_to_save or (), name)
-    places = [] if target == [] and (whole or trainable_tokens) else targets(model, target, exclude, whole)
+    places = [] if target == [] and trainable_tokens else targets(model, target, exclude, whole)
     rows = find_tokens(model, trainable_tokens, name, {owner for owner, _ in places} | set(whole))
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     made: dict[Place, tuple[Adapter, Kind]] = {}

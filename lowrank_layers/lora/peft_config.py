@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+NOTHING = "dummy-target-modules"
+"""PEFT's word for an adapter without LoRA layers, which trains only tokens."""
 BIASES = ("none", "all", "lora_only")
 # inits after which the file alone says what was learned: they leave the base as it is
 _HARMLESS_INITS = (True, False, "gaussian", "eva", "orthogonal", "mica")
@@ -68,7 +70,7 @@ def config_of(body: Any) -> tuple[Config, list[str]]:
                 continue
             if not _VALID[key](value):
                 problems.append(f"{key} is {value!r}, expected {_EXPECTED.get(key, 'a name, a list of names or null')}")
-            setattr(config, key, value)
+            setattr(config, key, [] if key == "target_modules" and value == NOTHING else value)
         elif key not in _HARMLESS and value not in (None, False, {}, [], ""):
             problems.append(f"{key} is set ({value!r}), which changes what is computed and is not supported")
     if config.init_lora_weights not in _HARMLESS_INITS:

@@ -24,7 +24,7 @@ from .adapter import Adapter
 from .inject import banks, check_name
 from .kinds import SLICES, Kernel, Matrix, is_conv1d, kind_of
 from .mixed_groups import dora_ratio
-from .peft_config import BIASES, Config
+from .peft_config import BIASES, NOTHING, Config
 from .peft_format import (
     CONFIG,
     EMBEDDING,
@@ -319,4 +319,6 @@ def _targets(model: nn.Module, slots: list[Slot]) -> tuple[list[str] | str, list
     labels = sorted({slot.label for slot in slots} - set(parameters))
     names = modules_of(model)
     taken = {name for name in names if any(name == label or name.endswith(f".{label}") for label in labels)}
+    if not slots:
+        return NOTHING, None
     return labels if taken == set(labels) else "|".join(map(re.escape, labels)), parameters or None

@@ -125,6 +125,18 @@ def test_peft_and_we_compute_the_same_and_read_each_others_files(tied, tokens, t
 
 
 @pytest.mark.parametrize("tied", [False, True])
+def test_rows_alone_without_any_lora_layer(tied, tmp_path):
+    base = llama(tied)
+    model = lr.add_lora_(copy.deepcopy(base), [], trainable_tokens=TOKENS)
+    scramble(model)
+    lr.save_lora(model, tmp_path / "ours")
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "ours")
+    assert torch.allclose(run(theirs, ids()), run(model, ids()), atol=1e-5)
+    theirs.save_pretrained(tmp_path / "theirs")
+    assert torch.allclose(run(lr.load_lora(base, tmp_path / "theirs"), ids()), run(model, ids()), atol=1e-5)
+
+
+@pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("second", [TOKENS, [1]])
 def test_peft_files_with_rows_of_embedding_and_head(tied, second, tmp_path):
     base = llama(tied)
