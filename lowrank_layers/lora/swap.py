@@ -15,6 +15,7 @@ from .adapter import Adapter, Bank
 from .checkpoint import find_adapters
 from .inject import banks, check_name
 from .kinds import Kind
+from .mixed_groups import MixedGroups
 from .peft_format import own_tensors
 from .reading import Read, Whole, refuse
 from .tokens import TokenRows
@@ -111,6 +112,8 @@ def _trouble(read: Read, name: str) -> str | None:
     bank = bank_of(slot.module, slot.parameter)
     label = f"{slot.owner}.{slot.parameter}"
     adapter = None if bank is None else bank.adapters._modules.get(name)
+    if read.mixed or isinstance(adapter, MixedGroups):
+        return f"{label!r} is a convolution with an adapter that mixes its groups, whose values cannot be swapped"
     if not isinstance(adapter, Adapter) or isinstance(adapter, TokenRows):
         return f"it adapts {label!r}, where the model has no adapter {name!r}"
     room = sum(len(a) for a, _ in _rooms(adapter, slot.kind))
