@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
 from typing import Literal, get_args
@@ -16,6 +17,7 @@ from .inject import banks, check_name, use_adapter
 from .kinds import Kernel, Kind
 from .mixed_groups import MixedGroups
 from .task_vectors import Seed, combined
+from .whole import attach_whole_, copies_of
 
 How = Literal[
     "svd",
@@ -50,7 +52,7 @@ def combine_lora_(
     r"""Adds one more adapter, the weighted sum of others, in place; they stay, and only the new one is in use.
 
     Every ``how`` gives the delta that PEFT's ``add_weighted_adapter`` gives under the same name. Biases of the adapters
-    are summed with their weights.
+    are summed with their weights; a module that one of them trains whole is copied as it is.
 
     Args:
         model: an adapted model.
@@ -71,8 +73,8 @@ def combine_lora_(
         The model.
 
     Raises:
-        LowRankError: for unknown names, a name taken, unequal ranks where they must be equal, DoRA; the model is as it
-            was then.
+        LowRankError: for unknown names, a name taken, unequal ranks where they must be equal, DoRA, a module that
+            several of the adapters train whole; the model is as it was then.
 
     Examples:
         >>> model = nn.Sequential(nn.Linear(8, 8))
@@ -93,6 +95,9 @@ def combine_lora_(
             made.append((bank, Adapter(a, b, scaling=1.0, bias=_bias_of_sum(parts))))
     for bank, adapter in made:
         bank.add(name, adapter.train(bank.training))
+    for owner, copies in copies_of(model).items():
+        for own in [own for own in weights if own in copies]:
+            attach_whole_(model.get_submodule(owner), name, copy.deepcopy(copies[own]))
     return use_adapter(model, name)
 
 
@@ -113,6 +118,15 @@ def _check(
         raise LowRankError(f"combine_lora_: got rank {rank!r}, expected an integer of at least 1.")
     if not 0 < density <= 1:
         raise LowRankError(f"combine_lora_: got density {density!r}, expected a number in (0, 1].")
+    for owner, copies in copies_of(model).items():
+        several = [own for own in weights if own in copies]
+        if len(several) > 1:
+            raise LowRankError(
+                f"combine_lora_: {owner!r} is trained whole by each of the adapters {several}, and such copies do not"
+                " add up; combine adapters of which at most one trains it."
+            )
+        if name in copies:
+            raise LowRankError(f"combine_lora_: there is an adapter {name!r} already; give another name.")
     for bank in banks(model):
         if name in bank.names:
             raise LowRankError(f"combine_lora_: there is an adapter {name!r} already; give another name.")

@@ -296,6 +296,22 @@ def test_biases_of_adapters_are_summed_with_their_weights():
     assert torch.allclose(model(x) - plain, 0.5 * parts[0] - 2 * parts[1], atol=1e-4)
 
 
+def test_a_module_that_one_adapter_trains_whole_is_copied_and_of_two_refused():
+    model, x = nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 3)), torch.randn(3, 8)
+    lr.add_lora_(model, ["0"], rank=2, name="a", modules_to_save=["1"])
+    lr.add_lora_(model, ["0"], rank=2, name="b")
+    model[1].lora_whole["a"].weight.data.normal_()
+    expected = lr.use_adapter(model, "a")(x)
+    lr.combine_lora_(model, {"a": 1.0, "b": 1.0}, "sum")
+    assert torch.allclose(model(x), expected, atol=1e-6)
+    model[1].lora_whole["sum"].weight.data.zero_()
+    assert torch.allclose(lr.use_adapter(model, "a")(x), expected, atol=1e-6)
+    keys = list(model.state_dict())
+    with pytest.raises(lr.LowRankError, match="'1' is trained whole by each"):
+        lr.combine_lora_(model, {"a": 1.0, "sum": 1.0}, "more")
+    assert list(model.state_dict()) == keys
+
+
 def test_one_adapter_is_only_scaled():
     model = two(nn.Sequential(nn.Linear(8, 6)), init="pissa")
     delta = model[0].lora_weight.adapters["a"].delta(model[0].lora_weight.kind)
