@@ -158,7 +158,7 @@ def recompiles(model: nn.Module, changes: Sequence[Callable[[], object]]) -> int
 
 def recompile_rows() -> list[list[object]]:
     layer, names = nn.Linear(32, 32).requires_grad_(False), ["a", "b", "c", "d"]
-    own, peer = ours(layer, 2, names), theirs(layer, 2, names)
+    own, peer = ours(layer, 2, names).requires_grad_(False), theirs(layer, 2, names).requires_grad_(False)
     lr.use_adapter(own, "a")
     peer_layer = peer.base_model.model[0]
     cycle = ["b", "c", "d", "a"]

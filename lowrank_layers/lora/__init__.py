@@ -5,10 +5,12 @@ from .checkpoint import load_lora
 from .combine import combine_lora_
 from .extract import Extraction, extract_lora
 from .gradients import weight_gradients
-from .inject import add_lora_, lora_disabled, lora_parameters, lora_rows, remove_lora_, use_adapter
+from .inject import add_lora_
 from .loftq import loftq_
 from .merge import merge_lora_, unmerge_lora_
+from .remove import remove_lora_
 from .swap import swap_lora_
+from .switching import lora_disabled, lora_parameters, lora_rows, use_adapter
 from .writing import save_lora
 
 __all__ = [

@@ -32,6 +32,16 @@ class Adapted:
     _plain_class: type[nn.Module]
     _adapted_names: tuple[str, ...]
 
+    def _load_from_state_dict(self, *args: Any) -> None:
+        assert isinstance(self, nn.Module)
+        for bank in banks_of(self).values():
+            if bank.merged is not None or bank.disabled:
+                state = (
+                    "merged; call unmerge_lora_(model)" if bank.merged is not None else "disabled; leave the context"
+                )
+                raise LowRankError(f"load_state_dict: the adapters of this model are {state} before loading.")
+        super()._load_from_state_dict(*args)  # type: ignore[misc]
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         state = self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
         return _blank, (self._plain_class, self._adapted_names), state
@@ -83,7 +93,7 @@ def adapted_class(cls: type[nn.Module], names: tuple[str, ...]) -> type[nn.Modul
 def _make_class(cls: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
     body: dict[str, Any] = {name: _with_adapters(cls, name) for name in names}
     if any(name in SLICES for name in names):
-        body["in_proj_weight"] = property(_joined)
+        body["in_proj_weight"] = property(_joined, _set_on_replica)
     body |= {"_plain_class": cls, "_adapted_names": names, "__module__": cls.__module__}
     fast = fast_forward(cls)
     if fast is not None and names == ("weight",):
@@ -129,7 +139,13 @@ def _with_adapters(cls: type[nn.Module], name: str) -> property:
         formed = bank.effective(values_of(weight))
         return formed if formed is weight else _guarded(self, name, formed)
 
-    return property(read)
+    return property(read, _set_on_replica)
+
+
+def _set_on_replica(self: nn.Module, value: Any) -> None:
+    """``nn.DataParallel`` sets copies on its replicas and lists them in ``_former_parameters``, where they are read."""
+    if "_is_replica" not in self.__dict__:
+        raise AttributeError(f"a weight of {type(self).__name__} has adapters and can be set to an nn.Parameter only.")
 
 
 def _guarded(self: nn.Module, name: str, weight: Tensor) -> Tensor:
@@ -154,7 +170,9 @@ def _joined(self: nn.Module) -> Tensor:
     return _guarded(self, "in_proj_weight", torch.cat(parts))
 
 
-def _flat_weights(self: Any) -> list[Tensor]:
+def _flat_weights(self: Any) -> list[Tensor | None]:
+    if "_is_replica" in self.__dict__:  # of nn.DataParallel, which reads this while it still fills the replica
+        return [getattr(self, name, None) for name in self._flat_weights_names]
     return [getattr(self, name) for name in self._flat_weights_names]
 
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import cast
+from collections.abc import Iterator, Mapping
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import LowRankError
 from .kinds import Kind
+from .learning import let_learn_
 
 
 class Adapter(nn.Module):
@@ -24,9 +25,13 @@ class Adapter(nn.Module):
             not be touched.
         magnitude: the lengths of the weight's outputs.
         bias: added to the output.
+
+    What decides an output is in its state dict: ``scaling`` and ``gate``, which is 1 while the adapter is in use and 0
+    while it is not, are buffers.
     """
 
     scaling: Tensor
+    gate: Tensor
     a0: Tensor | None
     b0: Tensor | None
 
@@ -47,9 +52,44 @@ class Adapter(nn.Module):
         self.magnitude = None if magnitude is None else nn.Parameter(magnitude)
         self.bias = None if bias is None else nn.Parameter(bias)
         self.dropout = dropout
-        self.register_buffer("scaling", torch.tensor(scaling, dtype=torch.float32, device=a.device), persistent=False)
+        wide = torch.promote_types(a.dtype, torch.float32)
+        self.register_buffer("scaling", torch.tensor(scaling, dtype=wide, device=a.device))
+        self.register_buffer("gate", torch.ones((), dtype=wide, device=a.device))
         self.register_buffer("a0", None if start is None else start[0])
         self.register_buffer("b0", None if start is None else start[1])
+        self.withheld: Tensor | None = None  # the gate that comes back after lora_disabled
+
+    def use_(self, on: bool) -> None:
+        """Makes the adapter count or not. One that does not count does not learn: its gradients are ``None``."""
+        gate = self.gate if self.withheld is None else self.withheld
+        gate.detach().fill_(float(on))
+        let_learn_(self, on)
+
+    def withhold_(self) -> None:
+        """Makes it count for nothing until :meth:`restore_`."""
+        self.withheld = self.gate.clone()
+        self.gate.detach().zero_()
+
+    def restore_(self) -> None:
+        """Ends :meth:`withhold_`."""
+        if self.withheld is not None:
+            self.gate.detach().copy_(self.withheld)
+        self.withheld = None
+
+    @property
+    def in_use(self) -> bool:
+        """Whether it counts, or will once ``lora_disabled`` ends."""
+        return bool(self.gate if self.withheld is None else self.withheld)
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        if not any(key.startswith(prefix) for key in state_dict):
+            return  # a state dict of the base: the adapter stays as it is
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if not self.gate.is_meta:
+            let_learn_(self, bool(self.gate))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "withheld": None}
 
     def delta(self, kind: Kind, dtype: torch.dtype | None = None) -> Tensor:
         """``scaling (B A - B0 A0)`` in the layout of the weight, computed in that dtype."""
@@ -66,39 +106,47 @@ class Adapter(nn.Module):
 
 
 class Bank(nn.Module):
-    """The adapters of one weight, by name, and how much each one counts.
+    """The adapters of one weight, by name.
 
-    The gates are values in a tensor: switching, scaling and disabling change no code, and so nothing is recompiled.
+    Their gates are values in tensors: switching frozen adapters, scaling and disabling change no code, and so nothing
+    is recompiled.
 
     Args:
         kind: the layout of the weight.
     """
 
-    gates: Tensor
+    merged: Tensor | None
 
-    def __init__(self, kind: Kind, device: torch.device) -> None:
+    def __init__(self, kind: Kind) -> None:
         super().__init__()
         self.kind = kind
         self.adapters = nn.ModuleDict()
-        self.register_buffer("gates", torch.zeros(0, device=device), persistent=False)
         self.rows: Tensor | None = None  # [N, adapters]: a gate for each row of a batch
-        self.merged: Tensor | None = None  # the base weight, while the adapters are part of it
+        # the base weight, while the adapters are part of it; a buffer, so that it follows the model's device and dtype
+        self.register_buffer("merged", None, persistent=False)
 
     def add(self, name: str, adapter: Adapter) -> None:
         """One more; it counts at once."""
         self.adapters[name] = adapter
-        self.gates = torch.cat([self.gates, self.gates.new_ones(1)])
 
     def drop(self, name: str) -> None:
         """Removes one."""
-        index = self.names.index(name)
         del self.adapters[name]
-        self.gates = torch.cat([self.gates[:index], self.gates[index + 1 :]])
 
     @property
     def names(self) -> list[str]:
-        """In the order of the gates."""
+        """In the order in which they came."""
         return list(self.adapters)
+
+    @property
+    def gates(self) -> Tensor:
+        """How much each adapter counts, in the order of the names."""
+        return torch.stack([adapter.gate for adapter in self])
+
+    @property
+    def disabled(self) -> bool:
+        """Whether this is inside ``lora_disabled``."""
+        return any(adapter.withheld is not None for adapter in self)
 
     def named(self, name: str) -> list[Adapter]:
         """The adapter of that name, if there is one."""
@@ -107,26 +155,39 @@ class Bank(nn.Module):
     def __iter__(self) -> Iterator[Adapter]:
         return iter(cast("dict[str, Adapter]", self.adapters._modules).values())
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "rows": None}
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        if self.merged is not None:
+            raise LowRankError(
+                "state_dict: the adapters are merged, and a state dict would be loaded as if they were not. Call"
+                " unmerge_lora_(model) before saving, or merge_lora_(model, unload=True) to save the plain model."
+            )
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
     def effective(self, weight: Tensor) -> Tensor:
-        """The weight with every adapter in it."""
+        """The weight with every adapter in it, summed in the wider of the dtypes and rounded once."""
         if self.merged is not None:
             return weight
         if self.rows is not None:
             raise LowRankError(
                 "lora_rows: this weight is read as a whole (attention, recurrent, transposed or DoRA) and serves all"
-                " rows alike; adapt linear layers, convolutions and tables only."
+                " rows alike; adapt linear layers, convolutions and embeddings only."
             )
         result = weight
-        for adapter, gate in zip(self, self.gates, strict=True):
+        # autograd keeps the gates: copies, so that switching before the backward pass does not change them
+        for adapter in self:
             delta = adapter.delta(self.kind, torch.promote_types(adapter.A.dtype, weight.dtype))
-            result = result + (delta * gate.to(delta.dtype)).to(weight.dtype)
-        for adapter, gate in zip(self, self.gates, strict=True):
+            result = result + delta * adapter.gate.to(delta.dtype, copy=True)
+        for adapter in self:
             if adapter.magnitude is not None:
-                result = result + gate.to(result.dtype) * (self._renormalised(adapter, result) - result)
-        return result
+                gate = adapter.gate.to(result.dtype, copy=True)
+                result = result + gate * (self._renormalised(adapter, result) - result)
+        return result.to(weight.dtype)
 
     def _renormalised(self, adapter: Adapter, weight: Tensor) -> Tensor:
         """``m W / |W|``, the length taken as a constant (Liu et al., 2024, section 4.3)."""
         assert adapter.magnitude is not None
-        lengths = self.kind.lengths(weight.detach().float())
+        lengths = self.kind.lengths(weight.detach().to(torch.promote_types(weight.dtype, torch.float32)))
         return self.kind.scaled(weight, (adapter.magnitude / lengths).to(weight.dtype))

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from ..errors import LowRankError
 from ..linalg import exact_svd
 from .adapter import Adapter, Bank
-from .inject import banks, check_name, use_adapter
+from .inject import banks, check_name
 from .kinds import Kernel, Kind
 from .mixed_groups import MixedGroups
+from .switching import check_unmerged, use_adapter
 from .task_vectors import Seed, combined
 from .whole import attach_whole_, copies_of
 
@@ -82,6 +83,7 @@ def combine_lora_(
         >>> lr.combine_lora_(model, {"a": 0.5, "b": 0.5}, "both")[0].lora_weight.names
         ['a', 'b', 'both']
     """
+    check_unmerged(model, "combine_lora_")
     _check(model, weights, name, how, rank, density)
     method = _SHORT.get(how, how)
     if len(weights) == 1 and (rank is None or not method.endswith("svd")):

@@ -9,12 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..errors import LowRankError
 from ..layers import LowRankEmbedding, LowRankEmbeddingBag, LowRankLinear
 from ..layers.conv import FactoredConv, TransposedConv
 from ..moments import pad_input
 from .adapter import Bank
 from .dropout import shared_dropout
-from .kinds import Kernel, Matrix
+from .kinds import Kernel, Matrix, parameter_of
 
 Fast = Callable[..., Tensor]
 """``(class, module, bank, input)``, and for those ``WITH_MORE`` what else their forward takes."""
@@ -57,9 +58,10 @@ def _is_conv1d(cls: type[nn.Module]) -> bool:
 
 def _linear(cls: type[nn.Module], self: Any, bank: Bank, input: Tensor) -> Tensor:
     """``y = W x + b``, then ``y += B s (A x)`` in place: the delta costs no tensor of the output's size."""
+    _check_rows(bank, self, input.shape[0] if input.ndim > 1 else None)
     x = input if input.ndim == 2 else input.reshape(-1, input.shape[-1])
     dropped = _dropped(bank, input).reshape(x.shape)
-    plain = self._parameters.get("weight")
+    plain = parameter_of(self, "weight")
     if plain is None:
         out: Tensor = cls.forward(self, x)
     elif isinstance(bank.kind, Matrix) and bank.kind.transposed:  # transformers' Conv1D
@@ -70,11 +72,11 @@ def _linear(cls: type[nn.Module], self: Any, bank: Bank, input: Tensor) -> Tenso
         _add_rows(bank, bank.rows, out, dropped)
     else:
         a, b = _stacked(bank)
-        inner = F.linear(dropped, a)
-        strength = _strengths(bank, inner)
+        inner = F.linear(dropped, a.to(dropped.dtype))
+        strength = _strengths(bank)
         if bank.rows is not None:
             strength = strength.repeat_interleave(len(x) // len(strength), 0)
-        out.addmm_(inner * strength, b.mT.to(out.dtype))
+        out.addmm_((inner * strength).to(out.dtype), b.mT.to(out.dtype))
     return out if input.ndim == 2 else out.view(*input.shape[:-1], out.shape[-1])
 
 
@@ -86,15 +88,18 @@ def _alike(bank: Bank) -> bool:
 def _add_rows(bank: Bank, rows: Tensor, out: Tensor, x: Tensor) -> None:
     """Every row has at most one adapter and many tokens: its own factors are gathered, not all of them multiplied."""
     gate, index = rows.max(1)
-    a = torch.stack([adapter.A for adapter in bank])[index]
-    b = torch.stack([adapter.B for adapter in bank])[index]
+    a = torch.stack([adapter.A.to(x.dtype) for adapter in bank])[index]
+    b = torch.stack([adapter.B.to(out.dtype) for adapter in bank])[index]
     inner = torch.bmm(x.unflatten(0, (len(rows), -1)), a.mT)
-    strength = (gate * torch.stack([adapter.scaling for adapter in bank])[index]).to(inner.dtype)
-    out.unflatten(0, (len(rows), -1)).baddbmm_(inner * strength[:, None, None], b.mT.to(out.dtype))
+    strength = gate * torch.stack([adapter.scaling for adapter in bank])[index]
+    weighted = (inner * strength[:, None, None]).to(out.dtype)
+    out.unflatten(0, (len(rows), -1)).baddbmm_(weighted, b.mT)
 
 
 def _embedding(cls: type[nn.Module], self: Any, bank: Bank, input: Tensor) -> Tensor:
-    plain = self._parameters.get("weight")
+    """Thin rows, looked up as those of the base are, then ``B``."""
+    _check_rows(bank, self, input.shape[0] if input.ndim else None)
+    plain = parameter_of(self, "weight")
     if plain is None:
         out: Tensor = cls.forward(self, input)
     else:
@@ -102,22 +107,23 @@ def _embedding(cls: type[nn.Module], self: Any, bank: Bank, input: Tensor) -> Te
             input, plain, self.padding_idx, self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse
         )
     a, b = _stacked(bank)
-    inner = F.embedding(input, a.mT)
-    strength = _strengths(bank, inner)
+    inner = F.embedding(input, a.mT, self.padding_idx)
+    strength = _strengths(bank)
     if bank.rows is not None:
         strength = strength.view(len(strength), *[1] * (inner.ndim - 2), -1)
-    return out + (inner * strength) @ b.mT
+    return out + (inner * strength).to(out.dtype) @ b.mT.to(out.dtype)
 
 
 def _convolution(cls: type[nn.Module], self: Any, bank: Bank, input: Tensor) -> Tensor:
     """A thin convolution with the settings of the base, then a pointwise one."""
-    plain = self._parameters.get("weight")
+    _check_rows(bank, self, input.shape[0] if input.ndim == len(self.kernel_size) + 2 else None)
+    plain = parameter_of(self, "weight")
     conv = (F.conv1d, F.conv2d, F.conv3d)[len(self.kernel_size) - 1]
     out: Tensor = cls.forward(self, input) if plain is None else self._conv_forward(input, plain, self.bias)
     a, b = _stacked(bank)
     x = pad_input(self, _dropped(bank, input))
-    inner = conv(x, a, None, self.stride, 0, self.dilation, self.groups)
-    return out + conv(_weighted(self, bank, inner), b, groups=self.groups)
+    inner = conv(x, a.to(x.dtype), None, self.stride, 0, self.dilation, self.groups)
+    return out + conv(_weighted(self, bank, inner), b.to(inner.dtype), groups=self.groups)
 
 
 def _transposed(
@@ -125,14 +131,16 @@ def _transposed(
 ) -> Tensor:
     """A thin pointwise convolution, then a transposed one with the settings of the base, to the size of its output."""
     dims = len(self.kernel_size)
+    _check_rows(bank, self, input.shape[0] if input.ndim == dims + 2 else None)
     out: Tensor = cls.forward(self, input, output_size)
     a, b = _stacked(bank)
-    inner = (F.conv1d, F.conv2d, F.conv3d)[dims - 1](_dropped(bank, input), a, groups=self.groups)
+    x = _dropped(bank, input)
+    inner = (F.conv1d, F.conv2d, F.conv3d)[dims - 1](x, a.to(x.dtype), groups=self.groups)
     settings = zip(
         out.shape[-dims:], inner.shape[-dims:], self.kernel_size, self.stride, self.padding, self.dilation, strict=True
     )
     more = [n - ((m - 1) * s - 2 * p + d * (k - 1) + 1) for n, m, k, s, p, d in settings]
-    kernel = b.unflatten(0, (self.groups, -1)).transpose(1, 2).flatten(0, 1)
+    kernel = b.to(inner.dtype).unflatten(0, (self.groups, -1)).transpose(1, 2).flatten(0, 1)
     conv = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[dims - 1]
     inner = _weighted(self, bank, inner)
     return out + conv(inner, kernel, None, self.stride, self.padding, more, self.groups, self.dilation)
@@ -147,18 +155,19 @@ def _bag(
     per_sample_weights: Tensor | None = None,
 ) -> Tensor:
     """Sums and means pass through a projection: bags of thin rows, then ``B``."""
-    bag = self if "weight" in self._parameters else self.down
-    more: dict[str, Any] = {"per_sample_weights": per_sample_weights, "include_last_offset": bag.include_last_offset}
-    more["padding_idx"] = bag.padding_idx
-    plain = self._parameters.get("weight")
+    plain = parameter_of(self, "weight")
+    bag = self.down if plain is None else self
+    more: dict[str, Any] = {"include_last_offset": bag.include_last_offset, "padding_idx": bag.padding_idx}
     if plain is None:
         out: Tensor = cls.forward(self, input, offsets, per_sample_weights)
     else:
         norm = self.max_norm, self.norm_type, self.scale_grad_by_freq
-        out = F.embedding_bag(input, plain, offsets, *norm, self.mode, self.sparse, **more)
+        out = F.embedding_bag(input, plain, offsets, *norm, self.mode, self.sparse, per_sample_weights, **more)
+    _check_rows(bank, self, len(out))
     a, b = _stacked(bank)
-    inner = F.embedding_bag(input, a.mT, offsets, mode=bag.mode, **more)
-    return out + (inner * _strengths(bank, inner)) @ b.mT
+    weights = None if per_sample_weights is None else per_sample_weights.to(a.dtype)
+    inner = F.embedding_bag(input, a.mT, offsets, mode=bag.mode, per_sample_weights=weights, **more)
+    return out + (inner * _strengths(bank)).to(out.dtype) @ b.mT.to(out.dtype)
 
 
 WITH_MORE = (_transposed, _bag)
@@ -166,13 +175,13 @@ WITH_MORE = (_transposed, _bag)
 
 def _weighted(self: Any, bank: Bank, inner: Tensor) -> Tensor:
     """Every inner channel times how much it counts."""
-    strength = _strengths(bank, inner)
+    strength = _strengths(bank)
     if bank.rows is not None:
         strength = strength.view(len(strength), -1)
     if strength.numel() > 1:
         channels = strength.repeat(*[1] * (strength.ndim - 1), self.groups)
         strength = channels.view(*channels.shape, *[1] * len(self.kernel_size))
-    return inner * strength
+    return (inner * strength).to(inner.dtype)
 
 
 def _stacked(bank: Bank) -> tuple[Tensor, Tensor]:
@@ -192,16 +201,17 @@ def _stacked(bank: Bank) -> tuple[Tensor, Tensor]:
     return joint, torch.cat(beside, 1)
 
 
-def _strengths(bank: Bank, like: Tensor) -> Tensor:
+def _strengths(bank: Bank) -> Tensor:
     """How much each inner index counts, ``[sum of ranks]`` (with a gate a row: ``[N, sum of ranks]``).
 
-    One number, ``[1]``, where there is one adapter.
+    One number, ``[1]``, where there is one adapter. They are as wide as the adapters: in half precision a scaling of
+    4 / 3 would be wrong by the same part for all entries.
     """
     if bank.rows is None and len(bank.adapters) == 1:
         (only,) = bank
-        return (bank.gates * only.scaling).to(like.dtype)
+        return (only.gate * only.scaling).view(1)
     gates = bank.gates if bank.rows is None else bank.rows
-    counts = (gates * torch.stack([adapter.scaling for adapter in bank])).to(like.dtype)
+    counts = gates * torch.stack([adapter.scaling for adapter in bank])
     ranks = [adapter.B.shape[1] * (1 if adapter.a0 is None else 2) for adapter in bank]
     if len(set(ranks)) == 1:
         return counts.repeat_interleave(ranks[0], -1)
@@ -211,3 +221,14 @@ def _strengths(bank: Bank, like: Tensor) -> Tensor:
 def _dropped(bank: Bank, x: Tensor) -> Tensor:
     chance = max(adapter.dropout for adapter in bank)
     return shared_dropout(x, chance, bank) if chance and bank.training else x
+
+
+def _check_rows(bank: Bank, module: nn.Module, found: int | None) -> None:
+    """Refuses another number of names than the batch has samples."""
+    if bank.rows is not None and len(bank.rows) != found:
+        kind = getattr(module, "_plain_class", type(module)).__name__
+        what = "an input without a batch dimension" if found is None else f"{found} samples in a batch"
+        raise LowRankError(
+            f"lora_rows: got {len(bank.rows)} names, but a layer ({kind}) got {what}; give one name per sample of the"
+            " first dimension, and adapt only layers whose inputs have the batch there."
+        )

@@ -1,10 +1,9 @@
-"""Putting adapters on a model, choosing between them, and taking them off."""
+"""Putting adapters on a model."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +15,7 @@ from ..moments import Statistics
 from ..rank import Rank, check_rank
 from ..unfuse import mind_fast_paths_
 from ..walk import check_model
-from .adapted import BANK, Adapted, adapted_class, bank_of, banks_of, base_weight, values_of
+from .adapted import BANK, adapted_class, bank_of, banks_of, base_weight, values_of
 from .adapter import Adapter, Bank
 from .checks import check_place
 from .fast import fast_forward
@@ -26,7 +25,7 @@ from .lookup import Source, tensor_for
 from .ranks import explained_ranks, moment_of, note_lowered, of_pattern, rank_for
 from .target import Place, Target, targets
 from .tokens import Tokens, find_tokens
-from .whole import TrainedWhole, attach_whole_, check_choice, copies_of, drop_whole_, find_whole
+from .whole import attach_whole_, copies_of, drop_whole_, find_whole
 
 DEFAULT = "default"
 _LEARNED = "_learned_before_lora"
@@ -176,47 +175,12 @@ def attach_(module: nn.Module, parameter: str, name: str, adapter: Adapter, kind
     """Puts one adapter on one parameter, making the module adapted where it is not yet."""
     bank = bank_of(module, parameter)
     if bank is None:
-        bank = Bank(kind, adapter.A.device)
+        bank = Bank(kind)
         names = (*getattr(module, "_adapted_names", ()), parameter)
         plain = getattr(module, "_plain_class", type(module))
         module.add_module(BANK.format(parameter), bank.train(module.training))
         module.__class__ = adapted_class(plain, names)
-        if len(names) == 1:
-            module._lora_hook = module.register_load_state_dict_post_hook(_without_adapters)
     bank.add(name, adapter.train(module.training))
-
-
-def remove_lora_(model: nn.Module, name: str | None = None) -> nn.Module:
-    """Takes adapters off, in place, without a trace: classes, keys and ``requires_grad`` are as before the first one.
-
-    Args:
-        model: an adapted model.
-        name: of the adapter; ``None`` takes all of them off. Merged ones are unmerged first.
-
-    Examples:
-        >>> model = lr.add_lora_(nn.Sequential(nn.Linear(8, 8)), rank=2)
-        >>> type(lr.remove_lora_(model)[0]), list(model.state_dict())
-        (<class 'torch.nn.modules.linear.Linear'>, ['0.weight', '0.bias'])
-    """
-    if name is not None:
-        check_name(model, name)
-    for module in [module for module in model.modules() if isinstance(module, Adapted)]:
-        assert isinstance(module, nn.Module)
-        for parameter, bank in banks_of(module).items():
-            if bank.merged is not None:
-                raise LowRankError("remove_lora_: the adapters are merged; call unmerge_lora_ first.")
-            for each in [n for n in bank.names if name in (None, n)]:
-                bank.drop(each)
-            if not bank.names:
-                detach_(module, parameter)
-    drop_whole_(model, name)
-    if not any(isinstance(module, (Adapted, TrainedWhole)) for module in model.modules()):
-        learned = model.__dict__.pop(_LEARNED, {})
-        for own, weight in model.named_parameters():
-            if own in learned:
-                weight.requires_grad_(learned[own])
-    mind_fast_paths_(model)
-    return model
 
 
 def detach_(module: nn.Module, parameter: str) -> None:
@@ -226,108 +190,23 @@ def detach_(module: nn.Module, parameter: str) -> None:
     plain = adapted._plain_class
     names = tuple(n for n in adapted._adapted_names if n != parameter)
     module.__class__ = adapted_class(plain, names) if names else plain
-    if not names:
-        module.__dict__.pop("_lora_hook").remove()
 
 
-def use_adapter(model: nn.Module, name: str | Iterable[str] | None) -> nn.Module:
-    """Chooses which adapters count, all of them by name; ``None`` is none. Values change, no code does.
-
-    Raises:
-        LowRankError: for an unknown name.
-    """
-    wanted = [] if name is None else [name] if isinstance(name, str) else list(name)
-    for each in wanted:
-        check_name(model, each)
-    check_choice(model, wanted)
-    for copies in copies_of(model).values():
-        copies.choose(wanted)
-    for bank in banks(model):
-        bank.rows = None
-        with torch.no_grad():
-            bank.gates.copy_(torch.tensor([float(own in wanted) for own in bank.names]))
-    return model
-
-
-@contextmanager
-def lora_disabled(model: nn.Module) -> Iterator[nn.Module]:
-    """Inside, the model is exactly its base.
-
-    Examples:
-        >>> model = nn.Sequential(nn.Linear(8, 8))
-        >>> x = torch.randn(2, 8)
-        >>> base = model(x)
-        >>> with lr.lora_disabled(lr.add_lora_(model, rank=2, init="pissa")):
-        ...     torch.equal(model(x), base)
-        True
-    """
-    kept = [(bank, bank.gates.clone(), bank.rows) for bank in banks(model)]
-    copies = [(each, each.active, each.rows) for each in copies_of(model).values()]
-    use_adapter(model, None)
-    try:
-        yield model
-    finally:
-        for each, active, names in copies:
-            each.active, each.rows = active, names
-        for bank, gates, rows in kept:
-            bank.gates.copy_(gates)
-            bank.rows = rows
-
-
-@contextmanager
-def lora_rows(model: nn.Module, names: list[str | None]) -> Iterator[nn.Module]:
-    """Inside, every row of a batch has the adapter of that name (``None``: the base); trainable.
-
-    Linear layers, convolutions and tables; a weight that is read as a whole (attention, recurrent, DoRA) refuses.
-
-    Args:
-        model: an adapted model.
-        names: one for each row of the first dimension.
-    """
-    for each in {n for n in names if n is not None}:
-        check_name(model, each)
-    found = banks(model)
-    try:
-        for bank in found:
-            own = bank.names
-            rows = torch.tensor([[float(n == each) for each in own] for n in names], device=bank.gates.device)
-            bank.rows = rows
-        for copies in copies_of(model).values():
-            copies.rows = list(names)
-        yield model
-    finally:
-        for copies in copies_of(model).values():
-            copies.rows = None
-        for bank in found:
-            bank.rows = None
-
-
-def lora_parameters(
-    model: nn.Module, name: str | None = None, *, lr: float | None = None, ratio: float = 16.0
-) -> list[Any]:
-    """What to train: the parameters of one adapter or of all; with ``lr``, as optimizer groups in which ``B`` learns
-    ``ratio`` times as fast as ``A`` (LoRA+; Hayou et al., 2024).
-
-    Examples:
-        >>> model = lr.add_lora_(nn.Sequential(nn.Linear(8, 8)), rank=2)
-        >>> groups = lr.lora_parameters(model, lr=1e-4)
-        >>> [group["lr"] for group in groups]
-        [0.0001, 0.0016]
-    """
-    if name is not None:
-        check_name(model, name)
-    adapters = [a for bank in banks(model) for own, a in bank.adapters.items() if name in (None, own)]
-    whole = [own for copies in copies_of(model).values() for key, own in copies.items() if name in (None, key)]
-    slow: list[nn.Parameter] = [p for own in whole for p in own.parameters() if p.requires_grad]
-    fast: list[nn.Parameter] = []
-    for adapter in adapters:
-        for key, parameter in adapter.named_parameters():
-            if parameter.requires_grad:
-                (fast if key == "B" else slow).append(parameter)
-    slow = list(dict.fromkeys(slow))  # tied layers share their rows
-    if lr is None:
-        return slow + fast
-    return [{"params": slow, "lr": lr}, {"params": fast, "lr": lr * ratio}]
+def strip_(model: nn.Module, name: str | None = None) -> None:
+    """Takes one adapter off, or all of them; after the last one everything learns that learned before the first."""
+    for module in list(model.modules()):
+        for parameter, bank in banks_of(module).items():
+            for each in [own for own in bank.names if name in (None, own)]:
+                bank.drop(each)
+            if not bank.names:
+                detach_(module, parameter)
+    drop_whole_(model, name)
+    if not banks(model) and not copies_of(model):
+        learned = model.__dict__.pop(_LEARNED, {})
+        for own, weight in model.named_parameters():
+            if own in learned:
+                weight.requires_grad_(learned[own])
+    mind_fast_paths_(model)
 
 
 def banks(model: nn.Module) -> list[Bank]:
@@ -351,8 +230,3 @@ def freeze_(model: nn.Module) -> None:
         if id(parameter) not in own:
             learned.setdefault(name, parameter.requires_grad)
             parameter.requires_grad_(False)
-
-
-def _without_adapters(module: nn.Module, incompatible: Any) -> None:
-    """A state dict of the base fits: adapters that it does not mention stay as they are."""
-    incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if ".lora_" not in f".{key}"]

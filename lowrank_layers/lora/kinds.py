@@ -168,10 +168,19 @@ SLICES = ("q_proj", "k_proj", "v_proj")
 
 def stored(module: nn.Module, name: str) -> Tensor | None:
     """The parameter of that name, or the part of a fused one; ``None`` for a product of factors."""
-    fused = module._parameters.get("in_proj_weight")
+    fused = parameter_of(module, "in_proj_weight")
     if name in SLICES and fused is not None:
         return fused.chunk(3)[SLICES.index(name)]
-    return module._parameters.get(name)
+    return parameter_of(module, name)
+
+
+def parameter_of(module: nn.Module, name: str) -> Tensor | None:
+    """The parameter of that name; in a replica of ``nn.DataParallel``, which has no parameters, the copy of it."""
+    own = module._parameters.get(name)
+    if own is None:
+        copies: dict[str, Tensor] = module.__dict__.get("_former_parameters", {})
+        return copies.get(name)
+    return own
 
 
 def kind_of(module: nn.Module, name: str) -> Kind:

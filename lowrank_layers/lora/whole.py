@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, cast
 
 import torch
@@ -13,23 +13,50 @@ from ..errors import LowRankError
 from ..walk import own_layers
 from .adapted import refuse_scripting
 from .adapter import Bank
+from .learning import let_learn_
 
+_ACTIVE = "active"
 WHOLE_COPIES = "lora_whole"
 """The child that holds the copies of a module: ``head.lora_whole.default.weight``."""
 
 
 class Copies(nn.ModuleDict):
-    """The copies of one module by the names of adapters, and which of them is in use (``None``: the module itself)."""
+    """The copies of one module by the names of adapters, and which of them is in use (``None``: the module itself).
+
+    The state dict holds the choice too: a one for the copy in use, zeros for the others, in the order of their names.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.active: str | None = None
         self.rows: list[str | None] | None = None  # a name for each row of a batch
+        self.disabled = False
+        self.untouched: list[str] = []  # prefixes of the copies that the state dict loaded last does not mention
 
     def choose(self, names: Iterable[str]) -> None:
-        """Uses the copy of one of these adapters."""
-        self.rows = None
+        """Uses the copy of one of these adapters; only that one learns."""
         self.active = next((name for name in names if name in self), None)
+        for name, own in self.items():
+            let_learn_(own, name == self.active)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "rows": None, "disabled": False, "active": None if self.disabled else self.active}
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        active = None if self.disabled else self.active
+        destination[prefix + _ACTIVE] = torch.tensor([float(name == active) for name in sorted(self)])
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        others = {key: value for key, value in state_dict.items() if key != prefix + _ACTIVE}
+        super()._load_from_state_dict(others, prefix, *args)
+        mentioned = sorted({key.removeprefix(prefix).split(".")[0] for key in others if key.startswith(prefix)})
+        self.untouched = [f"{prefix}{name}." for name in self if name not in mentioned]
+        flags = state_dict.get(prefix + _ACTIVE)
+        if flags is None and mentioned:
+            args[2].append(prefix + _ACTIVE)  # the missing keys
+        elif flags is not None:
+            self.choose([name for name, flag in zip(mentioned, flags.tolist(), strict=False) if flag])
 
 
 class TrainedWhole:
@@ -64,6 +91,8 @@ def _whole_class(cls: type[nn.Module]) -> type[nn.Module]:
 def _forward_of(cls: type[nn.Module]) -> Callable[..., Any]:
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         copies = cast(Copies, self._modules[WHOLE_COPIES])
+        if copies.disabled:
+            return cls.forward(self, *args, **kwargs)
         if copies.rows is not None:
             return _by_rows(cls, self, copies, copies.rows, *args, **kwargs)
         if copies.active is None:
@@ -193,7 +222,7 @@ def attach_whole_(module: nn.Module, name: str, own: nn.Module | None = None) ->
         module.__class__ = _whole_class(type(module))
         module._lora_whole_hook = module.register_load_state_dict_post_hook(_without_copies)
     copies[name] = own.train(module.training)
-    copies.active = name
+    copies.choose([name])
     return own
 
 
@@ -246,4 +275,5 @@ def _detach(module: nn.Module) -> None:
 
 def _without_copies(module: nn.Module, incompatible: Any) -> None:
     """A state dict of the base fits: copies that it does not mention stay as they are."""
-    incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if ".lora_" not in f".{key}"]
+    untouched = tuple(cast(Copies, module._modules[WHOLE_COPIES]).untouched)
+    incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if not key.startswith(untouched)]

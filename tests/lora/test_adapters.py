@@ -84,7 +84,8 @@ def test_a_fresh_adapter_changes_nothing_and_keeps_the_keys(name):
     assert all(
         isinstance(model.get_submodule(n), k) for (n, _), k in zip(make(name)[0].named_modules(), kinds, strict=True)
     )
-    assert {n for n, p in model.named_parameters() if p.requires_grad} == set(model.state_dict()) - set(state)
+    new = {key for key in set(model.state_dict()) - set(state) if not key.endswith((".scaling", ".gate"))}
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == new
 
 
 @models
@@ -161,7 +162,7 @@ def test_ten_rounds_of_merging_change_no_bit(name, dtype):
     state = {key: value.clone() for key, value in model.state_dict().items()}
     for _ in range(10):
         lr.merge_lora_(model)
-        assert any(not torch.equal(state[key], value) for key, value in model.state_dict().items())
+        assert any(not torch.equal(state[key], value) for key, value in model.named_parameters())
         lr.unmerge_lora_(model)
     assert all(torch.equal(state[key], value) for key, value in model.state_dict().items())
 
@@ -186,12 +187,13 @@ def test_several_adapters_switch_add_up_and_mix_in_a_batch_without_recompiling()
         outs[name] = lr.use_adapter(model, name)(x)
     assert torch.equal(outs[None], base)
     names = ["a", "b", None, "a"]
-    with lr.lora_rows(model, names):
+    with lr.lora_rows(lr.use_adapter(model, ["a", "b"]), names):
         mixed = model(x)
         mixed.sum().backward()
     assert torch.allclose(mixed, torch.stack([outs[n][k] for k, n in enumerate(names)]), atol=1e-5)
     assert all(p.grad is not None for p in lr.lora_parameters(model))
     torch._dynamo.reset()
+    model.requires_grad_(False)  # as for serving; what learns is part of what is compiled
     compiled = torch.compile(lr.use_adapter(model, "a"), fullgraph=True, backend="aot_eager")
     assert torch.allclose(compiled(x), outs["a"], atol=1e-5)
     with torch.compiler.set_stance("fail_on_recompile"):
