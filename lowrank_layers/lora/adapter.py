@@ -13,6 +13,16 @@ from .kinds import Kind
 from .learning import let_learn_
 
 
+def adapter_dtype(weight: Tensor, dtype: torch.dtype | None = None) -> torch.dtype:
+    """The dtype of the adapters of a weight: fp32, or the weight's where that is wider, unless another is asked for.
+
+    In half precision most steps of an optimizer are smaller than half a unit in the last place and would vanish.
+    """
+    if dtype is not None:
+        return dtype
+    return torch.float64 if weight.dtype == torch.float64 else torch.float32
+
+
 class Adapter(nn.Module):
     """``scaling (B A - B0 A0)`` for one weight; with a magnitude, the weight's outputs are renormalised (DoRA).
 

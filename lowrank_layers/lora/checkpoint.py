@@ -14,7 +14,7 @@ from ..layers import is_derived, is_factored
 from ..unfuse import mind_fast_paths_
 from ..walk import check_model, module_aliases
 from .adapted import bank_of
-from .adapter import Adapter
+from .adapter import Adapter, adapter_dtype
 from .diffusers import FILE as DIFFUSERS_FILE
 from .diffusers import find_diffusion, is_diffusion_file
 from .fast import fast_forward
@@ -269,7 +269,7 @@ def _trouble(model: nn.Module, read: Read, name: str) -> str | None:
 def _adapter(read: Read) -> Adapter:
     like = read.slot.weight
     a, b, magnitude, bias = (
-        None if t is None else t.to(like.device, like.dtype).clone().contiguous()
+        None if t is None else t.to(like.device, adapter_dtype(like)).clone().contiguous()
         for t in (read.a, read.b, read.magnitude, read.bias)
     )
     assert a is not None

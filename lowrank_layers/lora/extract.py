@@ -12,7 +12,7 @@ from ..errors import LowRankError
 from ..rank import Energy, Rank, Spectrum, choose_rank
 from ..unfuse import mind_fast_paths_
 from ..walk import check_model
-from .adapter import Adapter
+from .adapter import Adapter, adapter_dtype
 from .checks import check_place
 from .inject import attach_, freeze_
 from .kinds import Kind, Matrix, kind_of
@@ -176,4 +176,5 @@ def _extract(weight: Tensor, change: Tensor, kind: Kind, rule: Rank, key: str) -
     a, b = kind.pair(weight, a, b)
     kept = float(values[:rank].square().sum() / values.square().sum())
     size = float(torch.linalg.vector_norm(change) / torch.linalg.vector_norm(weight.double()).clamp_min(1e-300))
-    return Extracted(a.contiguous().to(weight), b.contiguous().to(weight), rank, kept, size)
+    a, b = (side.contiguous().to(weight.device, adapter_dtype(weight)) for side in (a, b))
+    return Extracted(a, b, rank, kept, size)

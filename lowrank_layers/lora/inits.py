@@ -26,7 +26,8 @@ _GIVE_REFERENCE = "reference= the model, or state dict, before quantising"
 @dataclass(frozen=True)
 class Start:
     """What an init may look at: the frozen weight, its layout, the rank, the scaling, a generator, ``E[x x^T]``, the
-    weight's gradient, and the weight before it was quantised.
+    weight's gradient, the weight before it was quantised, the dtype of the adapter, and whether rows of the weight are
+    looked up: then ``A`` is zero in place of ``B``, so that rows which never occur stay as they are.
     """
 
     weight: Tensor
@@ -37,6 +38,16 @@ class Start:
     moment: Tensor | None = None
     gradient: Tensor | None = None
     reference: Tensor | None = None
+    dtype: torch.dtype = torch.float32
+    lookup: bool = False
+
+    def zeros(self, shape: tuple[int, ...]) -> Tensor:
+        """A factor that starts at zero."""
+        return torch.zeros(shape, dtype=self.dtype, device=self.weight.device)
+
+    def placed(self, values: Tensor) -> Tensor:
+        """A factor with these values, on the device of the weight and in the dtype of the adapter."""
+        return values.to(self.weight.device, self.dtype)
 
 
 class Started(NamedTuple):
@@ -54,25 +65,32 @@ class Started(NamedTuple):
 
 
 def _kaiming(start: Start) -> Started:
-    """``A`` as a fresh linear layer, ``B`` zero."""
+    """``A`` as a fresh linear layer, ``B`` zero; for an embedding ``A`` zero, ``B`` as a fresh embedding."""
     a, b = start.kind.shapes(start.weight, start.rank)
+    if start.lookup:
+        return Started(start.zeros(a), start.placed(torch.randn(b, generator=start.generator, dtype=torch.float32)))
     bound = 1 / math.sqrt(start.kind.matrix(start.weight).shape[-1])
-    return Started(_uniform(start, a, bound), start.weight.new_zeros(b))
+    values = torch.rand(a, generator=start.generator, dtype=torch.float32) * 2 - 1
+    return Started(start.placed(values * bound), start.zeros(b))
 
 
 def _gaussian(start: Start) -> Started:
-    """``A`` normal with deviation ``1 / rank``, ``B`` zero."""
+    """``A`` normal with deviation ``1 / rank``, ``B`` zero; an embedding as in ``"kaiming"``."""
+    if start.lookup:
+        return _kaiming(start)
     a, b = start.kind.shapes(start.weight, start.rank)
     values = torch.randn(a, generator=start.generator, dtype=torch.float32) / start.rank
-    return Started(values.to(start.weight), start.weight.new_zeros(b))
+    return Started(start.placed(values), start.zeros(b))
 
 
 def _orthogonal(start: Start) -> Started:
-    """``A`` with orthonormal rows in every group, ``B`` zero."""
+    """``A`` with orthonormal rows in every group, ``B`` zero; of an embedding ``B`` with orthonormal columns."""
     a, b = start.kind.shapes(start.weight, start.rank)
+    if start.lookup:
+        return Started(start.zeros(a), start.placed(torch.linalg.qr(torch.randn(b, generator=start.generator)).Q))
     width = start.kind.matrix(start.weight).shape[-1]
     normal = torch.randn(math.prod(a) // (width * start.rank), width, start.rank, generator=start.generator)
-    return Started(torch.linalg.qr(normal).Q.mT.reshape(a).to(start.weight), start.weight.new_zeros(b))
+    return Started(start.placed(torch.linalg.qr(normal).Q.mT.reshape(a)).contiguous(), start.zeros(b))
 
 
 def _pissa(start: Start) -> Started:
@@ -93,7 +111,7 @@ def _eva(start: Start) -> Started:
     moment = _moment(start, "eva")
     rows = leading_eigenvectors(moment, start.rank).mT
     a, b = start.kind.shapes(start.weight, start.rank)
-    return Started(rows.reshape(a).to(start.weight).contiguous(), start.weight.new_zeros(b))
+    return Started(start.placed(rows.reshape(a)).contiguous(), start.zeros(b))
 
 
 def _corda(start: Start) -> Started:
@@ -203,7 +221,7 @@ def _taken_off(start: Start, down: Tensor, up: Tensor) -> Started:
 
 def _pair(start: Start, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     a, b = start.kind.pair(start.weight, down, up)
-    return a.to(start.weight).contiguous(), b.to(start.weight).contiguous()
+    return start.placed(a).contiguous(), start.placed(b).contiguous()
 
 
 def _plain_matrix(start: Start, who: str) -> Tensor:
@@ -216,11 +234,6 @@ def _plain_matrix(start: Start, who: str) -> Tensor:
             f" {tuple(start.weight.shape)}; use 'kaiming'."
         )
     return matrix
-
-
-def _uniform(start: Start, shape: tuple[int, ...], bound: float) -> Tensor:
-    values = torch.rand(shape, generator=start.generator, dtype=torch.float32) * 2 - 1
-    return (values * bound).to(start.weight)
 
 
 INITS: dict[str, Callable[[Start], Started]] = {

@@ -16,11 +16,11 @@ from ..rank import Rank, check_rank
 from ..unfuse import mind_fast_paths_
 from ..walk import check_model
 from .adapted import BANK, adapted_class, bank_of, banks_of, base_weight, values_of
-from .adapter import Adapter, Bank
+from .adapter import Adapter, Bank, adapter_dtype
 from .checks import check_place
 from .fast import fast_forward
 from .inits import INITS, Init, Start
-from .kinds import Kind
+from .kinds import Kind, is_lookup
 from .lookup import Source, tensor_for
 from .ranks import explained_ranks, moment_of, note_lowered, of_pattern, rank_for
 from .target import Place, Target, targets
@@ -49,6 +49,7 @@ def add_lora_(
     dora: bool = False,
     freeze_a: bool = False,
     bias: bool = False,
+    dtype: torch.dtype | None = None,
     stats: Statistics | None = None,
     gradients: Mapping[str, Tensor] | None = None,
     reference: Source | None = None,
@@ -72,9 +73,9 @@ def add_lora_(
         alpha: the product is scaled by ``alpha / rank``; ``None`` is ``rank``, a scale of one.
         name: of the adapter; several coexist.
         dropout: on the input of ``A``, in training. Where a weight is read instead of called it cannot be applied.
-        init: ``"kaiming"`` (the usual one: ``B`` is zero), ``"gaussian"``, ``"orthogonal"``, ``"pissa"``, ``"olora"``,
-            ``"eva"`` and ``"corda"``, which look at the inputs and need ``stats``, ``"lora-ga"``, which looks at the
-            ``gradients``, and ``"loftq"``, which restores what quantising took from ``reference``. PiSSA, OLoRA, CorDA
+        init: ``"kaiming"`` (the usual one: ``B`` is zero; of an embedding ``A``, so that only rows that occur learn),
+            ``"gaussian"``, ``"orthogonal"``, ``"pissa"``, ``"olora"``, ``"eva"`` and ``"corda"``, which look at the
+            inputs and need ``stats``, ``"lora-ga"``, which looks at the ``gradients``, and ``"loftq"``, which restores what quantising took from ``reference``. PiSSA, OLoRA, CorDA
             and LoRA-GA start from a product that is not zero, which is taken off again: the base is never touched.
         exclude: what to leave out of the target, in the same ways.
         modules_to_save: names, or ends of names, of modules that this adapter trains whole, such as a new classifier:
@@ -87,8 +88,11 @@ def add_lora_(
         alpha_pattern: likewise alpha.
         rslora: scales by ``alpha / sqrt(rank)`` (Kalajdzievski, 2023).
         dora: trains the lengths of the outputs too (Liu et al., 2024).
-        freeze_a: trains ``B`` only (LoRA-FA; Zhang et al., 2023).
+        freeze_a: trains ``B`` only (LoRA-FA; Zhang et al., 2023); of an embedding, whose ``A`` starts at zero, only
+            ``A``.
         bias: adds a trained bias to the output of linear layers.
+        dtype: of the adapters; ``None`` is fp32, also on a base in half precision, where the outputs stay in the dtype
+            of the base. (``fully_shard`` wants one dtype for all parameters that it shards together.)
         stats: what :func:`calibrate` returned for this model. With ``"eva"`` the ranks are redistributed: the
             directions that explain most of their layer's inputs share ``rank`` times the number of layers.
         gradients: for ``"lora-ga"``, what :func:`weight_gradients` returned for this model: by the weights' names.
@@ -122,6 +126,8 @@ def add_lora_(
     if init not in INITS:
         raise LowRankError(f"add_lora_: got init {init!r}, expected one of {list(INITS)}.")
     check_rank(rank, "add_lora_")
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise LowRankError(f"add_lora_: got dtype {dtype!r}, expected a floating point dtype such as torch.float32.")
     whole = find_whole(model, modules_to_save or (), name)
     places = [] if target == [] and trainable_tokens else targets(model, target, exclude, whole)
     rows = find_tokens(model, trainable_tokens, name, {owner for owner, _ in places} | set(whole))
@@ -137,7 +143,8 @@ def add_lora_(
         module = model.get_submodule(place[0])
         weight = values_of(base_weight(module, place[1])).detach()
         sources = moment_of(stats, place), tensor_for(gradients, place), tensor_for(reference, place)
-        seen = Start(weight, kind, 1, 1.0, generator, *sources)
+        own_dtype = adapter_dtype(weight, dtype)
+        seen = Start(weight, kind, 1, 1.0, generator, *sources, dtype=own_dtype, lookup=is_lookup(module))
         asked = of_pattern(rank_pattern, place, shared.get(place, rank))
         own_rank = rank_for(asked, init, seen, ".".join(filter(None, place)), lowered)
         own_alpha = of_pattern(alpha_pattern, place, float(own_rank) if alpha is None else alpha)
@@ -149,10 +156,11 @@ def add_lora_(
             scaling=scaling,
             dropout=dropout,
             start=start.taken_off,
-            magnitude=kind.lengths(start.whole(weight, kind, scaling)).to(weight.dtype) if dora else None,
-            bias=weight.new_zeros(kind.matrix(weight).shape[-2]) if bias and isinstance(module, nn.Linear) else None,
+            magnitude=kind.lengths(start.whole(weight, kind, scaling)).to(own_dtype) if dora else None,
+            bias=start.a.new_zeros(kind.matrix(weight).shape[-2]) if bias and isinstance(module, nn.Linear) else None,
         )
-        adapter.A.requires_grad_(not freeze_a)
+        if freeze_a:
+            (adapter.A if bool(adapter.A.any()) else adapter.B).requires_grad_(False)
         if (dropout or bias) and fast_forward(getattr(module, "_plain_class", type(module))) is None:
             raise LowRankError(
                 f"add_lora_: {'.'.join(place)!r} is read by its owner as a whole: no input to drop out from and no"

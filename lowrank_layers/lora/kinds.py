@@ -196,14 +196,18 @@ def kind_of(module: nn.Module, name: str) -> Kind:
         return Kernel(groups, module.transposed)
     if name == "weight" and isinstance(module, FactoredModule) and weight.ndim > 2:
         return Kernel(groups, bool(getattr(module, "transposed", False)))
-    table = is_table(module) or ("Embedding" in type(module).__name__ and isinstance(module, FactoredModule))
-    if name == "weight" and (table or is_conv1d(module)):
+    if name == "weight" and (is_lookup(module) or is_conv1d(module)):
         return Matrix(transposed=True)
     if weight.ndim in (2, 3):
         return Matrix()
     raise UnsupportedLayerError(
         f"add_lora_: {type(module).__name__}.{name} has shape {tuple(weight.shape)}, expected a matrix or a kernel."
     )
+
+
+def is_lookup(module: nn.Module) -> bool:
+    """Whether rows of its weight are looked up: an embedding or a bag, dense or factored."""
+    return is_table(module) or ("Embedding" in type(module).__name__ and isinstance(module, FactoredModule))
 
 
 def is_conv1d(module: nn.Module) -> bool:

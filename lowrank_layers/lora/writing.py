@@ -229,7 +229,7 @@ def _nothing(module: nn.Module, parameter: str, beside: Adapter) -> Adapter:
     weight = module._parameters[parameter]
     assert weight is not None
     a, b = kind.shapes(weight, 1)
-    return Adapter(weight.new_zeros(a), weight.new_zeros(b), scaling=float(beside.scaling))
+    return Adapter(beside.A.new_zeros(a), beside.A.new_zeros(b), scaling=float(beside.scaling))
 
 
 def _learned_whole(

@@ -72,6 +72,8 @@ def scramble(model):
     for module in model.modules():
         if isinstance(module, Adapter):
             module.B.normal_()
+            if not module.A.any():  # of an embedding
+                module.A.normal_()
 
 
 @models

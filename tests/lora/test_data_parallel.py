@@ -1,0 +1,77 @@
+"""Replicas of ``nn.DataParallel``: torch's own code, only the copy to other devices replaced by one on the CPU."""
+
+import copy
+import importlib
+
+import pytest
+import torch
+from torch import nn
+
+import lowrank_layers as lr
+
+from .test_adapters import FACTORED, MODELS, adapted, run
+
+replicate = importlib.import_module("torch.nn.parallel.replicate")
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu(monkeypatch):
+    def copies(tensors, devices, detach=False):
+        return [[t.detach().clone() if detach else t.clone() for t in tensors] for _ in devices]
+
+    monkeypatch.setattr(replicate, "_broadcast_coalesced_reshape", copies)
+    monkeypatch.setattr(torch._utils, "_get_all_device_indices", lambda: [0, 1])
+    monkeypatch.setattr(replicate, "_get_device_index", lambda device, *_: device)
+
+
+@pytest.mark.parametrize(
+    ("name", "dora"), [(name, dora) for name in MODELS for dora in (False, True) if not (dora and name in FACTORED)]
+)
+def test_replicas_compute_and_learn_what_the_model_does(name, dora):
+    model, x, base = adapted(name, dora=dora)
+    out = run(model, x)
+    out.square().sum().backward()
+    expected = [p.grad.clone() for p in lr.lora_parameters(model)]
+    model.zero_grad()
+    first, second = replicate.replicate(model, [0, 1])
+    assert torch.equal(run(first, x), out)
+    run(second, x).square().sum().backward()
+    for parameter, gradient in zip(lr.lora_parameters(model), expected, strict=True):
+        assert torch.allclose(parameter.grad, gradient, atol=1e-5)
+    with torch.no_grad():
+        assert torch.allclose(run(second, x), out, atol=1e-5)  # torch's fast paths
+    with lr.lora_disabled(model):
+        (replica,) = replicate.replicate(model, [0])
+        assert torch.equal(run(replica, x), base)
+    assert torch.equal(run(model, x), out)
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_replicas_of_a_part_of_a_fused_attention(merged):
+    model, x = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, dropout=0.0), torch.randn(2, 5, 16)
+    lr.add_lora_(model, ["q_proj", "v_proj", "out_proj"], rank=2, init="olora")
+    with torch.no_grad():
+        for parameter in lr.lora_parameters(model):
+            parameter.normal_()
+    if merged:
+        lr.merge_lora_(model)
+    (replica,) = replicate.replicate(model, [0])
+    assert torch.equal(run(replica, x), run(model, x))
+
+
+def test_a_replica_that_gets_a_part_of_the_batch_has_no_rows_for_it():
+    model, x = lr.add_lora_(nn.Sequential(nn.Linear(8, 6)), rank=2, name="a"), torch.randn(4, 8)
+    with lr.lora_rows(model, ["a", None, "a", None]):
+        (replica,) = replicate.replicate(model, [0])
+        with pytest.raises(lr.LowRankError, match=r"got 4 names.* 2 samples"):
+            replica(x[:2])
+
+
+def test_an_adapted_weight_of_the_model_itself_is_set_to_a_parameter_only():
+    model = lr.add_lora_(nn.Sequential(nn.Linear(8, 6)), rank=2)
+    before, new = copy.deepcopy(model), nn.Parameter(torch.zeros(6, 8))
+    with pytest.raises(TypeError, match=r"nn\.Parameter"):
+        model[0].weight = torch.zeros(6, 8)
+    assert torch.equal(model[0].weight, before[0].weight)
+    model[0].weight = new
+    assert model[0]._parameters["weight"] is new
