@@ -75,8 +75,9 @@ def add_lora_(
         dropout: on the input of ``A``, in training. Where a weight is read instead of called it cannot be applied.
         init: ``"kaiming"`` (the usual one: ``B`` is zero; of an embedding ``A``, so that only rows that occur learn),
             ``"gaussian"``, ``"orthogonal"``, ``"pissa"``, ``"olora"``, ``"eva"`` and ``"corda"``, which look at the
-            inputs and need ``stats``, ``"lora-ga"``, which looks at the ``gradients``, and ``"loftq"``, which restores what quantising took from ``reference``. PiSSA, OLoRA, CorDA
-            and LoRA-GA start from a product that is not zero, which is taken off again: the base is never touched.
+            inputs and need ``stats``, ``"lora-ga"``, which looks at the ``gradients``, and ``"loftq"``, which restores
+            what quantising took from ``reference``. PiSSA, OLoRA, CorDA and LoRA-GA start from a product that is not
+            zero, which is taken off again: the base is never touched.
         exclude: what to leave out of the target, in the same ways.
         modules_to_save: names, or ends of names, of modules that this adapter trains whole, such as a new classifier:
             it gets a copy of each, which is used, switched, saved and taken off with the adapter. The base keeps its

@@ -10,7 +10,7 @@ import lowrank_layers as lr
 from lowrank_layers.lora.adapter import Adapter
 
 from .peer import wrapped
-from .test_adapters import FACTORED, MODELS, everything, make, run, scramble
+from .test_adapters import FACTORED, MODELS, everything, run, scramble
 
 HALVES = [torch.bfloat16, torch.float16]
 EPS = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
