@@ -120,8 +120,9 @@ def base_weight(module: nn.Module, name: str) -> Tensor:
     parameter = stored(module, name)
     if parameter is not None:
         return parameter
-    assert isinstance(module, FactoredModule)
-    return module.product()
+    if isinstance(module, FactoredModule):
+        return module.product()
+    raise AttributeError(f"{type(module).__name__} has no parameter {name!r}")
 
 
 def values_of(weight: Tensor) -> Tensor:
@@ -180,9 +181,13 @@ def _choose(cls: type[nn.Module], fast: Fast) -> Callable[..., Any]:
     """The fast forward, or the class' own with the formed weight where there is a magnitude."""
 
     def forward(self: Any, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        bank = self._modules["lora_weight"]
+        bank = self._modules.get("lora_weight")
+        if bank is None:  # taken off, and whoever wrapped this forward still calls it
+            plain: Tensor = cls.forward(self, input, *args, **kwargs)
+            return plain
         formed = any(adapter.magnitude is not None for adapter in bank) and not isinstance(self, FactoredModule)
         formed = formed or getattr(self, "mode", None) == "max"  # the maximum of a bag is no linear function of it
+        formed = formed or "_conv_forward" in self.__dict__  # replaced on the instance: it may change the weight
         if mixes_groups(bank):
             out: Tensor = mixed_forward(self, bank, input)
         elif bank.merged is not None or formed or ((args or kwargs) and fast not in WITH_MORE):

@@ -17,7 +17,7 @@ from .adapted import bank_of
 from .adapter import Adapter, adapter_dtype
 from .diffusers import FILE as DIFFUSERS_FILE
 from .diffusers import find_diffusion, is_diffusion_file
-from .fast import fast_forward
+from .fast import fast_call
 from .inject import DEFAULT, attach_, freeze_
 from .kinds import Kernel
 from .mixed_groups import MixedGroups, dora_ratio
@@ -253,7 +253,7 @@ def _trouble(model: nn.Module, read: Read, name: str) -> str | None:
         )
     if slot.weight.is_meta or not slot.weight.is_floating_point():
         return f"{slot.owner!r} is {slot.weight.dtype} on {slot.weight.device}, expected floating point with values"
-    whole = fast_forward(_plain(module)) is None
+    whole = fast_call(module) is None
     if is_factored(module) and (whole or read.magnitude is not None):
         return f"{slot.owner!r} is a {type(module).__name__}, which never forms its weight; call densify_ first"
     if read.mixed and (whole or is_factored(module)):
@@ -275,14 +275,9 @@ def _adapter(read: Read) -> Adapter:
     assert a is not None
     assert b is not None
     # where a weight is read as a whole there is no input to drop out from; PEFT does not either
-    dropout = read.dropout if fast_forward(_plain(read.slot.module)) is not None else 0.0
+    dropout = read.dropout if fast_call(read.slot.module) is not None else 0.0
     cls = MixedGroups if read.mixed else Adapter
     return cls(a, b, scaling=read.scaling, dropout=dropout, magnitude=magnitude, bias=bias)
-
-
-def _plain(module: nn.Module) -> type[nn.Module]:
-    plain: type[nn.Module] = getattr(module, "_plain_class", type(module))
-    return plain
 
 
 def _copy(module: nn.Module, owner: str, keys: Mapping[str, str], tensors: Mapping[str, Tensor]) -> nn.Module:

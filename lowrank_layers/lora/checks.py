@@ -8,7 +8,7 @@ from ..errors import LowRankError, UnsupportedLayerError
 from ..layers import FactoredModule, is_derived
 from ..walk import is_quantized
 from .adapted import bank_of, base_weight
-from .fast import fast_forward
+from .fast import fast_call
 from .kinds import SLICES, Kind, kind_of
 from .target import Place
 from .whole import TrainedWhole
@@ -38,13 +38,18 @@ def check_place(module: nn.Module, place: Place, name: str | None, dora: bool = 
             f"add_lora_: {label!r} overlaps with a part of it that is adapted; choose the whole or parts."
         )
     plain = getattr(module, "_plain_class", type(module))
-    if isinstance(module, FactoredModule) and (dora or fast_forward(plain) is None):
+    if isinstance(module, FactoredModule) and (dora or fast_call(module) is None):
         raise UnsupportedLayerError(
             f"add_lora_: {label!r} is a {type(module).__name__}, whose forward never reads a whole weight"
             f"{' to renormalise' if dora else ''}; call densify_ first."
         )
     kind = kind_of(module, place[1])
     weight = base_weight(module, place[1])
+    if weight.is_meta:
+        raise LowRankError(
+            f"add_lora_: {label!r} is on the meta device: it has no values yet, or accelerate has offloaded them; load"
+            " the model first, without offloading (device_map='auto' may offload, a device does not)."
+        )
     if not weight.is_floating_point():
         raise LowRankError(f"add_lora_: {label!r} is {weight.dtype}, expected floating point.")
     if is_quantized(weight) and plain.forward is not nn.Linear.forward:

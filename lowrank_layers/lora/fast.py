@@ -21,6 +21,20 @@ Fast = Callable[..., Tensor]
 """``(class, module, bank, input)``, and for those ``WITH_MORE`` what else their forward takes."""
 
 
+def fast_call(module: nn.Module) -> Fast | None:
+    """The fast forward that a call of this module takes, if there is one.
+
+    None where a method of the class was replaced on the instance: what stands there calls what its author found, which
+    reads the weight as a whole. accelerate's hooks keep the forward of the class and call it: they change nothing.
+    """
+    cls, own = type(module), vars(module)
+    for name, value in own.items():
+        kept = own.get("_old_forward", value) if name == "forward" else value
+        if callable(getattr(cls, name, None)) and getattr(kept, "__func__", None) is not getattr(cls, name):
+            return None
+    return fast_forward(getattr(module, "_plain_class", cls))
+
+
 def fast_forward(cls: type[nn.Module]) -> Fast | None:
     """The fast forward of a class, if there is one: only where its own forward is the known one."""
     if cls.forward is nn.Linear.forward or cls.forward is LowRankLinear.forward or _is_conv1d(cls):
@@ -29,8 +43,7 @@ def fast_forward(cls: type[nn.Module]) -> Fast | None:
         return _embedding
     if cls.forward is nn.EmbeddingBag.forward or cls.forward is LowRankEmbeddingBag.forward:
         return _bag
-    convolutions = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-    if any(cls.forward is conv.forward for conv in convolutions):
+    if _is_convolution(cls):
         return _convolution
     if issubclass(cls, TransposedConv):
         return _transposed
@@ -48,6 +61,14 @@ def add_biases(self: Any, bank: Bank, out: Tensor) -> Tensor:
             bias = adapter.bias.view(-1, *[1] * inner)
             out = out + (gate.view(*gate.shape, *[1] * (out.ndim - gate.ndim)) * bias).to(out.dtype)
     return out
+
+
+def _is_convolution(cls: type[nn.Module]) -> bool:
+    """Whether it convolves as torch's do, with the weight as it is: not standardised, not masked."""
+    return any(
+        cls.forward is conv.forward and cls._conv_forward is conv._conv_forward  # type: ignore[attr-defined]
+        for conv in (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    )
 
 
 def _is_conv1d(cls: type[nn.Module]) -> bool:

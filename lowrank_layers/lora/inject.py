@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from types import MethodType
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from ..walk import check_model
 from .adapted import BANK, adapted_class, bank_of, banks_of, base_weight, values_of
 from .adapter import Adapter, Bank, adapter_dtype
 from .checks import check_place
-from .fast import fast_forward
+from .fast import fast_call
 from .inits import INITS, Init, Start
 from .kinds import Kind, is_lookup
 from .lookup import Source, tensor_for
@@ -162,10 +163,11 @@ def add_lora_(
         )
         if freeze_a:
             (adapter.A if bool(adapter.A.any()) else adapter.B).requires_grad_(False)
-        if (dropout or bias) and fast_forward(getattr(module, "_plain_class", type(module))) is None:
+        if (dropout or bias) and fast_call(module) is None:
             raise LowRankError(
-                f"add_lora_: {'.'.join(place)!r} is read by its owner as a whole: no input to drop out from and no"
-                " output to add a bias to; give dropout=0 and bias=False for it."
+                f"add_lora_: {'.'.join(filter(None, place))!r} is read as a whole, by its owner or by a method that was"
+                " replaced on the instance: there is no input to drop out from and no output to add a bias to; give"
+                " dropout=0 and bias=False for it."
             )
         made[place] = adapter, kind
     freeze_(model)
@@ -188,7 +190,7 @@ def attach_(module: nn.Module, parameter: str, name: str, adapter: Adapter, kind
         names = (*getattr(module, "_adapted_names", ()), parameter)
         plain = getattr(module, "_plain_class", type(module))
         module.add_module(BANK.format(parameter), bank.train(module.training))
-        module.__class__ = adapted_class(plain, names)
+        change_class_(module, adapted_class(plain, names))
     bank.add(name, adapter.train(module.training))
 
 
@@ -198,7 +200,15 @@ def detach_(module: nn.Module, parameter: str) -> None:
     adapted: Any = module
     plain = adapted._plain_class
     names = tuple(n for n in adapted._adapted_names if n != parameter)
-    module.__class__ = adapted_class(plain, names) if names else plain
+    change_class_(module, adapted_class(plain, names) if names else plain)
+
+
+def change_class_(module: nn.Module, cls: type[nn.Module]) -> None:
+    """Changes the class, also in the bound forward that hooks of accelerate keep on the instance."""
+    before, module.__class__ = type(module).forward, cls
+    for name in ("forward", "_old_forward"):
+        if getattr(vars(module).get(name), "__func__", None) is before:
+            module.__dict__[name] = MethodType(cls.forward, module)
 
 
 def strip_(model: nn.Module, name: str | None = None) -> None:

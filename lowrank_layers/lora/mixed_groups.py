@@ -12,7 +12,7 @@ from ..errors import LowRankError
 from ..moments import pad_input
 from .adapter import Adapter, Bank
 from .dropout import shared_dropout
-from .kinds import Kernel, Kind
+from .kinds import Kernel, Kind, parameter_of
 
 
 class MixedGroups(Adapter):
@@ -42,7 +42,8 @@ def mixed_forward(self: Any, bank: Bank, input: Tensor) -> Tensor:
         raise LowRankError("lora_rows: an adapter that mixes the groups of a convolution serves all rows alike.")
     kind = bank.kind
     assert isinstance(kind, Kernel)
-    weight = self._parameters["weight"]
+    weight = parameter_of(self, "weight")
+    assert weight is not None
     conv = (F.conv1d, F.conv2d, F.conv3d)[len(self.kernel_size) - 1]
     gated = list(zip(bank, bank.gates, strict=True))
     for adapter, gate in gated:
@@ -52,9 +53,10 @@ def mixed_forward(self: Any, bank: Bank, input: Tensor) -> Tensor:
     for adapter, gate in gated:
         if isinstance(adapter, MixedGroups):
             dropped = shared_dropout(input, adapter.dropout, adapter) if adapter.dropout and self.training else input
-            x = pad_input(self, dropped).to(adapter.A.dtype)
-            inner = conv(x, adapter.A, None, self.stride, 0, self.dilation)
-            out = out + (conv(inner, adapter.B, groups=kind.groups) * (gate * adapter.scaling).to(inner.dtype)).to(out)
+            x = pad_input(self, dropped)
+            inner = conv(x, adapter.A.to(x.dtype), None, self.stride, 0, self.dilation)
+            inner = (inner * (gate * adapter.scaling).view(1)).to(inner.dtype)
+            out = out + conv(inner, adapter.B.to(inner.dtype), groups=kind.groups)
     surplus = _surplus(weight, gated, kind)
     if surplus is None:
         return out

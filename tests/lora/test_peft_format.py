@@ -147,7 +147,7 @@ def scramble(model):
     """Everything that may learn, at random; running statistics of what is kept whole too."""
     for key, tensor in [*model.named_parameters(), *model.named_buffers()]:
         wanted = "lora_" in key or "modules_to_save" in key or getattr(tensor, "requires_grad", False)
-        if wanted and tensor.is_floating_point() and "scaling" not in key and "gates" not in key:
+        if wanted and tensor.is_floating_point() and "scaling" not in key and "gate" not in key:
             tensor.add_(torch.rand_like(tensor) * 0.3)
 
 
