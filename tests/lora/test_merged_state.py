@@ -227,3 +227,58 @@ def test_unloading_is_the_peers():
     for key, value in expected.state_dict().items():
         assert torch.allclose(unloaded.state_dict()[key], value, atol=1e-6), key
     assert torch.allclose(unloaded(x), expected(x), atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------ modules_to_save
+
+
+def headed(names="ab"):
+    model = nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 5))
+    for name in names:
+        lr.add_lora_(model, ["0"], rank=2, name=name, modules_to_save=["2"])
+        with torch.no_grad():
+            for parameter in lr.lora_parameters(model, name):
+                parameter.normal_()
+    return model
+
+
+@pytest.mark.parametrize("chosen", ["a", "b", None])
+@pytest.mark.parametrize("way", ["state_dict", "lr.save"])
+def test_a_state_dict_carries_the_copy_in_use(chosen, way, tmp_path):
+    model, x = headed(), torch.randn(3, 8)
+    out = lr.use_adapter(model, chosen)(x)
+    fresh = headed("ba")
+    if way == "state_dict":
+        fresh.load_state_dict(model.state_dict(), strict=True)
+    else:
+        lr.save(model, tmp_path / "model.safetensors")
+        lr.load(tmp_path / "model.safetensors", into=fresh)
+    assert torch.equal(fresh(x), out)
+    learned = {key for key, p in fresh.named_parameters() if p.requires_grad}
+    assert learned == {key for key, p in model.named_parameters() if p.requires_grad}
+
+
+def test_a_state_dict_with_a_part_of_a_copy_does_not_fit():
+    model, x = headed(), torch.randn(3, 8)
+    out, state = model(x), model.state_dict()
+    base = {key: value for key, value in state.items() if ".lora_" not in f".{key}"}
+    model.load_state_dict(base, strict=True)
+    assert torch.equal(model(x), out)
+    one = {key: value for key, value in headed("a").state_dict().items() if key in state}
+    model.load_state_dict(one, strict=True)
+    for missing in ("2.lora_whole.a.bias", "2.lora_whole.active"):
+        part = {key: value for key, value in state.items() if key != missing}
+        with pytest.raises(RuntimeError, match=f"Missing key.*{missing}"):
+            model.load_state_dict(part, strict=True)
+
+
+@pytest.mark.parametrize("chosen", ["a", "b", None])
+def test_unloading_makes_the_copy_in_use_the_module_itself(chosen):
+    model, x = headed(), torch.randn(3, 8)
+    out = lr.use_adapter(model, chosen)(x)
+    lr.merge_lora_(model, unload=True)
+    plain = nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 5))
+    assert [type(m) for m in model.modules()] == [type(m) for m in plain.modules()]
+    plain.load_state_dict(model.state_dict(), strict=True)
+    assert torch.allclose(plain(x), out, atol=1e-5)
+    assert all(p.requires_grad for p in model.parameters())

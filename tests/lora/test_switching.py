@@ -267,3 +267,62 @@ def test_rows_train_the_adapters_in_use_also_when_the_backward_pass_comes_later(
             loss.backward()
         gradients.append([p.grad.clone() for p in lr.lora_parameters(model)])
     assert all(torch.equal(a, b) and bool(a.any()) for a, b in zip(*gradients, strict=True))
+
+
+# ------------------------------------------------------------------------------------------------ modules_to_save
+
+
+def with_heads():
+    """Two adapters, each with its own copy of the head, and what each of them gives."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 5)), torch.randn(4, 8)
+    for name in "ab":
+        lr.add_lora_(model, ["0"], rank=2, name=name, modules_to_save=["2"])
+        with torch.no_grad():
+            for parameter in lr.lora_parameters(model, name):
+                parameter.normal_()
+    outs = {name: lr.use_adapter(model, name)(x).detach() for name in ("a", "b", None)}
+    return lr.use_adapter(model, "a"), x, outs
+
+
+def test_only_the_copy_in_use_learns():
+    model, x, _ = with_heads()
+    every = lr.lora_parameters(model, "a") + lr.lora_parameters(model, "b")
+    assert len(every) == 8  # A, B, and weight and bias of the head
+    for name in "ab":
+        mine = {id(p) for p in lr.lora_parameters(lr.use_adapter(model, name))}
+        assert mine == {id(p) for p in lr.lora_parameters(model, name)}
+        assert mine == {id(p) for p in model.parameters() if p.requires_grad}
+        model.zero_grad()
+        model(x).square().sum().backward()
+        assert {id(p) for p in every if p.grad is not None} == mine
+    assert lr.lora_parameters(lr.use_adapter(model, None)) == []
+
+
+def test_contexts_nest_with_copies():
+    model, x, outs = with_heads()
+    outer, inner = ["a", "b", None, "a"], ["b", None, "b", "b"]
+    with lr.lora_rows(model, outer):
+        with lr.lora_rows(model, inner):
+            assert torch.allclose(model(x), expected_rows(inner, outs), atol=1e-5)
+        with lr.lora_disabled(model):
+            assert torch.equal(model(x), outs[None])
+            base = copy.deepcopy(model)
+        assert torch.allclose(model(x), expected_rows(outer, outs), atol=1e-5)
+    with lr.lora_disabled(model):
+        with lr.lora_rows(model, outer):
+            assert torch.equal(model(x), outs[None])
+        lr.use_adapter(model, "b")
+        assert torch.equal(model(x), outs[None])
+    assert torch.equal(model(x), outs["b"])
+    assert torch.equal(base(x), outs[None])
+    assert torch.equal(lr.use_adapter(base, "a")(x), outs["a"])
+
+
+def test_merging_leaves_the_copies_and_disabling_does_not_use_them():
+    model, x, outs = with_heads()
+    lr.merge_lora_(model)
+    assert torch.allclose(model(x), outs["a"], atol=1e-5)
+    with lr.lora_disabled(model):
+        assert torch.equal(model(x), outs[None])
+    assert torch.allclose(model(x), outs["a"], atol=1e-5)
