@@ -31,7 +31,7 @@ def use_adapter(model: nn.Module, name: str | Iterable[str] | None) -> nn.Module
         The model.
 
     Raises:
-        LowRankError: for an unknown name, or if the adapters are merged.
+        LowRankError: for an unknown name, or if adapters are merged and this would choose others.
 
     Examples:
         >>> model = lr.add_lora_(lr.add_lora_(nn.Sequential(nn.Linear(8, 8)), rank=2, name="a"), rank=2, name="b")
@@ -41,13 +41,14 @@ def use_adapter(model: nn.Module, name: str | Iterable[str] | None) -> nn.Module
     wanted = [] if name is None else [name] if isinstance(name, str) else list(name)
     for each in wanted:
         check_name(model, each)
-    check_unmerged(model, "use_adapter")
+    adapters = [(own, adapter) for bank in banks(model) for own, adapter in zip(bank.names, bank, strict=True)]
+    if any(adapter.in_use != (own in wanted) for own, adapter in adapters):
+        check_unmerged(model, "use_adapter")
     check_choice(model, wanted)
     for copies in copies_of(model).values():
         copies.choose(wanted)
-    for bank in banks(model):
-        for own, adapter in zip(bank.names, bank, strict=True):
-            adapter.use_(own in wanted)
+    for own, adapter in adapters:
+        adapter.use_(own in wanted)
     return model
 
 

@@ -41,6 +41,7 @@ def second(theirs: Any, target: list[str], name: str = "second", **settings: Any
 def scramble(model: nn.Module) -> None:
     """Deltas that are not zero, of either library."""
     for name, parameter in model.named_parameters():
-        starts_at_zero = name.endswith(".B") or (name.endswith(".A") and not parameter.any())  # of an embedding
-        if starts_at_zero or any(part in name for part in ("lora_B.", "lora_embedding_A.")):
+        if name.endswith(".A") and not parameter.any():  # of an embedding
+            parameter.normal_(std=0.1)
+        elif name.endswith(".B") or any(part in name for part in ("lora_B.", "lora_embedding_A.")):
             parameter.normal_()

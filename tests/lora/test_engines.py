@@ -213,12 +213,12 @@ def test_lora_plus_groups_hold_every_parameter_once():
     assert set(every) == {id(p) for p in lr.lora_parameters(model)}
     assert set(every) == {id(p) for p in model.parameters() if p.requires_grad}
     before = {id(p): p.detach().clone() for p in model.parameters()}
-    optimizer = torch.optim.SGD(lr.lora_parameters(model, lr=1e-3, ratio=8))
+    optimizer = torch.optim.SGD(lr.lora_parameters(model, lr=0.1, ratio=8))
     x, y = joint()[0]
     nn.functional.cross_entropy(model(x), y).backward()
     optimizer.step()
     for p in fast["params"]:
-        assert relative(before[id(p)] - p, 8e-3 * p.grad) < 1e-2
+        assert relative(before[id(p)] - p, 0.8 * p.grad) < 1e-2
     assert all((not torch.equal(before[id(p)], p)) == (id(p) in set(every)) for p in model.parameters())
 
 
@@ -231,20 +231,21 @@ def test_the_parameters_of_one_adapter():
 
 
 def test_freeze_a_trains_b_alone():
+    """Of an embedding, whose A starts at zero, it trains A alone."""
     torch.manual_seed(0)
     model = lr.add_lora_(Blocks(), lambda *_: True, rank=3, freeze_a=True)
-    learning = {name.rsplit(".", 1)[1] for name, p in model.named_parameters() if p.requires_grad}
-    assert learning == {"B"}
-    a = [m.A.detach().clone() for m in model.modules() if isinstance(m, Adapter)]
+    adapters = {name: m for name, m in model.named_modules() if isinstance(m, Adapter)}
+    trained = {name: "A" if name.startswith("table") else "B" for name in adapters}
+    learning = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert learning == {f"{name}.{factor}" for name, factor in trained.items()}
+    frozen = {name: m.B if trained[name] == "A" else m.A for name, m in adapters.items()}
+    before = {name: p.detach().clone() for name, p in frozen.items()}
     losses = train(model, [joint()[0]] * 20)
     assert losses[-1] < losses[0]
-    assert all(
-        torch.equal(m.A, was) and m.A.grad is None
-        for m, was in zip([m for m in model.modules() if isinstance(m, Adapter)], a, strict=True)
-    )
+    assert all(torch.equal(p, before[name]) and p.grad is None for name, p in frozen.items())
     slow, fast = lr.lora_parameters(model, lr=1e-3)
-    assert not slow["params"]
-    assert len(fast["params"]) == len(a)
+    assert len(slow["params"]) == 1
+    assert len(fast["params"]) == len(adapters) - 1
     torch.optim.AdamW([slow, fast]).step()
 
 

@@ -109,8 +109,6 @@ def test_a_convolution_that_standardises_its_weight_sees_the_adapters(on_the_ins
 # ---------------------------------------------------------------------------------------------------------- accelerate
 
 
-
-
 def hook(module):
     hooks = pytest.importorskip("accelerate.hooks")
 
