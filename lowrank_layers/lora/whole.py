@@ -8,14 +8,16 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from ..errors import LowRankError
 from ..walk import own_layers
 from .adapted import refuse_scripting
-from .adapter import Bank
+from .adapter import Bank, adapter_dtype
 from .learning import let_learn_
 
 _ACTIVE = "active"
+_HALVES = (torch.bfloat16, torch.float16)
 WHOLE_COPIES = "lora_whole"
 """The child that holds the copies of a module: ``head.lora_whole.default.weight``."""
 
@@ -97,9 +99,21 @@ def _forward_of(cls: type[nn.Module]) -> Callable[..., Any]:
             return _by_rows(cls, self, copies, copies.rows, *args, **kwargs)
         if copies.active is None:
             return cls.forward(self, *args, **kwargs)
-        return copies[copies.active](*args, **kwargs)
+        return _run(self, copies[copies.active], *args, **kwargs)
 
     return forward
+
+
+def _run(base: nn.Module, own: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """What a copy gives; one in fp32 of a module in half precision runs under autocast, to the module's dtype."""
+    first, theirs = (next(module.parameters(), None) for module in (base, own))
+    if first is None or first.dtype not in _HALVES or theirs is None or theirs.dtype == first.dtype:
+        return own(*args, **kwargs)
+    if torch.is_autocast_enabled(first.device.type):
+        return own(*args, **kwargs)
+    with torch.autocast(first.device.type, first.dtype):
+        out = own(*args, **kwargs)
+    return tree_map(lambda t: t.to(first.dtype) if isinstance(t, Tensor) and t.dtype == torch.float32 else t, out)
 
 
 def _by_rows(
@@ -114,7 +128,7 @@ def _by_rows(
         index = torch.tensor([k for k, own in enumerate(rows) if own == name], device=input.device)
         part = input[index]
         own = None if name is None or name not in copies else copies[name]
-        out = cls.forward(self, part, *args, **kwargs) if own is None else own(part, *args, **kwargs)
+        out = cls.forward(self, part, *args, **kwargs) if own is None else _run(self, own, part, *args, **kwargs)
         if not isinstance(out, Tensor):
             raise LowRankError(
                 f"lora_rows: a {cls.__name__} that is trained whole returned a {type(out).__name__}, expected a tensor"
@@ -211,11 +225,13 @@ def _trouble(modules: dict[str, nn.Module], owner: str, module: nn.Module, name:
     return None
 
 
-def attach_whole_(module: nn.Module, name: str, own: nn.Module | None = None) -> nn.Module:
+def attach_whole_(
+    module: nn.Module, name: str, own: nn.Module | None = None, dtype: torch.dtype | None = None
+) -> nn.Module:
     """Gives an adapter its copy of a module, which is then the one in use; returns the copy."""
     copies = module._modules.get(WHOLE_COPIES)
     if own is None:
-        own = plain_copy(module)
+        own = plain_copy(module, dtype)
     if not isinstance(copies, Copies):
         copies = Copies().train(module.training)
         module.add_module(WHOLE_COPIES, copies)
@@ -226,10 +242,18 @@ def attach_whole_(module: nn.Module, name: str, own: nn.Module | None = None) ->
     return own
 
 
-def plain_copy(module: nn.Module) -> nn.Module:
-    """A copy of the module as it was before it had copies, all of which learns."""
+def plain_copy(module: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """A copy of the module as it was before it had copies, all of which learns; in fp32 where it is in half precision,
+    unless another dtype is asked for.
+    """
+    plain = _own_copy(module)
+    plain._apply(lambda t: t.to(adapter_dtype(t, dtype)) if t.dtype in _HALVES else t)
+    return plain.requires_grad_(True)
+
+
+def _own_copy(module: nn.Module) -> nn.Module:
     if not isinstance(module, TrainedWhole):
-        return copy.deepcopy(module).requires_grad_(True)
+        return copy.deepcopy(module)
     hidden = module._modules.pop(WHOLE_COPIES)
     try:
         own: Any = copy.deepcopy(module)
@@ -237,7 +261,7 @@ def plain_copy(module: nn.Module) -> nn.Module:
         module._modules[WHOLE_COPIES] = hidden
     own.__class__ = own._plain_class
     own.__dict__.pop("_lora_whole_hook").remove()
-    plain: nn.Module = own.requires_grad_(True)
+    plain: nn.Module = own
     return plain
 
 
@@ -262,6 +286,9 @@ def adopt_whole_(model: nn.Module) -> None:
         own = None if copies.active is None else copies[copies.active]
         _detach(module)
         if own is not None:
+            before = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+            for key, tensor in (*own.named_parameters(), *own.named_buffers()):
+                tensor.data = tensor.data.to(before[key].dtype)
             for kind in ("_parameters", "_buffers", "_modules"):
                 module.__dict__[kind].update(own.__dict__[kind])
 

@@ -250,3 +250,48 @@ def test_a_quantised_base_has_fp32_adapters():
         assert relative(model(x), base.float() + delta) < 4 * EPS[torch.bfloat16]
     out.float().sum().backward()
     assert {p.grad.dtype for p in lr.lora_parameters(model)} == {torch.float32}
+
+
+class Headed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table, self.norm = nn.Embedding(9, 8), nn.LayerNorm(8)
+        self.body, self.head = nn.Linear(8, 8), nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 4))
+
+    def forward(self, x):
+        return self.head(self.body(self.norm(self.table(x))))
+
+
+@pytest.mark.parametrize("rows", [False, True])
+@halves
+def test_modules_trained_whole_are_fp32_and_their_outputs_are_the_bases(rows, dtype, tmp_path):
+    torch.manual_seed(0)
+    base = Headed().eval().to(dtype)
+    kinds = {key: tensor.dtype for key, tensor in base.state_dict().items()}
+    plain, x = copy.deepcopy(base), torch.randint(9, (4,))
+    model = lr.add_lora_(base, ["body"], rank=2, name="a", modules_to_save=["table", "norm", "head"])
+    assert {p.dtype for p in lr.lora_parameters(model)} == {torch.float32}
+    assert relative(model(x), plain(x)) < 4 * EPS[dtype]
+    with torch.no_grad():
+        for parameter in lr.lora_parameters(model):
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    wide = copy.deepcopy(model).float()
+    with lr.lora_rows(model, ["a"] * 4) if rows else torch.enable_grad():
+        out = model(x)
+    assert out.dtype == dtype
+    assert relative(out, wide(x)) < 8 * EPS[dtype]
+    out.float().sum().backward()
+    assert {p.grad.dtype for p in lr.lora_parameters(model)} == {torch.float32}
+    lr.save_lora(model, tmp_path, "a")
+    loaded = lr.load_lora(plain, tmp_path, "a")
+    for own, saved in zip(lr.lora_parameters(loaded), lr.lora_parameters(model), strict=True):
+        assert torch.equal(own, saved)
+    lr.merge_lora_(model, unload=True)
+    assert {key: tensor.dtype for key, tensor in model.state_dict().items()} == kinds
+    assert relative(model(x), out) < 8 * EPS[dtype]
+
+
+def test_modules_trained_whole_can_stay_in_half_precision():
+    model = lr.add_lora_(Headed().bfloat16(), ["body"], rank=2, modules_to_save=["head"], dtype=torch.bfloat16)
+    assert {p.dtype for p in lr.lora_parameters(model)} == {torch.bfloat16}
+    assert model(torch.randint(9, (4,))).dtype == torch.bfloat16
