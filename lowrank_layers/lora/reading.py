@@ -146,6 +146,11 @@ def find_plain(
     """
     if any(key.startswith(PREFIX) for key in tensors):
         raise CheckpointError(f"{path}: is one of PEFT's files; give the folder, which has its settings too.")
+    if not any(_KEY.fullmatch(key) for key in tensors):
+        raise CheckpointError(
+            f"{path}: has no adapter in a form that is known (PEFT, diffusers, kohya, ComfyUI, loralib, torchtune); its"
+            f" keys are like {next(iter(tensors), None)!r}. Convert it to PEFT's form first."
+        )
     if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
         raise CheckpointError(f"{path}: got alpha {alpha!r}, expected the number it was trained with: it says none.")
     modules = modules_of(model)
@@ -175,8 +180,6 @@ def find_plain(
         found.append(Read(slot, part["a"], part["b"], scaling, magnitude=part.get("magnitude")))
     expected = {key: tuple(own[key].shape) for key in whole}
     problems += differences({key: tensors[key] for key in whole}, expected)
-    if not found and not problems:
-        problems = ["there is no adapter in it"]
     if problems:
         refuse(path, problems)
     return found, Whole(whole), tensors

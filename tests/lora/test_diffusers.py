@@ -403,6 +403,13 @@ def test_the_original_naming_onto_another_model_is_named(tmp_path):
         lr.load_lora(FluxLike(), tmp_path / "a.safetensors")
 
 
+@pytest.mark.parametrize("key", ["double_blocks.0.processor.qkv_lora1.down.weight", "fc.ia3_l", "fc.weight"])
+def test_another_format_is_refused_with_its_keys(key, tmp_path):
+    save_file({key: torch.ones(2, 2)}, tmp_path / "a.safetensors")
+    with pytest.raises(lr.CheckpointError, match=f"no adapter in a form that is known .*like '{key}'"):
+        lr.load_lora(FluxLike(), tmp_path / "a.safetensors")
+
+
 # ----------------------------------------------------------------------------------- PEFT's files with adapters' names
 
 

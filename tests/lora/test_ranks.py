@@ -11,7 +11,7 @@ from torch import nn
 import lowrank_layers as lr
 from lowrank_layers.lora.adapter import Adapter
 
-from .peer import peft
+from .peer import peft, wrapped
 
 NARROW = {
     "a classifier of two labels": (lambda: nn.Linear(64, 2), (3, 64), 2),
@@ -92,6 +92,15 @@ def test_peft_reads_lowered_ranks(tmp_path):
     theirs = peft().PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
     assert torch.allclose(theirs(x), model(x), atol=1e-5)
     assert torch.allclose(lr.load_lora(base, tmp_path)(x), model(x), atol=1e-5)
+
+
+def test_peft_files_with_a_rank_above_the_matrix_are_read_as_they_are(tmp_path):
+    base, x = two_labels(), torch.randn(3, 8)
+    theirs = wrapped(copy.deepcopy(base), ["0", "2"], r=6)
+    theirs.save_pretrained(tmp_path)
+    model = lr.load_lora(base, tmp_path)
+    assert ranks_of(model) == {"0": 6, "2": 6}
+    assert torch.allclose(model(x), theirs(x), atol=1e-5)
 
 
 def low(rows, columns, rank, seed):
