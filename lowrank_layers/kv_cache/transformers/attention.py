@@ -71,7 +71,9 @@ def lowrank_attention(
         softcap=kwargs.get("softcap"),
         sinks=kwargs.get("s_aux"),
     )
-    kv.compress()  # only now: what came in this step was attended to as it is
+    # only now, what came in this step having been attended to as it is; layers that share it come later in the step
+    if not (getattr(module, "store_full_length_kv", False) or getattr(module, "is_kv_shared_layer", False)):
+        kv.compress()
     return out.transpose(1, 2).contiguous(), None
 
 

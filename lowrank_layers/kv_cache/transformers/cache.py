@@ -22,8 +22,9 @@ from ..state import LowRankKV
 from ..subspace import Subspace
 from . import files, refusals
 from .attention import NAME
-from .binding import calling_module, crosses, depth_of, rotation_of, text_config
+from .binding import calling_module, crosses, depth_of, text_config
 from .layer import LowRankLayer
+from .rotary import RotationUnknown, rotation_of
 from .versions import caches_latents, forget, own_layers, plain_layer
 
 _NONE_YET = sys.maxsize
@@ -115,11 +116,11 @@ class LowRankCache(DynamicCache):
         made = [] if config is None else own_layers(config)
         Cache.__init__(self, layers=[LowRankLayer() if layer is None else layer for layer in made])
         self._given = bool(made)
-        self._depth: int | None = None
+        self.depth: int | None = None
         self._latest = _NONE_YET
         self._before = 0
-        self._warned = False
-        self._rotations: dict[Any, Rotation] = {}
+        self._warned: set[str] = set()
+        self.rotations: dict[Any, Rotation] = {}
 
     # mypy reads the signature of the newest version
     def update(
@@ -170,12 +171,12 @@ class LowRankCache(DynamicCache):
     def is_filled(self) -> bool:
         """Whether every layer has tokens: the first pass through the model is over."""
         lengths = [layer.get_seq_length() for layer in self.layers if isinstance(layer, LowRankLayer)]
-        return len(self.layers) >= (self._depth or 1) and bool(lengths) and min(lengths) > 0
+        return len(self.layers) >= (self.depth or 1) and bool(lengths) and min(lengths) > 0
 
     def nbytes(self) -> int:
         """All that is stored, room for more included; the table of a rotation that layers share counts once."""
         return sum(tensor.nbytes for _, tensor in self.tensors()) + sum(
-            rotation.nbytes() for rotation in self._rotations.values()
+            rotation.nbytes() for rotation in self.rotations.values()
         )
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
@@ -224,18 +225,9 @@ class LowRankCache(DynamicCache):
         files.load_into(made, path, torch.device(device))
         return made
 
-    @property
-    def depth(self) -> int | None:
-        """Layers of the model, once one was met."""
-        return self._depth
-
-    def rotations(self) -> Iterator[Rotation]:
-        """Those that layers share."""
-        yield from self._rotations.values()
-
     def fill(self, settings: KVSettings, layers: list[Any], rotations: list[Rotation], depth: int | None) -> None:
         """Takes what a file held."""
-        self.settings, self.layers, self._depth = settings, layers, depth
+        self.settings, self.layers, self.depth = settings, layers, depth
         for rotation in rotations:
             self._shared(rotation)
 
@@ -243,8 +235,8 @@ class LowRankCache(DynamicCache):
         """Forgets all tokens."""
         for layer in self.layers:
             forget(layer)
-        self._rotations.clear()
-        self._latest, self._depth = _NONE_YET, None
+        self.rotations.clear()
+        self._latest, self.depth = _NONE_YET, None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LowRankCache:
         # the model's config stays the model's: it says which attention runs
@@ -267,14 +259,19 @@ class LowRankCache(DynamicCache):
         learning = torch.is_grad_enabled() and (keys.requires_grad or values.requires_grad)
         if not learning and getattr(self._config, "_attn_implementation", None) == NAME:
             return layer.update_lazily(keys, values)
-        if not self._warned and layer.compressed and not torch.compiler.is_compiling():
-            self._warned = True
-            warnings.warn(
+        if layer.compressed and not torch.compiler.is_compiling():
+            self._warn(
+                "rebuilding",
                 "LowRankCache: this attention needs whole keys and values, which are rebuilt at every step; call"
                 f' model.set_attn_implementation("{NAME}") to attend without.',
-                stacklevel=3,
             )
         return layer.update(keys, values)
+
+    def _warn(self, topic: str, text: str) -> None:
+        """Once a cache."""
+        if topic not in self._warned:
+            self._warned.add(topic)
+            warnings.warn(text, stacklevel=4)
 
     def _make(self, layer_idx: int, keys: Tensor, module: nn.Module | None, *, cross: bool) -> LowRankKV:
         """A layer's cache, when its first tokens come."""
@@ -302,21 +299,25 @@ class LowRankCache(DynamicCache):
         config = self._config if config is None else config
         if self.settings.rope == "after" or config is None or keys.ndim != 4:
             return None
-        found = rotation_of(config, module, layer_idx, keys.shape[3])
+        try:
+            found = rotation_of(config, module, layer_idx, keys.shape[3])
+        except RotationUnknown as reason:
+            found = None
+            self._warn("rotation", f"LowRankCache: {reason}; rope='after' does so without this warning.")
         return None if found is None else self._shared(found.to(keys.device))
 
     def _shared(self, rotation: Rotation) -> Rotation:
         key = (rotation.frequencies.device, rotation.interleaved, rotation.start, *rotation.frequencies.tolist())
-        return self._rotations.setdefault(key, rotation)
+        return self.rotations.setdefault(key, rotation)
 
     def _bind(self, module: nn.Module | None) -> None:
         config = getattr(module, "config", None)
         if config is None:
             return
         depth = depth_of(config)
-        if self._depth is not None and depth != self._depth and self._before:
-            raise refusals.other_depth(depth, self._depth)
-        self._config, self._depth = config, depth
+        if self.depth is not None and depth != self.depth and self._before:
+            raise refusals.other_depth(depth, self.depth)
+        self._config, self.depth = config, depth
 
     def _has(self, layer_idx: int) -> bool:
         if layer_idx >= len(self.layers):

@@ -33,7 +33,7 @@ def save(cache: LowRankCache, path: str | os.PathLike[str]) -> None:
         raise CheckpointError(f"save: the folder {path.parent} does not exist.")
     if any(isinstance(layer, LowRankLayer) and layer.kv is not None and layer.kv.waits for layer in cache.layers):
         raise CheckpointError("save: the budget is not shared yet, as there is only a prompt; generate a token first.")
-    rotations = list(cache.rotations())
+    rotations = list(cache.rotations.values())
     layers, tensors = [], {f"rotations.{i}": rotation.frequencies for i, rotation in enumerate(rotations)}
     for index, layer in enumerate(cache.layers):
         body, own = _layer_to(layer, rotations, index)
