@@ -4,13 +4,25 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Protocol, get_args, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from .errors import LowRankError
-from .linalg import mode_product, rounded_train, train_product, unit_scale
+from .linalg import (
+    Matrix,
+    SparseMatrix,
+    check_matrix,
+    is_dense,
+    mode_product,
+    rounded_train,
+    scaled_to_unit,
+    train_product,
+    unit_scale,
+    working_dtype,
+)
+from .linalg.nonnegative import Loss, check_choices, check_nonnegative, products_of, weights_of
 
 
 @runtime_checkable
@@ -81,9 +93,11 @@ class SVD:
         _check_truncation(rank)
         return SVD(self.u[:, :rank], self.s[:rank], self.vh[:rank])
 
-    def relative_error(self, dense: Tensor) -> float:
-        """``||dense - self|| / ||dense||`` in the Frobenius norm."""
-        return _relative_error(self, dense)
+    def relative_error(self, dense: Matrix) -> float:
+        """``||dense - self|| / ||dense||`` in the Frobenius norm; of a sparse matrix to about 1e-8."""
+        if is_dense(dense):
+            return _relative_error(self, dense)
+        return _error_without_zeros(self.u * self.s, self.vh, dense)
 
 
 @dataclass(frozen=True)
@@ -357,9 +371,52 @@ class NMF:
         kept = sizes.argsort(descending=True, stable=True)[:rank].sort().values
         return NMF(self.w[:, kept], self.h[kept])
 
-    def relative_error(self, dense: Tensor) -> float:
-        """``||dense - self|| / ||dense||`` in the Frobenius norm."""
-        return _relative_error(self, dense)
+    def transform(
+        self, matrix: Matrix, *, loss: Loss = "frobenius", sweeps: int = 1000, tolerance: float = 1e-6
+    ) -> Tensor:
+        """The weights of these components in new rows: the ``W`` that is best with ``H`` as it is, no entry below zero.
+
+        One convex problem for each row, by HALS or, for ``"kl"``, by multiplicative updates.
+
+        Args:
+            matrix: no entry below zero, dense or sparse, as in :func:`nmf`.
+            loss: that of the factorization, ``"frobenius"`` or ``"kl"``.
+            sweeps: at most this many.
+            tolerance: stops when no weight moves by more than this part of the largest one.
+
+        Shape:
+            ``[any, n]`` to ``[any, r]``.
+
+        Raises:
+            LowRankError: for another number of columns, and for input that :func:`nmf` refuses.
+
+        Examples:
+            >>> w, h = torch.rand(30, 3), torch.rand(3, 20)
+            >>> f = lr.nmf(w @ h, rank=3, tolerance=0)
+            >>> new = torch.rand(5, 3) @ h
+            >>> weights = f.transform(new)
+            >>> weights.shape, bool((weights @ f.h - new).norm() < 0.05 * new.norm())
+            (torch.Size([5, 3]), True)
+        """
+        found = check_matrix(matrix, "NMF.transform")
+        if found.shape[1] != self.h.shape[1]:
+            raise LowRankError(
+                f"NMF.transform: got shape {tuple(found.shape)}, expected {self.h.shape[1]} columns, as the factorized"
+                " matrix has."
+            )
+        check_choices("NMF.transform", sweeps, tolerance, {"loss": (loss, get_args(Loss))})
+        wide = found.to(working_dtype(found))
+        check_nonnegative(wide, "NMF.transform")
+        work, scale = scaled_to_unit(wide)
+        h, size = scaled_to_unit(self.h.detach().to(work.device, work.dtype))
+        weights = weights_of(products_of(work), h, loss, sweeps, tolerance)
+        return (weights.mT * (scale / size)).to(found.dtype).contiguous()
+
+    def relative_error(self, dense: Matrix) -> float:
+        """``||dense - self|| / ||dense||`` in the Frobenius norm; of a sparse matrix to about 1e-8."""
+        if is_dense(dense):
+            return _relative_error(self, dense)
+        return _error_without_zeros(self.w, self.h, dense)
 
 
 def _check_truncation(rank: int) -> None:
@@ -378,3 +435,22 @@ def _relative_error(factorization: Factorization, dense: Tensor) -> float:
     norm = torch.linalg.vector_norm(dense / scale)
     error = torch.linalg.vector_norm((dense - factorization.to_dense().detach().double()) / scale)
     return float(error / norm) if norm > 0 else float(error)
+
+
+def _error_without_zeros(left: Tensor, right: Tensor, matrix: Matrix) -> float:
+    """Of ``L R`` from a sparse matrix: ``||X - L R||^2 = ||X||^2 - 2 <X, L R> + ||L R||^2``."""
+    found = check_matrix(matrix, "relative_error")
+    assert isinstance(found, SparseMatrix)
+    shape = left.shape[0], right.shape[1]
+    if tuple(found.shape) != shape:
+        raise LowRankError(
+            f"relative_error: got a matrix of shape {tuple(found.shape)}, expected {shape}, the shape that was"
+            " factorized."
+        )
+    work, scale = scaled_to_unit(found.double())
+    left, right = left.detach().double() / scale, right.detach().double()
+    energy = float(work.values.square().sum())
+    inner = float(((work @ right.mT) * left).sum())
+    model = float(((left.mT @ left) * (right @ right.mT)).sum())
+    error = math.sqrt(max(energy - 2 * inner + model, 0.0))
+    return error / math.sqrt(energy) if energy > 0 else error * scale

@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import math
 import warnings
 from itertools import pairwise
 
@@ -16,6 +17,7 @@ from sklearn.decomposition._nmf import _initialize_nmf
 import lowrank_layers as lr
 from benchmarks import data
 from benchmarks.nmf import objective
+from lowrank_layers.linalg import SparseMatrix
 
 from .contracts.tables import DERANDOMIZED, generator
 
@@ -124,17 +126,83 @@ def test_it_is_no_worse_than_sklearn(name, solver, loss, peer, rank):
     assert objective(matrix, f, loss) <= 1.01 * theirs
 
 
-def test_products_that_skip_the_zeros_are_those_that_do_not():
-    module = importlib.import_module("lowrank_layers.decompose.nmf")
+@pytest.mark.parametrize("kernels", [True, False], ids=["kernels", "no kernels"])
+def test_products_that_skip_the_zeros_are_those_that_do_not(kernels, monkeypatch):
+    module = importlib.import_module("lowrank_layers.linalg.nonnegative")
     matrix, w, h = mostly_zero(400, 300), rand(6, 400), rand(6, 300, seed=1)
-    assert module._mostly_zero(matrix)
-    sparse, dense = module._Sparse(matrix), module._Dense(matrix)
+    assert isinstance(module.products_of(matrix), module.SparseProducts)
+    monkeypatch.setattr(module, "_has_kernels", lambda tensor: kernels)
+    # an entry that is stored and zero says nothing
+    stored = matrix.to_sparse_coo() + torch.sparse_coo_tensor([[0], [0]], [0.0], matrix.shape, dtype=matrix.dtype)
+    sparse, dense = module.SparseProducts(SparseMatrix.of(stored)), module.DenseProducts(matrix)
     assert torch.allclose(sparse.left(w), dense.left(w))
     assert torch.allclose(sparse.right(h), dense.right(h))
     assert torch.allclose(sparse.quotient_left(w, h), dense.quotient_left(w, h))
     (product, log), (expected, expected_log) = sparse.quotient_right(w, h), dense.quotient_right(w, h)
     assert torch.allclose(product, expected)
     assert log == pytest.approx(expected_log)
+
+
+# ------------------------------------------------------------------------------------------------- new rows
+
+
+@pytest.mark.parametrize(("loss", "peer"), [("frobenius", "cd"), ("kl", "mu")])
+@pytest.mark.parametrize("shape", [(60, 40), (12, 30)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_weights_of_new_rows_are_those_of_sklearn(loss, peer, shape, dtype):
+    matrix = low_rank(*shape, 6) + 0.1 * rand(*shape, seed=5)
+    model = NMF(5, solver=peer, beta_loss={"kl": "kullback-leibler"}.get(loss, loss), tol=1e-12, max_iter=20_000)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.fit(matrix.numpy())
+        new = low_rank(9, shape[1], 6, seed=3) + 0.1 * rand(9, shape[1], seed=6)
+        theirs = torch.from_numpy(model.transform(new.numpy()))
+    f = lr.NMF(torch.ones(1, 5, dtype=dtype), torch.from_numpy(model.components_).to(dtype))
+    ours = f.transform(new.to(dtype), loss=loss, sweeps=20_000, tolerance=1e-10 if dtype == torch.float64 else 1e-7)
+    assert ours.dtype == dtype
+    assert ours.shape == (9, 5)
+    assert bool((ours >= 0).all())
+    assert torch.allclose(ours.double(), theirs, atol=(1e-5 if dtype == torch.float64 else 1e-3) * float(theirs.max()))
+    assert objective(new, lr.NMF(ours.double(), f.h.double()), loss) <= 1.0001 * objective(
+        new, lr.NMF(theirs, f.h.double()), loss
+    )
+
+
+@pytest.mark.parametrize("loss", ["frobenius", "kl"])
+def test_weights_of_the_factorized_rows_are_no_worse_than_those_found_with_the_components(loss):
+    matrix = rand(30, 20, seed=3)
+    f = lr.nmf(matrix, 4, solver="mu" if loss == "kl" else "hals", loss=loss, sweeps=30)
+    again = lr.NMF(f.transform(matrix, loss=loss, tolerance=1e-9), f.h)
+    assert objective(matrix, again, loss) <= objective(matrix, f, loss) * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("loss", ["frobenius", "kl"])
+def test_units_of_new_rows_and_components_do_not_matter(loss):
+    f = lr.nmf(rand(30, 20), 3)
+    new = rand(5, 20, seed=1)
+    expected = f.transform(new, loss=loss)
+    for scale in (2.0**-400, 2.0**400):
+        assert torch.allclose(f.transform(new * scale, loss=loss), expected * scale, rtol=1e-12, atol=0)
+        other = lr.NMF(f.w, f.h * scale)
+        assert torch.allclose(other.transform(new, loss=loss), expected / scale, rtol=1e-12, atol=0)
+    assert not f.transform(torch.zeros(2, 20), loss=loss).any()
+    assert torch.equal(f.transform(new.to_sparse(), loss=loss) > 0, expected > 0)
+    assert torch.allclose(f.transform(new.to_sparse(), loss=loss), expected)
+
+
+def test_new_rows_that_do_not_fit_are_refused():
+    f = lr.nmf(rand(8, 6), 2)
+    for call, why in (
+        (lambda: f.transform(rand(3, 5)), r"shape \(3, 5\), expected 6 columns"),
+        (lambda: f.transform(-rand(3, 6)), "negative entry"),
+        (lambda: f.transform(torch.full((3, 6), math.nan)), "NaN"),
+        (lambda: f.transform(rand(3, 6), loss="is"), "loss 'is', expected 'frobenius' or 'kl'"),
+        (lambda: f.transform(rand(3, 6), sweeps=-1), "sweeps -1"),
+        (lambda: f.transform(rand(3, 6), tolerance=-1), "tolerance -1"),
+        (lambda: f.transform([[1.0] * 6]), "list, expected a torch.Tensor"),
+    ):
+        with pytest.raises(lr.LowRankError, match=f"^NMF.transform: got (a )?{why}"):
+            call()
 
 
 @pairs

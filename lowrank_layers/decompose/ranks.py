@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 from ..errors import LowRankError
-from ..linalg import scaled_to_unit, unfold
+from ..linalg import SparseMatrix, scaled_to_unit, unfold
 from ..rank import ParameterFraction, Rank, RankRule, Spectrum, check_rank, choose_rank, pair_spectrum
 
 
-def matrix_rank(rank: Rank, matrix: Tensor, owner: str) -> int:
+def matrix_rank(rank: Rank, matrix: Tensor | SparseMatrix, owner: str) -> int:
     """An integer is clamped to the shorter side; a rule looks at the singular values."""
     check_rank(rank, owner)
     rows, columns = matrix.shape
-    values = None if isinstance(rank, int | ParameterFraction) else singular_values(matrix)
+    values = None if isinstance(rank, int | ParameterFraction) else singular_values(matrix, owner)
     return choose_rank(rank, pair_spectrum(rows, columns, values, owner), min(rows, columns))
 
 
@@ -35,7 +35,7 @@ def mode_ranks(rank: RankRule | Sequence[Rank | None], tensor: Tensor, owner: st
             chosen.append(None)
             continue
         columns = tensor.numel() // n
-        values = None if isinstance(r, int) else singular_values(unfold(tensor, mode))
+        values = None if isinstance(r, int) else singular_values(unfold(tensor, mode), owner)
         sizes = range(n + columns, (n + columns) * n + 1, n + columns)
         chosen.append(choose_rank(r, Spectrum(values, (n, columns), sizes, tensor.numel(), owner), n))
     shared = {mode: r for mode, r in enumerate(each) if isinstance(r, ParameterFraction)}
@@ -57,11 +57,35 @@ def cp_rank(rank: Rank, shape: Sequence[int], owner: str) -> int:
     return choose_rank(rank, Spectrum(None, (shape[0], shape[1]), sizes, math.prod(shape), owner), limit)
 
 
-def singular_values(matrix: Tensor) -> Tensor:
+def singular_values(matrix: Tensor | SparseMatrix, owner: str) -> Tensor:
     """Largest first, in fp64: the norm of a matrix may be beyond what its own dtype holds."""
     scaled, scale = scaled_to_unit(matrix)
-    values: Tensor = torch.linalg.svdvals(scaled)
+    if isinstance(scaled, SparseMatrix) and math.prod(scaled.shape) > SMALL:
+        short = min(scaled.shape)
+        if short > 4096:
+            raise LowRankError(
+                f"{owner}: got a rank rule and a sparse matrix of shape {tuple(scaled.shape)}, whose {short} singular"
+                " values would all be needed; give an integer rank or ParameterFraction."
+            )
+        wide = scaled.double()
+        squares: Tensor = torch.linalg.eigvalsh((wide if scaled.shape[0] == short else wide.mT).gram())
+        return squares.flip(0).clamp_min(0).sqrt() * scale
+    values: Tensor = torch.linalg.svdvals(scaled if isinstance(scaled, Tensor) else scaled.to_dense())
     return values.double() * scale
+
+
+SMALL = 2**22
+"""Numbers in a sparse matrix, zeros included, up to which it is made dense: that costs little, and loses no digits."""
+
+
+def small_to_dense(matrix: SparseMatrix, owner: str) -> Tensor:
+    """With its zeros, unless they are too many."""
+    if math.prod(matrix.shape) > SMALL:
+        raise LowRankError(
+            f"{owner}: got method 'exact' and a sparse matrix of shape {tuple(matrix.shape)}, which would have to be"
+            " made dense; take method 'auto', or call to_dense() where the memory allows it."
+        )
+    return matrix.to_dense()
 
 
 def _one_a_mode(rank: object, ndim: int, owner: str) -> list[Rank | None]:

@@ -1,5 +1,7 @@
 """The one gate through which every tensor enters a factorization."""
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
@@ -43,7 +45,12 @@ def check_tensor(tensor: Tensor, who: str, *, ndim: int | None = None) -> Tensor
     return tensor
 
 
-def working_dtype(tensor: Tensor) -> torch.dtype:
+class _HasDtype(Protocol):
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+
+def working_dtype(tensor: _HasDtype) -> torch.dtype:
     """The dtype to compute in: fp64 stays, anything shorter is computed in fp32."""
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 

@@ -1,9 +1,14 @@
 """Scales under which squares neither overflow nor vanish."""
 
+from __future__ import annotations
+
 import math
+from typing import overload
 
 import torch
 from torch import Tensor
+
+from .sparse import SparseMatrix
 
 
 def unit_scale(tensor: Tensor) -> float:
@@ -26,7 +31,19 @@ def unit_scale(tensor: Tensor) -> float:
     return math.ldexp(1.0, exponent) if largest > 0 else 1.0
 
 
-def scaled_to_unit(tensor: Tensor) -> tuple[Tensor, float]:
-    """The tensor divided by its :func:`unit_scale`, and that scale."""
-    scale = unit_scale(tensor)
-    return tensor / scale, scale
+@overload
+def scaled_to_unit(matrix: Tensor) -> tuple[Tensor, float]: ...
+
+
+@overload
+def scaled_to_unit(matrix: SparseMatrix) -> tuple[SparseMatrix, float]: ...
+
+
+@overload
+def scaled_to_unit(matrix: Tensor | SparseMatrix) -> tuple[Tensor | SparseMatrix, float]: ...
+
+
+def scaled_to_unit(matrix: Tensor | SparseMatrix) -> tuple[Tensor | SparseMatrix, float]:
+    """What is left of a tensor divided by its :func:`unit_scale`, and that scale."""
+    scale = unit_scale(matrix if isinstance(matrix, Tensor) else matrix.values)
+    return matrix / scale, scale

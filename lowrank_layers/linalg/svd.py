@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from .sparse import SparseMatrix
+
 Triplet = tuple[Tensor, Tensor, Tensor]
 
 
@@ -12,7 +14,7 @@ def exact_svd(matrix: Tensor) -> Triplet:
     return u, s, vh
 
 
-def gram_svd(matrix: Tensor, rank: int) -> Triplet:
+def gram_svd(matrix: Tensor | SparseMatrix, rank: int) -> Triplet:
     """Through the eigenvectors of the Gram matrix of the smaller side, formed in fp64.
 
     With ``m <= n``: ``A A^T = U S^2 U^T`` and ``S V^T = U^T A``. Squaring halves the digits, so a singular
@@ -23,9 +25,9 @@ def gram_svd(matrix: Tensor, rank: int) -> Triplet:
         u, s, vh = gram_svd(matrix.mT, rank)
         return vh.mT, s, u.mT
     wide = matrix.double()
-    u = leading_eigenvectors(wide @ wide.mT, rank)
+    u = leading_eigenvectors(gram(wide), rank)
     # S V^T = U^T A: the norms of its rows are accurate where the square roots of eigenvalues are not
-    rows = u.mT @ wide
+    rows = (wide.mT @ u).mT
     order = torch.linalg.vector_norm(rows, dim=1).argsort(descending=True)
     u, rows = u[:, order], rows[order]
     # rows of tiny norm have lost their orthogonality: QR mends them, and completes the basis where they vanish
@@ -36,7 +38,7 @@ def gram_svd(matrix: Tensor, rank: int) -> Triplet:
 
 
 def randomized_svd(
-    matrix: Tensor, rank: int, *, oversample: int = 10, power_iterations: int = 4, seed: int = 0
+    matrix: Tensor | SparseMatrix, rank: int, *, oversample: int = 10, power_iterations: int = 4, seed: int = 0
 ) -> Triplet:
     """Range finder with power iterations (Halko, Martinsson and Tropp, 2011, algorithms 4.4 and 5.1).
 
@@ -50,13 +52,18 @@ def randomized_svd(
     m, n = matrix.shape
     width = min(rank + oversample, m, n)
     generator = torch.Generator().manual_seed(seed)
-    basis = torch.randn(n, width, generator=generator, dtype=torch.float64).to(matrix)
+    basis = torch.randn(n, width, generator=generator, dtype=torch.float64).to(matrix.device, matrix.dtype)
     basis = torch.linalg.qr(matrix @ basis).Q
     for _ in range(power_iterations):
         basis = torch.linalg.qr(matrix.mT @ basis).Q
         basis = torch.linalg.qr(matrix @ basis).Q
-    u, s, vh = torch.linalg.svd(basis.mT @ matrix, full_matrices=False)
+    u, s, vh = torch.linalg.svd((matrix.mT @ basis).mT, full_matrices=False)
     return (basis @ u)[:, :rank], s[:rank], vh[:rank]
+
+
+def gram(matrix: Tensor | SparseMatrix) -> Tensor:
+    """``A A^T``."""
+    return matrix @ matrix.mT if isinstance(matrix, Tensor) else matrix.gram()
 
 
 def leading_eigenvectors(gram: Tensor, rank: int) -> Tensor:

@@ -424,6 +424,7 @@ class DecompositionRow:
     exact: float
     orthonormal: Callable[[Any], list[Tensor]]
     nonnegative: bool = False
+    sparse: bool = False
 
     def sample(self, *, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
         """A random tensor that it takes."""
@@ -440,7 +441,7 @@ class DecompositionRow:
 
 def _svd_row(method: str) -> DecompositionRow:
     return DecompositionRow(
-        f"svd {method}", lr.svd, {"method": method}, (12, 9), False, min, 1e-13, lambda f: [f.u, f.vh.mT]
+        f"svd {method}", lr.svd, {"method": method}, (12, 9), False, min, 1e-13, lambda f: [f.u, f.vh.mT], sparse=True
     )
 
 
@@ -455,11 +456,20 @@ def _nmf_row(solver: str, loss: str) -> DecompositionRow:
     # the start without zeros filled in is exact for a constant, which multiplicative updates only approach
     keywords = {"solver": solver, "loss": loss, "init": "nndsvd"}
     return DecompositionRow(
-        f"nmf {solver} {loss}", lr.nmf, keywords, (12, 9), False, min, 1e-13, lambda f: [], nonnegative=True
+        f"nmf {solver} {loss}",
+        lr.nmf,
+        keywords,
+        (12, 9),
+        False,
+        min,
+        1e-13,
+        lambda f: [],
+        nonnegative=True,
+        sparse=True,
     )
 
 
-SVD_METHODS = ["exact", "gram", "randomized", "auto"]
+SVD_METHODS = ["exact", "gram", "randomized", "krylov", "auto"]
 
 DECOMPOSITIONS = [
     *map(_svd_row, SVD_METHODS),

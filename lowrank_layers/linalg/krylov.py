@@ -1,0 +1,56 @@
+"""Leading singular triplets from products with the matrix alone."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .sparse import SparseMatrix
+from .svd import Triplet
+
+_DEPTH = 3
+"""Blocks of a Krylov basis before it is started anew from the best directions that it holds."""
+_RESTARTS = 60
+
+
+def krylov_svd(matrix: Tensor | SparseMatrix, rank: int, *, oversample: int = 10, seed: int = 0) -> Triplet:
+    """Restarted block Krylov iteration (Musco and Musco, 2015, algorithm 2), until ``||A v - s u||`` is rounding.
+
+    Args:
+        matrix: ``[m, n]``.
+        rank: number of triplets.
+        oversample: directions in a block beyond the rank.
+        seed: of the first block; the global generator is left alone.
+    """
+    m, n = matrix.shape
+    if m > n:
+        u, s, vh = krylov_svd(matrix.mT, rank, oversample=oversample, seed=seed)
+        return vh.mT, s, u.mT
+    # a block that fills a third of the space may as well fill it: one pass is then exact
+    width = rank + oversample if _DEPTH * (rank + oversample) <= m else m
+    generator = torch.Generator().manual_seed(seed)
+    block = torch.randn(n, width, generator=generator, dtype=torch.float64).to(matrix.device, matrix.dtype)
+    tolerance = torch.finfo(matrix.dtype).eps ** 0.75
+    for _ in range(_RESTARTS):
+        basis = torch.linalg.qr(matrix @ block).Q
+        images = [matrix.mT @ basis]
+        for _ in range(1, _DEPTH if width < m else 1):
+            fresh = _orthonormal(matrix @ images[-1], basis)
+            basis = torch.cat([basis, fresh], 1)
+            images.append(matrix.mT @ fresh)
+        # the best triplets of the basis K, from K^T A = R^T Q^T
+        q, r = torch.linalg.qr(torch.cat(images, 1))
+        small_u, s, small_vh = torch.linalg.svd(r.mT)
+        u, v = basis @ small_u, q @ small_vh.mT
+        residual = matrix @ v[:, :rank] - u[:, :rank] * s[:rank]
+        if float(torch.linalg.vector_norm(residual, dim=0).max()) <= tolerance * float(s[0]):
+            break
+        block = v[:, :width]
+    return u[:, :rank], s[:rank], v[:, :rank].mT
+
+
+def _orthonormal(block: Tensor, basis: Tensor) -> Tensor:
+    """Columns that complete ``basis``: twice, since what is left of a column may be rounding."""
+    for _ in range(2):
+        block = torch.linalg.qr(block - basis @ (basis.mT @ block)).Q
+    return block - basis @ (basis.mT @ block)
