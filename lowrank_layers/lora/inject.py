@@ -93,8 +93,9 @@ def add_lora_(
         freeze_a: trains ``B`` only (LoRA-FA; Zhang et al., 2023); of an embedding, whose ``A`` starts at zero, only
             ``A``.
         bias: adds a trained bias to the output of linear layers.
-        dtype: of the adapters; ``None`` is fp32, also on a base in half precision (and for modules that are trained
-            whole there), where the outputs stay in the dtype of the base. (``fully_shard`` wants one dtype for all parameters that it shards together.)
+        dtype: of the adapters and of modules that are trained whole; ``None`` is fp32, also on a base in half
+            precision, where the outputs stay in the dtype of the base. ``fully_shard`` wants one dtype for all
+            parameters that it shards together: give it the base's.
         stats: what :func:`calibrate` returned for this model. With ``"eva"`` the ranks are redistributed: the
             directions that explain most of their layer's inputs share ``rank`` times the number of layers.
         gradients: for ``"lora-ga"``, what :func:`weight_gradients` returned for this model: by the weights' names.
