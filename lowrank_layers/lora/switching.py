@@ -148,6 +148,7 @@ def lora_parameters(
             if name == own or (name is None and adapter.in_use):
                 for key, parameter in learned(adapter).items():
                     (fast if key == "B" else slow).append(parameter)
+    slow = list(dict.fromkeys(slow))  # tied layers share their rows
     if lr is None:
         return slow + fast
     return [{"params": slow, "lr": lr}, {"params": fast, "lr": lr * ratio}]

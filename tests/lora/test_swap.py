@@ -39,7 +39,7 @@ def base():
 def scramble(model):
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            parameter.add_(torch.rand_like(parameter) * 0.3) if "magnitude" in name else parameter.normal_()
+            parameter.add_(torch.rand_like(parameter) * 0.3) if "magnitude" in name else parameter.normal_(std=0.5)
 
 
 def saved(base, folder, target=EVERYTHING, **settings):
