@@ -18,6 +18,7 @@ from .kinds import Kernel, Kind
 from .mixed_groups import MixedGroups
 from .switching import check_unmerged, use_adapter
 from .task_vectors import Seed, combined
+from .tokens import TokenRows
 from .whole import attach_whole_, copies_of
 
 How = Literal[
@@ -53,7 +54,8 @@ def combine_lora_(
     r"""Adds one more adapter, the weighted sum of others, in place; they stay, and only the new one is in use.
 
     Every ``how`` gives the delta that PEFT's ``add_weighted_adapter`` gives under the same name. Biases of the adapters
-    are summed with their weights; a module that one of them trains whole is copied as it is.
+    are summed with their weights, and so are the rows of trained tokens, whatever ``how`` is; a module that one of them
+    trains whole is copied as it is.
 
     Args:
         model: an adapted model.
@@ -89,10 +91,13 @@ def combine_lora_(
     if len(weights) == 1 and (rank is None or not method.endswith("svd")):
         method = "cat"
     draws = Seed(seed)
+    shared: dict[tuple[int, ...], TokenRows] = {}
     made: list[tuple[Bank, Adapter]] = []
     for bank in banks(model):
         parts = [(weight, adapter) for own, weight in weights.items() for adapter in bank.named(own)]
-        if parts:
+        if parts and all(isinstance(adapter, TokenRows) for _, adapter in parts):
+            made.append((bank, _rows_of_sum(parts, shared)))
+        elif parts:
             a, b = _factors_of_sum(parts, bank.kind, method, rank, density, draws)
             made.append((bank, Adapter(a, b, scaling=1.0, bias=_bias_of_sum(parts))))
     for bank, adapter in made:
@@ -219,3 +224,18 @@ def _largest(parts: _Parts, kind: Kind) -> int:
 def _bias_of_sum(parts: _Parts) -> Tensor | None:
     biases = [weight * adapter.bias for weight, adapter in parts if adapter.bias is not None]
     return torch.stack(biases).sum(0) if biases else None
+
+
+def _rows_of_sum(parts: _Parts, shared: dict[tuple[int, ...], TokenRows]) -> TokenRows:
+    """The rows of all tokens that one of the adapters trains; tied layers share them."""
+    given = [(weight, adapter) for weight, adapter in parts if isinstance(adapter, TokenRows)]
+    key = tuple(id(adapter.rows) for _, adapter in given)
+    first = given[0][1]
+    if key not in shared:
+        tokens = torch.cat([adapter.tokens for _, adapter in given]).unique()
+        rows = first.rows.new_zeros(len(tokens), first.rows.shape[1])
+        for weight, adapter in given:
+            rows.index_add_(0, torch.searchsorted(tokens, adapter.tokens), weight * adapter.rows)
+        shared[key] = TokenRows(nn.Parameter(rows), tokens, first.size, head=first.head)
+    made = shared[key]
+    return TokenRows(made.rows, made.tokens, first.size, head=first.head)

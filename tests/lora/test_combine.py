@@ -312,6 +312,24 @@ def test_a_module_that_one_adapter_trains_whole_is_copied_and_of_two_refused():
     assert list(model.state_dict()) == keys
 
 
+@pytest.mark.parametrize("how", get_args(How))
+def test_rows_of_tokens_are_summed_with_their_weights(how):
+    model, x = Tied(), torch.arange(7)
+    lr.add_lora_(model, ["mid"], rank=2, name="a", trainable_tokens=[5, 1])
+    lr.add_lora_(model, ["mid"], rank=2, name="b", trainable_tokens=[0, 5])
+    adapters = model.embed.lora_weight.adapters
+    with torch.no_grad():
+        for name in "ab":
+            adapters[name].rows.normal_()
+    expected = model.embed._parameters["weight"].detach().clone()
+    for name, weight, tokens in (("a", 0.5, [5, 1]), ("b", -2.0, [0, 5])):
+        expected[tokens] += weight * adapters[name].rows.detach()
+    lr.combine_lora_(model, {"a": 0.5, "b": -2.0}, "sum", how=how)
+    assert torch.allclose(model.embed(x), expected, atol=1e-6)
+    assert torch.allclose(model.head(torch.eye(5)).mT, expected, atol=1e-6)
+    assert model.head.lora_weight.adapters["sum"].rows is adapters["sum"].rows
+
+
 def test_one_adapter_is_only_scaled():
     model = two(nn.Sequential(nn.Linear(8, 6)), init="pissa")
     delta = model[0].lora_weight.adapters["a"].delta(model[0].lora_weight.kind)
