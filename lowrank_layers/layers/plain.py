@@ -61,6 +61,8 @@ def peculiarity(module: nn.Module) -> str | None:
     known = _HELD.get(type(module).__name__) if type(module).__module__.startswith("torch.nn") else None
     if known is None:
         return _unlike_fresh(module)
+    if any(isinstance(getattr(module, key, None), Tensor) and key not in module._parameters for key in known):
+        return "a weight of it is computed (parametrized or normed); fold it to factorize it"
     return next((_more(key, f"nn.{type(module).__name__}") for key in _held(module) if key not in known), None)
 
 
