@@ -103,7 +103,7 @@ VALUES = {
     "svd of a vector": (lambda: lr.svd(torch.ones(3)), "dimensions"),
     "svd of nothing": (lambda: lr.svd(torch.ones(0, 3)), "empty"),
     "svd on meta": (lambda: lr.svd(torch.ones(3, 3, device="meta")), "meta"),
-    "svd of sparse": (lambda: lr.svd(torch.eye(3).to_sparse()), "to_dense"),
+    "tucker of sparse": (lambda: lr.tucker(torch.eye(3).to_sparse(), (1, 1)), "to_dense"),
     "svd of a list": (lambda: lr.svd([[1.0]]), "torch.Tensor"),
     "svd of complex": (lambda: lr.svd(torch.ones(3, 3, dtype=torch.complex64)), "floating-point"),
     "svd rank 0": (lambda: lr.svd(torch.eye(3), 0), "rank 0"),

@@ -29,7 +29,7 @@ def test_the_pipeline_on_cuda_agrees_with_the_cpu():
     assert torch.dist(results["cuda"][1], results["cpu"][1]) < 0.05 * results["cpu"][1].norm()
 
 
-@pytest.mark.parametrize("method", ["exact", "gram", "randomized"])
+@pytest.mark.parametrize("method", ["exact", "gram", "randomized", "krylov"])
 def test_decompositions_stay_on_their_device(method):
     matrix = torch.randn(80, 60, device="cuda")
     f = lr.svd(matrix, 60, method=method)
