@@ -201,6 +201,7 @@ class Calibration:
         self._batch = known if known is not None else len(first) if first is not None and first.ndim else 1
         self._stats.samples += self._batch
 
+    @torch.no_grad()
     def _count_macs(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _: Any) -> None:
         if in_backward():
             return
@@ -227,6 +228,7 @@ class Calibration:
 
         return hook
 
+    @torch.no_grad()
     def _take(self, name: str, module: nn.Module, x: Tensor) -> Kept | None:
         batched = as_batch(module, x.detach())
         rows = self.padding.of(module, x, batched)
@@ -296,6 +298,8 @@ def as_batch(module: nn.Module, x: Tensor) -> Tensor:
 def _calibrated_layers(model: nn.Module) -> list[tuple[str, Any]]:
     def fits(module: nn.Module) -> bool:
         known = isinstance(module, CALIBRATED) or LowRankTransposedLinear.stands_for(module)
+        if is_table(module) and type(module).forward not in (nn.Embedding.forward, nn.EmbeddingBag.forward):
+            return False  # subclasses that compute positions take lengths and masks, not indices
         return known and not is_derived(module)
 
     return [(name, module) for name, module in own_layers(model) if fits(module)]

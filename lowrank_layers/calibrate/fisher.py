@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
@@ -78,13 +79,11 @@ def _chosen(lead: tuple[int, ...], target: object, mask: Tensor | None) -> Tenso
 
 
 def main_output(output: Any) -> Tensor | None:
-    """The tensor that a loss most likely looks at: the logits, or the first one with positions."""
+    """The tensor that a loss most likely looks at: the logits, or the first one with a batch and something else."""
     logits = getattr(output, "logits", output)
     if isinstance(logits, Tensor):
         return logits
-    values = list(output.values()) if isinstance(output, Mapping) else output
-    tensors = [value for value in values if isinstance(value, Tensor)] if isinstance(values, (tuple, list)) else []
-    return next((tensor for tensor in tensors if tensor.ndim > 1), None)
+    return next((value for _, value in _parts(output) if isinstance(value, Tensor) and value.ndim > 1), None)
 
 
 def describe_output(output: object) -> str:
@@ -94,24 +93,30 @@ def describe_output(output: object) -> str:
         >>> describe_output((torch.zeros(2, 3), torch.tensor(0.0)))
         'a tuple of (tensor [2, 3], tensor [])'
     """
-    kind = type(output).__name__
     if isinstance(output, Tensor):
         return f"a tensor {list(output.shape)}"
-    if isinstance(output, Mapping):
-        return f"a {kind} with {', '.join(f'{name!r}: {_brief(value)}' for name, value in output.items())}"
+    kind, parts = type(output).__name__, _parts(output)
     if isinstance(output, (tuple, list)):
-        return f"a {kind} of ({', '.join(map(_brief, output))})"
-    return f"a {kind}"
+        return f"a {kind} of ({', '.join(_brief(value) for _, value in parts)})"
+    named = ", ".join(f"{how.strip('.[]')}: {_brief(value)}" for how, value in parts if value is not None)
+    return f"a {kind} with {named}" if named else f"a {kind}"
 
 
 def main_part(output: object) -> str:
-    """How to write the part of an output that a loss may be about: ``[0]``, ``["last_hidden_state"]``."""
+    """How to write the part of an output that a loss may be about: ``[0]``, ``.last_hidden_state``."""
+    main = main_output(output)
+    return next((how for how, value in _parts(output) if value is main and main is not None), ".your_part")
+
+
+def _parts(output: object) -> list[tuple[str, object]]:
+    """The parts of an output, and how to write each."""
+    if is_dataclass(output) and not isinstance(output, type):
+        return [(f".{each.name}", getattr(output, each.name)) for each in fields(output)]
     if isinstance(output, Mapping):
-        name = next((name for name, value in output.items() if isinstance(value, Tensor) and value.ndim > 1), "...")
-        return f'["{name}"]'
+        return [(f"[{name!r}]".replace("'", '"'), value) for name, value in output.items()]
     if isinstance(output, (tuple, list)):
-        return f"[{next((k for k, value in enumerate(output) if isinstance(value, Tensor) and value.ndim > 1), 0)}]"
-    return ".your_part"
+        return [(f"[{place}]", value) for place, value in enumerate(output)]
+    return []
 
 
 def _brief(value: object) -> str:

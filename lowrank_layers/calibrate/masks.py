@@ -5,7 +5,8 @@ but the features, for a linear layer) show batch and positions together:
 
 - ``[B, T]``, ``[B, T, ...]`` and ``[B, H, T]``, with the batch or, as recurrent networks have it, time first;
 - ``[B * T]`` and ``[B * H, T]``, as attention by heads flattens them;
-- ``[1, T]`` and ``[T]``, one row for all samples (position embeddings): a position counts if any sample has it;
+- ``[1, T]``, ``[T]`` and ``[T, T]``, one row for all samples (position embeddings and biases): a position counts if any
+  sample has it;
 - ``[B]``, one row per sample (pooled): it counts if the sample has any position.
 
 A convolution over ``[B, C, T]`` keeps the windows that it would also see without the padding: those that lie within the
@@ -97,6 +98,9 @@ def spread(real: Tensor, lead: tuple[int, ...], *, time_first: bool = False) -> 
             return real[:, None].expand(lead), 2
         if lead == (1, length) or (lead == (length,) and length != batch):
             return real.any(0).view(lead), len(lead) - 1
+        if lead[-2:] == (length, length) and lead[:-2] in ((), (1,)):
+            every = real.any(0)
+            return (every[:, None] & every).view(lead), len(lead) - 1
         if len(lead) == 2 and lead[1] == length and lead[0] % batch == 0:
             return real.repeat_interleave(lead[0] // batch, 0), 1
         if lead == (batch * length,):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..errors import LowRankError
-from ..layers import ConvNd
+from ..layers import ConvNd, LowRankMultiheadAttention
 from .masks import Kept, fits, kept, labelled, output_mask, read_mask
 
 MaskOf = str | Callable[[Any], Tensor]
@@ -63,6 +63,7 @@ class Padding:
         self._given: Tensor | None = None
         self._target: object = None
         self._decoder: _Mask | None = None
+        self._encoder: list[_Mask] = []
         self._two = self._decoded = False
         self._states: Any = WeakTensorKeyDictionary()
         self._read: Any = WeakTensorKeyDictionary()
@@ -71,9 +72,8 @@ class Padding:
         for module in self._model.modules():
             if module is self._model or next(module.children(), None) is not None:
                 names = _arguments(type(module).forward)
-                attends = hasattr(module, "q_proj") or isinstance(module, nn.MultiheadAttention)
-                late = not attends and any(getattr(m, "batch_first", True) is False for m in module.modules())
-                self._hooks.append(module.register_forward_pre_hook(self._enter(names, late), with_kwargs=True))
+                enter = self._enter(names, _time_first(module))
+                self._hooks.append(module.register_forward_pre_hook(enter, with_kwargs=True))
                 self._hooks.append(module.register_forward_hook(self._leave))
         return self
 
@@ -90,7 +90,7 @@ class Padding:
 
     def samples(self) -> int | None:
         """How many samples of the forward pass have data, where a mask is known."""
-        known = [mask.real.flatten(1).any(1) for mask in self._base()]
+        known = [mask.real.flatten(1).any(1) for mask in self._scopes[0].masks] if self._scopes else []
         return int(torch.stack(known).any(0).sum()) if known and len({len(k) for k in known}) == 1 else None
 
     def of(self, module: nn.Module, x: Tensor, batched: Tensor) -> Kept | None:
@@ -108,17 +108,20 @@ class Padding:
         return None
 
     def of_output(self, output: Tensor | None) -> Tensor | None:
-        """The mask ``[B, T]`` of what the model returned; ``None`` where all is data."""
+        """The mask of what the model returned, ``[B, T]`` (``[T, B]`` if that is); ``None`` where all is data."""
         masks = self._base()
         if output is None or not masks:
             return None
         mask = next((m for m in masks if fits(m.real, tuple(output.shape))), masks[0])
-        return None if mask.full else mask.real
+        if mask.full:
+            return None
+        order = [mask.real.mT, mask.real] if self._scopes[0].time_first else [mask.real, mask.real.mT]
+        return next((real for real in order if real.shape == output.shape[:2]), mask.real)
 
     def _base(self) -> list[_Mask]:
-        return self._scopes[0].masks if self._scopes else []
+        return self._now(self._scopes[0]) if self._scopes else []
 
-    def _enter(self, names: tuple[str, ...], late: bool) -> Callable[..., None]:
+    def _enter(self, names: tuple[str, ...], late: bool | None) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if in_backward():  # recomputation; what it leaves half-way it would leave on the stack
                 return
@@ -146,7 +149,7 @@ class Padding:
             if isinstance(value, Tensor) and value.ndim > 2 and fits(scope.own.real, tuple(value.shape)):
                 self._states[value] = scope.own
 
-    def _first(self, tensors: dict[str, Tensor], late: bool) -> _Scope:
+    def _first(self, tensors: dict[str, Tensor], late: bool | None) -> _Scope:
         """The scope of the model itself."""
         self._states.clear()
         self._read.clear()
@@ -163,13 +166,13 @@ class Padding:
         elif not given and not pair and own:
             decoder = []
         self._decoder = decoder[0] if decoder else None
-        masks = [*decoder, *(mask for mask in own if mask not in decoder)]
-        return _Scope(masks, None, _has_memory(tensors), late)
+        self._encoder = [mask for mask in own if mask not in decoder]
+        return _Scope([*decoder, *self._encoder], None, _has_memory(tensors), bool(late))
 
-    def _inner(self, tensors: dict[str, Tensor], outer: _Scope, late: bool) -> _Scope:
+    def _inner(self, tensors: dict[str, Tensor], outer: _Scope, late: bool | None) -> _Scope:
         """The scope of a module inside the model."""
         own = self._own(tensors)
-        late = late or outer.time_first
+        late = outer.time_first if late is None else late
         decodes = outer.decodes or _has_memory(tensors)
         self._decoded = self._decoded or decodes
         if _is_pair(tensors):  # both sequences, as in the model itself
@@ -184,8 +187,11 @@ class Padding:
         return _Scope(outer.masks if inside else [], None, decodes, late)
 
     def _now(self, scope: _Scope) -> list[_Mask]:
-        """The masks of a scope; until a decoder is entered, its mask is that of nothing."""
-        return [m for m in scope.masks if m is not self._decoder or self._decoded or not self._two]
+        """The masks of a scope; of two sequences, the encoder's until a decoder is entered, then the decoder's."""
+        if not self._two:
+            return scope.masks
+        other = self._encoder if self._decoded else [self._decoder]
+        return [mask for mask in scope.masks if mask not in other]
 
     def _own(self, tensors: dict[str, Tensor]) -> list[_Mask]:
         names = [name for name in _OWN if name != "key_padding_mask" or "key" not in tensors]
@@ -251,6 +257,13 @@ def in_backward() -> bool:
 
 def _has_memory(tensors: dict[str, Tensor]) -> bool:
     return "encoder_hidden_states" in tensors or "memory" in tensors
+
+
+def _time_first(module: nn.Module) -> bool | None:
+    """Whether time comes before the batch inside, as ``batch_first=False`` says; ``None`` if nothing is said."""
+    if isinstance(module, LowRankMultiheadAttention):
+        return False  # it transposes
+    return True if any(getattr(m, "batch_first", True) is False for m in module.modules()) else None
 
 
 def _is_pair(tensors: dict[str, Tensor]) -> bool:

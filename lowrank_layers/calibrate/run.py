@@ -240,8 +240,8 @@ def _with_main(output: Any, main: Tensor) -> Any:
 
 def _of_data(real: Tensor) -> Callable[[Tensor], Tensor]:
     def hook(gradient: Tensor) -> Tensor:
-        rest = gradient * ~real
-        share = torch.where((rest != 0).any(), real.numel() / real.sum().clamp(min=1), 1.0)
-        return (gradient - rest) * share.to(gradient.dtype)
+        counted = (gradient.masked_fill(real, 0) != 0).any()
+        share = torch.where(counted, real.numel() / real.sum().clamp(min=1), 1.0)
+        return gradient.masked_fill(~real, 0) * share.to(gradient.dtype)
 
     return hook

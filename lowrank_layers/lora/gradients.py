@@ -67,7 +67,8 @@ def weight_gradients(
     try:
         with quiet_eval(model), frozen(model), torch.enable_grad(), Padding(model) as padding:
             for weight in weights:
-                weight._post_accumulate_grad_hooks = None  # type: ignore[assignment] # an optimizer's step, perhaps
+                if weight._post_accumulate_grad_hooks:
+                    weight._post_accumulate_grad_hooks = {}  # an optimizer's step, perhaps
                 weight.requires_grad_(True)
             for batch in batches:
                 count += 1
@@ -77,7 +78,9 @@ def weight_gradients(
     finally:
         for weight, flag, (gradient, hooks) in zip(weights, trainable, before, strict=True):
             weight.requires_grad_(flag)
-            weight.grad, weight._post_accumulate_grad_hooks = gradient, hooks
+            weight.grad = gradient
+            if hooks:
+                weight._post_accumulate_grad_hooks = hooks
     if not count:
         raise LowRankError("weight_gradients: batches is empty.")
     means = {id(weight): total / count for weight, total in zip(weights, sums, strict=True) if total is not None}
