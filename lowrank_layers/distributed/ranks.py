@@ -63,6 +63,8 @@ class Ranks:
         if isinstance(rule, Budget):
             if rule.bytes is None:
                 raise LowRankError(f"{WHO}: got {rule}, expected the bytes of a step, as in Budget(bytes=100_000).")
+            if rule.of != "model":
+                raise LowRankError(f"{WHO}: got {rule}, expected one without of=: it counts all dense gradients.")
         else:
             check_rank(rule, WHO)
         self.rule, self.saving = rule, saving

@@ -40,10 +40,11 @@ class LowRankCommState:
 
     The state is kept by parameter, so that it outlives rebuilt buckets; collectives go through a process group of their
     own and one worker, so that they go out in one order everywhere. The state may be made before
-    ``init_process_group``, but not saved or loaded. A gradient that is not finite in any process leaves
-    the state as it was and is averaged as it is, for a ``GradScaler`` to see. One that is zero in every process stays
-    zero and its error is kept, since DDP would throw away what an unused parameter were given. Sparse gradients
-    (``nn.Embedding(sparse=True)``) are averaged as they are, and no budget counts them.
+    ``init_process_group``, but not saved or loaded. A gradient that is not finite in any process leaves the state as it
+    was and is averaged as it is, for a ``GradScaler`` to see. One that is zero in every process stays zero and its
+    error is kept, since DDP would throw away what an unused parameter were given. Sparse gradients
+    (``nn.Embedding(sparse=True)``) are averaged as they are, by a backend that takes them, as gloo does, and no budget
+    counts them.
 
     Args:
         rank: of every gradient: an integer, a rule that looks at the singular values of the averaged gradient of step

@@ -325,6 +325,7 @@ def bad_settings(rank: int) -> dict[str, str]:
     wrong: dict[str, dict[str, Any]] = {
         "rank": {"rank": 0},
         "budget": {"rank": lr.Budget(params=0.5)},
+        "of": {"rank": lr.Budget(bytes=0.5, of="planned")},
         "start_step": {"start_step": -1},
         "refresh": {"refresh": 0},
         "local_iterations": {"local_iterations": True},

@@ -221,7 +221,7 @@ def test_budget(seen):
 
 
 def test_bad_settings(seen):
-    names = "rank budget start_step refresh local_iterations wire error_dtype fallback saving scaler"
+    names = "rank budget of start_step refresh local_iterations wire error_dtype fallback saving scaler"
     for process in seen:
         assert set(process) == set(names.split())
         assert all("LowRankCommState: got" in message and "expected" in message for message in process.values())
