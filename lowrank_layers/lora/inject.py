@@ -94,8 +94,7 @@ def add_lora_(
             ``A``.
         bias: adds a trained bias to the output of linear layers.
         dtype: of the adapters and of modules that are trained whole; ``None`` is fp32, also on a base in half
-            precision, where the outputs stay in the dtype of the base. ``fully_shard`` wants one dtype for all
-            parameters that it shards together: give it the base's.
+            precision, where the outputs stay in the dtype of the base.
         stats: what :func:`calibrate` returned for this model. With ``"eva"`` the ranks are redistributed: the
             directions that explain most of their layer's inputs share ``rank`` times the number of layers.
         gradients: for ``"lora-ga"``, what :func:`weight_gradients` returned for this model: by the weights' names.

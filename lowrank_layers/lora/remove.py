@@ -7,8 +7,8 @@ from typing import Literal
 from torch import nn
 
 from ..errors import LowRankError
-from .inject import banks, check_name, strip_
-from .merge import merge_lora_, unmerge_lora_
+from .inject import check_name, strip_
+from .merge import merge_lora_, unmerged
 
 Keep = Literal["base", "merged"]
 
@@ -18,7 +18,8 @@ def remove_lora_(model: nn.Module, name: str | None = None, *, keep: Keep = "bas
 
     Args:
         model: an adapted model.
-        name: which adapter to take off; ``None`` takes off all of them. Merged adapters are unmerged first.
+        name: which adapter to take off; ``None`` takes off all of them. Merged adapters are unmerged first, and those
+            that stay are merged again.
         keep: ``"base"`` leaves the base weights, ``"merged"`` the base weights with all adapters that are in use added
             to them, as ``merge_lora_(model, unload=True)`` does; that takes off all adapters, so that no name can be
             given.
@@ -45,7 +46,6 @@ def remove_lora_(model: nn.Module, name: str | None = None, *, keep: Keep = "bas
                 " out, and choose what is merged with use_adapter."
             )
         return merge_lora_(model, unload=True)
-    if any(bank.merged is not None for bank in banks(model)):
-        unmerge_lora_(model)
-    strip_(model, name)
+    with unmerged(model):
+        strip_(model, name)
     return model
