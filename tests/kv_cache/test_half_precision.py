@@ -43,7 +43,8 @@ def test_autocast(kind, implementation, dtype):
     with torch.autocast("cpu", dtype):
         theirs = steps(net, DynamicCache())
         net.set_attn_implementation(implementation if implementation == "lowrank" else plain)
-        cache = lr.LowRankCache(16, **KEEP)
+        # until 5.14 transformers caches expanded values of 12 entries for an MLA layer
+        cache = lr.LowRankCache(16, value_rank=12 if kind == "deepseek_v3" else None, **KEEP)
         ours = steps(net, cache)
         own = [(layer.keys, layer.values) for layer in cache.layers]
     # both are as far from the exact logits as half precision puts them

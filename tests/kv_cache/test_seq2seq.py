@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 from transformers import DynamicCache, EncoderDecoderCache
 
 import lowrank_layers as lr
@@ -57,6 +58,9 @@ MODES = {
 WAYS = [(kind, mode) for kind in ("t5", "whisper", "bart", "t5gemma") for mode in MODES]
 # transformers itself gives Whisper's decoder two position_ids then, with any cache
 WAYS.remove(("whisper", "chunks"))
+OLD = int(transformers.__version__.split(".")[1]) < 14
+if OLD:  # it appends the encoder's keys with every chunk, to any cache
+    WAYS.remove(("t5gemma", "chunks"))
 
 
 @pytest.mark.parametrize(("kind", "mode"), WAYS)
@@ -83,6 +87,8 @@ def test_assisted_decoding_crops(kind, implementation, mode):
             for parameter in helper.parameters():
                 parameter.add_(torch.randn_like(parameter), alpha=0.02)
         options = {"assistant_model": helper, "do_sample": mode != "assistant"}
+    # no least number, which assistants refuse until 5.4: the token that would end is never chosen
+    options |= {"min_new_tokens": None, "suppress_tokens": [96]}
     same(net, implementation, inputs, exact(kind), tokens=24, **options)
 
 
@@ -90,6 +96,8 @@ def test_assisted_decoding_crops(kind, implementation, mode):
 @KINDS
 def test_generation_goes_on_with_the_same_cache(kind, implementation):
     lr.LowRankCache  # noqa: B018
+    if OLD and kind == "t5gemma":
+        pytest.skip("it appends the encoder's keys with every call, to any cache")
     net, inputs, cache, found = seq2seq(kind), source(kind), exact(kind), []
     options = {"do_sample": False, "min_new_tokens": 10, "max_new_tokens": 10}
     for name, past in ((implementation, cache), ("eager", EncoderDecoderCache(*twice(DynamicCache)))):
@@ -163,6 +171,8 @@ def twice_of(cache):
 @pytest.mark.parametrize("way", ["generate", "call"])
 def test_one_cache_for_both_attentions_is_refused_with_what_to_write(kind, way):
     lr.LowRankCache  # noqa: B018
+    if OLD and (kind, way) == ("whisper", "generate"):
+        pytest.skip("it ends in an UnboundLocalError with any cache")
     net, cache = seq2seq(kind), lr.LowRankCache(16, **KEEP)
     call = net.generate if way == "generate" else net
     with torch.no_grad(), pytest.raises(lr.LowRankError, match=r"EncoderDecoderCache\(LowRankCache"):
@@ -178,6 +188,8 @@ def test_a_budget_for_an_encoder_is_refused():
 
 
 def test_offloading_is_refused_with_what_to_write():
+    if OLD:
+        pytest.skip("its generate takes the second cache as it is")
     lr.LowRankCache  # noqa: B018
     net, cache = seq2seq("t5gemma"), EncoderDecoderCache(*twice(lr.LowRankCache))
     with pytest.raises(lr.LowRankError, match=r"LowRankCache\(...\), DynamicCache\(\)"):
