@@ -14,7 +14,7 @@ from tqdm import tqdm
 from ..calibrate import calibrate, check_batches, quiet_eval
 from ..errors import LowRankError
 from ..layers import FactoredModule, bias_of, is_factored, is_table, weight_from_matrices, weight_of
-from ..linalg import check_tensor
+from ..linalg import check_tensor, full_precision
 from ..moments import LayerStats, Statistics
 from ..surgery import reasons_to_stay, remap_optimizer_, replace_
 from ..unfuse import fuse_, mind_fast_paths_, unfuse_, unfused
@@ -89,6 +89,7 @@ def factorize_(
     return model
 
 
+@full_precision
 def densify_(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> nn.Module:
     """Multiplies the factors out: every factored layer becomes the torch layer that computes the same, in place.
 
@@ -126,6 +127,7 @@ def _one_shot(model: nn.Module, plan: Plan, stats: Statistics | None) -> dict[st
     }
 
 
+@full_precision
 def _build(dense: nn.Module, entry: Entry, stats: LayerStats | None) -> FactoredModule:
     if stats is not None:
         stats = replace(stats, free_bias=entry.bias)  # a plan made without statistics counts no new biases
@@ -169,6 +171,7 @@ def _in_sequence(
     return built, refits
 
 
+@full_precision
 def _refit(dense: nn.Module, stats: LayerStats) -> tuple[Tensor, Tensor | None]:
     """The dense layer's best weight and bias on the compressed prefix; without a bias, through the origin."""
     problems = regressions(dense, stats, centred=bias_of(dense) is not None)

@@ -11,6 +11,7 @@ from tqdm import tqdm
 from ..cost import Cost
 from ..errors import BudgetError, LowRankError
 from ..layers import linear_shape, weight_of
+from ..linalg import full_precision
 from ..moments import Statistics
 from ..rank import Budget, Rank, allocate, as_budget, check_rank
 from ..surgery import Selector, select
@@ -91,6 +92,7 @@ def make_plan(
         return _plan(model, budget, stats, chosen, asked, rank, units, progress)
 
 
+@full_precision
 def _plan(
     model: nn.Module,
     budget: Budget | None,

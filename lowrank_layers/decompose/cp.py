@@ -9,11 +9,21 @@ from torch import Tensor
 
 from ..errors import LowRankError
 from ..factors import CP
-from ..linalg import check_tensor, khatri_rao, leading_eigenvectors, narrowed, scaled_to_unit, unfold, working_dtype
+from ..linalg import (
+    check_tensor,
+    full_precision,
+    khatri_rao,
+    leading_eigenvectors,
+    narrowed,
+    scaled_to_unit,
+    unfold,
+    working_dtype,
+)
 from ..rank import Rank
 from .ranks import cp_rank
 
 
+@full_precision
 def cp(
     tensor: Tensor,
     rank: Rank,

@@ -10,7 +10,16 @@ from torch import Tensor
 
 from ..errors import LowRankError
 from ..factors import NMF
-from ..linalg import Matrix, SparseMatrix, check_matrix, gram_svd, randomized_svd, scaled_to_unit, working_dtype
+from ..linalg import (
+    Matrix,
+    SparseMatrix,
+    check_matrix,
+    full_precision,
+    gram_svd,
+    randomized_svd,
+    scaled_to_unit,
+    working_dtype,
+)
 from ..linalg.nonnegative import (
     Divergence,
     LeastSquares,
@@ -30,6 +39,7 @@ from .svd import svd
 Init = Literal["nndsvda", "nndsvd", "random"]
 
 
+@full_precision
 def nmf(
     matrix: Matrix,
     rank: Rank,

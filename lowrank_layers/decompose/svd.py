@@ -11,6 +11,7 @@ from ..linalg import (
     SparseMatrix,
     check_matrix,
     exact_svd,
+    full_precision,
     gram_svd,
     krylov_svd,
     narrowed,
@@ -24,6 +25,7 @@ from .ranks import SMALL, matrix_rank, small_to_dense
 Method = Literal["auto", "exact", "randomized", "gram", "krylov"]
 
 
+@full_precision
 def svd(matrix: Matrix, rank: Rank | None = None, *, method: Method = "auto", seed: int = 0) -> SVD:
     """The best approximation of a matrix by one of rank ``rank`` (Eckart and Young, 1936).
 

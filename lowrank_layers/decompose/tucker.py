@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 
 from ..factors import Tucker
-from ..linalg import check_tensor, mode_product, narrowed, scaled_to_unit, unfold, working_dtype
+from ..linalg import check_tensor, full_precision, mode_product, narrowed, scaled_to_unit, unfold, working_dtype
 from ..rank import Rank, RankRule
 from .ranks import mode_ranks
 
 
+@full_precision
 def tucker(
     tensor: Tensor, rank: RankRule | Sequence[Rank | None], *, sweeps: int = 20, tolerance: float = 1e-4
 ) -> Tucker:
@@ -109,6 +110,7 @@ def _project(tensor: Tensor, factors: dict[int, Tensor]) -> Tensor:
     return tensor
 
 
+@full_precision
 def tucker_spectrum(tensor: Tensor, mode: int) -> Tensor:
     """Singular values of one unfolding, largest first, in fp64."""
     matrix, scale = scaled_to_unit(unfold(tensor, mode).double())

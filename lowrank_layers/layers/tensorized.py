@@ -13,7 +13,7 @@ from ..decompose.partial_train import trains_of_known
 from ..decompose.tensor_train import tensor_trains
 from ..errors import LowRankError, UnsupportedLayerError
 from ..factors import BlockTT
-from ..linalg import scaled_to_unit, train_product, working_dtype
+from ..linalg import full_precision, scaled_to_unit, train_product, working_dtype
 from ..rank import ParameterFraction, Spectrum, check_rank, choose_rank
 from .base import FactoredModule, adopt, adopt_dense, fill, weight_of
 from .plain import check_dense
@@ -204,6 +204,7 @@ class TensorizedEmbedding(FactoredModule):
         return adopt(layer.to_empty(device=dense.weight.device), dense)
 
     @classmethod
+    @full_precision
     def from_dense(
         cls, embedding: nn.Module, *, rank: BondRank, order: int = 3, split: Sequence[Sequence[int]] | None = None
     ) -> TensorizedEmbedding:

@@ -2,6 +2,7 @@
 
 from .check import check_tensor, narrowed, working_dtype
 from .krylov import krylov_svd
+from .precision import full_precision
 from .products import fold, khatri_rao, mode_product, rounded_train, train_product, unfold
 from .psd import Root, damp, psd_root
 from .scale import scaled_to_unit, unit_scale
@@ -18,6 +19,7 @@ __all__ = [
     "damp",
     "exact_svd",
     "fold",
+    "full_precision",
     "gram_svd",
     "is_dense",
     "khatri_rao",

@@ -126,6 +126,16 @@ def test_the_dtype_comes_back(row, dtype):
 
 
 @rows
+def test_autocast_does_not_matter(row):
+    """It is for the products of a forward pass, not for those of a decomposition."""
+    tensor = row.sample(dtype=torch.float32)
+    expected = row(tensor, row.rank(3)).to_dense()
+    with torch.autocast("cpu", torch.bfloat16):
+        got = row(tensor, row.rank(3))
+    assert torch.equal(got.to_dense(), expected)
+
+
+@rows
 def test_memory_layout_does_not_matter(row):
     tensor = row.sample()
     reversed_modes = tensor.permute(*range(tensor.ndim)[::-1]).contiguous().permute(*range(tensor.ndim)[::-1])

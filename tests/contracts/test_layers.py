@@ -586,6 +586,18 @@ def test_a_parameter_fraction_is_kept(row):
             assert 0.6 * fraction * dense < weights <= fraction * dense
 
 
+@rows
+def test_autocast_does_not_touch_the_factors(row):
+    """A layer made inside a region of autocast has the factors of one made outside."""
+    for variant in row.smoke:
+        dense = row.dense(variant)
+        expected = row.from_dense(dense, rank=row.small)
+        with torch.autocast("cpu", torch.bfloat16):
+            got = row.from_dense(dense, rank=row.small)
+        for (name, a), (_, b) in zip(got.named_parameters(), expected.named_parameters(), strict=True):
+            assert torch.equal(a, b), name
+
+
 # ---------------------------------------------------------------------------------------------------- calibration
 
 
