@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from .layers import FactoredModule, LowRankMultiheadAttention
+from .resize import mind_resizing_
 from .walk import module_aliases, own_layers, put_, reason_to_keep
 
 _FAST_PATHS: dict[type[nn.Module], tuple[str, Any]] = {
@@ -100,3 +101,4 @@ def mind_fast_paths_(model: nn.Module) -> None:
                 setattr(module, flag, off)
             elif not factored and _MEMORY in module.__dict__:
                 setattr(module, flag, module.__dict__.pop(_MEMORY))
+    mind_resizing_(model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TypeVar
 
 import torch
@@ -141,6 +142,16 @@ class LowRankEmbedding(ThinTable):
             self._renormalize(input, self.max_norm)
         out: Tensor = self.up(self.down(input))
         return out
+
+    def lift_(self) -> tuple[nn.Module, Callable[[nn.Module], nn.Module]]:
+        """The thin embedding, which has the rows of the vocabulary, and what takes it back with more or fewer."""
+
+        def restore(resized: nn.Module) -> nn.Module:
+            assert isinstance(resized, nn.Embedding)
+            self.down, self.num_embeddings = resized, resized.num_embeddings
+            return self
+
+        return self.down, restore
 
     @classmethod
     def like(cls, dense: nn.Module, *, rank: int, bias: bool | None = None) -> LowRankEmbedding:

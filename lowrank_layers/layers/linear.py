@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -86,6 +88,16 @@ class LowRankLinear(FactoredModule):
         """``[*, in_features]`` to ``[*, out_features]``."""
         out: Tensor = self.up(self.down(input))
         return out
+
+    def lift_(self) -> tuple[nn.Module, Callable[[nn.Module], nn.Module]]:
+        """The last factor, which has the rows of a vocabulary, and what takes it back with more or fewer."""
+
+        def restore(resized: nn.Module) -> nn.Module:
+            assert isinstance(resized, nn.Linear)
+            self.up, self.out_features = resized, resized.out_features
+            return self
+
+        return self.up, restore
 
     @classmethod
     def like(cls, dense: nn.Module, *, rank: int, bias: bool | None = None) -> LowRankLinear:

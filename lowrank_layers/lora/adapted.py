@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from types import MethodType
 from typing import Any, NoReturn, cast
 
 import torch
@@ -54,6 +55,33 @@ class Adapted:
         if name in self._adapted_names:
             check_same_shape(self, name, param)
         super().register_parameter(name, param)  # type: ignore[misc]
+
+    def lift_(self) -> tuple[nn.Module, Callable[[nn.Module], nn.Module]]:
+        """The module without its adapters, and what puts them on again, fitted to a vocabulary of another size."""
+        module = cast(nn.Module, self)
+        names, banks = self._adapted_names, banks_of(module)
+        for bank in banks.values():
+            bank.check_resizable(type(self).__name__)
+        for name in banks:
+            delattr(module, BANK.format(name))
+        change_class_(module, self._plain_class)
+
+        def restore(resized: nn.Module) -> nn.Module:
+            for name, bank in banks.items():
+                bank.resize_(base_weight(resized, name))
+                resized.add_module(BANK.format(name), bank)
+            change_class_(resized, adapted_class(type(resized), names))
+            return resized
+
+        return module, restore
+
+
+def change_class_(module: nn.Module, cls: type[nn.Module]) -> None:
+    """Changes the class, also in the bound forward that hooks of accelerate keep on the instance."""
+    before, module.__class__ = type(module).forward, cls
+    for name in ("forward", "_old_forward"):
+        if getattr(vars(module).get(name), "__func__", None) is before:
+            module.__dict__[name] = MethodType(cls.forward, module)
 
 
 def check_same_shape(module: Any, name: str, value: Any) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import LowRankError
-from .kinds import Kind
+from .kinds import Kind, Matrix
 from .learning import let_learn_
 
 
@@ -109,10 +109,34 @@ class Adapter(nn.Module):
             product = product - kind.product(self.a0.to(dtype), self.b0.to(dtype))
         return product * self.scaling.to(product.dtype)
 
+    @torch.no_grad()
+    def resize_(self, kind: Kind, weight: Tensor) -> None:
+        """Fits it to a weight with more or fewer rows: the rows that stay keep their delta, new ones have none."""
+        shapes = kind.shapes(weight, self.A.shape[-2])
+        self.A.data, self.B.data = _cut_or_filled(self.A, shapes[0]), _cut_or_filled(self.B, shapes[1])
+        if self.a0 is not None and self.b0 is not None:
+            self.a0, self.b0 = _cut_or_filled(self.a0, shapes[0]), _cut_or_filled(self.b0, shapes[1])
+        if self.magnitude is not None:
+            lengths = kind.lengths(weight.detach().float()).to(self.magnitude)
+            old = min(len(lengths), len(self.magnitude))
+            self.magnitude.data = torch.cat([self.magnitude[:old], lengths[old:]])
+        if self.bias is not None:
+            self.bias.data = _cut_or_filled(self.bias, (shapes[1][-2],))
+        for parameter in self.parameters():
+            parameter.grad = None
+
     def extra_repr(self) -> str:
         """The shapes, as printed."""
         text = f"A={list(self.A.shape)}, B={list(self.B.shape)}, scaling={float(self.scaling):g}"
         return text + (f", dropout={self.dropout}" if self.dropout else "")
+
+
+def _cut_or_filled(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Cut or filled with zeros at the end of each dimension."""
+    result = tensor.new_zeros(shape)
+    part = tuple(slice(min(old, new)) for old, new in zip(tensor.shape, shape, strict=True))
+    result[part] = tensor[part].detach()
+    return result
 
 
 class Bank(nn.Module):
@@ -157,6 +181,24 @@ class Bank(nn.Module):
     def disabled(self) -> bool:
         """Whether this is inside ``lora_disabled``."""
         return any(adapter.withheld is not None for adapter in self)
+
+    def check_resizable(self, owner: str) -> None:
+        """Raises if the adapters cannot follow their weight to another number of rows."""
+        if self.merged is not None:
+            raise LowRankError(
+                f"resize_token_embeddings: the adapters of a {owner} are merged; call unmerge_lora_ first. Nothing is"
+                " changed."
+            )
+        if any(adapter.magnitude is not None for adapter in self) and self.kind == Matrix(transposed=True):
+            raise LowRankError(
+                f"resize_token_embeddings: a {owner} has adapters with magnitudes (DoRA), lengths over all rows that each"
+                " new one would change; resize the model before add_lora_. Nothing is changed."
+            )
+
+    def resize_(self, weight: Tensor) -> None:
+        """Fits all adapters to a weight with more or fewer rows."""
+        for adapter in self:
+            adapter.resize_(self.kind, weight)
 
     def named(self, name: str) -> list[Adapter]:
         """The adapter of that name, if there is one."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from types import MethodType
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from ..moments import Statistics
 from ..rank import Rank, check_rank
 from ..unfuse import mind_fast_paths_
 from ..walk import check_model
-from .adapted import BANK, adapted_class, bank_of, banks_of, base_weight, values_of
+from .adapted import BANK, adapted_class, bank_of, banks_of, base_weight, change_class_, values_of
 from .adapter import Adapter, Bank, adapter_dtype
 from .checks import check_place
 from .fast import fast_call
@@ -201,14 +200,6 @@ def detach_(module: nn.Module, parameter: str) -> None:
     plain = adapted._plain_class
     names = tuple(n for n in adapted._adapted_names if n != parameter)
     change_class_(module, adapted_class(plain, names) if names else plain)
-
-
-def change_class_(module: nn.Module, cls: type[nn.Module]) -> None:
-    """Changes the class, also in the bound forward that hooks of accelerate keep on the instance."""
-    before, module.__class__ = type(module).forward, cls
-    for name in ("forward", "_old_forward"):
-        if getattr(vars(module).get(name), "__func__", None) is before:
-            module.__dict__[name] = MethodType(cls.forward, module)
 
 
 def strip_(model: nn.Module, name: str | None = None) -> None:

@@ -59,6 +59,12 @@ class TokenRows(Adapter):
         super()._load_from_state_dict(state_dict, prefix, *args)
         self.selection.copy_(F.one_hot(self.tokens, self.size))
 
+    def resize_(self, kind: Kind, weight: Tensor) -> None:
+        """Selects the same rows of a weight with more or fewer of them; those that are gone count for nothing."""
+        self.size = kind.matrix(weight).shape[-2 if self.head else -1]
+        every = torch.arange(self.size, device=self.tokens.device)
+        self.selection = (self.tokens[:, None] == every).to(self.selection)
+
     def extra_repr(self) -> str:
         """The number of rows, as printed."""
         return f"rows={list(self.rows.shape)} of {self.size}"
