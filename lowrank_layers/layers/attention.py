@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import LowRankError, UnsupportedLayerError
 from ..rank import Rank
-from .base import bias_of, carry_attributes, is_derived, return_attributes, weight_of
+from .base import bias_of, carry_attributes, is_derived, refuse_scripting, return_attributes, weight_of
 from .linear import LowRankLinear
 from .plain import peculiarity
 
@@ -120,6 +120,9 @@ class LowRankMultiheadAttention(nn.Module):
             self.bias_v = nn.Parameter(torch.empty(1, 1, embed_dim, **factory))
             nn.init.xavier_normal_(self.bias_k)
             nn.init.xavier_normal_(self.bias_v)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        return refuse_scripting(type(self).__name__)
 
     @property
     def rank(self) -> tuple[int | None, ...]:

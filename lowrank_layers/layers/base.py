@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, NoReturn, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -68,12 +68,17 @@ class FactoredModule(nn.Module):
         return computed(self.product().contiguous(), self._read_only())
 
     def _read_only(self) -> str:
-        factors = ", ".join(f"{name}.weight" for name, child in self.named_children() if child in self.parts)
+        names = [name for name, child in self.named_children() if child in self.parts]
+        factors = ", ".join(f"{name}.weight" for name in names)
         return (
             f"{type(self).__name__}: its weight is multiplied out of its factors on every access, so that what is"
-            f" written to it would be lost; write to the factors ({factors}), make the layer dense first (to_dense(),"
-            " or densify_ for a model), or take a copy with .detach().clone()."
+            f" written to it would be lost; write to the factors ({factors}), fuse a batch norm into the last one"
+            f" ({names[-1]}), make the layer dense first (to_dense(), or densify_ for a model), or take a copy with"
+            " .detach().clone()."
         )
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        return refuse_scripting(type(self).__name__)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight":
@@ -129,6 +134,14 @@ class FactoredModule(nn.Module):
     def last(self) -> nn.Module:
         """The child that runs last and holds the bias."""
         return self.parts[-1]
+
+
+def refuse_scripting(name: str) -> NoReturn:
+    """Raises what ``torch.jit.script`` shows for a low-rank layer, whose code it cannot read."""
+    raise LowRankError(
+        f"torch.jit.script: the model has a {name}, which cannot be scripted; use torch.jit.trace or torch.export, or"
+        " make a copy of the model dense first (densify_)."
+    )
 
 
 def is_factored(module: nn.Module) -> bool:

@@ -191,8 +191,8 @@ class Bank(nn.Module):
             )
         if any(adapter.magnitude is not None for adapter in self) and self.kind == Matrix(transposed=True):
             raise LowRankError(
-                f"resize_token_embeddings: a {owner} has adapters with magnitudes (DoRA), lengths over all rows that each"
-                " new one would change; resize the model before add_lora_. Nothing is changed."
+                f"resize_token_embeddings: a {owner} has adapters with magnitudes (DoRA), lengths over all rows, which"
+                " every new one would change; resize the model before add_lora_. Nothing is changed."
             )
 
     def resize_(self, weight: Tensor) -> None:
