@@ -121,7 +121,7 @@ def adapted_class(cls: type[nn.Module], names: tuple[str, ...]) -> type[nn.Modul
 def _make_class(cls: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
     body: dict[str, Any] = {name: _with_adapters(cls, name) for name in names}
     if any(name in SLICES for name in names):
-        body["in_proj_weight"] = property(_joined, _set_on_replica)
+        body["in_proj_weight"] = property(_joined, set_on_replica)
     body |= {"_plain_class": cls, "_adapted_names": names, "__module__": cls.__module__}
     fast = fast_forward(cls)
     if fast is not None and names == ("weight",):
@@ -168,10 +168,10 @@ def _with_adapters(cls: type[nn.Module], name: str) -> property:
         formed = bank.effective(values_of(weight))
         return formed if formed is weight else _guarded(self, name, formed)
 
-    return property(read, _set_on_replica)
+    return property(read, set_on_replica)
 
 
-def _set_on_replica(self: nn.Module, value: Any) -> None:
+def set_on_replica(self: nn.Module, value: Any) -> None:
     """``nn.DataParallel`` sets copies on its replicas and lists them in ``_former_parameters``, where they are read."""
     if "_is_replica" not in self.__dict__:
         raise AttributeError(f"a weight of {type(self).__name__} has adapters and can be set to an nn.Parameter only.")

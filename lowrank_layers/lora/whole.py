@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from ..errors import LowRankError
+from ..layers.computed import computed
 from ..walk import own_layers
-from .adapted import refuse_scripting
+from .adapted import refuse_scripting, set_on_replica
 from .adapter import Bank, adapter_dtype
+from .kinds import parameter_of
 from .learning import let_learn_
 
 _ACTIVE = "active"
@@ -65,29 +67,53 @@ class TrainedWhole:
     """Mixed into the class of a module that has copies: its forward is that of the copy in use."""
 
     _plain_class: type[nn.Module]
+    _own_names: tuple[str, ...]
     skipped_by_fast_paths = True
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         state = self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
-        return _blank, (self._plain_class,), state
+        return _blank, (self._plain_class, self._own_names), state
 
     def __prepare_scriptable__(self) -> nn.Module:
         return refuse_scripting()
 
 
-def _blank(cls: type[nn.Module]) -> nn.Module:
-    blank: nn.Module = object.__new__(_whole_class(cls))
+def _blank(cls: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
+    blank: nn.Module = object.__new__(_whole_class(cls, names))
     return blank
 
 
-_CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
+_CLASSES: dict[tuple[type[nn.Module], tuple[str, ...]], type[nn.Module]] = {}
 
 
-def _whole_class(cls: type[nn.Module]) -> type[nn.Module]:
-    if cls not in _CLASSES:
-        body = {"_plain_class": cls, "__module__": cls.__module__, "forward": _forward_of(cls)}
-        _CLASSES[cls] = cast("type[nn.Module]", type(f"Whole{cls.__name__}", (TrainedWhole, cls), body))
-    return _CLASSES[cls]
+def _whole_class(cls: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
+    if (cls, names) not in _CLASSES:
+        body: dict[str, Any] = {name: _in_use(name) for name in names}
+        body |= {"_plain_class": cls, "_own_names": names, "__module__": cls.__module__, "forward": _forward_of(cls)}
+        _CLASSES[cls, names] = cast("type[nn.Module]", type(f"Whole{cls.__name__}", (TrainedWhole, cls), body))
+    return _CLASSES[cls, names]
+
+
+def _in_use(name: str) -> property:
+    """Reading a parameter gives that of the copy in use, for whoever does not call the module."""
+
+    def read(self: nn.Module) -> Tensor:
+        copies, base = self._modules.get(WHOLE_COPIES), parameter_of(self, name)
+        if base is None:
+            raise AttributeError(f"{type(self).__name__} has no parameter {name!r}")
+        if not isinstance(copies, Copies) or copies.disabled or copies.rows is not None or copies.active is None:
+            return base
+        own = parameter_of(copies[copies.active], name)
+        assert own is not None
+        if own.dtype == base.dtype:
+            return own
+        return computed(
+            own.to(base.dtype),
+            f"{type(self).__name__}: its {name} is a copy of an adapter, read in the dtype of the model; write to"
+            f" dict(layer.named_parameters())['{WHOLE_COPIES}.{copies.active}.{name}'].",
+        )
+
+    return property(read, set_on_replica)
 
 
 def _forward_of(cls: type[nn.Module]) -> Callable[..., Any]:
@@ -106,7 +132,7 @@ def _forward_of(cls: type[nn.Module]) -> Callable[..., Any]:
 
 def _run(base: nn.Module, own: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """What a copy gives; one in fp32 of a module in half precision runs under autocast, to the module's dtype."""
-    first, theirs = (next(module.parameters(), None) for module in (base, own))
+    first, theirs = (next(_parameters(module), None) for module in (base, own))
     if first is None or first.dtype not in _HALVES or theirs is None or theirs.dtype == first.dtype:
         return own(*args, **kwargs)
     if torch.is_autocast_enabled(first.device.type):
@@ -114,6 +140,13 @@ def _run(base: nn.Module, own: nn.Module, *args: Any, **kwargs: Any) -> Any:
     with torch.autocast(first.device.type, first.dtype):
         out = own(*args, **kwargs)
     return tree_map(lambda t: t.to(first.dtype) if isinstance(t, Tensor) and t.dtype == torch.float32 else t, out)
+
+
+def _parameters(module: nn.Module) -> Iterator[Tensor]:
+    """The parameters of a module; of a replica of ``nn.DataParallel``, which has none, the copies."""
+    for part in module.modules():
+        yield from (p for p in part._parameters.values() if p is not None)
+        yield from part.__dict__.get("_former_parameters", {}).values()
 
 
 def _by_rows(
@@ -235,7 +268,8 @@ def attach_whole_(
     if not isinstance(copies, Copies):
         copies = Copies().train(module.training)
         module.add_module(WHOLE_COPIES, copies)
-        module.__class__ = _whole_class(type(module))
+        names = tuple(key for key, parameter in module._parameters.items() if parameter is not None)
+        module.__class__ = _whole_class(type(module), names)
         module._lora_whole_hook = module.register_load_state_dict_post_hook(_without_copies)
     copies[name] = own.train(module.training)
     copies.choose([name])

@@ -217,6 +217,73 @@ def test_a_container_stands_for_what_is_in_it(tmp_path):
     assert torch.equal(run(lr.load_lora(base, tmp_path), x), run(model, x))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_whoever_reads_a_weight_reads_that_in_use(dtype):
+    """As losses do that take the head's weight and never call it."""
+    model, x = adapted_in(dtype), torch.randn(6, 8, dtype=dtype)
+    scramble(model)
+    last = model.head[2]
+    inner = torch.randn(4, 6, dtype=dtype)
+    assert torch.allclose(nn.functional.linear(inner, last.weight, last.bias), last(inner), atol=0.02)
+    with lr.lora_disabled(model):
+        assert last.weight is last._parameters["weight"]
+    lr.use_adapter(model, None)
+    assert torch.equal(last(inner), nn.functional.linear(inner, last.weight, last.bias))
+    lr.use_adapter(model, "default")
+    if dtype == torch.float32:
+        with torch.no_grad():
+            last.weight.zero_(), last.bias.zero_()
+        assert not model(x).any()
+    else:
+        with pytest.raises(lr.LowRankError, match="write to dict"):
+            last.weight.data.zero_()
+
+
+def adapted_in(dtype):
+    return lr.add_lora_(Net().eval().to(dtype), ["body"], rank=2, modules_to_save=["norm", "head"])
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target": ["lm_head"]},
+        {"target": ["embed_tokens"]},
+        {"target": ["q_proj"], "modules_to_save": ["lm_head"]},
+        {"target": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+        {"target": ["q_proj"], "trainable_tokens": [3, 4]},
+    ],
+    ids=str,
+)
+def test_embeddings_with_adapters_are_not_resized(tied, settings, tmp_path):
+    """transformers would drop the adapter, or make it permanent, without a word."""
+    model, ids = llama(tie_word_embeddings=tied), torch.randint(20, (2, 5))
+    lr.add_lora_(model, rank=2, **settings)
+    scramble(model)
+    for copied in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        out, shapes = run(copied, ids), [p.shape for p in copied.parameters()]
+        for part in (copied, copied.model) if "embed" in str(settings) else (copied,):
+            with pytest.raises(lr.LowRankError, match="Resize before adapters are added"):
+                part.resize_token_embeddings(25)
+        assert [p.shape for p in copied.parameters()] == shapes
+        assert torch.equal(run(copied, ids), out)
+    lr.save_lora(model, tmp_path)
+    loaded = lr.load_lora(llama(tie_word_embeddings=tied), tmp_path)
+    with pytest.raises(lr.LowRankError, match="Resize before"):
+        loaded.resize_token_embeddings(25)
+    lr.remove_lora_(model)
+    model.resize_token_embeddings(25)
+    assert run(model, ids).shape[-1] == 25
+    assert "resize_token_embeddings" not in vars(model)
+
+
+def test_other_adapters_leave_embeddings_resizable():
+    model = lr.add_lora_(llama(), ["q_proj"], rank=2)
+    model.resize_token_embeddings(25)
+    assert len(lr.lora_parameters(model)) == 2
+    assert run(model, torch.tensor([[24]])).shape[-1] == 25
+
+
 def test_compiles_as_it_runs():
     model, x = adapted(), torch.randn(4, 8)
     scramble(model)
