@@ -75,3 +75,34 @@ def test_an_adapted_weight_of_the_model_itself_is_set_to_a_parameter_only():
     assert torch.equal(model[0].weight, before[0].weight)
     model[0].weight = new
     assert model[0]._parameters["weight"] is new
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(9, 6), nn.Linear(6, 4)
+
+    def forward(self, x):
+        return self.head(self.embed(x)) + nn.functional.linear(self.embed(x), self.head.weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_replicas_of_whole_modules_and_of_rows(dtype):
+    model, x = Net().to(dtype), torch.randint(9, (4, 3))
+    lr.add_lora_(model, [], modules_to_save=["head"], trainable_tokens=[2, 5])
+    with torch.no_grad():
+        for parameter in lr.lora_parameters(model):
+            parameter.add_(torch.randn_like(parameter))
+    out = model(x)
+    out.float().square().sum().backward()
+    expected = [p.grad.clone() for p in lr.lora_parameters(model)]
+    model.zero_grad()
+    first, second = replicate.replicate(model, [0, 1])
+    assert torch.equal(first(x), out)
+    second(x).float().square().sum().backward()
+    for parameter, gradient in zip(lr.lora_parameters(model), expected, strict=True):
+        assert torch.allclose(parameter.grad, gradient, atol=1e-5)
+    with lr.lora_disabled(model):
+        base = model(x)
+        (replica,) = replicate.replicate(model, [0])
+        assert torch.equal(replica(x), base)
