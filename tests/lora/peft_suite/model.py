@@ -1,0 +1,406 @@
+"""PEFT's model, of which every call goes to ours; its names of parameters are translated, no value is."""
+
+import json
+import math
+import re
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+import peft
+import torch
+from torch import nn
+
+import lowrank_layers as lr
+from lowrank_layers.lora.adapted import Adapted, banks_of, base_weight
+from lowrank_layers.lora.kinds import kind_of
+from lowrank_layers.lora.peft_config import config_of
+from lowrank_layers.lora.peft_format import find_slots
+from lowrank_layers.lora.tokens import TokenRows
+from lowrank_layers.lora.whole import WHOLE_COPIES, TrainedWhole, copies_of
+
+from .layers import is_embedding
+
+INITS = {True: "kaiming", False: "kaiming", "gaussian": "gaussian", "orthogonal": "orthogonal", "pissa": "pissa"}
+INITS |= {"olora": "olora", "eva": "eva", "corda": "corda", "loftq": "loftq", "lora_ga": "lora-ga"}
+BASE = "__base__"
+
+
+WORDS = {
+    r"remove_lora_: .*merged": "Cannot delete adapter(s) ['{name}'] while they are merged. Please unmerge them first.",
+    r"use_adapter: .*tokens": "Only one adapter can be set at a time for TrainableTokensWrapper",
+    r"use_adapter: .*trained whole": "Only one adapter can be set at a time for ModulesToSaveWrapper",
+    r"combine_lora_: .*trained whole": "Cannot add weighted adapters if they target the same module with"
+    " modules_to_save, but found 1 such instance(s).",
+    r"merge_lora_: .*NaN": "NaNs detected in the merged weights. The adapter {name} seems to be broken",
+}
+"""What ours refuses, and how PEFT says it: the refusal has to be ours."""
+
+
+@contextmanager
+def peft_words(name="default"):
+    try:
+        yield
+    except lr.LowRankError as error:
+        for ours, theirs in WORDS.items():
+            if re.match(ours, str(error), re.DOTALL):
+                raise ValueError(theirs.format(name=name)) from error
+        raise
+
+
+class LoraModel(nn.Module):
+    """``base_model``: the adapted model, and which of its adapters are in use."""
+
+    prefix = "lora_"
+
+    def __init__(self, model, peft_config):
+        super().__init__()
+        self.model = model
+        self.peft_config = peft_config
+        self.__dict__["active"] = []
+
+    def forward(self, *args, **kwargs):
+        return self.model(*args, **kwargs)
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "model":
+                raise
+            return getattr(self.model, name)
+
+    @property
+    def active_adapters(self):
+        return list(self.active)
+
+    @property
+    def active_adapter(self):
+        return list(self.active)
+
+    def set_adapter(self, names, inference_mode=False):
+        names = [names] if isinstance(names, str) else list(names)
+        with peft_words():
+            lr.use_adapter(self.model, names)
+        self.active[:] = names
+        for module in self.model.modules():
+            if isinstance(module, (Adapted, TrainedWhole)):
+                module.__dict__["_shim_active"] = self._now
+        if inference_mode:
+            for parameter in lr.lora_parameters(self.model):
+                parameter.requires_grad_(False)
+
+    def _now(self):
+        return list(self.active)
+
+    def add(self, name, config, dtype=None):
+        if name in self.peft_config:
+            raise ValueError(f"Adapter with name '{name}' already exists")
+        add_lora(self.model, name, config, dtype)
+        self.peft_config[name] = config
+        self.set_adapter(self.active or [name])
+
+    def delete_adapter(self, adapter_name):
+        name = adapter_name
+        if name not in self.peft_config:
+            raise ValueError(f"Adapter {name} does not exist")
+        with peft_words(name):
+            lr.remove_lora_(self.model, name)
+        del self.peft_config[name]
+        left = [each for each in self.active if each != name] or list(self.peft_config)[:1]
+        self.active[:] = left
+        if left:
+            self.set_adapter(left)
+
+    @contextmanager
+    def disable_adapter(self):
+        with lr.lora_disabled(self.model):
+            yield
+
+    def disable_adapter_layers(self):
+        lr.use_adapter(self.model, None)
+
+    def enable_adapter_layers(self):
+        lr.use_adapter(self.model, self.active)
+
+    def merge_adapter(self, adapter_names=None, safe_merge=False):
+        if adapter_names is not None:
+            lr.use_adapter(self.model, adapter_names)
+        with peft_words(self.active[0]):
+            lr.merge_lora_(self.model, safe_merge=safe_merge)
+
+    def unmerge_adapter(self):
+        lr.unmerge_lora_(self.model)
+
+    def merge_and_unload(self, progressbar=False, safe_merge=False, adapter_names=None):
+        if adapter_names is not None:
+            lr.use_adapter(self.model, adapter_names)
+        with peft_words(self.active[0]):
+            return lr.merge_lora_(self.model, unload=True, safe_merge=safe_merge)
+
+    def unload(self):
+        return lr.remove_lora_(self.model)
+
+    def add_weighted_adapter(self, adapters, weights, adapter_name, combination_type="svd", svd_rank=None, **more):
+        kept = {key: value for key, value in more.items() if key == "density" and value is not None}
+        if svd_rank is not None:
+            kept["rank"] = svd_rank
+        found = dict(zip(adapters, weights, strict=True))
+        with peft_words():
+            lr.combine_lora_(self.model, found, adapter_name, how=combination_type, **kept)
+        self.peft_config[adapter_name] = self.peft_config[adapters[0]]
+        self.set_adapter(self.active)
+
+    def set_requires_grad(self, adapter_names, requires_grad=True):
+        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
+            for module in self.model.modules():
+                for bank in banks_of(module).values():
+                    for adapter in bank.named(name):
+                        adapter.requires_grad_(requires_grad)
+            for copies in copies_of(self.model).values():
+                if name in copies:
+                    copies[name].requires_grad_(requires_grad)
+
+
+class PeftModel(nn.Module):
+    """PEFT's outer model."""
+
+    def __init__(self, model, peft_config, adapter_name="default", autocast_adapter_dtype=True, **_):
+        super().__init__()
+        self.peft_config = {}
+        self.base_model = LoraModel(model, self.peft_config)
+        if peft_config is not None:
+            self.base_model.add(adapter_name, peft_config, None if autocast_adapter_dtype else "base")
+
+    prefix = "lora_"
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_model":
+                raise
+            return getattr(self.base_model, name)
+
+    def forward(self, *args, adapter_names=None, **kwargs):
+        if adapter_names is None:
+            return self.base_model(*args, **kwargs)
+        with lr.lora_rows(self.base_model.model, [None if name == BASE else name for name in adapter_names]):
+            return self.base_model(*args, **kwargs)
+
+    @property
+    def active_adapter(self):
+        return self.base_model.active[0] if self.base_model.active else None
+
+    @property
+    def active_peft_config(self):
+        return self.peft_config[self.active_adapter]
+
+    @property
+    def modules_to_save(self):
+        found = [set(config.modules_to_save or ()) for config in self.peft_config.values()]
+        return set().union(*found) or None
+
+    def get_base_model(self):
+        return self.base_model.model
+
+    def add_adapter(self, adapter_name, peft_config, **_):
+        self.base_model.add(adapter_name, peft_config)
+
+    def set_adapter(self, name, inference_mode=False):
+        if name not in self.peft_config:
+            raise ValueError(f"Adapter {name} not found.")
+        self.base_model.set_adapter(name, inference_mode)
+
+    def disable_adapter(self):
+        return self.base_model.disable_adapter()
+
+    def push_to_hub(self, *_, **__):
+        raise NotImplementedError
+
+    def create_or_update_model_card(self, folder):
+        lines = ["---", "library_name: peft", "tags: [lora]"]
+        config = getattr(self.base_model.model, "config", None)
+        lines += [f"base_model: {config.to_dict()['_name_or_path']}"] if config is not None else []
+        (Path(folder) / "README.md").write_text("\n".join([*lines, "---", ""]))
+
+    def save_pretrained(self, folder, safe_serialization=True, selected_adapters=None, **_):
+        for name in selected_adapters or list(self.peft_config):
+            path = Path(folder) if name == "default" else Path(folder) / name
+            lr.save_lora(self.base_model.model, path, name)
+            if not safe_serialization:
+                file = path / "adapter_model.safetensors"
+                torch.save(lr.lora.reading.read_tensors(file), path / "adapter_model.bin")
+                file.unlink()
+        self.create_or_update_model_card(folder)
+
+    @classmethod
+    def from_pretrained(cls, model, folder, adapter_name="default", is_trainable=False, config=None, **_):
+        made = cls(model, None)
+        made.load_adapter(folder, adapter_name, is_trainable, config=config)
+        return made
+
+    def load_adapter(self, folder, adapter_name, is_trainable=False, config=None, **_):
+        if adapter_name in self.peft_config:
+            raise ValueError(f"Adapter with name '{adapter_name}' already exists")
+        config = peft.LoraConfig.from_pretrained(folder) if config is None else config
+        config.inference_mode = not is_trainable
+        lr.load_lora(self.base_model.model, folder, adapter_name, trainable=is_trainable)
+        self.peft_config[adapter_name] = config
+        self.base_model.set_adapter(self.base_model.active or [adapter_name], inference_mode=not is_trainable)
+        if not is_trainable:
+            self.eval()
+        return SimpleNamespace(missing_keys=[], unexpected_keys=[])
+
+    def named_parameters(self, *args, **kwargs):
+        names = translations(self)
+        for name, parameter in super().named_parameters(*args, **kwargs):
+            yield names.get(name, name), parameter
+
+    def state_dict(self, *args, **kwargs):
+        names = translations(self)
+        found = super().state_dict(*args, **kwargs)
+        return {names.get(key, key): value for key, value in found.items()}
+
+    def load_state_dict(self, state, strict=True, **kwargs):
+        names = {theirs: ours for ours, theirs in translations(self).items()}
+        return super().load_state_dict({names.get(key, key): value for key, value in state.items()}, strict, **kwargs)
+
+    def get_nb_trainable_parameters(self):
+        sizes = [(p.numel(), p.requires_grad) for p in self.parameters()]
+        return sum(n for n, learns in sizes if learns), sum(n for n, _ in sizes)
+
+
+def translations(model):
+    """Our names of parameters with PEFT's."""
+    found = {}
+    for owner, module in model.named_modules():
+        for parameter, bank in banks_of(module).items():
+            table = is_embedding(module)
+            for name in bank.names:
+                ours = f"{owner}.lora_{parameter}.adapters.{name}."
+                a, b = ("lora_embedding_A", "lora_embedding_B") if table else ("lora_A", "lora_B")
+                end = "" if table else ".weight"
+                found |= {f"{ours}A": f"{owner}.{a}.{name}{end}", f"{ours}B": f"{owner}.{b}.{name}{end}"}
+                found[f"{ours}rows"] = f"{owner}.token_adapter.trainable_tokens_delta.{name}"
+                found[f"{ours}magnitude"] = f"{owner}.lora_magnitude_vector.{name}.weight"
+                found[f"{ours}bias"] = f"{owner}.lora_B.{name}.bias"
+        if isinstance(module, TrainedWhole):
+            copies = f"{owner}.{WHOLE_COPIES}."
+            found |= {name: f"{owner}.modules_to_save.{name.removeprefix(copies)}" for name in _names(module, copies)}
+            found |= {f"{owner}.{name}": f"{owner}.original_module.{name}" for name in _own_names(module)}
+        if isinstance(module, Adapted):
+            for key in module._parameters:
+                found[f"{owner}.{key}"] = f"{owner}.base_layer.{key}"
+    return found
+
+
+def _names(module, prefix):
+    return [prefix + key for key in module._modules[WHOLE_COPIES].state_dict()]
+
+
+def _own_names(module):
+    return [key for key in module.state_dict() if not key.startswith(WHOLE_COPIES)]
+
+
+def add_lora(model, name, config, dtype=None):
+    """One of PEFT's configs as a call of :func:`lowrank_layers.add_lora_`."""
+    settings, problems = config_of(json.loads(json.dumps(config.to_dict(), default=list)))
+    problems = [each for each in problems if not each.startswith(("init_lora_weights", "target_modules is missing"))]
+    slots, _, more = find_slots(model, settings)
+    if problems + more:
+        raise ValueError("; ".join(problems + more))
+    # PEFT takes any rank; where a layer is narrower ours is told the layer's own, at PEFT's scaling
+    limits = {slot.owner: kind_of(slot.module, slot.parameter).limit(slot.weight) for slot in slots}
+    ranks = {slot.owner: min(settings.rank(slot.label), limits[slot.owner]) for slot in slots}
+    alphas = {slot.owner: settings.scaling(slot.label) * ranks[slot.owner] for slot in slots}
+    places = [f"{slot.owner}.{slot.parameter}" for slot in slots]
+    chosen = {id(slot.module) for slot in slots}
+    everything = "all-linear" if settings.target_modules == "all-linear" else None
+    lr.add_lora_(
+        model,
+        everything or (places if settings.target_parameters else lambda _, module: id(module) in chosen),
+        rank=settings.r,
+        alpha=settings.lora_alpha,
+        name=name,
+        exclude=settings.exclude_modules,
+        modules_to_save=settings.modules_to_save,
+        trainable_tokens=settings.trainable_token_indices,
+        dropout=settings.lora_dropout,
+        init=init_of(settings.init_lora_weights),
+        rank_pattern=ranks,
+        alpha_pattern=alphas,
+        dora=settings.use_dora,
+        bias=settings.lora_bias,
+        **({} if dtype is None else {"dtype": next(model.parameters()).dtype}),
+    )
+    if settings.init_lora_weights is False:
+        _scatter(model, name)
+    return model
+
+
+def init_of(name):
+    name = name.lower() if isinstance(name, str) else name
+    return "pissa" if str(name).startswith("pissa_niter") else INITS.get(name, name)
+
+
+@torch.no_grad()
+def _scatter(model, name):
+    """``init_lora_weights=False``: ``B`` as torch's own layers start, in place of zero."""
+    for module in model.modules():
+        for bank in banks_of(module).values():
+            for adapter in bank.named(name):
+                if isinstance(adapter, TokenRows):
+                    continue
+                if is_embedding(module):
+                    adapter.A.normal_(), adapter.B.normal_()
+                else:
+                    nn.init.kaiming_uniform_(adapter.B.flatten(1), a=math.sqrt(5))
+                if adapter.magnitude is not None:
+                    weight = base_weight(module, "weight")
+                    adapter.magnitude.copy_(bank.kind.lengths(weight + adapter.delta(bank.kind)))
+
+
+def get_peft_model(model, peft_config, adapter_name="default", mixed=False, autocast_adapter_dtype=True, **more):
+    if not isinstance(peft_config, peft.LoraConfig) or isinstance(peft_config, peft.AdaLoraConfig):
+        raise NotImplementedError(f"another tuner: {type(peft_config).__name__}")
+    return PeftModel(model, peft_config, adapter_name, autocast_adapter_dtype)
+
+
+def inject_adapter_in_model(peft_config, model, adapter_name="default", **_):
+    return add_lora(model, adapter_name, peft_config)
+
+
+def get_peft_model_state_dict(model, adapter_name="default", **_):
+    with tempfile.TemporaryDirectory() as folder:
+        lr.save_lora(model.base_model.model, folder, adapter_name)
+        return lr.lora.reading.read_tensors(Path(folder) / "adapter_model.safetensors")
+
+
+def set_peft_model_state_dict(model, state, adapter_name="default", **_):
+    with tempfile.TemporaryDirectory() as folder:
+        lr.save_lora(model.base_model.model, folder, adapter_name)
+        torch.save(dict(state), Path(folder) / "adapter_model.bin")
+        (Path(folder) / "adapter_model.safetensors").unlink()
+        lr.remove_lora_(model.base_model.model, adapter_name)
+        lr.load_lora(model.base_model.model, folder, adapter_name)
+    model.base_model.set_adapter(model.base_model.active)
+    return SimpleNamespace(missing_keys=[], unexpected_keys=[])
+
+
+def get_base_model_state_dict(model):
+    return {key: value for key, value in model.get_base_model().state_dict().items() if ".lora_" not in f".{key}"}
+
+
+def set_base_model_state_dict(model, state, strict=True):
+    return model.get_base_model().load_state_dict(state, strict=strict)
+
+
+def hotswap_adapter(model, model_name_or_path, adapter_name, **_):
+    inner = getattr(model, "_orig_mod", model)
+    lr.swap_lora_(inner.base_model.model, model_name_or_path, adapter_name)
+
+
+FUNCTIONS = [get_peft_model, inject_adapter_in_model, get_peft_model_state_dict, set_peft_model_state_dict]
+FUNCTIONS += [get_base_model_state_dict, set_base_model_state_dict, PeftModel]
