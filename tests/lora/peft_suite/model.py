@@ -1,7 +1,5 @@
 """PEFT's model, of which every call goes to ours; its names of parameters are translated, no value is."""
 
-import json
-import math
 import re
 import tempfile
 from contextlib import contextmanager
@@ -13,17 +11,12 @@ import torch
 from torch import nn
 
 import lowrank_layers as lr
-from lowrank_layers.lora.adapted import Adapted, banks_of, base_weight
-from lowrank_layers.lora.kinds import kind_of
-from lowrank_layers.lora.peft_config import config_of
-from lowrank_layers.lora.peft_format import find_slots
-from lowrank_layers.lora.tokens import TokenRows
-from lowrank_layers.lora.whole import WHOLE_COPIES, TrainedWhole, copies_of
+from lowrank_layers.lora.adapted import Adapted, banks_of
+from lowrank_layers.lora.whole import TrainedWhole, copies_of
 
-from .layers import is_embedding
+from .adding import add_lora
+from .names import translations
 
-INITS = {True: "kaiming", False: "kaiming", "gaussian": "gaussian", "orthogonal": "orthogonal", "pissa": "pissa"}
-INITS |= {"olora": "olora", "eva": "eva", "corda": "corda", "loftq": "loftq", "lora_ga": "lora-ga"}
 BASE = "__base__"
 
 
@@ -270,96 +263,6 @@ class PeftModel(nn.Module):
     def get_nb_trainable_parameters(self):
         sizes = [(p.numel(), p.requires_grad) for p in self.parameters()]
         return sum(n for n, learns in sizes if learns), sum(n for n, _ in sizes)
-
-
-def translations(model):
-    """Our names of parameters with PEFT's."""
-    found = {}
-    for owner, module in model.named_modules():
-        for parameter, bank in banks_of(module).items():
-            table = is_embedding(module)
-            for name in bank.names:
-                ours = f"{owner}.lora_{parameter}.adapters.{name}."
-                a, b = ("lora_embedding_A", "lora_embedding_B") if table else ("lora_A", "lora_B")
-                end = "" if table else ".weight"
-                found |= {f"{ours}A": f"{owner}.{a}.{name}{end}", f"{ours}B": f"{owner}.{b}.{name}{end}"}
-                found[f"{ours}rows"] = f"{owner}.token_adapter.trainable_tokens_delta.{name}"
-                found[f"{ours}magnitude"] = f"{owner}.lora_magnitude_vector.{name}.weight"
-                found[f"{ours}bias"] = f"{owner}.lora_B.{name}.bias"
-        if isinstance(module, TrainedWhole):
-            copies = f"{owner}.{WHOLE_COPIES}."
-            found |= {name: f"{owner}.modules_to_save.{name.removeprefix(copies)}" for name in _names(module, copies)}
-            found |= {f"{owner}.{name}": f"{owner}.original_module.{name}" for name in _own_names(module)}
-        if isinstance(module, Adapted):
-            for key in module._parameters:
-                found[f"{owner}.{key}"] = f"{owner}.base_layer.{key}"
-    return found
-
-
-def _names(module, prefix):
-    return [prefix + key for key in module._modules[WHOLE_COPIES].state_dict()]
-
-
-def _own_names(module):
-    return [key for key in module.state_dict() if not key.startswith(WHOLE_COPIES)]
-
-
-def add_lora(model, name, config, dtype=None):
-    """One of PEFT's configs as a call of :func:`lowrank_layers.add_lora_`."""
-    settings, problems = config_of(json.loads(json.dumps(config.to_dict(), default=list)))
-    problems = [each for each in problems if not each.startswith(("init_lora_weights", "target_modules is missing"))]
-    slots, _, more = find_slots(model, settings)
-    if problems + more:
-        raise ValueError("; ".join(problems + more))
-    # PEFT takes any rank; where a layer is narrower ours is told the layer's own, at PEFT's scaling
-    limits = {slot.owner: kind_of(slot.module, slot.parameter).limit(slot.weight) for slot in slots}
-    ranks = {slot.owner: min(settings.rank(slot.label), limits[slot.owner]) for slot in slots}
-    alphas = {slot.owner: settings.scaling(slot.label) * ranks[slot.owner] for slot in slots}
-    places = [f"{slot.owner}.{slot.parameter}" for slot in slots]
-    chosen = {id(slot.module) for slot in slots}
-    everything = "all-linear" if settings.target_modules == "all-linear" else None
-    lr.add_lora_(
-        model,
-        everything or (places if settings.target_parameters else lambda _, module: id(module) in chosen),
-        rank=settings.r,
-        alpha=settings.lora_alpha,
-        name=name,
-        exclude=settings.exclude_modules,
-        modules_to_save=settings.modules_to_save,
-        trainable_tokens=settings.trainable_token_indices,
-        dropout=settings.lora_dropout,
-        init=init_of(settings.init_lora_weights),
-        rank_pattern=ranks,
-        alpha_pattern=alphas,
-        dora=settings.use_dora,
-        bias=settings.lora_bias,
-        **({} if dtype is None else {"dtype": next(model.parameters()).dtype}),
-    )
-    if settings.init_lora_weights is False:
-        _scatter(model, name)
-    return model
-
-
-def init_of(name):
-    name = name.lower() if isinstance(name, str) else name
-    return "pissa" if str(name).startswith("pissa_niter") else INITS.get(name, name)
-
-
-@torch.no_grad()
-def _scatter(model, name):
-    """``init_lora_weights=False``: ``B`` as torch's own layers start, in place of zero."""
-    for module in model.modules():
-        for bank in banks_of(module).values():
-            for adapter in bank.named(name):
-                if isinstance(adapter, TokenRows):
-                    continue
-                if is_embedding(module):
-                    adapter.A.normal_(), adapter.B.normal_()
-                else:
-                    nn.init.kaiming_uniform_(adapter.B.flatten(1), a=math.sqrt(5))
-                if adapter.magnitude is not None:
-                    weight = base_weight(module, "weight")
-                    adapter.magnitude.copy_(bank.kind.lengths(weight + adapter.delta(bank.kind)))
 
 
 def get_peft_model(model, peft_config, adapter_name="default", mixed=False, autocast_adapter_dtype=True, **more):

@@ -1,0 +1,77 @@
+"""One of PEFT's configurations as a call of ``add_lora_``."""
+
+import json
+import math
+
+import torch
+from torch import nn
+
+import lowrank_layers as lr
+from lowrank_layers.lora.adapted import banks_of, base_weight
+from lowrank_layers.lora.kinds import kind_of
+from lowrank_layers.lora.peft_config import config_of
+from lowrank_layers.lora.peft_format import find_slots
+from lowrank_layers.lora.tokens import TokenRows
+
+from .layers import is_embedding
+
+INITS = {True: "kaiming", False: "kaiming", "gaussian": "gaussian", "orthogonal": "orthogonal", "pissa": "pissa"}
+INITS |= {"olora": "olora", "eva": "eva", "corda": "corda", "loftq": "loftq", "lora_ga": "lora-ga"}
+
+
+def add_lora(model, name, config, dtype=None):
+    """One of PEFT's configs as a call of :func:`lowrank_layers.add_lora_`."""
+    settings, problems = config_of(json.loads(json.dumps(config.to_dict(), default=list)))
+    problems = [each for each in problems if not each.startswith(("init_lora_weights", "target_modules is missing"))]
+    slots, _, more = find_slots(model, settings)
+    if problems + more:
+        raise ValueError("; ".join(problems + more))
+    # PEFT takes any rank; where a layer is narrower ours is told the layer's own, at PEFT's scaling
+    limits = {slot.owner: kind_of(slot.module, slot.parameter).limit(slot.weight) for slot in slots}
+    ranks = {slot.owner: min(settings.rank(slot.label), limits[slot.owner]) for slot in slots}
+    alphas = {slot.owner: settings.scaling(slot.label) * ranks[slot.owner] for slot in slots}
+    places = [f"{slot.owner}.{slot.parameter}" for slot in slots]
+    chosen = {id(slot.module) for slot in slots}
+    everything = "all-linear" if settings.target_modules == "all-linear" else None
+    lr.add_lora_(
+        model,
+        everything or (places if settings.target_parameters else lambda _, module: id(module) in chosen),
+        rank=settings.r,
+        alpha=settings.lora_alpha,
+        name=name,
+        exclude=settings.exclude_modules,
+        modules_to_save=settings.modules_to_save,
+        trainable_tokens=settings.trainable_token_indices,
+        dropout=settings.lora_dropout,
+        init=init_of(settings.init_lora_weights),
+        rank_pattern=ranks,
+        alpha_pattern=alphas,
+        dora=settings.use_dora,
+        bias=settings.lora_bias,
+        **({} if dtype is None else {"dtype": next(model.parameters()).dtype}),
+    )
+    if settings.init_lora_weights is False:
+        _scatter(model, name)
+    return model
+
+
+def init_of(name):
+    name = name.lower() if isinstance(name, str) else name
+    return "pissa" if str(name).startswith("pissa_niter") else INITS.get(name, name)
+
+
+@torch.no_grad()
+def _scatter(model, name):
+    """``init_lora_weights=False``: ``B`` as torch's own layers start, in place of zero."""
+    for module in model.modules():
+        for bank in banks_of(module).values():
+            for adapter in bank.named(name):
+                if isinstance(adapter, TokenRows):
+                    continue
+                if is_embedding(module):
+                    adapter.A.normal_(), adapter.B.normal_()
+                else:
+                    nn.init.kaiming_uniform_(adapter.B.flatten(1), a=math.sqrt(5))
+                if adapter.magnitude is not None:
+                    weight = base_weight(module, "weight")
+                    adapter.magnitude.copy_(bank.kind.lengths(weight + adapter.delta(bank.kind)))
