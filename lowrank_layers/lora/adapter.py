@@ -23,6 +23,12 @@ def adapter_dtype(weight: Tensor, dtype: torch.dtype | None = None) -> torch.dty
     return torch.float64 if weight.dtype == torch.float64 else torch.float32
 
 
+def check_dtype(dtype: object, who: str) -> None:
+    """Raises if this is no dtype for adapters; ``None`` is one."""
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise LowRankError(f"{who}: got dtype {dtype!r}, expected a floating point dtype such as torch.float32.")
+
+
 class Adapter(nn.Module):
     """``scaling (B A - B0 A0)`` for one weight; with a magnitude, the weight's outputs are renormalised (DoRA).
 

@@ -14,7 +14,7 @@ from ..layers import is_derived, is_factored
 from ..unfuse import mind_fast_paths_
 from ..walk import check_model, module_aliases
 from .adapted import bank_of
-from .adapter import Adapter, adapter_dtype
+from .adapter import Adapter, adapter_dtype, check_dtype
 from .diffusers import FILE as DIFFUSERS_FILE
 from .diffusers import find_diffusion, is_diffusion_file
 from .fast import fast_call
@@ -52,6 +52,7 @@ def load_lora(
     rank: int | None = None,
     alpha: float | None = None,
     prefix: str | None = None,
+    dtype: torch.dtype | None = None,
 ) -> nn.Module:
     """Puts the adapter that :func:`save_lora`, PEFT, diffusers, kohya's scripts or ComfyUI wrote on a model, in place.
 
@@ -71,6 +72,7 @@ def load_lora(
             need it; those for diffusion models are added as they are without it.
         prefix: of a single file with adapters for several models (``"unet"``, ``"lora_te2"``): which of them belong to
             this one; may be left out where only those of one fit.
+        dtype: of the adapter, as in :func:`add_lora_`: ``None`` is fp32, whatever the file and the base have.
 
     Returns:
         The model.
@@ -95,6 +97,7 @@ def load_lora(
     check_model(model, quantized=True)
     if "." in name or not name:
         raise LowRankError(f"load_lora: got name {name!r}, expected one without dots.")
+    check_dtype(dtype, "load_lora")
     path = Path(folder)
     found, whole, tensors = find_adapters(model, path, name, rank, alpha, prefix)
     problems = [trouble for read in found if (trouble := _trouble(model, read, name))]
@@ -106,8 +109,8 @@ def load_lora(
         problems.append(str(error).removeprefix("load_lora: ").removesuffix("."))
     if problems:
         refuse(path, problems)
-    made = [(read.slot, _adapter(read)) for read in found]
-    copies = {owner: _copy(module, owner, whole.copied, tensors) for owner, module in modules.items()}
+    made = [(read.slot, _adapter(read, dtype)) for read in found]
+    copies = {owner: _copy(module, owner, whole.copied, tensors, dtype) for owner, module in modules.items()}
     freeze_(model)
     with torch.no_grad():
         for key, place in whole.base.items():
@@ -268,10 +271,10 @@ def _trouble(model: nn.Module, read: Read, name: str) -> str | None:
     return None
 
 
-def _adapter(read: Read) -> Adapter:
+def _adapter(read: Read, dtype: torch.dtype | None) -> Adapter:
     like = read.slot.weight
     a, b, magnitude, bias = (
-        None if t is None else t.to(like.device, adapter_dtype(like)).clone().contiguous()
+        None if t is None else t.to(like.device, adapter_dtype(like, dtype)).clone().contiguous()
         for t in (read.a, read.b, read.magnitude, read.bias)
     )
     assert a is not None
@@ -282,9 +285,15 @@ def _adapter(read: Read) -> Adapter:
     return cls(a, b, scaling=read.scaling, dropout=dropout, magnitude=magnitude, bias=bias)
 
 
-def _copy(module: nn.Module, owner: str, keys: Mapping[str, str], tensors: Mapping[str, Tensor]) -> nn.Module:
+def _copy(
+    module: nn.Module,
+    owner: str,
+    keys: Mapping[str, str],
+    tensors: Mapping[str, Tensor],
+    dtype: torch.dtype | None,
+) -> nn.Module:
     """The copy of a module that the file holds."""
-    copy = plain_copy(module)
+    copy = plain_copy(module, dtype)
     own = own_tensors(copy)
     with torch.no_grad():
         for key, place in keys.items():

@@ -16,7 +16,7 @@ from ..rank import Rank, check_rank
 from ..unfuse import mind_fast_paths_
 from ..walk import check_model
 from .adapted import BANK, adapted_class, bank_of, banks_of, base_weight, change_class_, values_of
-from .adapter import Adapter, Bank, adapter_dtype
+from .adapter import Adapter, Bank, adapter_dtype, check_dtype
 from .checks import check_place
 from .fast import fast_call
 from .inits import INITS, Init, Start
@@ -128,8 +128,7 @@ def add_lora_(
     if init not in INITS:
         raise LowRankError(f"add_lora_: got init {init!r}, expected one of {list(INITS)}.")
     check_rank(rank, "add_lora_")
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise LowRankError(f"add_lora_: got dtype {dtype!r}, expected a floating point dtype such as torch.float32.")
+    check_dtype(dtype, "add_lora_")
     whole = find_whole(model, modules_to_save or (), name)
     places = [] if target == [] and trainable_tokens else targets(model, target, exclude, whole)
     rows = find_tokens(model, trainable_tokens, name, {owner for owner, _ in places} | set(whole))

@@ -216,9 +216,13 @@ def test_adapters_that_are_loaded_or_extracted_are_fp32(dtype, tmp_path):
     model = lr.extract_lora(base, tuned, rank=2).apply_(base)
     assert {p.dtype for p in lr.lora_parameters(model)} == {torch.float32}
     lr.save_lora(model, tmp_path)
-    x = torch.randn(3, 8).to(dtype)
+    x, other = torch.randn(3, 8).to(dtype), copy.deepcopy(fresh)
     assert torch.equal(lr.load_lora(fresh, tmp_path)(x), model(x))
     assert {p.dtype for p in lr.lora_parameters(fresh)} == {torch.float32}
+    assert {p.dtype for p in lr.lora_parameters(lr.load_lora(other, tmp_path, dtype=dtype))} == {dtype}
+    assert relative(other(x), model(x)) < 4 * EPS[dtype]
+    with pytest.raises(lr.LowRankError, match="floating point dtype"):
+        lr.load_lora(other, tmp_path, "second", dtype="half")
 
 
 @pytest.mark.parametrize("init", ["gaussian", "orthogonal", "pissa", "olora"])
