@@ -97,6 +97,15 @@ class Adapter(nn.Module):
         """Whether it counts, or will once ``lora_disabled`` ends."""
         return bool(self.gate if self.withheld is None else self.withheld)
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Adapter:
+        kept = {name: getattr(self, name) for name in ("scaling", "gate")}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, before in kept.items():  # a scaling of 4 / 3 that was rounded once would stay wrong for good
+            now = getattr(self, name)
+            if torch.promote_types(now.dtype, before.dtype) != now.dtype and not before.is_meta:
+                setattr(self, name, before.to(now.device))
+        return self
+
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         if not any(key.startswith(prefix) for key in state_dict):
             return  # a state dict of the base: the adapter stays as it is

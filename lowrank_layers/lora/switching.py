@@ -56,6 +56,8 @@ def use_adapter(model: nn.Module, name: str | Iterable[str] | None) -> nn.Module
 def lora_disabled(model: nn.Module) -> Iterator[nn.Module]:
     """Inside, the model is exactly its base, also where adapters are merged: those are merged again afterwards.
 
+    With activation checkpointing, call ``backward`` inside as well: what is computed again has to be the same.
+
     Examples:
         >>> model = nn.Sequential(nn.Linear(8, 8))
         >>> x = torch.randn(2, 8)
@@ -81,8 +83,8 @@ def lora_rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[nn.Modu
     """Inside, every sample of a batch has the adapter of its name (``None``: the base), whatever is in use.
 
     Linear layers, convolutions and embeddings; a weight that is read as a whole (attention, recurrent, DoRA) refuses.
-    It can be trained: those adapters learn that are in use, so name all of them in :func:`use_adapter` before. Inside
-    :func:`lora_disabled` every sample has the base.
+    It can be trained: those adapters learn that are in use, so name all of them in :func:`use_adapter` before. With
+    activation checkpointing, call ``backward`` inside as well. Inside :func:`lora_disabled` every sample has the base.
 
     Args:
         model: an adapted model.

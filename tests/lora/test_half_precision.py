@@ -208,6 +208,23 @@ def test_the_dtype_of_adapters_can_be_chosen_and_is_checked():
             lr.add_lora_(model, rank=2, name="c", dtype=wrong)
 
 
+@kinds
+@halves
+def test_a_model_that_is_rounded_afterwards_keeps_its_scaling(name, dora, dtype):
+    torch.manual_seed(0)
+    model, x = build(name)
+    lr.add_lora_(model, everything, rank=1, alpha=4 / 3, dora=dora)
+    scramble(model)
+    before = [m.scaling.clone() for m in model.modules() if isinstance(m, Adapter)]
+    model.to(dtype)
+    wide = copy.deepcopy(model).float()
+    out = run(model, x.to(dtype) if x.is_floating_point() else x)
+    assert out.dtype == dtype
+    assert relative(out, run(wide, x.to(dtype).float() if x.is_floating_point() else x)) < 4 * EPS[dtype]
+    after = [m.scaling for m in model.modules() if isinstance(m, Adapter)]
+    assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+
+
 @halves
 def test_adapters_that_are_loaded_or_extracted_are_fp32(dtype, tmp_path):
     torch.manual_seed(0)
