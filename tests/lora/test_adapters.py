@@ -29,9 +29,24 @@ MODELS = {
     "tucker": (lambda: nn.Sequential(lr.TuckerConv2d(4, 6, 3, padding=1, groups=2, rank=2)), (2, 4, 7, 7)),
     "encoder layer": (lambda: nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, dropout=0.0), (2, 5, 16)),
     "kdim and vdim": (lambda: CrossAttention(), (2, 5, 16)),
+    "bag": (lambda: nn.Sequential(nn.EmbeddingBag(9, 6)), None),
+    "bag, maximum": (lambda: nn.Sequential(nn.EmbeddingBag(9, 6, mode="max")), None),
+    "stack": (lambda: Experts(), (3, 2, 6)),
+    "low-rank bag": (lambda: nn.Sequential(lr.LowRankEmbeddingBag(9, 6, rank=3)), None),
+    "cp": (lambda: nn.Sequential(lr.CPConv1d(4, 6, 3, rank=3)), (2, 4, 9)),
+    "low-rank transposed": (lambda: nn.Sequential(lr.LowRankConvTranspose1d(4, 6, 3, rank=2)), (2, 4, 9)),
 }
-FACTORED = ("low-rank linear", "low-rank embedding", "tucker")
+FACTORED = ("low-rank linear", "low-rank embedding", "tucker", "low-rank bag", "cp", "low-rank transposed")
 models = pytest.mark.parametrize("name", MODELS)
+
+
+class Experts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up = nn.Parameter(torch.randn(3, 6, 5))
+
+    def forward(self, x):
+        return torch.bmm(x, self.up)
 
 
 class CrossAttention(nn.Module):

@@ -10,41 +10,15 @@ import lowrank_layers as lr
 from lowrank_layers.lora.adapter import Adapter
 
 from .peer import wrapped
-from .test_adapters import FACTORED, MODELS, everything, run, scramble
+from .test_adapters import FACTORED, MODELS, everything, make, run, scramble
 
 HALVES = [torch.bfloat16, torch.float16]
 EPS = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 halves = pytest.mark.parametrize("dtype", HALVES, ids=str)
 
-KINDS = {
-    **MODELS,
-    "bag": (lambda: nn.Sequential(nn.EmbeddingBag(9, 6)), None),
-    "bag, maximum": (lambda: nn.Sequential(nn.EmbeddingBag(9, 6, mode="max")), None),
-    "low-rank bag": (lambda: nn.Sequential(lr.LowRankEmbeddingBag(9, 6, rank=3)), None),
-    "cp": (lambda: nn.Sequential(lr.CPConv1d(4, 6, 3, rank=3)), (2, 4, 9)),
-    "low-rank transposed": (lambda: nn.Sequential(lr.LowRankConvTranspose1d(4, 6, 3, rank=2)), (2, 4, 9)),
-    "stack": (lambda: Experts(), (3, 2, 6)),
-}
-
-
-class Experts(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.up = nn.Parameter(torch.randn(3, 6, 5))
-
-    def forward(self, x):
-        return torch.bmm(x, self.up)
-
-
-def build(name):
-    build, shape = KINDS[name]
-    return build().eval(), torch.randint(9, (2, 5)) if shape is None else torch.randn(shape)
-
-
-CASES = [(name, dora) for name in KINDS for dora in (False, True)]
-FACTORED_KINDS = (*FACTORED, "low-rank bag", "cp", "low-rank transposed")
+CASES = [(name, dora) for name in MODELS for dora in (False, True)]
 kinds = pytest.mark.parametrize(
-    ("name", "dora"), [case for case in CASES if not (case[1] and case[0] in FACTORED_KINDS)], ids=str
+    ("name", "dora"), [case for case in CASES if not (case[1] and case[0] in FACTORED)], ids=str
 )
 
 
@@ -56,7 +30,7 @@ def relative(got, expected):
 def twins(name, dtype, **settings):
     """A model in half precision, the same in fp32, and an input of each."""
     torch.manual_seed(0)
-    model, x = build(name)
+    model, x = make(name)
     model.to(dtype)
     x = x.to(dtype) if x.is_floating_point() else x
     lr.add_lora_(model, everything, rank=1, alpha=1.3, **settings)
@@ -87,7 +61,7 @@ def test_outputs_and_gradients_are_those_in_fp32_up_to_rounding(name, dora, dtyp
 @pytest.mark.parametrize("base", [torch.float32, torch.bfloat16], ids=str)
 def test_under_autocast_the_output_has_the_dtype_that_the_base_has(name, dora, base):
     torch.manual_seed(0)
-    model, x = build(name)
+    model, x = make(name)
     model.to(base)
     x = x.to(base) if x.is_floating_point() else x
     with torch.autocast("cpu", torch.bfloat16):
@@ -136,7 +110,7 @@ def test_mixed_rows_are_each_adapter_alone(kind, ranks, autocast, dtype):
     assert relative(mixed, alone) < 4 * EPS[dtype]
 
 
-@pytest.mark.parametrize("name", [name for name in KINDS if name not in FACTORED_KINDS])
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in FACTORED])
 @halves
 def test_merged_into_half_precision_is_rounded_once(name, dtype):
     model, x, wide, wide_x = twins(name, dtype)
@@ -212,7 +186,7 @@ def test_the_dtype_of_adapters_can_be_chosen_and_is_checked():
 @halves
 def test_a_model_that_is_rounded_afterwards_keeps_its_scaling(name, dora, dtype):
     torch.manual_seed(0)
-    model, x = build(name)
+    model, x = make(name)
     lr.add_lora_(model, everything, rank=1, alpha=4 / 3, dora=dora)
     scramble(model)
     before = [m.scaling.clone() for m in model.modules() if isinstance(m, Adapter)]
