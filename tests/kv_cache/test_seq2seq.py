@@ -1,5 +1,9 @@
 """Encoder-decoders with LowRankCache for both of their attentions: at full rank the tokens of DynamicCache."""
 
+import copy
+import pickle
+import sys
+
 import pytest
 import torch
 import transformers
@@ -165,6 +169,67 @@ def test_below_full_rank_a_step_sees_what_is_stored(kind, changes):
 
 def twice_of(cache):
     return cache.self_attention_cache, cache.cross_attention_cache
+
+
+WAYS_TO_COPY = {
+    "copy": lambda cache, path: copy.deepcopy(cache),
+    "pickle": lambda cache, path: pickle.loads(pickle.dumps(cache)),
+    "file": lambda cache, path: through_files(cache, path),
+}
+
+
+def check_it_calls_an_attention(net):
+    if not hasattr(sys.modules[type(net).__module__], "eager_attention_forward"):
+        pytest.skip("in this version it computes with keys and values itself")
+
+
+def through_files(cache, path):
+    for name, each in zip("ab", twice_of(cache), strict=True):
+        each.save(path / name)
+    return EncoderDecoderCache(*(lr.LowRankCache.load(path / name) for name in "ab"))
+
+
+@pytest.mark.parametrize("way", WAYS_TO_COPY)
+@pytest.mark.parametrize("kind", ["t5", "whisper"])
+def test_copies_go_on_alone_and_read_coefficients(kind, way, tmp_path, monkeypatch):
+    lr.LowRankCache  # noqa: B018
+    net, inputs, cache = seq2seq(kind, attn_implementation="lowrank"), source(kind), exact(kind, rank=5)
+    check_it_calls_an_attention(net)
+    with torch.no_grad():
+        net(**inputs, decoder_input_ids=START, past_key_values=cache)
+        other = WAYS_TO_COPY[way](cache, tmp_path)
+        monkeypatch.setattr(lr.LowRankKV, "side", lambda *_: pytest.fail("keys or values were rebuilt"))
+        a, b = (net(**inputs, decoder_input_ids=START[:, :3], past_key_values=each).logits for each in (cache, other))
+    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["t5", "whisper"])
+def test_decoding_compiles_into_three_graphs(kind):
+    """The first step, a step at any length, and one that compresses."""
+    lr.LowRankCache  # noqa: B018
+    one = {"num_layers": 1} if kind == "t5" else {"encoder_layers": 1, "decoder_layers": 1}
+    net, graphs = seq2seq(kind, attn_implementation="lowrank", **one), []
+    check_it_calls_an_attention(net)
+    cache, plain = exact(kind), EncoderDecoderCache(*twice(DynamicCache))
+    ids = START.repeat(1, 6)
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        encoded = {"encoder_outputs": net.get_encoder()(**source(kind))}
+        for each in (cache, plain):
+            net(**encoded, decoder_input_ids=ids[:, :20], past_key_values=each)
+        decode = torch.compile(net.forward, fullgraph=True, backend=backend)
+        for token in ids[:, 20:].split(1, 1):
+            ours = decode(**encoded, decoder_input_ids=token, past_key_values=cache).logits
+            theirs = net(**encoded, decoder_input_ids=token, past_key_values=plain).logits
+            assert float((ours - theirs).norm() / theirs.norm()) < 1e-3
+    torch._dynamo.reset()
+    assert compressed(cache)
+    assert len(graphs) <= 3
 
 
 @pytest.mark.parametrize("kind", ["t5", "whisper", "bart"])

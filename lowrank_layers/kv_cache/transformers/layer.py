@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ...errors import LowRankError
 from ..state import LowRankKV
+from .attention import NAME
 from .lazy import Handle, LazyKV
 from .versions import LayerInterface, cropped_length, query_length
 
@@ -120,11 +121,13 @@ class LowRankLayer(LayerInterface):
         if not len(self):
             return None
         assert self.kv is not None
-        if self.lazy and torch.compiler.is_compiling():
-            return cast(Tensor, Handle(self.kv))  # a graph cannot make what looks like a tensor
+        if torch.compiler.is_compiling():
+            # a graph can neither look at frames nor make what looks like a tensor
+            return cast(Tensor, Handle(self.kv)) if self.lazy else self.kv.side(index)
         # tensors for all but the attention that can do without
-        reader = sys._getframe(2).f_locals.get("self") if self.lazy else None
-        if isinstance(reader, nn.Module) and getattr(reader, "layer_idx", None) is not None:
+        reader = sys._getframe(2).f_locals.get("self")
+        named = getattr(getattr(reader, "config", None), "_attn_implementation", None)
+        if named == NAME and isinstance(reader, nn.Module) and getattr(reader, "layer_idx", None) is not None:
             return LazyKV.of(Handle(self.kv), index)
         return self.kv.side(index)
 
