@@ -163,3 +163,18 @@ def test_coefficients_of_finite_keys_are_finite(stored, refresh):
         cache.compress()
     assert cache.compressed > 250
     assert apart(cache.dense()[0].float(), keys.float()) < 0.02
+
+
+@HALVES
+@pytest.mark.parametrize("kind", ["llama", "gemma3", "deepseek_v3"])
+def test_autocast_over_factorized_and_absorbed_attentions(kind, dtype):
+    net, found = tiny(kind), {}
+    if kind == "deepseek_v3" and not hasattr(net.model.layers[0].self_attn, "expand_kv"):
+        pytest.skip("this version of transformers caches expanded keys and values")
+    exact = steps(net, DynamicCache())
+    for name in ("theirs", "ours"):
+        if name == "ours":
+            lr.absorb_mla_(net) if kind == "deepseek_v3" else lr.factorize_kv_(net, rank=16)
+        with torch.autocast("cpu", dtype):
+            found[name] = steps(net, DynamicCache())
+    assert apart(found["ours"], exact) < 1.5 * apart(found["theirs"], exact) + 1e-3
