@@ -78,6 +78,8 @@ def reasons_to_stay(model: nn.Module) -> dict[str, str]:
             if name and type(module) is nn.MultiheadAttention:
                 reasons[name] = "a weight of it is tied, computed or hooked, so that it cannot be opened"
         reason = reason_to_keep(module)
+        if ".lora_" in f".{name}." and module._parameters:
+            reason = "it belongs to an adapter"
         if reason is not None:
             reasons[name] = reason
     for names in users.values():

@@ -274,6 +274,17 @@ def test_other_adapters_leave_embeddings_resizable():
     assert run(model, torch.tensor([[24]])).shape[-1] == 25
 
 
+def test_factorizing_an_adapted_model_leaves_the_copies_alone():
+    model = nn.ModuleDict({"net": Net(), "more": nn.Linear(8, 8)})
+    lr.add_lora_(model, ["body"], rank=2, modules_to_save=["head"])
+    plan = lr.make_plan(model, rank=2)
+    assert not any(".lora_" in entry.name for entry in plan)
+    assert "net.head.0.lora_whole.default: left alone, it belongs to an adapter" in str(plan)
+    lr.factorize_(model, plan)
+    assert type(model["net"].head[0].lora_whole["default"]) is nn.Linear
+    assert type(model["more"]) is lr.LowRankLinear
+
+
 def test_compiles_as_it_runs():
     model, x = adapted(), torch.randn(4, 8)
     scramble(model)
