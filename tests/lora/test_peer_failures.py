@@ -330,6 +330,23 @@ def test_rank_64_on_a_4x4_layer_is_accepted():
     assert sum(p.numel() for p in theirs.parameters() if p.requires_grad) == 512
 
 
+def test_combined_rslora_adapters_are_scaled_once_more():
+    """The new adapter is given alpha = r, which rsLoRA divides by sqrt(r): the sum is sqrt(r) times too large."""
+    model, x = nn.Sequential(nn.Linear(16, 12)), torch.randn(3, 16)
+    theirs = copy.deepcopy(model)
+    adapted(adapted(model, name="a", rslora=True), name="b", rslora=True)
+    out = lr.use_adapter(model, ["a", "b"])(x)
+    lr.combine_lora_(model, {"a": 1.0, "b": 1.0}, "c", how="cat")
+    assert relative(model(x), out) < TIGHT
+    theirs = wrapped(theirs, ["0"], use_rslora=True)
+    second(theirs, ["0"], use_rslora=True)
+    scramble(theirs)
+    theirs.add_weighted_adapter(["default", "second"], [1.0, 1.0], "c", "cat")
+    layer = theirs.base_model.model[0]
+    total = layer.get_delta_weight("default") + layer.get_delta_weight("second")
+    assert relative(layer.get_delta_weight("c"), 8**0.5 * total) < TIGHT
+
+
 # ----------------------------------------------------------------------------------------------- recompiles, mixed rows
 
 

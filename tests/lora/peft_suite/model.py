@@ -12,6 +12,7 @@ from torch import nn
 
 import lowrank_layers as lr
 from lowrank_layers.lora.adapted import Adapted, banks_of
+from lowrank_layers.lora.inject import banks
 from lowrank_layers.lora.whole import TrainedWhole, copies_of
 
 from .adding import add_lora
@@ -198,8 +199,8 @@ class PeftModel(nn.Module):
     def get_base_model(self):
         return self.base_model.model
 
-    def add_adapter(self, adapter_name, peft_config, **_):
-        self.base_model.add(adapter_name, peft_config)
+    def add_adapter(self, adapter_name, peft_config, autocast_adapter_dtype=True, **_):
+        self.base_model.add(adapter_name, peft_config, None if autocast_adapter_dtype else "base")
 
     def set_adapter(self, name, inference_mode=False):
         if name not in self.peft_config:
@@ -229,17 +230,21 @@ class PeftModel(nn.Module):
         self.create_or_update_model_card(folder)
 
     @classmethod
-    def from_pretrained(cls, model, folder, adapter_name="default", is_trainable=False, config=None, **_):
+    def from_pretrained(cls, model, folder, adapter_name="default", is_trainable=False, config=None, **more):
         made = cls(model, None)
-        made.load_adapter(folder, adapter_name, is_trainable, config=config)
+        made.load_adapter(folder, adapter_name, is_trainable, config, **more)
         return made
 
-    def load_adapter(self, folder, adapter_name, is_trainable=False, config=None, **_):
+    def load_adapter(self, folder, adapter_name, is_trainable=False, config=None, autocast_adapter_dtype=True, **_):
         if adapter_name in self.peft_config:
             raise ValueError(f"Adapter with name '{adapter_name}' already exists")
         config = peft.LoraConfig.from_pretrained(folder) if config is None else config
         config.inference_mode = not is_trainable
+        dtype = next(self.parameters()).dtype
         lr.load_lora(self.base_model.model, folder, adapter_name, trainable=is_trainable)
+        for bank in [] if autocast_adapter_dtype else banks(self.base_model.model):
+            for adapter in bank.named(adapter_name):
+                adapter.to(dtype)
         self.peft_config[adapter_name] = config
         self.base_model.set_adapter(self.base_model.active or [adapter_name], inference_mode=not is_trainable)
         if not is_trainable:
