@@ -1,5 +1,6 @@
 """A trained model, to a budget: methods, allocation, plan, factorization."""
 
+from .entry import Entry
 from .factorize import densify_, factorize_
 from .make_plan import make_plan
 from .methods import (
@@ -12,7 +13,7 @@ from .methods import (
     TensorizedMethod,
     TuckerMethod,
 )
-from .plan import Entry, Plan
+from .plan import Plan
 
 __all__ = [
     "METHODS",

@@ -20,6 +20,9 @@ from .methods.base import repeated_cost
 UNREACHED = "smallest rank, since no gradient of the loss reaches it"
 """What the plan says of a layer whose output does not change the loss."""
 
+TRIMMED = 0.01
+"""What part of a layer's singular directions may be outliers."""
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -44,6 +47,15 @@ class Candidate:
     def energy(self) -> float:
         """Estimated growth of the loss if nothing of the layer but its output's mean were left."""
         return sum(problem.energy for problem in regressions(self.module, self.stats))
+
+    @cached_property
+    def trimmed_energy(self) -> float:
+        """The energy without the largest singular directions: 1 % of them, at least one for each group."""
+        total = 0.0
+        for problem in regressions(self.module, self.stats):
+            tails = problem.tails()
+            total += float(tails[max(1, round(TRIMMED * (len(tails) - 1)))])
+        return total
 
     def options(self, methods: Sequence[Method]) -> list[tuple[str, Option]]:
         """Dense first, then everything that any method offers, by the method's name."""

@@ -19,9 +19,10 @@ from ..moments import LayerStats, Statistics
 from ..surgery import reasons_to_stay, remap_optimizer_, replace_
 from ..unfuse import fuse_, mind_fast_paths_, unfuse_, unfused
 from ..walk import check_factors, check_model, check_removable, own_layers
+from .entry import Entry
 from .methods import METHODS, regressions
 from .methods.regression import joint_bias
-from .plan import Entry, Plan
+from .plan import Plan
 from .sequential import forward_order, paired_stats
 from .spec import describe
 

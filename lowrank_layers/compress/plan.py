@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,49 +16,12 @@ from ..errors import LowRankError
 from ..files import replacing
 from ..layers import FactoredModule, is_factored, layer_cost
 from ..walk import check_factors, check_model, own_layers
-from .methods import METHODS, Method, factored_like
-from .spec import Spec, blank, describe
+from .entry import Entry, read_entry
+from .methods import METHODS, Method
+from .spec import blank, describe
 
 FORMAT = "lowrank_layers.plan"
 VERSION = 1
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One layer's line.
-
-    Args:
-        name: the layer's name in the model.
-        method: name of the method, or ``"dense"``.
-        rank: what the method takes; ``None`` when dense.
-        before: cost of the dense layer.
-        after: cost of the factored layer.
-        error: estimated relative error of the layer's output (weighted when there were statistics);
-            ``None`` after an edit.
-        layer: the dense layer's settings.
-        bias: whether the factored layer has a bias.
-        input_shape: shape of one sample's input, where known.
-        repeats: inputs of that shape a sample of the model.
-    """
-
-    name: str
-    method: str
-    rank: Any
-    before: Cost
-    after: Cost
-    error: float | None
-    layer: Spec
-    bias: bool
-    input_shape: tuple[int, ...] | None = None
-    repeats: float = 1.0
-
-    def with_rank(self, method: str, rank: Any) -> Entry:
-        """The same layer at another rank."""
-        dense = blank(self.layer)
-        meta = factored_like(METHODS[method], dense, rank, self.bias)
-        cost = layer_cost(meta, self.input_shape)
-        after = Cost(cost.params, round(cost.macs * self.repeats), cost.bytes)
-        return replace(self, method=method, rank=meta.rank, after=after, error=None)
 
 
 class Plan:
@@ -120,6 +82,16 @@ class Plan:
     def after(self) -> Cost:
         """Cost of the whole model once the plan is applied."""
         return sum((entry.after - entry.before for entry in self), self.total)
+
+    @property
+    def time_ratio(self) -> float | None:
+        """Estimated time of the planned layers over that of the dense ones; ``None`` where no sizes are known.
+
+        Counts multiply-accumulates and values written, so that it is a warning, not a measurement.
+        """
+        times = [time for entry in self if (time := entry.time()) is not None]
+        dense, planned = (sum(side) for side in zip(*times, strict=True)) if times else (0.0, 0.0)
+        return planned / dense if dense else None
 
     def set_rank(self, name: str, rank: Any, *, method: str | None = None) -> Plan:
         """Changes one layer's rank, in place.
@@ -230,7 +202,7 @@ class Plan:
         if body.get("version") != VERSION:
             raise LowRankError(f"{name}: has version {body.get('version')!r}, expected {VERSION}; update the package.")
         try:
-            entries = [_entry(raw) for raw in body["entries"]]
+            entries = [read_entry(raw) for raw in body["entries"]]
             return cls(
                 entries,
                 skipped=body["skipped"],
@@ -279,6 +251,11 @@ class Plan:
         lines = [line.rstrip() for line in lines]
         rule = "-" * max(map(len, lines))
         lines = [lines[0], rule, *lines[1:-1], rule, lines[-1]]
+        if (ratio := self.time_ratio) is not None and ratio > 1:
+            lines.append(
+                f"warning: these layers are estimated to take {ratio:.1f} times the time of the dense ones; measure, or"
+                " plan with fewer methods, as in methods=[lr.SVDMethod()]"
+            )
         lines += [f"{name}: {note}" for name, note in self.notes.items()]
         lines += [f"{name}: left alone, {reason}" for name, reason in self.skipped.items()]
         return "\n".join(lines)
@@ -301,20 +278,3 @@ def model_cost(model: nn.Module) -> Cost:
     """Parameters and bytes of a model, shared ones once."""
     parameters = list(model.parameters())
     return Cost(sum(p.numel() for p in parameters), 0, sum(p.numel() * p.element_size() for p in parameters))
-
-
-def _entry(raw: dict[str, Any]) -> Entry:
-    rank = raw["rank"]
-    shape = raw["input_shape"]
-    values = {
-        **raw,
-        "rank": tuple(rank) if isinstance(rank, list) else rank,
-        "before": Cost(**raw["before"]),
-        "after": Cost(**raw["after"]),
-        "input_shape": None if shape is None else tuple(shape),
-    }
-    if raw["method"] != "dense" and raw["method"] not in METHODS:
-        raise LowRankError(f"{raw['name']!r}: got method {raw['method']!r}, expected one of {list(METHODS)}.")
-    if raw["error"] is not None and not math.isfinite(raw["error"]):
-        raise TypeError("error is not finite")
-    return Entry(**values)

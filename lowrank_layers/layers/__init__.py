@@ -11,7 +11,7 @@ from .channel import (
     LowRankConvTranspose3d,
     PairConv,
 )
-from .count import layer_cost
+from .count import layer_cost, layer_writes
 from .cp import CPConv, CPConv1d, CPConv2d, CPConv3d, CPConvTranspose1d, CPConvTranspose2d, CPConvTranspose3d
 from .embedding import LowRankEmbedding
 from .embedding_bag import LowRankEmbeddingBag
@@ -68,6 +68,7 @@ __all__ = [
     "is_table",
     "is_transposed",
     "layer_cost",
+    "layer_writes",
     "linear_shape",
     "matrices_of",
     "meta_twin",

@@ -30,6 +30,23 @@ def layer_cost(module: nn.Module, input_shape: tuple[int, ...] | None = None) ->
     return total
 
 
+def layer_writes(module: nn.Module, input_shape: tuple[int, ...]) -> int:
+    """Number of values that one dense or factored layer writes per sample, those between its parts included.
+
+    Args:
+        module: Linear, convolution, Embedding, EmbeddingBag or one of our layers.
+        input_shape: shape of one sample without the batch.
+    """
+    total, shape = 0, input_shape
+    for child in module.parts if isinstance(module, FactoredModule) else [module]:
+        following = _forward(child, shape)[1]
+        if following is None:
+            break
+        shape = following
+        total += math.prod(shape)
+    return total
+
+
 def _forward(module: nn.Module, shape: tuple[int, ...] | None) -> tuple[int, tuple[int, ...] | None]:
     """MACs of one torch layer on one sample, and the shape that leaves it."""
     if shape is None:

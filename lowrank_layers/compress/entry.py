@@ -1,0 +1,85 @@
+"""One line of a plan: what a layer becomes, and what that costs."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ..cost import Cost
+from ..errors import LowRankError
+from ..layers import layer_cost, layer_writes
+from .methods import METHODS, factored_like
+from .spec import Spec, blank
+
+MACS_PER_VALUE = 120
+"""Multiply-accumulates in the time of writing one value (convolutions at batch 64 on one x86 core with AVX-512)."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One layer's line.
+
+    Args:
+        name: the layer's name in the model.
+        method: name of the method, or ``"dense"``.
+        rank: what the method takes; ``None`` when dense.
+        before: cost of the dense layer.
+        after: cost of the factored layer.
+        error: estimated relative error of the layer's output (weighted when there were statistics);
+            ``None`` after an edit.
+        layer: the dense layer's settings.
+        bias: whether the factored layer has a bias.
+        input_shape: shape of one sample's input, where known.
+        repeats: inputs of that shape a sample of the model.
+    """
+
+    name: str
+    method: str
+    rank: Any
+    before: Cost
+    after: Cost
+    error: float | None
+    layer: Spec
+    bias: bool
+    input_shape: tuple[int, ...] | None = None
+    repeats: float = 1.0
+
+    def with_rank(self, method: str, rank: Any) -> Entry:
+        """The same layer at another rank."""
+        dense = blank(self.layer)
+        meta = factored_like(METHODS[method], dense, rank, self.bias)
+        cost = layer_cost(meta, self.input_shape)
+        after = Cost(cost.params, round(cost.macs * self.repeats), cost.bytes)
+        return replace(self, method=method, rank=meta.rank, after=after, error=None)
+
+    def time(self) -> tuple[float, float] | None:
+        """Estimated time of the dense and of the planned layer, in multiply-accumulates; ``None`` without statistics.
+
+        A layer writes its output to memory whatever its rank, and a chain of thin layers does so several times.
+        """
+        if self.input_shape is None:
+            return None
+        dense = planned = blank(self.layer)
+        if self.method != "dense":
+            planned = factored_like(METHODS[self.method], dense, self.rank, self.bias)
+        writes = [MACS_PER_VALUE * self.repeats * layer_writes(each, self.input_shape) for each in (dense, planned)]
+        return self.before.macs + writes[0], self.after.macs + writes[1]
+
+
+def read_entry(raw: dict[str, Any]) -> Entry:
+    """The entry that a plan's file holds as plain values."""
+    rank = raw["rank"]
+    shape = raw["input_shape"]
+    values = {
+        **raw,
+        "rank": tuple(rank) if isinstance(rank, list) else rank,
+        "before": Cost(**raw["before"]),
+        "after": Cost(**raw["after"]),
+        "input_shape": None if shape is None else tuple(shape),
+    }
+    if raw["method"] != "dense" and raw["method"] not in METHODS:
+        raise LowRankError(f"{raw['name']!r}: got method {raw['method']!r}, expected one of {list(METHODS)}.")
+    if raw["error"] is not None and not math.isfinite(raw["error"]):
+        raise TypeError("error is not finite")
+    return Entry(**values)

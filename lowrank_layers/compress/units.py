@@ -1,0 +1,32 @@
+"""How the estimated losses of different layers compare."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Literal, get_args
+
+from ..errors import LowRankError
+from .candidates import Candidate
+
+Units = Literal["balanced", "absolute", "relative", "trimmed"]
+_EXPONENT = {"absolute": 0.0, "balanced": 0.5, "relative": 1.0}
+
+
+def check_units(units: object) -> None:
+    """Refuses unknown units."""
+    if units is not None and units not in get_args(Units):
+        raise LowRankError(f"make_plan: got units {units!r}, expected one of {list(get_args(Units))}.")
+
+
+def default_units(layers: Iterable[Candidate]) -> Units:
+    """``"balanced"`` where the estimates hold gradients of a loss, ``"trimmed"`` where they do not."""
+    known = any(layer.stats is not None and layer.stats.gradients is not None for layer in layers)
+    return "balanced" if known else "trimmed"
+
+
+def comparable(layer: Candidate, losses: Iterable[float], units: Units) -> list[float]:
+    """The estimated losses of one layer's options in units in which layers may be added."""
+    if units == "trimmed":
+        total = max(layer.trimmed_energy, 1e-12 * layer.energy, 1e-300)
+        return [(loss / total) ** 2 for loss in losses]
+    return [loss / max(layer.energy, 1e-300) ** _EXPONENT[units] for loss in losses]

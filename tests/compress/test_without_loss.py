@@ -1,0 +1,91 @@
+"""Without a loss, a budget is spent no worse than by one ratio for all layers."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import lowrank_layers as lr
+from benchmarks.data import accuracy, available, lenet, mnist
+
+SVD = [lr.SVDMethod()]
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    """Every second layer has a unit with huge values, which owns the energy and which the tanh after it saturates."""
+    torch.manual_seed(0)
+    layers = [nn.Linear(48, 48) for _ in range(6)]
+    with torch.no_grad():
+        for k, layer in enumerate(layers):
+            u, _, vh = torch.linalg.svd(torch.randn(48, 48))
+            layer.weight.copy_(u * torch.logspace(0.5, -1, 48) @ vh)
+            if k % 2:
+                layer.weight[0] *= 100
+    return nn.Sequential(*(part for layer in layers for part in (layer, nn.Tanh()))).requires_grad_(False)
+
+
+def uniform_and(model, stats, fraction, **kwargs):
+    """The plan with one ratio for all, and one of at most as many parameters."""
+    uniform = lr.make_plan(model, rank=lr.ParameterFraction(fraction), stats=stats, methods=SVD)
+    budget = lr.Budget(params=sum(entry.after.params for entry in uniform), of="planned")
+    return uniform, lr.make_plan(model, budget, stats=stats, methods=SVD, **kwargs)
+
+
+def error(model, plan, stats, x):
+    return float(torch.dist(lr.factorize_(copy.deepcopy(model), plan, stats=stats)(x), model(x)))
+
+
+@pytest.mark.parametrize("fraction", [0.7, 0.5, 0.3])
+def test_a_channel_of_huge_values_does_not_cost_its_layer_everything(model, fraction):
+    x = torch.randn(3000, 48)
+    stats = lr.calibrate(model, [x])
+    uniform, default = uniform_and(model, stats, fraction)
+    relative = uniform_and(model, stats, fraction, units="relative")[1]
+    assert default.settings["units"] == "trimmed"
+    assert error(model, default, stats, x) <= error(model, uniform, stats, x)
+    assert error(model, default, stats, x) < error(model, relative, stats, x)
+
+
+@pytest.mark.parametrize("loss", [None, lr.SampledCrossEntropy()])
+def test_the_default_units_depend_on_whether_there_are_gradients(model, loss):
+    stats = lr.calibrate(model, [torch.randn(100, 48)], loss=loss)
+    plan = lr.make_plan(model, lr.Budget(params=0.5), stats=stats)
+    assert plan.settings["units"] == ("trimmed" if loss is None else "balanced")
+    assert plan == lr.make_plan(model, lr.Budget(params=0.5), stats=stats, units=plan.settings["units"])
+
+
+def test_trimmed_units_do_not_see_the_scale_of_a_layer_or_of_its_largest_direction():
+    spectrum = torch.linspace(1, 0.2, 20)
+    model = nn.Sequential(*(nn.Linear(20, 20) for _ in range(3)))
+    with torch.no_grad():
+        for scale, largest, layer in zip((1.0, 1000.0, 1.0), (1.0, 1.0, 500.0), model, strict=True):
+            values = torch.cat([spectrum[:1] * largest, spectrum[1:]])
+            u, v = (torch.linalg.qr(torch.randn(20, 20))[0] for _ in range(2))
+            layer.weight.copy_(scale * u * values @ v)
+    budget = lr.Budget(params=3 * (4 * 40 + 20))
+    assert [entry.rank for entry in lr.make_plan(model, budget, methods=SVD)] == [4, 4, 4]
+    for units in ("absolute", "balanced", "relative"):
+        assert [entry.rank for entry in lr.make_plan(model, budget, methods=SVD, units=units)] != [4, 4, 4]
+
+
+def test_unknown_units_are_refused(model):
+    with pytest.raises(lr.LowRankError, match="got units 'loss', expected one of"):
+        lr.make_plan(model, lr.Budget(params=0.5), units="loss")
+
+
+@pytest.mark.skipif(not available("lenet_mnist"), reason="needs lenet_mnist in LOWRANK_DATA")
+@pytest.mark.parametrize("known", [False, True], ids=["nothing known", "inputs known"])
+def test_lenet_is_above_one_ratio_for_all(known):
+    images, labels = (part[:1000] for part in mnist("test"))
+    model = lenet()
+    stats = lr.calibrate(model, list(mnist("train")[0][:500].split(250))) if known else None
+
+    def right(plan: lr.Plan) -> float:
+        return accuracy(lr.factorize_(copy.deepcopy(model), plan, stats=stats), images, labels)
+
+    uniform, default = uniform_and(model, stats, 0.3)
+    assert right(default) > right(uniform) + 20
