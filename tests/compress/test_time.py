@@ -65,3 +65,42 @@ def test_without_statistics_no_time_is_known(model):
 def test_the_estimate_survives_the_file(model, stats):
     plan = lr.make_plan(model, rank=3, stats=stats)
     assert lr.Plan.from_json(plan.to_json()).time_ratio == plan.time_ratio
+
+
+@pytest.fixture(scope="module")
+def convolutional() -> tuple[nn.Module, lr.Statistics]:
+    """Kernels that are sums of few separable ones and a little more, which CP describes best."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 12, 3, padding=1), nn.ReLU(), nn.Conv2d(12, 12, 3, padding=1), nn.ReLU())
+    model += nn.Sequential(nn.Conv2d(12, 12, 3, padding=1), nn.Flatten(), nn.Linear(12 * 64, 10))
+    with torch.no_grad():
+        for k in (0, 2, 4):
+            factors = [torch.randn(n, 12) for n in model[k].weight.shape]
+            exact = torch.einsum("or,ir,hr,wr->oihw", *factors)
+            model[k].weight.copy_((exact / exact.std() + 0.1 * torch.randn_like(exact)) / 10)
+    return model, lr.calibrate(model, [torch.randn(60, 3, 8, 8)], loss=lr.SampledCrossEntropy())
+
+
+FAST = [method for method in lr.METHODS.values() if method.name != "cp"]
+
+
+@pytest.mark.parametrize(
+    "budget", [lr.Budget(params=p, of="planned") for p in (0.95, 0.6, 0.3, 0.15)] + [lr.Budget(macs=0.4)], ids=repr
+)
+def test_cp_by_default_only_where_it_is_worth_its_time(convolutional, budget):
+    model, stats = convolutional
+    default = lr.make_plan(model, budget, stats=stats)
+    every = lr.make_plan(model, budget, stats=stats, methods=list(lr.METHODS.values()))
+    without = lr.make_plan(model, budget, stats=stats, methods=FAST)
+    lost = sum(entry.error**2 for entry in without) / len(without)
+    slower = every.time_ratio > 1 and any(entry.method == "cp" for entry in every)
+    assert list(default) == list(without if slower and (budget.unit == "macs" or lost <= 0.01) else every)
+
+
+def test_both_cases_of_the_default_occur(convolutional):
+    model, stats = convolutional
+    uses = [
+        any(entry.method == "cp" for entry in lr.make_plan(model, budget, stats=stats))
+        for budget in (lr.Budget(macs=0.4), lr.Budget(params=0.2, of="planned"))
+    ]
+    assert uses == [False, True]

@@ -50,12 +50,19 @@ def test_a_channel_of_huge_values_does_not_cost_its_layer_everything(model, frac
     assert error(model, default, stats, x) < error(model, relative, stats, x)
 
 
-@pytest.mark.parametrize("loss", [None, lr.SampledCrossEntropy()])
-def test_the_default_units_depend_on_whether_there_are_gradients(model, loss):
-    stats = lr.calibrate(model, [torch.randn(100, 48)], loss=loss)
+KNOWN = {
+    "nothing": (lambda model, x: None, "balanced"),
+    "inputs": (lambda model, x: lr.calibrate(model, [x]), "trimmed"),
+    "gradients": (lambda model, x: lr.calibrate(model, [x], loss=lr.SampledCrossEntropy()), "balanced"),
+}
+
+
+@pytest.mark.parametrize(("statistics", "units"), KNOWN.values(), ids=KNOWN)
+def test_the_default_units_depend_on_what_is_known(model, statistics, units):
+    stats = statistics(model, torch.randn(100, 48))
     plan = lr.make_plan(model, lr.Budget(params=0.5), stats=stats)
-    assert plan.settings["units"] == ("trimmed" if loss is None else "balanced")
-    assert plan == lr.make_plan(model, lr.Budget(params=0.5), stats=stats, units=plan.settings["units"])
+    assert plan.settings["units"] == units
+    assert plan == lr.make_plan(model, lr.Budget(params=0.5), stats=stats, units=units)
 
 
 def test_trimmed_units_do_not_see_the_scale_of_a_layer_or_of_its_largest_direction():
@@ -66,10 +73,13 @@ def test_trimmed_units_do_not_see_the_scale_of_a_layer_or_of_its_largest_directi
             values = torch.cat([spectrum[:1] * largest, spectrum[1:]])
             u, v = (torch.linalg.qr(torch.randn(20, 20))[0] for _ in range(2))
             layer.weight.copy_(scale * u * values @ v)
-    budget = lr.Budget(params=3 * (4 * 40 + 20))
-    assert [entry.rank for entry in lr.make_plan(model, budget, methods=SVD)] == [4, 4, 4]
-    for units in ("absolute", "balanced", "relative"):
-        assert [entry.rank for entry in lr.make_plan(model, budget, methods=SVD, units=units)] != [4, 4, 4]
+
+    def ranks(units):
+        plan = lr.make_plan(model, lr.Budget(params=3 * (4 * 40 + 20)), methods=SVD, units=units)
+        return [entry.rank for entry in plan]
+
+    assert ranks("trimmed") == [4, 4, 4]
+    assert all(ranks(units) != [4, 4, 4] for units in ("absolute", "balanced", "relative"))
 
 
 def test_unknown_units_are_refused(model):
@@ -89,3 +99,17 @@ def test_lenet_is_above_one_ratio_for_all(known):
 
     uniform, default = uniform_and(model, stats, 0.3)
     assert right(default) > right(uniform) + 20
+
+
+@pytest.mark.parametrize("known", [False, True], ids=["nothing known", "inputs known"])
+def test_layers_of_rank_one_and_of_zeros_are_planned(known):
+    """Nothing is left of them once their largest direction is gone."""
+    model = nn.Sequential(nn.Linear(1, 16), nn.Conv1d(4, 8, 3), nn.Flatten(), nn.Linear(112, 16), nn.Linear(16, 16))
+    with torch.no_grad():
+        model[1].weight.copy_(torch.ones(8, 4, 3))
+        model[3].weight.copy_(torch.outer(torch.randn(16), torch.randn(112)))
+        model[4].weight.zero_()
+    stats = lr.calibrate(model, [torch.randn(50, 4, 1)]) if known else None
+    plan = lr.make_plan(model, lr.Budget(params=0.3), stats=stats)
+    assert plan.after.params <= 0.3 * plan.total.params
+    assert all(entry.error <= 1e-4 for entry in plan if entry.name in "34")
