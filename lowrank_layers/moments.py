@@ -134,22 +134,27 @@ class Statistics(Mapping[str, LayerStats]):
 def sums(rows: Tensor, others: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The sum of ``others [count, n]``, by default the rows themselves, and ``others^T rows``.
 
-    Products are formed in fp32 at least, whatever autocast says, of rows scaled to one by a power of two: squares of
-    1e25 do not overflow, those of 1e-25 do not vanish. The sums are returned in fp64.
+    Products are formed in fp32 at least, whatever autocast says, of rows scaled towards one: squares of 1e25 do not
+    overflow, those of 1e-25 do not vanish. The sums are returned in fp64.
     """
     wide = torch.float32 if rows.device.type == "mps" else torch.float64
     with torch.autocast(rows.device.type, enabled=False):
         unit, size = _to_one(rows)
         other, other_size = (unit, size) if others is None else _to_one(others)
-        products = (other.mT @ unit).to(wide) * size.to(wide) * other_size.to(wide)
-        return other.sum(-2).to(wide) * other_size.to(wide), products
+        total, products = other.sum(-2).to(wide), (other.mT @ unit).to(wide)
+        if other_size is not None:
+            total, products = total * other_size.to(wide), products.mul_(other_size.to(wide))
+        return total, products if size is None else products.mul_(size.to(wide))
 
 
-def _to_one(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows in fp32 at least, over a power of two near their largest entry, and that power."""
+def _to_one(rows: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Rows in fp32 at least, over a power of two near their largest entry, and that power; ``None`` for one."""
     rows = rows if rows.dtype == torch.float64 else rows.float()
-    power = torch.frexp(rows.abs().amax()).exponent.clamp(-120, 120)
-    return torch.ldexp(rows, -power), torch.ldexp(torch.ones_like(power, dtype=rows.dtype), power)
+    largest = torch.maximum(*(end.abs() for end in rows.aminmax()))
+    if rows.device.type == "cpu" and 1e-9 < float(largest) < 1e9:  # elsewhere asking would wait for the device
+        return rows, None
+    power = torch.frexp(largest).exponent.clamp(-120, 120)
+    return torch.ldexp(rows, -power), torch.ldexp(torch.ones_like(largest), power)
 
 
 def input_rows(module: nn.Module, x: Tensor, keep: Tensor | None = None) -> Iterator[Tensor]:
