@@ -27,6 +27,8 @@ _OTHER = {
     "value": "key_padding_mask",
 }
 """Tensors of another sequence, and their masks."""
+_MEMORY = ("encoder_hidden_states", "memory")
+"""What a decoder is told of its encoder."""
 
 
 @dataclass(eq=False)
@@ -132,9 +134,12 @@ class Padding:
             elif self._scopes:
                 self._scopes.append(self._inner(tensors, self._scopes[-1], late))
             for name, mask_name in _OTHER.items():
-                mask = self._mask(mask_name, tensors)
-                if mask is not None and name in tensors and fits(mask.real, tuple(tensors[name].shape)):
-                    self._states[tensors[name]] = mask
+                mask, states = self._mask(mask_name, tensors), tensors.get(name)
+                if states is not None and mask is not None and fits(mask.real, tuple(states.shape)):
+                    self._states[states] = mask
+                elif name in _MEMORY and states is not None and states.ndim > 2 and states not in self._states:
+                    # another sequence without a mask: that of the decoder is not its
+                    self._states[states] = _Mask(states.new_ones(states.shape[:2], dtype=torch.bool), full=True)
 
         return hook
 
@@ -256,7 +261,7 @@ def in_backward() -> bool:
 
 
 def _has_memory(tensors: dict[str, Tensor]) -> bool:
-    return "encoder_hidden_states" in tensors or "memory" in tensors
+    return any(name in tensors for name in _MEMORY)
 
 
 def _time_first(module: nn.Module) -> bool | None:

@@ -91,8 +91,8 @@ def test_an_attention_mask_is_followed(kind):
 
 
 @pytest.mark.parametrize("kind", PAIRS)
-@pytest.mark.parametrize(("length", "by"), [(3, 4), (3, 6), (LENGTH, PADDING), (9, 0), (9, 2)])
-@pytest.mark.parametrize("given", ["mask", "labels", "loss of the model"])
+@pytest.mark.parametrize(("length", "by"), [(3, 2), (3, 4), (3, 6), (LENGTH, PADDING), (9, 0), (9, 2)])
+@pytest.mark.parametrize("given", ["mask", "labels", "loss of the model", "labels alone"])
 def test_encoder_and_decoder_each_have_their_own(kind, length, by, given):
     """Also where both are padded to one length, so that no shape tells them apart."""
     family, settings = PAIRS[kind]
@@ -106,6 +106,8 @@ def test_encoder_and_decoder_each_have_their_own(kind, length, by, given):
     else:
         plain |= {"labels": target}
         batch |= {"labels": padded(target, value=-100, by=by)}
+    if given == "labels alone":  # an encoder without padding, where the labels are padded to its length too
+        plain, batch = {**plain, "attention_mask": None}, {**plain, **batch, "input_ids": ids, "attention_mask": None}
 
     def loss() -> Any:
         return (lambda output, labels: output.loss) if given == "loss of the model" else lr.SampledCrossEntropy()
@@ -300,3 +302,34 @@ def test_the_regression_in_sequence_leaves_padding_out(how):
         output = small(data[0]) if how == "mask" else small(**data[0]).logits
         results.append(output.detach())
     assert torch.allclose(results[0], results[1], rtol=1e-4, atol=1e-6)
+
+
+def test_samples_of_a_waveform_are_followed_through_convolutions():
+    """What a strided convolution puts out has positions of its own."""
+    convolutions = {"conv_dim": (8, 8), "conv_stride": (5, 2), "conv_kernel": (10, 3), "num_feat_extract_layers": 2}
+    settings = SIZES | convolutions | {"vocab_size": 12, "feat_extract_norm": "layer", "do_stable_layer_norm": True}
+    settings |= {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2, "mask_time_prob": 0.0}
+    model, waves = built("Wav2Vec2", "ForCTC", settings), torch.randn(BATCH, 300).double()
+    ones = torch.ones(BATCH, 300).long()
+    expected = lr.calibrate(model, [{"input_values": waves, "attention_mask": ones}], loss=lr.SampledCrossEntropy())
+    batch = {"input_values": padded(waves, by=130), "attention_mask": padded(ones, by=130)}
+    check_same(lr.calibrate(model, [batch], loss=lr.SampledCrossEntropy()), expected)
+
+
+@pytest.mark.parametrize("by", [3, 5])
+def test_a_mask_of_text_is_not_one_of_images(by):
+    """A text padded to ten tokens beside an image of ten patches."""
+    tower = {key: SIZES[key] for key in SIZES if key != "vocab_size"}
+    text = tower | {"vocab_size": 60, "max_position_embeddings": 20, "eos_token_id": 59}
+    settings = {"text_config": text, "vision_config": tower | {"image_size": 24, "patch_size": 8}, "projection_dim": 8}
+    model, ids = built("CLIP", "Model", settings), tokens()
+    ids[:, -1] = 59
+    images, ones = torch.randn(BATCH, 3, 24, 24).double(), torch.ones_like(ids)
+
+    def loss(output: Any, target: Any) -> Tensor:
+        return output.text_embeds.sum() + output.image_embeds.square().mean() + output.logits_per_text.mean()
+
+    batch = {"input_ids": ids, "attention_mask": ones, "pixel_values": images}
+    expected = lr.calibrate(model, [batch], loss=loss)
+    batch = {"input_ids": padded(ids, value=7, by=by), "attention_mask": padded(ones, by=by), "pixel_values": images}
+    check_same(lr.calibrate(model, [batch], loss=loss), expected)
