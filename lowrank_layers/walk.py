@@ -11,7 +11,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .errors import LowRankError
-from .layers import FactoredModule, is_derived, is_factored, peculiarity
+from .layers import FactoredModule, LowRankMultiheadAttention, is_derived, is_factored, peculiarity
 
 _WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel")
 
@@ -103,7 +103,8 @@ def reason_to_keep(module: nn.Module) -> str | None:
 def check_removable(model: nn.Module) -> None:
     """Raises if a factored layer or a part of it carries hooks or was changed, which multiplying out would lose."""
     for name, module in own_layers(model):
-        for part in [module, *module.parts] if isinstance(module, FactoredModule) else []:
+        parts = module.parts if isinstance(module, FactoredModule) else list(module.children())
+        for part in [module, *parts] if isinstance(module, (FactoredModule, LowRankMultiheadAttention)) else []:
             reason = peculiarity(part)
             if reason is None and any(getattr(part, kind) for kind in _HOOKS):
                 reason = "it carries hooks; remove them first"

@@ -72,6 +72,17 @@ def test_tensors_on_the_meta_device_that_are_no_buffers_are_named_too(path):
         lr.load(path, into=empty)
 
 
+def test_attentions_are_opened_on_the_meta_device(tmp_path):
+    model = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)).eval()
+    lr.factorize_(model, lr.make_plan(model, rank=2))
+    lr.save(model, tmp_path / "m.safetensors")
+    with torch.device("meta"):
+        empty = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)).eval()
+    loaded = lr.load(tmp_path / "m.safetensors", into=empty)
+    x = torch.randn(2, 5, 8)
+    assert torch.equal(loaded(x), model(x))
+
+
 def test_a_tiny_llama_names_its_frequencies(tmp_path):
     import_torchvision()
     transformers = pytest.importorskip("transformers")

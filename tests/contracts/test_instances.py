@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import lowrank_layers as lr
+from benchmarks.vision import import_torchvision
 from lowrank_layers.layers.plain import peculiarity
 
 from .tables import LAYERS
@@ -248,3 +249,28 @@ def test_attributes_of_an_attention_are_carried_there_and_back():
     assert model[0].tag == "mine"
     assert set(vars(lr.densify_(model)[0])) == keys
     assert model[0].tag == "mine"
+
+
+@pytest.mark.parametrize("change", ON_FACTORED)
+@pytest.mark.parametrize("part", ["", "q_proj", "out_proj"])
+def test_an_open_attention_is_not_closed_without_it(change, part):
+    model = nn.Sequential(lr.LowRankMultiheadAttention(8, 2, rank=(None, 2, 2, None)), lr.LowRankLinear(8, 8, rank=2))
+    change(model[0].get_submodule(part))
+    kinds = [type(module) for module in model.modules()]
+    with pytest.raises(lr.LowRankError, match="cannot be multiplied out"):
+        lr.densify_(model)
+    assert [type(module) for module in model.modules()] == kinds
+
+
+def test_conv1d_of_transformers_is_looked_at_as_torchs_layers_are():
+    import_torchvision()
+    Conv1D = pytest.importorskip("transformers.pytorch_utils").Conv1D
+    layers = nn.ModuleList([Conv1D(6, 8), Conv1D(6, 8)])
+    layers[1].tag = "mine"
+    replaced_forward(layers[0])
+    plan = lr.make_plan(layers, rank=2)
+    assert plan.skipped == {"0": "its forward was replaced on this instance"}
+    lr.factorize_(layers, plan)
+    assert layers[1].tag == "mine"
+    with pytest.raises(lr.LowRankError, match="LowRankTransposedLinear: its weight is multiplied out"):
+        layers[1].weight.data.zero_()
