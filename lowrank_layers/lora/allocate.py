@@ -15,7 +15,6 @@ from .adapted import banks_of
 from .cutting import Swap, check_optimizer, cut_, gone, swap_
 from .importance import Watched
 from .inject import banks, check_name, detach_
-from .resizing import mind_resizing_
 from .tokens import TokenRows
 
 _STEP = "step"
@@ -197,7 +196,6 @@ class LoraRankAllocator:
             swap_(optimizer, swaps)
         self._finished = True
         mind_fast_paths_(self.model)
-        mind_resizing_(self.model)
         return self.model
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -38,7 +38,6 @@ from .peft_format import (
     whole_keys,
 )
 from .reading import Read, Whole, differences, find_plain, read_json, read_tensors, refuse, without_adapter_name
-from .resizing import mind_resizing_
 from .tokens import TokensOf, find_tokens, rows_of
 from .whole import attach_whole_, find_whole, plain_copy
 
@@ -129,7 +128,6 @@ def load_lora(
     for owner, module in modules.items():
         attach_whole_(module, name, copies[owner].requires_grad_(trainable))
     mind_fast_paths_(model)
-    mind_resizing_(model)
     return model
 
 

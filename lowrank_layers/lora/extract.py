@@ -17,7 +17,6 @@ from .checks import check_place
 from .inject import attach_, freeze_
 from .kinds import Kind, Matrix, kind_of
 from .lookup import tensor_for
-from .resizing import mind_resizing_
 from .target import Place, Target, targets
 
 
@@ -70,7 +69,6 @@ class Extraction(dict[Place, Extracted]):
             adapter = Adapter(found.a.clone(), found.b.clone(), scaling=1.0)
             attach_(model.get_submodule(owner), parameter, name, adapter, kind)
         mind_fast_paths_(model)
-        mind_resizing_(model)
         return model
 
     def __str__(self) -> str:

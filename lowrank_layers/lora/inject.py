@@ -23,7 +23,6 @@ from .inits import INITS, Init, Start
 from .kinds import Kind, is_lookup
 from .lookup import Source, tensor_for
 from .ranks import explained_ranks, moment_of, note_lowered, of_pattern, rank_for
-from .resizing import mind_resizing_
 from .target import Place, Target, targets
 from .tokens import Tokens, find_tokens
 from .whole import attach_whole_, copies_of, drop_whole_, find_whole
@@ -177,7 +176,6 @@ def add_lora_(
     for module in whole.values():
         attach_whole_(module, name, dtype=dtype)
     mind_fast_paths_(model)
-    mind_resizing_(model)
     note_lowered(lowered, "add_lora_", 2)
     return model
 
@@ -218,7 +216,6 @@ def strip_(model: nn.Module, name: str | None = None) -> None:
             if own in learned:
                 weight.requires_grad_(learned[own])
     mind_fast_paths_(model)
-    mind_resizing_(model)
 
 
 def banks(model: nn.Module) -> list[Bank]:
