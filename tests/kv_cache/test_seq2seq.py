@@ -11,7 +11,7 @@ from transformers import DynamicCache, EncoderDecoderCache
 
 import lowrank_layers as lr
 
-from .tiny_seq2seq import padded, seq2seq, source
+from .tiny_seq2seq import GEMMA, padded, seq2seq, source
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 KEEP = {"keep_recent": 6, "keep_first": 2, "block": 4}
@@ -259,3 +259,50 @@ def test_offloading_is_refused_with_what_to_write():
     net, cache = seq2seq("t5gemma"), EncoderDecoderCache(*twice(lr.LowRankCache))
     with pytest.raises(lr.LowRankError, match=r"LowRankCache\(...\), DynamicCache\(\)"):
         net.generate(**source("t5gemma"), past_key_values=cache, max_new_tokens=3)
+
+
+def bert():
+    sizes = {key: GEMMA[key] for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")}
+    encoder, decoder = (
+        transformers.BertConfig(**sizes, num_attention_heads=4, is_decoder=each, add_cross_attention=each)
+        for each in (False, True)
+    )
+    joined = transformers.EncoderDecoderConfig.from_encoder_decoder_configs(encoder, decoder)
+    return transformers.EncoderDecoderModel(joined)
+
+
+def t5gemma2():
+    """One attention to the decoder's and the encoder's tokens."""
+    if not hasattr(transformers, "T5Gemma2Config"):
+        pytest.skip("this version of transformers has no T5Gemma 2")
+    vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"image_size": 32, "patch_size": 16}
+    parts = {"encoder": {"text_config": GEMMA, "vision_config": vision}, "decoder": GEMMA}
+    return transformers.T5Gemma2ForConditionalGeneration(transformers.T5Gemma2Config(**parts))
+
+
+@pytest.mark.parametrize("make", [bert, t5gemma2])
+@BOTH
+def test_attentions_that_are_laid_out_otherwise(make, implementation):
+    lr.LowRankCache  # noqa: B018
+    torch.manual_seed(0)
+    net, found = make().eval(), []
+    with torch.no_grad():
+        for parameter in net.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(3).add_(torch.randn_like(parameter), alpha=0.15)
+    caches = exact(None), EncoderDecoderCache(*twice(DynamicCache))
+    for cache, name in zip(caches, (implementation, "eager"), strict=True):
+        net.set_attn_implementation(name)
+        with torch.no_grad():
+            parts = [
+                net(**source("t5"), decoder_input_ids=part, past_key_values=cache).logits
+                for part in START.repeat(1, 4).split([12, 1, 1, 14], 1)
+            ]
+        found.append(torch.cat(parts, 1))
+    assert float((found[0] - found[1]).norm() / found[1].norm()) < 1e-3
+    assert compressed(caches[0])
+    own, encoder = ([layer.kv.rotation is not None for layer in each.layers] for each in twice_of(caches[0]))
+    assert (own, encoder) == ([make is t5gemma2] * 2, [False] * 2)
+    with torch.no_grad(), pytest.raises(lr.LowRankError, match="EncoderDecoderCache"):
+        net(**source("t5"), decoder_input_ids=START, past_key_values=lr.LowRankCache(16, **KEEP))

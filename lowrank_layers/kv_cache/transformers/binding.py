@@ -6,6 +6,7 @@ from types import FrameType
 from typing import Any
 
 from torch import nn
+from transformers import EncoderDecoderCache
 
 ENCODED = ("key_value_states", "encoder_hidden_states")
 """Arguments of cross-attentions, and of decoders that have some."""
@@ -21,16 +22,23 @@ def calling_module(frame: FrameType | None) -> nn.Module | None:
     return None
 
 
-def crosses(module: nn.Module | None, frame: FrameType | None) -> bool:
-    """Whether a module that is running attends to what an encoder gave.
+def crosses(cache: Any, module: nn.Module | None, frame: FrameType | None) -> bool:
+    """Whether a cache is being asked on behalf of an attention to what an encoder gave.
 
     Args:
+        cache: that is asked.
         module: whose forward is running.
         frame: where it calls the cache, or deeper.
     """
     while frame is not None and frame.f_locals.get("self") is not module:
         frame = frame.f_back
-    return module is not None and frame is not None and any(frame.f_locals.get(name) is not None for name in ENCODED)
+    if module is None or frame is None:
+        return False
+    seen = frame.f_locals
+    pair = next((each for each in seen.values() if isinstance(each, EncoderDecoderCache)), None)
+    if pair is not None:  # one attention may do both (T5Gemma 2)
+        return pair.cross_attention_cache is cache
+    return any(seen.get(name) is not None for name in ENCODED)
 
 
 def text_config(config: Any) -> Any:

@@ -144,7 +144,7 @@ class LowRankCache(DynamicCache):
             return self._update(self.layers[layer_idx], key_states, value_states, *args, **kwargs)
         begins, frame = layer_idx <= self._latest, sys._getframe(1)
         module = calling_module(frame) if begins or not self._has(layer_idx) else None
-        cross = crosses(module, frame)
+        cross = crosses(self, module, frame)
         try:
             if cross and super().get_seq_length(layer_idx):
                 raise refusals.alone(module)

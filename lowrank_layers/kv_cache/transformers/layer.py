@@ -128,6 +128,7 @@ class LowRankLayer(LayerInterface):
         reader = sys._getframe(2).f_locals.get("self")
         named = getattr(getattr(reader, "config", None), "_attn_implementation", None)
         if named == NAME and isinstance(reader, nn.Module) and getattr(reader, "layer_idx", None) is not None:
+            self.kv.compress()  # of a step whose attention joined them with other tokens
             return LazyKV.of(Handle(self.kv), index)
         return self.kv.side(index)
 

@@ -81,5 +81,5 @@ def check_not_alone(cache: Any, frame: FrameType) -> None:
     Such a model would append the encoder's keys to its own, or take a new ``DynamicCache`` without a word (Whisper).
     """
     owner = frame.f_locals.get("self")
-    if frame.f_locals.get("past_key_values") is cache and isinstance(owner, nn.Module) and crosses(owner, frame):
+    if frame.f_locals.get("past_key_values") is cache and isinstance(owner, nn.Module) and crosses(cache, owner, frame):
         raise alone(owner)
