@@ -127,7 +127,7 @@ def rows(case: Case, stats: lr.Statistics | None) -> Iterator[tuple[float, int, 
 
 def main() -> None:
     parser = arguments(__doc__ or "", threads=1)
-    parser.add_argument("--sentences", type=int, default=400, help="sentences to calibrate on; half as many to score")
+    parser.add_argument("--sentences", type=int, default=600, help="sentences to calibrate on; half as many to score")
     parser.add_argument("--images", type=int, default=4_000, help="test images")
     args = parser.parse_args()
     line = machine(args)
@@ -149,7 +149,7 @@ def main() -> None:
                 if scores["default"] < scores["uniform"] > case.chance:
                     failed.append(f"{case.name} at {fraction:.0%}, {label}")
             head = ("part of the layers", "parameters at most", "one ratio for all", *UNITS, "default")
-            report.append(f"{label.capitalize()}:\n\n{markdown_table(head, table)}\n")
+            report.append(f"{label[0].upper()}{label[1:]}:\n\n{markdown_table(head, table)}\n")
     report.append(
         "The default is nowhere below one ratio for all." if not failed else "Below one ratio: " + "; ".join(failed)
     )
