@@ -81,6 +81,7 @@ class LayerStats:
             where other samples have fewer positions.
         cross: ``E[x x'^T] - E[x] E[x']^T`` of the dense model's inputs ``x`` and the compressed one's ``x'``.
         target_mean: ``E[x]``.
+        traced: whether its outputs were part of a graph of gradients (not so under ``torch.no_grad``).
         free_bias: whether the factored layer may have a bias where the dense one has none.
     """
 
@@ -91,6 +92,7 @@ class LayerStats:
     repeats: float = 1.0
     cross: Tensor | None = None
     target_mean: Tensor | None = None
+    traced: bool = True
     free_bias: bool = True
 
     def group(self, index: int) -> LayerStats:

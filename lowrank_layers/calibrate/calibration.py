@@ -133,6 +133,7 @@ class Calibration:
         self._stats = Statistics()
         self._gradients: dict[str, Moments] = {}
         self._rows: dict[str, int] = {}
+        self._traced: set[str] = set()
         self._longest: dict[str, int] = {}
         self._kept: dict[tuple[str, int], Kept] = {}
         self._batch = 0
@@ -169,6 +170,7 @@ class Calibration:
         for name, stats in self._stats.layers.items():
             gradients = self._gradients.get(name)
             stats.gradients = None if gradients is None else gradients.second
+            stats.traced = name in self._traced
             stats.positions = stats.inputs.rows / self._stats.samples
             stats.repeats = self._rows[name] / self._longest.get(name, 1) / self._stats.samples
             for moment in (stats.inputs.second, stats.gradients):
@@ -222,6 +224,7 @@ class Calibration:
                 # nothing before it has gradients; a copy, since a leaf may not be changed in place
                 output = output.detach().requires_grad_().clone()
             if output.requires_grad:
+                self._traced.add(name)
                 self._half = self._half or output.dtype == torch.float16
                 output.register_hook(self._watch_gradient(name, module, self._batch, rows, again))
             return output if root else None

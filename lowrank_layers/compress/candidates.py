@@ -103,6 +103,8 @@ def candidates(
             raise LowRankError(f"{name!r}: its weight is on the meta device; load the weights first.")
         elif stats is not None and (name not in stats or not stats[name].inputs.rows):
             skipped[name] = "calibration never reached it"
+        elif name in idle and stats is not None and not stats[name].traced:
+            skipped[name] = "it ran without gradients (torch.no_grad), so that its effect on the loss is not known"
         else:
             found[name] = Candidate(module, None if stats is None else stats[name], name in idle)
     return found, skipped

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import lowrank_layers as lr
 
@@ -94,6 +95,46 @@ def test_an_expert_that_saw_no_rows_stays_dense(loss):
     stats = lr.calibrate(model, [torch.randn(50, 16)], loss=loss)
     plan = lr.make_plan(model, lr.Budget(params=0.8), stats=stats)
     assert plan.skipped == {"experts.1": "calibration never reached it"}
+
+
+class FixedFeatures(nn.Module):
+    """A backbone without gradients, on which everything depends."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone, self.neck, self.head = nn.Linear(16, 32), nn.Linear(32, 32), nn.Linear(32, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            x = torch.relu(self.backbone(x))
+        return self.head(torch.relu(self.neck(x)))
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+def test_what_ran_without_gradients_is_no_layer_without_effect(trainable):
+    model = FixedFeatures().requires_grad_(trainable)
+    stats = lr.calibrate(model, [torch.randn(50, 16)], loss=lr.SampledCrossEntropy())
+    plan = lr.make_plan(model, lr.Budget(params=0.7), stats=stats)
+    assert plan.skipped.keys() == {"backbone"}
+    assert "its effect on the loss is not known" in plan.skipped["backbone"]
+    assert plan.notes == {}
+    # without a loss all three are known equally well
+    assert len(lr.make_plan(model, lr.Budget(params=0.7), stats=lr.calibrate(model, [torch.randn(50, 16)]))) == 3
+
+
+class Recomputed(Branched):
+    """Its body's first pass is without gradients, the second with them."""
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x = x.requires_grad_() if torch.is_grad_enabled() else x
+        x = torch.relu(checkpoint(self.body, x, use_reentrant=True))
+        return self.head(torch.relu(self.mid(x))), self.far(torch.relu(self.aux(x)))
+
+
+def test_recomputed_layers_are_traced(data):
+    stats = lr.calibrate(Recomputed(), data, loss=first_output)
+    assert stats["body"].gradients is not None
+    assert all(each.traced for each in stats.values())
 
 
 class Holder(nn.Module):
