@@ -119,8 +119,11 @@ def over(real: Tensor, shape: tuple[int, ...]) -> Tensor | None:
     return None if found is None else found[0][..., None]
 
 
-def kept(real: Tensor, module: nn.Module, x: Tensor, *, time_first: bool = False) -> Kept | None:
-    """The rows of a layer's batched input that are data; ``None`` where the mask has nothing to do with the input."""
+def kept(real: Tensor, module: nn.Module, x: Tensor, *, time_first: bool = False, full: bool = False) -> Kept | None:
+    """The rows of a layer's batched input that are data; ``None`` where the mask has nothing to do with the input.
+
+    Of a ``full`` mask, all of whose positions are data, only that is of interest: nothing is counted then.
+    """
     if isinstance(module, ConvNd):
         return _kept_windows(real, module, x)
     lead = tuple(x.shape) if is_table(module) else tuple(x.shape[:-1])
@@ -128,6 +131,8 @@ def kept(real: Tensor, module: nn.Module, x: Tensor, *, time_first: bool = False
     if found is None:
         return None
     inputs, axis = found
+    if full:
+        return Kept(inputs, inputs, tuple(x.shape[1:]), 0)
     shape = list(x.shape)
     if axis is not None:
         shape[axis] = int(inputs.movedim(axis, 0).flatten(1).sum(0).max())

@@ -92,7 +92,7 @@ class Padding:
 
     def samples(self) -> int | None:
         """How many samples of the forward pass have data, where a mask is known."""
-        known = [mask.real.flatten(1).any(1) for mask in self._scopes[0].masks] if self._scopes else []
+        known = [mask.real.flatten(1).any(1).cpu() for mask in self._scopes[0].masks] if self._scopes else []
         return int(torch.stack(known).any(0).sum()) if known and len({len(k) for k in known}) == 1 else None
 
     def of(self, module: nn.Module, x: Tensor, batched: Tensor) -> Kept | None:
@@ -101,11 +101,12 @@ class Padding:
             return None
         scope = self._scopes[-1]
         for mask in [*self._tagged(x), *self._now(scope)]:
-            found = kept(mask.real, module, batched, time_first=scope.time_first)
+            mask.real = mask.real.to(batched.device)
+            found = kept(mask.real, module, batched, time_first=scope.time_first, full=mask.full)
             if found is None:
                 continue
-            if isinstance(module, ConvNd):
-                self._derive(output_mask(mask.real, module, batched, found.inputs), mask.full)
+            if isinstance(module, ConvNd) and not mask.full:
+                self._derive(output_mask(mask.real, module, batched, found.inputs))
             return None if mask.full else found
         return None
 
@@ -115,6 +116,7 @@ class Padding:
         if output is None or not masks:
             return None
         mask = next((m for m in masks if fits(m.real, tuple(output.shape))), masks[0])
+        mask.real = mask.real.to(output.device)
         if mask.full:
             return None
         order = [mask.real.mT, mask.real] if self._scopes[0].time_first else [mask.real, mask.real.mT]
@@ -219,11 +221,11 @@ class Padding:
             found = self._states.get(x._base)
         return [] if found is None else [found]
 
-    def _derive(self, real: Tensor, full: bool) -> None:
+    def _derive(self, real: Tensor) -> None:
         """A convolution's output has positions of its own; they are known from here on."""
         for scope in self._scopes:
             if all(mask.real.shape != real.shape for mask in scope.masks):
-                scope.masks = [*scope.masks, _Mask(real, full)]
+                scope.masks = [*scope.masks, _Mask(real, full=False)]
 
 
 def find_mask(batch: Any, mask: MaskOf) -> Tensor:
