@@ -51,15 +51,15 @@ class SampledCrossEntropy:
         """The scalar loss, averaged over the batch and all positions that are data."""
         logits = getattr(output, "logits", output)
         if not isinstance(logits, Tensor) or logits.ndim < 2:
-            hint = (
-                ""
+            remedy = (
+                "give a loss of your own."
                 if isinstance(output, Tensor)
-                else " If a part of it is logits, choose it: sampled = SampledCrossEntropy();"
+                else "if a part of it is logits, choose it: sampled = SampledCrossEntropy();"
                 f" loss = lambda output, target, mask=None: sampled(output{main_part(output)}, target, mask)."
             )
             raise LowRankError(
-                f"SampledCrossEntropy: the model returned {describe_output(output)}, expected logits [N, ..., classes]"
-                f" or an object with .logits.{hint}"
+                f"SampledCrossEntropy: the model returned {describe_output(output)}, expected logits of at least"
+                f" 2 dimensions, [N, ..., classes], or an object with .logits; {remedy}"
             )
         logits = logits.movedim(self.class_dim, -1)
         chosen = _chosen(tuple(logits.shape[:-1]), target, mask)
