@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from types import MethodType
+from types import FrameType, MethodType
 from typing import Any, NoReturn, cast
 
 import torch
@@ -54,6 +54,7 @@ class Adapted:
         """What an assignment of a parameter comes to: the base weight, whose shape must stay."""
         if name in self._adapted_names:
             check_same_shape(self, name, param)
+            self.__dict__.get("_former_parameters", {}).pop(name, None)
         super().register_parameter(name, param)  # type: ignore[misc]
 
     def lift_(self) -> tuple[nn.Module, Callable[[nn.Module], nn.Module]]:
@@ -86,6 +87,8 @@ def change_class_(module: nn.Module, cls: type[nn.Module]) -> None:
 
 def check_same_shape(module: Any, name: str, value: Any) -> None:
     """Raises if a base weight is replaced by one that its adapters do not fit."""
+    if stored(module, name) is None and not isinstance(module, FactoredModule):
+        return  # deleted before, as FullyShardedDataParallel does
     old, new = tuple(base_weight(module, name).shape), tuple(getattr(value, "shape", ()))
     if old != new:
         raise LowRankError(
@@ -121,7 +124,7 @@ def adapted_class(cls: type[nn.Module], names: tuple[str, ...]) -> type[nn.Modul
 def _make_class(cls: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
     body: dict[str, Any] = {name: _with_adapters(cls, name) for name in names}
     if any(name in SLICES for name in names):
-        body["in_proj_weight"] = property(_joined, set_on_replica)
+        body["in_proj_weight"] = replaceable("in_proj_weight", _joined)
     body |= {"_plain_class": cls, "_adapted_names": names, "__module__": cls.__module__}
     fast = fast_forward(cls)
     if fast is not None and names == ("weight",):
@@ -163,18 +166,35 @@ def _with_adapters(cls: type[nn.Module], name: str) -> property:
         bank = bank_of(self, name)
         weight = base_weight(self, name)
         # fully_shard reads its shards by this name; in the forward pass the weight is whole
-        if bank is None or type(weight).__name__ == "DTensor":
+        if bank is None or type(weight).__name__ == "DTensor" or read_by_fsdp(sys._getframe(1)):
             return weight
         formed = bank.effective(values_of(weight))
         return formed if formed is weight else _guarded(self, name, formed)
 
-    return property(read, set_on_replica)
+    return replaceable(name, read)
 
 
-def set_on_replica(self: nn.Module, value: Any) -> None:
-    """``nn.DataParallel`` sets copies on its replicas and lists them in ``_former_parameters``, where they are read."""
-    if "_is_replica" not in self.__dict__:
-        raise AttributeError(f"a weight of {type(self).__name__} has adapters and can be set to an nn.Parameter only.")
+def read_by_fsdp(reader: FrameType) -> bool:
+    """Whether ``FullyShardedDataParallel`` reads, which compares the parameter with its own and moves it."""
+    return str(reader.f_globals.get("__name__")).startswith("torch.distributed.fsdp.")
+
+
+def replaceable(name: str, read: Callable[[Any], Tensor]) -> property:
+    """A computed parameter that may be deleted and set to a tensor, as that of a plain module may.
+
+    ``nn.DataParallel`` sets copies on its replicas and lists them in ``_former_parameters``, where they are looked up;
+    ``FullyShardedDataParallel`` sets views of what it gathered on every module, which are kept there too.
+    """
+
+    def write(self: nn.Module, value: Tensor) -> None:
+        self.__dict__.setdefault("_former_parameters", {})[name] = value
+
+    def delete(self: nn.Module) -> None:
+        if name not in self.__dict__.get("_former_parameters", {}):
+            raise AttributeError(f"{type(self).__name__} has no parameter {name!r}")
+        del self.__dict__["_former_parameters"][name]
+
+    return property(read, write, delete)
 
 
 def _guarded(self: nn.Module, name: str, weight: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, cast
 
@@ -13,7 +14,7 @@ from torch.utils._pytree import tree_map
 from ..errors import LowRankError
 from ..layers.computed import computed
 from ..walk import own_layers
-from .adapted import refuse_scripting, set_on_replica
+from .adapted import read_by_fsdp, refuse_scripting, replaceable
 from .adapter import Bank, adapter_dtype
 from .kinds import parameter_of
 from .learning import let_learn_
@@ -77,6 +78,11 @@ class TrainedWhole:
     def __prepare_scriptable__(self) -> nn.Module:
         return refuse_scripting()
 
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """A parameter takes the place of a tensor that was set meanwhile."""
+        self.__dict__.get("_former_parameters", {}).pop(name, None)
+        super().register_parameter(name, param)  # type: ignore[misc]
+
 
 def _blank(cls: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
     blank: nn.Module = object.__new__(_whole_class(cls, names))
@@ -103,6 +109,8 @@ def _in_use(name: str) -> property:
             raise AttributeError(f"{type(self).__name__} has no parameter {name!r}")
         if not isinstance(copies, Copies) or copies.disabled or copies.rows is not None or copies.active is None:
             return base
+        if read_by_fsdp(sys._getframe(1)):
+            return base
         own = parameter_of(copies[copies.active], name)
         assert own is not None
         if own.dtype == base.dtype:
@@ -113,7 +121,7 @@ def _in_use(name: str) -> property:
             f" dict(layer.named_parameters())['{WHOLE_COPIES}.{copies.active}.{name}'].",
         )
 
-    return property(read, set_on_replica)
+    return replaceable(name, read)
 
 
 def _forward_of(cls: type[nn.Module]) -> Callable[..., Any]:

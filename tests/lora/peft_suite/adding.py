@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import lowrank_layers as lr
-from lowrank_layers.lora.adapted import banks_of, base_weight
+from lowrank_layers.lora.adapted import Adapted, banks_of, base_weight
 from lowrank_layers.lora.kinds import kind_of
 from lowrank_layers.lora.peft_config import config_of
 from lowrank_layers.lora.peft_format import find_slots
@@ -50,6 +50,9 @@ def add_lora(model, name, config, dtype=None):
         bias=settings.lora_bias,
         **({} if dtype is None else {"dtype": next(model.parameters()).dtype}),
     )
+    for owner, module in model.named_modules() if settings.bias != "none" else ():
+        if isinstance(module._parameters.get("bias"), nn.Parameter) and ".lora_" not in f".{owner}.":
+            module._parameters["bias"].requires_grad_(settings.bias == "all" or isinstance(module, Adapted))
     if settings.init_lora_weights is False:
         _scatter(model, name)
     return model

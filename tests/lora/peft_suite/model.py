@@ -288,7 +288,7 @@ def get_peft_model_state_dict(model, adapter_name="default", **_):
 
 def set_peft_model_state_dict(model, state, adapter_name="default", **_):
     with tempfile.TemporaryDirectory() as folder:
-        lr.save_lora(model.base_model.model, folder, adapter_name)
+        lr.save_lora(model.base_model.model, folder, adapter_name, bias=model.peft_config[adapter_name].bias)
         torch.save(dict(state), Path(folder) / "adapter_model.bin")
         (Path(folder) / "adapter_model.safetensors").unlink()
         lr.remove_lora_(model.base_model.model, adapter_name)
