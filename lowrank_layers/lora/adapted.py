@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from types import FrameType, MethodType
+from types import MethodType
 from typing import Any, NoReturn, cast
 
 import torch
@@ -166,7 +166,7 @@ def _with_adapters(cls: type[nn.Module], name: str) -> property:
         bank = bank_of(self, name)
         weight = base_weight(self, name)
         # fully_shard reads its shards by this name; in the forward pass the weight is whole
-        if bank is None or type(weight).__name__ == "DTensor" or read_by_fsdp(sys._getframe(1)):
+        if bank is None or type(weight).__name__ == "DTensor" or read_by_fsdp():
             return weight
         formed = bank.effective(values_of(weight))
         return formed if formed is weight else _guarded(self, name, formed)
@@ -174,9 +174,11 @@ def _with_adapters(cls: type[nn.Module], name: str) -> property:
     return replaceable(name, read)
 
 
-def read_by_fsdp(reader: FrameType) -> bool:
-    """Whether ``FullyShardedDataParallel`` reads, which compares the parameter with its own and moves it."""
-    return str(reader.f_globals.get("__name__")).startswith("torch.distributed.fsdp.")
+def read_by_fsdp() -> bool:
+    """Whether ``FullyShardedDataParallel`` reads a property, to compare the parameter with its own and to move it."""
+    if torch.compiler.is_compiling():
+        return False
+    return str(sys._getframe(2).f_globals.get("__name__")).startswith("torch.distributed.fsdp.")
 
 
 def replaceable(name: str, read: Callable[[Any], Tensor]) -> property:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, cast
 
@@ -109,7 +108,7 @@ def _in_use(name: str) -> property:
             raise AttributeError(f"{type(self).__name__} has no parameter {name!r}")
         if not isinstance(copies, Copies) or copies.disabled or copies.rows is not None or copies.active is None:
             return base
-        if read_by_fsdp(sys._getframe(1)):
+        if read_by_fsdp():
             return base
         own = parameter_of(copies[copies.active], name)
         assert own is not None
