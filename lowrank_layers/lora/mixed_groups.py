@@ -61,7 +61,7 @@ def mixed_forward(self: Any, bank: Bank, input: Tensor) -> Tensor:
     if surplus is None:
         return out
     channels = (-1, *[1] * len(self.kernel_size))
-    linear = out if self.bias is None else out - self.bias.view(channels)
+    linear = out if self.bias is None else out - self.bias.to(out.dtype).view(channels)
     return out + surplus.to(out.dtype).view(channels) * linear
 
 

@@ -141,3 +141,18 @@ def test_dropout_is_on_the_input_of_a(tmp_path):
     outs = [model(x) for _ in range(3)]
     assert not any(torch.equal(one, two) for one, two in itertools.combinations(outs, 2))
     assert torch.equal(run(model, x), run(model, x))
+
+
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_in_half_precision_outputs_have_the_dtype_of_the_base(autocast, dora, tmp_path):
+    conv, x = CONVOLUTIONS["1d"]()
+    base = nn.Sequential(conv)
+    theirs_of(base, conv.groups, use_dora=dora).save_pretrained(tmp_path)
+    expected = run(lr.load_lora(copy.deepcopy(base), tmp_path), x)
+    model = lr.load_lora(base if autocast else base.bfloat16(), tmp_path)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        out = run(model, x if autocast else x.bfloat16())
+    assert out.dtype == torch.bfloat16
+    assert torch.allclose(out.float(), expected, atol=0.05 * float(expected.abs().max()))
+    assert all(p.dtype == torch.float32 for p in lr.lora_parameters(model))
