@@ -24,6 +24,8 @@ PEFT accepts ranks above the matrix: there the shim asks for the matrix's own, a
 layers have ranks of one to five and PEFT's default is eight. Where ours refuses what PEFT refuses, the shim repeats
 PEFT's words, so that the assertions after it run; the refusal has to be ours.
 
-Measured with PEFT 0.21.2 and the tests of its repository at 5d602fdb (21 August 2026, after the release of 0.20.0, the
-newest that could be had): see COUNTS below.
+Measured with PEFT 0.21.2 and the tests of its repository at 5d602fdb (21 August 2026, after the release of 0.20.0: the
+newest that could be had). Of 18,791 tests 2,314 are about LoRA: 1,696 passed, none failed, 476 failed by design, 29
+passed where a failure by design was expected, and 113 were skipped by the tests themselves. Deselected: 15,966 of other
+tuners, 477 of variants of LoRA, 34 that ask for the hub. One process takes five minutes.
 """
