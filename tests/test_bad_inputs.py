@@ -233,7 +233,7 @@ ON_A_MODEL = {
     "calibrate DDP": (lambda m: lr.calibrate(distributed(m), DATA), "model.module"),
     "calibrate with a bad loss": (
         lambda m: lr.calibrate(m, DATA, loss=lambda out, y: lr.SampledCrossEntropy()(out.sum(), y)),
-        "returned a tensor [], expected logits [N, ..., classes]",
+        "returned a tensor [], expected logits of at least 2 dimensions",
     ),
     "a loss that is a float": (lambda m: lr.calibrate(m, DATA, loss=lambda out, y: 1.0), "returned float"),
     "a loss that is no scalar": (lambda m: lr.calibrate(m, DATA, loss=lambda out, y: out), "shape (16, 5)"),
