@@ -173,3 +173,9 @@ def test_a_budget_of_the_planned_layers_counts_these_only(unit):
 def test_a_budget_of_something_else_is_refused():
     with pytest.raises(lr.BudgetError, match="of='encoder', expected 'model' or 'planned'"):
         lr.Budget(params=0.5, of="encoder")
+
+
+@pytest.mark.parametrize("progress", [False, True])
+def test_progress_is_shown_where_it_is_asked_for(progress, capsys):
+    lr.make_plan(nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 8)), lr.Budget(params=0.5), progress=progress)
+    assert ("2/2" in capsys.readouterr().err) is progress
