@@ -66,6 +66,10 @@ class LoraModel(nn.Module):
             return getattr(self.model, name)
 
     @property
+    def has_active_enabled_adapter(self):
+        return any(bool(torch.any(bank.gates)) for bank in banks(self.model))
+
+    @property
     def active_adapters(self):
         return list(self.active)
 
@@ -186,6 +190,10 @@ class PeftModel(nn.Module):
     @property
     def active_adapter(self):
         return self.base_model.active[0] if self.base_model.active else None
+
+    @property
+    def has_active_enabled_adapter(self):
+        return self.base_model.has_active_enabled_adapter
 
     @property
     def active_peft_config(self):
