@@ -1,11 +1,11 @@
 """Ranks: rules for one matrix (a spectrum or the sizes of the candidates in, a rank out), a budget for many."""
 
-from .allocate import allocate
 from .budget import Budget, as_budget
 from .elbow import Elbow
 from .energy import Energy, RelativeError
 from .evbmf import EVBMF
 from .gavish_donoho import GavishDonoho
+from .knapsack import allocate
 from .rule import Rank, RankRule, Spectrum, check_rank, choose_rank, pair_spectrum
 from .size import ParameterFraction
 
