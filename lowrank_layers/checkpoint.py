@@ -14,10 +14,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .compress.spec import describe
 from .errors import CheckpointError, LowRankError
 from .files import replacing
 from .layers import FACTORED_LAYERS, FactoredModule, is_factored
+from .layers.config import describe
 from .materialize import check_can_be_filled, fill_, tied_names
 from .storage import separate, shared_names
 from .surgery import replace_

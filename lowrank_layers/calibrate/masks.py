@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ..layers import ConvNd, is_table
-from ..layers.count import conv_output_size, transposed_output_size
+from ..layers.cost import conv_output_size, transposed_output_size
 from ..moments import input_rows, paddings
 
 IGNORED = -100

@@ -9,8 +9,8 @@ from typing import Any
 from ..cost import Cost
 from ..errors import LowRankError
 from ..layers import layer_cost, layer_writes
+from ..layers.config import Spec, blank
 from .methods import METHODS, factored_like
-from .spec import Spec, blank
 
 MACS_PER_VALUE = 150
 """Multiply-accumulates in the time of writing one value (convolutions at batch 64 on one x86 core with AVX-512)."""

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from ..calibrate import calibrate, check_batches, quiet_eval
 from ..errors import LowRankError
 from ..layers import FactoredModule, bias_of, is_factored, is_table, weight_from_matrices, weight_of
+from ..layers.config import describe
 from ..linalg import check_tensor, full_precision
 from ..moments import LayerStats, Statistics
 from ..surgery import reasons_to_stay, remap_optimizer_, replace_
@@ -24,7 +25,6 @@ from .methods import METHODS, regressions
 from .methods.regression import joint_bias
 from .plan import Plan
 from .sequential import forward_order, paired_stats
-from .spec import describe
 
 
 def factorize_(

@@ -11,6 +11,7 @@ from tqdm import tqdm
 from ..cost import Cost
 from ..errors import BudgetError, LowRankError
 from ..layers import linear_shape, weight_of
+from ..layers.config import describe
 from ..linalg import full_precision
 from ..moments import Statistics
 from ..rank import Budget, Rank, allocate, as_budget, check_rank
@@ -22,7 +23,6 @@ from .entry import Entry
 from .methods import METHODS, Method, Option
 from .methods.base import factored_cost, has_bias, repeated_cost
 from .plan import Plan, model_cost
-from .spec import describe
 from .units import Units, check_units, comparable, default_units
 
 HARDLY_ANYTHING = 0.01

@@ -15,10 +15,10 @@ from ..cost import Cost
 from ..errors import LowRankError
 from ..files import replacing
 from ..layers import FactoredModule, is_factored, layer_cost
+from ..layers.config import blank, describe
 from ..walk import check_factors, check_model, own_layers
 from .entry import Entry, read_entry
 from .methods import METHODS, Method
-from .spec import blank, describe
 
 FORMAT = "lowrank_layers.plan"
 VERSION = 1

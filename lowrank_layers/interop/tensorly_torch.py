@@ -27,9 +27,9 @@ from ..layers import (
     weight_of,
 )
 from ..layers.base import fill
-from ..layers.cp import cp_limit
+from ..layers.cp_conv import cp_limit
 from ..layers.kernel import CONVS, kernel_of
-from ..layers.tucker import tucker_limits
+from ..layers.tucker_conv import tucker_limits
 from ..linalg import mode_product
 
 _CP: dict[int, type[CPConv]] = {1: CPConv1d, 2: CPConv2d, 3: CPConv3d}

@@ -2,7 +2,13 @@
 
 from .attention import PROJECTIONS, LowRankMultiheadAttention
 from .base import FACTORED_LAYERS, FactoredModule, bias_of, is_derived, is_factored, meta_twin, weight_of
-from .channel import (
+from .cost import layer_cost, layer_writes
+from .cp_conv import CPConv, CPConv1d, CPConv2d, CPConv3d, CPConvTranspose1d, CPConvTranspose2d, CPConvTranspose3d
+from .embedding import LowRankEmbedding
+from .embedding_bag import LowRankEmbeddingBag
+from .kernel import ConvNd
+from .linear import LowRankLinear, LowRankTransposedLinear
+from .low_rank_conv import (
     LowRankConv1d,
     LowRankConv2d,
     LowRankConv3d,
@@ -11,16 +17,10 @@ from .channel import (
     LowRankConvTranspose3d,
     PairConv,
 )
-from .count import layer_cost, layer_writes
-from .cp import CPConv, CPConv1d, CPConv2d, CPConv3d, CPConvTranspose1d, CPConvTranspose2d, CPConvTranspose3d
-from .embedding import LowRankEmbedding
-from .embedding_bag import LowRankEmbeddingBag
-from .kernel import ConvNd
-from .linear import LowRankLinear, LowRankTransposedLinear
 from .matrix import is_table, is_transposed, linear_shape, matrices_of, takes_bias, weight_from_matrices
 from .plain import peculiarity
-from .tensorized import TensorizedEmbedding
-from .tucker import (
+from .tt_embedding import TensorizedEmbedding
+from .tucker_conv import (
     TuckerConv,
     TuckerConv1d,
     TuckerConv2d,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import LowRankError
 from ..layers import LowRankEmbedding, LowRankEmbeddingBag, LowRankLinear
-from ..layers.conv import FactoredConv, TransposedConv
+from ..layers.conv_base import FactoredConv, TransposedConv
 from ..moments import pad_input
 from .adapter import Bank
 from .dropout import shared_dropout

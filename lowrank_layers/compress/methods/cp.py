@@ -22,7 +22,7 @@ from ...layers import (
     FactoredModule,
     is_transposed,
 )
-from ...layers.cp import choose_cp_rank, cp_limit
+from ...layers.cp_conv import choose_cp_rank, cp_limit
 from ...layers.kernel import kernel_area, kernel_of
 from ...linalg import khatri_rao
 from ...moments import LayerStats

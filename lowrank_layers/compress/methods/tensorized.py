@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ...layers import FactoredModule, TensorizedEmbedding, weight_of
-from ...layers.tensorized import (
+from ...layers.tt_embedding import (
     Split,
     block_trains,
     choose_bonds,

@@ -24,7 +24,7 @@ from ...layers import (
     is_transposed,
 )
 from ...layers.kernel import kernel_area, kernel_of
-from ...layers.tucker import choose_tucker_rank, tucker_limits
+from ...layers.tucker_conv import choose_tucker_rank, tucker_limits
 from ...linalg import exact_svd, leading_eigenvectors, mode_product, unfold
 from ...moments import LayerStats
 from .base import Option, factored_cost, layer_for, repeated_cost

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ..errors import LowRankError, MissingExtraError
-from ..layers import LowRankTransposedLinear, weight_of
+from . import LowRankTransposedLinear, weight_of
 
 _CONV = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
 _SETTINGS: dict[str, tuple[str, ...]] = {

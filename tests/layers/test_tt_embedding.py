@@ -12,7 +12,7 @@ from tensorly.tt_matrix import tt_matrix_to_matrix
 from torch import nn
 
 import lowrank_layers as lr
-from lowrank_layers.layers.tensorized import _split_columns, _split_rows, block_trains
+from lowrank_layers.layers.tt_embedding import _split_columns, _split_rows, block_trains
 from lowrank_layers.linalg import rounded_train, train_product
 from lowrank_layers.moments import LayerStats, Moments
 

@@ -15,7 +15,7 @@ from ..errors import LowRankError
 from ..factors import Blocks, Tucker
 from ..rank import ParameterFraction, RankRule, Spectrum, check_rank, choose_rank
 from .base import bias_of, fill, weight_of
-from .conv import FactoredConv, TransposedConv
+from .conv_base import FactoredConv, TransposedConv
 from .kernel import kernel_of, weight_of_kernel
 from .plain import check_dense
 

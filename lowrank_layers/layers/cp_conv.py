@@ -13,7 +13,7 @@ from ..decompose import cp
 from ..factors import CP, Blocks
 from ..rank import Rank, Spectrum, choose_rank
 from .base import bias_of, fill
-from .conv import FactoredConv, TransposedConv
+from .conv_base import FactoredConv, TransposedConv
 from .kernel import kernel_of
 from .plain import check_dense
 
