@@ -18,11 +18,11 @@ from .errors import CheckpointError, LowRankError
 from .files import replacing
 from .layers import FACTORED_LAYERS, FactoredModule, is_factored
 from .layers.config import describe
-from .materialize import check_can_be_filled, fill_, tied_names
-from .storage import separate, shared_names
-from .surgery import replace_
-from .unfuse import attentions, unfuse_, unfused, unfused_names
-from .walk import check_factors, check_model, module_aliases, own_layers, reason_to_keep
+from .modules.attention import attentions, unfuse_, unfused, unfused_names
+from .modules.materialize import check_can_be_filled, fill_, tied_names
+from .modules.replace import replace_
+from .modules.storage import separate, shared_names
+from .modules.tree import check_factors, check_model, module_aliases, own_layers, reason_to_keep
 
 KEY = "lowrank_layers"
 """The entry of the file's metadata that holds the ranks."""

@@ -22,9 +22,9 @@ from ..layers import (
     linear_shape,
     weight_of,
 )
+from ..modules.attention import unfused
+from ..modules.tree import check_model, own_layers
 from ..moments import LayerStats, Moments, Statistics, output_rows
-from ..unfuse import unfused
-from ..walk import check_model, own_layers
 from .fisher import SampledCrossEntropy
 from .masks import Kept, data_rows
 from .padding import MaskOf, Padding, check_mask, in_backward

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from ..cost import Cost
 from ..errors import LowRankError
 from ..layers import is_derived, is_factored
+from ..modules.replace import reasons_to_stay
+from ..modules.tree import own_layers
 from ..moments import LayerStats, Statistics
-from ..surgery import reasons_to_stay
-from ..walk import own_layers
 from .methods import METHODS, Method, Option, regressions
 from .methods.base import repeated_cost
 

@@ -16,10 +16,10 @@ from ..errors import LowRankError
 from ..layers import FactoredModule, bias_of, is_factored, is_table, weight_from_matrices, weight_of
 from ..layers.config import describe
 from ..linalg import check_tensor, full_precision
+from ..modules.attention import fuse_, mind_fast_paths_, unfuse_, unfused
+from ..modules.replace import reasons_to_stay, remap_optimizer_, replace_
+from ..modules.tree import check_factors, check_model, check_removable, own_layers
 from ..moments import LayerStats, Statistics
-from ..surgery import reasons_to_stay, remap_optimizer_, replace_
-from ..unfuse import fuse_, mind_fast_paths_, unfuse_, unfused
-from ..walk import check_factors, check_model, check_removable, own_layers
 from .entry import Entry
 from .methods import METHODS, regressions
 from .methods.regression import joint_bias

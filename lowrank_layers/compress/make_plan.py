@@ -13,11 +13,11 @@ from ..errors import BudgetError, LowRankError
 from ..layers import linear_shape, weight_of
 from ..layers.config import describe
 from ..linalg import full_precision
+from ..modules.attention import unfused
+from ..modules.replace import Selector, select
+from ..modules.tree import check_model, own_layers
 from ..moments import Statistics
 from ..rank import Budget, Rank, allocate, as_budget, check_rank
-from ..surgery import Selector, select
-from ..unfuse import unfused
-from ..walk import check_model, own_layers
 from .candidates import UNREACHED, Candidate, candidates
 from .entry import Entry
 from .methods import METHODS, Method, Option

@@ -16,7 +16,7 @@ from ..errors import LowRankError
 from ..files import replacing
 from ..layers import FactoredModule, is_factored, layer_cost
 from ..layers.config import blank, describe
-from ..walk import check_factors, check_model, own_layers
+from ..modules.tree import check_factors, check_model, own_layers
 from .entry import Entry, read_entry
 from .methods import METHODS, Method
 

@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from ..errors import LowRankError, UnsupportedLayerError
+from ..modules.replace import Selector, reasons_to_stay, replace_, select
+from ..modules.tree import check_model
 from ..moments import Moments, Statistics
 from ..rank import Rank, check_rank
-from ..surgery import Selector, reasons_to_stay, replace_, select
-from ..walk import check_model
 from .latent_attention import LatentAttention, LatentProjection
 from .layout import attentions, check_layout, output_of, turning
 from .subspace import Scatter, chosen_ranks

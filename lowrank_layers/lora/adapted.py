@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..errors import LowRankError
 from ..layers import FactoredModule
 from ..layers.computed import computed
-from ..walk import is_quantized
+from ..modules.tree import is_quantized
 from .adapter import Bank
 from .fast import WITH_MORE, Fast, add_biases, fast_forward
 from .kinds import SLICES, stored

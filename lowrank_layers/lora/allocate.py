@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import LowRankError
-from ..unfuse import mind_fast_paths_
-from ..walk import check_model
+from ..modules.attention import mind_fast_paths_
+from ..modules.tree import check_model
 from .adapted import banks_of
 from .cutting import Swap, check_optimizer, cut_, gone, swap_
 from .importance import Watched

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError, LowRankError
 from ..layers import is_derived, is_factored
-from ..unfuse import mind_fast_paths_
-from ..walk import check_model, module_aliases
+from ..modules.attention import mind_fast_paths_
+from ..modules.tree import check_model, module_aliases
 from .adapted import bank_of
 from .adapter import Adapter, adapter_dtype, check_dtype
 from .diffusers import FILE as DIFFUSERS_FILE

@@ -6,7 +6,7 @@ from torch import nn
 
 from ..errors import LowRankError, UnsupportedLayerError
 from ..layers import FactoredModule, is_derived
-from ..walk import is_quantized
+from ..modules.tree import is_quantized
 from .adapted import bank_of, base_weight
 from .fast import fast_call
 from .kinds import SLICES, Kind, kind_of

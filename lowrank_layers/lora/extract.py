@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from ..decompose import svd
 from ..errors import LowRankError
+from ..modules.attention import mind_fast_paths_
+from ..modules.tree import check_model
 from ..rank import Energy, Rank, Spectrum, choose_rank
-from ..unfuse import mind_fast_paths_
-from ..walk import check_model
 from .adapter import Adapter, adapter_dtype
 from .checks import check_place
 from .inject import attach_, freeze_

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import LowRankError
+from ..modules.tree import check_model
 from ..rank import Rank, check_rank
-from ..walk import check_model
 from .adapted import base_weight
 from .checks import check_place
 from .inits import Start, triplets

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import LowRankError
-from ..walk import is_quantized
+from ..modules.tree import is_quantized
 from .adapted import bank_of, banks_of
 from .adapter import Bank
 from .inject import strip_

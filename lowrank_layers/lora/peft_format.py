@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..layers import LowRankLinear, is_factored
-from ..walk import own_layers
+from ..modules.tree import own_layers
 from .adapted import base_weight
 from .adapter import Adapter, Bank
 from .kinds import Kernel, Kind, Matrix, is_conv1d, kind_of

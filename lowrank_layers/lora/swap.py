@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import LowRankError
-from ..walk import check_model
+from ..modules.tree import check_model
 from .adapted import bank_of, banks_of, base_weight, values_of
 from .adapter import Adapter, Bank
 from .checkpoint import find_adapters

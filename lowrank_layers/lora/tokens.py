@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import LowRankError
 from ..layers import is_table
-from ..walk import own_layers
+from ..modules.tree import own_layers
 from .adapted import base_weight, values_of
 from .adapter import Adapter
 from .checks import check_place

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from .errors import CheckpointError
+from ..errors import CheckpointError
 
 
 def tied_names(state: Mapping[str, Tensor]) -> dict[int, list[str]]:

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from .errors import LowRankError
-from .layers import FactoredModule, LowRankMultiheadAttention, is_derived, is_factored, peculiarity
+from ..errors import LowRankError
+from ..layers import FactoredModule, LowRankMultiheadAttention, is_derived, is_factored, peculiarity
 
 _WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel")
 

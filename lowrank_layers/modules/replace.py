@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import LowRankError
-from .layers import PROJECTIONS
-from .unfuse import mind_fast_paths_
-from .walk import module_aliases, own_layers, put_, reason_to_keep
+from ..errors import LowRankError
+from ..layers import PROJECTIONS
+from .attention import mind_fast_paths_
+from .tree import module_aliases, own_layers, put_, reason_to_keep
 
 Selector = str | type[nn.Module] | Callable[[str, nn.Module], bool]
 

@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import nn
 
-from .layers import FactoredModule, LowRankMultiheadAttention
-from .resize import mind_resizing_
-from .walk import module_aliases, own_layers, put_, reason_to_keep
+from ..layers import FactoredModule, LowRankMultiheadAttention
+from .resize_embeddings import mind_resizing_
+from .tree import module_aliases, own_layers, put_, reason_to_keep
 
 _FAST_PATHS: dict[type[nn.Module], tuple[str, Any]] = {
     # in eval mode torch's layer reads the weights of its children and skips their forward, unless this says no

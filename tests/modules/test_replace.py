@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import lowrank_layers as lr
-from lowrank_layers.surgery import reasons_to_stay, remap_optimizer_, replace_, select
+from lowrank_layers.modules.replace import reasons_to_stay, remap_optimizer_, replace_, select
 
 
 def test_a_shared_module_is_replaced_in_all_its_parents():

@@ -8,7 +8,7 @@ from typing import Any, Protocol, cast, runtime_checkable
 
 from torch import nn
 
-from .errors import LowRankError
+from ..errors import LowRankError
 
 _METHOD = "resize_token_embeddings"
 Restore = Callable[[nn.Module], nn.Module]

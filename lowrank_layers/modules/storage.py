@@ -7,14 +7,14 @@ from collections import defaultdict
 import torch
 from torch import Tensor
 
-from .errors import CheckpointError
+from ..errors import CheckpointError
 
 
 def shared_names(state: dict[str, Tensor]) -> dict[str, str]:
     """Later name to first name, for tensors that are one and the same.
 
     Examples:
-        >>> from lowrank_layers.storage import shared_names
+        >>> from lowrank_layers.modules.storage import shared_names
         >>> table = torch.ones(3, 2)
         >>> shared_names({"embed": table, "other": torch.ones(3, 2), "head": table})
         {'head': 'embed'}
