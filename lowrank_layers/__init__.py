@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import kv_cache
 from .calibrate import Calibration, SampledCrossEntropy, calibrate
+from .calibrate.statistics import LayerStats, Statistics
 from .checkpoint import load, save
 from .compress import (
     METHODS,
@@ -82,7 +83,6 @@ from .lora import (
     use_adapter,
     weight_gradients,
 )
-from .moments import LayerStats, Statistics
 from .rank import (
     EVBMF,
     Budget,

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from .calibrate.statistics import Statistics
 from .compress.methods import regressions
 from .compress.methods.svd import total_tails
 from .compress.plan import Plan
 from .errors import LowRankError, MissingExtraError
-from .moments import Statistics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -22,13 +22,15 @@ from ..layers import (
     linear_shape,
     weight_of,
 )
+from ..layers.patches import output_rows
 from ..modules.attention import unfused
 from ..modules.tree import check_model, own_layers
-from ..moments import LayerStats, Moments, Statistics, output_rows
 from .fisher import SampledCrossEntropy
 from .masks import Kept, data_rows
+from .moments import Moments
 from .padding import MaskOf, Padding, check_mask, in_backward
 from .run import Loss, batch_loss, check_batches, fitting_scale, forward, frozen, is_minimum, layer_input, quiet_eval
+from .statistics import LayerStats, Statistics
 
 CALIBRATED = (nn.Linear, ConvNd, nn.Embedding, nn.EmbeddingBag)
 """Layers whose moments are taken; so are those of transformers' ``Conv1D``."""

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ..layers import ConvNd, is_table
 from ..layers.cost import conv_output_size, transposed_output_size
-from ..moments import input_rows, paddings
+from ..layers.patches import input_rows, paddings
 
 IGNORED = -100
 """The label that torch's cross-entropy ignores by default."""

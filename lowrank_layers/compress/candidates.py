@@ -8,12 +8,12 @@ from functools import cached_property
 
 from torch import Tensor, nn
 
+from ..calibrate.statistics import LayerStats, Statistics
 from ..cost import Cost
 from ..errors import LowRankError
 from ..layers import is_derived, is_factored
 from ..modules.replace import reasons_to_stay
 from ..modules.tree import own_layers
-from ..moments import LayerStats, Statistics
 from .methods import METHODS, Method, Option, regressions
 from .methods.base import repeated_cost
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..calibrate import calibrate, check_batches, quiet_eval
+from ..calibrate.statistics import LayerStats, Statistics
 from ..errors import LowRankError
 from ..layers import FactoredModule, bias_of, is_factored, is_table, weight_from_matrices, weight_of
 from ..layers.config import describe
@@ -19,7 +20,6 @@ from ..linalg import check_tensor, full_precision
 from ..modules.attention import fuse_, mind_fast_paths_, unfuse_, unfused
 from ..modules.replace import reasons_to_stay, remap_optimizer_, replace_
 from ..modules.tree import check_factors, check_model, check_removable, own_layers
-from ..moments import LayerStats, Statistics
 from .entry import Entry
 from .methods import METHODS, regressions
 from .methods.regression import joint_bias

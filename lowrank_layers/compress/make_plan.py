@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 from tqdm import tqdm
 
+from ..calibrate.statistics import Statistics
 from ..cost import Cost
 from ..errors import BudgetError, LowRankError
 from ..layers import linear_shape, weight_of
@@ -16,7 +17,6 @@ from ..linalg import full_precision
 from ..modules.attention import unfused
 from ..modules.replace import Selector, select
 from ..modules.tree import check_model, own_layers
-from ..moments import Statistics
 from ..rank import Budget, Rank, allocate, as_budget, check_rank
 from .candidates import UNREACHED, Candidate, candidates
 from .entry import Entry

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ..calibrate import Kept, MaskOf, Padding, as_batch, data_rows, forward, layer_input, quiet_eval, target_of
+from ..calibrate.moments import sums
+from ..calibrate.statistics import LayerStats
 from ..errors import LowRankError
-from ..moments import LayerStats, sums
 
 
 class _Reached(Exception):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..calibrate.statistics import Statistics
 from ..errors import LowRankError
-from ..moments import Statistics
 from .settings import KVSettings
 from .subspace import Scatter, Subspace, chosen_ranks
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..errors import LowRankError
 from ..layers import LowRankEmbedding, LowRankEmbeddingBag, LowRankLinear
 from ..layers.conv_base import FactoredConv, TransposedConv
-from ..moments import pad_input
+from ..layers.patches import pad_input
 from .adapter import Bank
 from .dropout import shared_dropout
 from .kinds import Kernel, Matrix, parameter_of

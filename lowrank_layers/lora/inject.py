@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..calibrate.statistics import Statistics
 from ..errors import LowRankError
 from ..modules.attention import mind_fast_paths_
 from ..modules.tree import check_model
-from ..moments import Statistics
 from ..rank import Rank, check_rank
 from .adapted import BANK, adapted_class, bank_of, banks_of, base_weight, change_class_, values_of
 from .adapter import Adapter, Bank, adapter_dtype, check_dtype

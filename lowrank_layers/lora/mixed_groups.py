@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import LowRankError
-from ..moments import pad_input
+from ..layers.patches import pad_input
 from .adapter import Adapter, Bank
 from .dropout import shared_dropout
 from .kinds import Kernel, Kind, parameter_of

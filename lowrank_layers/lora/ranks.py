@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..moments import Statistics
+from ..calibrate.statistics import Statistics
 from ..rank import Rank, check_rank, choose_rank
 from .inits import Start, limit_of, spectrum_of
 from .target import Place

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lowrank_layers as lr
-from lowrank_layers.moments import Moments, sums
+from lowrank_layers.calibrate.moments import Moments, sums
 
 TOLERANCE = {torch.float16: 3e-3, torch.bfloat16: 2e-2}
 

@@ -7,7 +7,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import lowrank_layers as lr
-from lowrank_layers.moments import input_rows
+from lowrank_layers.layers.patches import input_rows
 
 
 def small_cnn():

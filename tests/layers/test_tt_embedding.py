@@ -12,9 +12,10 @@ from tensorly.tt_matrix import tt_matrix_to_matrix
 from torch import nn
 
 import lowrank_layers as lr
+from lowrank_layers.calibrate.moments import Moments
+from lowrank_layers.calibrate.statistics import LayerStats
 from lowrank_layers.layers.tt_embedding import _split_columns, _split_rows, block_trains
 from lowrank_layers.linalg import rounded_train, train_product
-from lowrank_layers.moments import LayerStats, Moments
 
 from ..contracts.tables import DERANDOMIZED, generator, relative
 

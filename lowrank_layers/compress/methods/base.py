@@ -8,10 +8,10 @@ from typing import Any, ClassVar, Protocol
 
 from torch import nn
 
+from ...calibrate.statistics import LayerStats
 from ...cost import Cost
 from ...errors import LowRankError
 from ...layers import FactoredModule, bias_of, layer_cost, meta_twin, takes_bias
-from ...moments import LayerStats
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ...calibrate.statistics import LayerStats
 from ...decompose import cp
 from ...factors import CP
 from ...layers import (
@@ -25,7 +26,6 @@ from ...layers import (
 from ...layers.cp_conv import choose_cp_rank, cp_limit
 from ...layers.kernel import kernel_area, kernel_of
 from ...linalg import khatri_rao
-from ...moments import LayerStats
 from .base import Option, affine, factored_cost, layer_for, repeated_cost
 from .regression import Front, Regression, joint_bias
 from .weighting import kernel_problems, weighted_kernel

@@ -21,10 +21,10 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
+from ...calibrate.statistics import LayerStats
 from ...errors import LowRankError
 from ...layers import bias_of, matrices_of, takes_bias
 from ...linalg import Root, damp, exact_svd, gram_svd, psd_root
-from ...moments import LayerStats
 
 INPUT_DAMPING = 1e-3
 """Ridge on the inputs, relative to their mean variance; it pulls towards the dense weight."""

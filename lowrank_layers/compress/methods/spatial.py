@@ -8,11 +8,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ...calibrate.statistics import LayerStats
 from ...layers import FactoredModule, LowRankConv2d
 from ...layers.kernel import kernel_of, kernel_size_of, matrix_of
 from ...layers.linear import pair_spectrum
 from ...linalg import Root, exact_svd
-from ...moments import LayerStats
 from ...rank import choose_rank
 from .base import Option, affine, factored_cost, layer_for, repeated_cost
 from .regression import Front, Regression, joint_bias, regressions

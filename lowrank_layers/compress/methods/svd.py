@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ...calibrate.statistics import LayerStats
 from ...layers import (
     FactoredModule,
     LowRankConv1d,
@@ -25,7 +26,6 @@ from ...layers import (
 )
 from ...layers.base import fill
 from ...layers.linear import pair_spectrum
-from ...moments import LayerStats
 from ...rank import choose_rank
 from .base import Option, affine, factored_cost, factored_like, has_bias, layer_for, repeated_cost
 from .regression import Regression, joint_bias, regressions

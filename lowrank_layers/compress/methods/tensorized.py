@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ...calibrate.statistics import LayerStats
 from ...layers import FactoredModule, TensorizedEmbedding, weight_of
 from ...layers.tt_embedding import (
     Split,
@@ -20,7 +21,6 @@ from ...layers.tt_embedding import (
     uniform_bonds,
 )
 from ...linalg import Root, check_tensor, train_product
-from ...moments import LayerStats
 from .base import Option, factored_cost, layer_for
 from .regression import Regression, regressions
 

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ...calibrate.statistics import LayerStats
 from ...cost import Cost
 from ...layers import (
     FactoredModule,
@@ -26,7 +27,6 @@ from ...layers import (
 from ...layers.kernel import kernel_area, kernel_of
 from ...layers.tucker_conv import choose_tucker_rank, tucker_limits
 from ...linalg import exact_svd, leading_eigenvectors, mode_product, unfold
-from ...moments import LayerStats
 from .base import Option, factored_cost, layer_for, repeated_cost
 from .regression import Front, Regression, joint_bias
 from .weighting import kernel_problems, weighted_kernel

@@ -2,10 +2,10 @@
 
 from torch import Tensor, nn
 
+from ...calibrate.statistics import LayerStats
 from ...layers import bias_of, is_transposed
 from ...layers.kernel import kernel_of
 from ...linalg import Root, damp, fold, psd_root, unfold
-from ...moments import LayerStats
 from .regression import Regression, regressions
 
 

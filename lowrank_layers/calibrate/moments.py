@@ -1,0 +1,84 @@
+"""Running second moments of rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Moments:
+    """Running mean and second moment of rows, in fp64.
+
+    Args:
+        mean: ``[n]``, or ``[groups, n]``.
+        second: ``E[x x^T]``, ``[n, n]`` (``[groups, n, n]``); its diagonal ``[n]`` for one-hot rows (embeddings).
+        rows: how many rows went in.
+    """
+
+    mean: Tensor
+    second: Tensor
+    rows: int = 0
+
+    @classmethod
+    def zeros(cls, n: int, device: torch.device, *, groups: int = 1, diagonal: bool = False) -> Moments:
+        """Nothing seen yet."""
+        device = torch.device("cpu") if device.type == "mps" else device  # mps has no fp64
+        mean = torch.zeros((n,) if groups == 1 else (groups, n), dtype=torch.float64, device=device)
+        return cls(mean, mean.clone() if diagonal else mean.new_zeros(*mean.shape, n))
+
+    def update(self, rows: Tensor) -> None:
+        """Takes in ``[count, n]`` (``[groups, count, n]``): products in fp32 at least, sums in fp64."""
+        if rows.shape[-2]:
+            self._add(*sums(rows), rows.shape[-2])
+
+    def update_counts(self, indices: Tensor) -> None:
+        """Takes in one-hot rows, given by their index."""
+        counts = torch.bincount(indices.flatten(), minlength=len(self.mean))
+        self._add(counts, counts, indices.numel())
+
+    def _add(self, total: Tensor, products: Tensor, count: int) -> None:
+        if count == 0:
+            return
+        self.rows += count
+        keep = 1 - count / self.rows
+        self.mean.mul_(keep).add_(total.to(self.mean), alpha=1 / self.rows)
+        self.second.mul_(keep).add_(products.to(self.second), alpha=1 / self.rows)
+
+    def covariance(self) -> Tensor:
+        """``E[x x^T] - E[x] E[x]^T``; a diagonal stays as it is, since one-hot rows are not centred."""
+        if self.second.ndim == 1:
+            return self.second
+        return self.second - self.mean[..., :, None] * self.mean[..., None, :]
+
+    def group(self, index: int) -> Moments:
+        """Those of one group."""
+        return self if self.mean.ndim == 1 else Moments(self.mean[index], self.second[index], self.rows)
+
+
+def sums(rows: Tensor, others: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The sum of ``others [count, n]``, by default the rows themselves, and ``others^T rows``.
+
+    Products are formed in fp32 at least, whatever autocast says, of rows scaled towards one: squares of 1e25 do not
+    overflow, those of 1e-25 do not vanish. The sums are returned in fp64.
+    """
+    wide = torch.float32 if rows.device.type == "mps" else torch.float64
+    with torch.autocast(rows.device.type, enabled=False):
+        unit, size = _to_one(rows)
+        other, other_size = (unit, size) if others is None else _to_one(others)
+        total, products = other.sum(-2).to(wide), (other.mT @ unit).to(wide)
+        if other_size is not None:
+            total, products = total * other_size.to(wide), products.mul_(other_size.to(wide))
+        return total, products if size is None else products.mul_(size.to(wide))
+
+
+def _to_one(rows: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Rows in fp32 at least, over a power of two near their largest entry, and that power; ``None`` for one."""
+    rows = rows if rows.dtype == torch.float64 else rows.float()
+    largest = torch.maximum(*(end.abs() for end in rows.aminmax()))
+    if rows.device.type == "cpu" and 1e-9 < float(largest) < 1e9:  # elsewhere asking would wait for the device
+        return rows, None
+    power = torch.frexp(largest).exponent.clamp(-120, 120)
+    return torch.ldexp(rows, -power), torch.ldexp(torch.ones_like(largest), power)

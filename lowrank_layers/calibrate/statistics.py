@@ -1,0 +1,77 @@
+"""What calibration knows of each layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import Tensor
+
+from .moments import Moments
+
+
+@dataclass
+class LayerStats:
+    """What calibration knows of one layer.
+
+    Args:
+        inputs: moments of the inputs (a convolution's patches, group by group); of those that the already compressed
+            prefix delivers, when ``cross`` is there.
+        gradients: ``E[g g^T]`` of the loss's gradients at the output, ``[m, m]``, or ``None``.
+        input_shape: shape of one sample's input, without the batch.
+        positions: rows per sample of the model, summed over calls; padding is not counted.
+        repeats: how many such inputs the layer takes for one sample of the model (a shared layer: one a call); fewer
+            where other samples have fewer positions.
+        cross: ``E[x x'^T] - E[x] E[x']^T`` of the dense model's inputs ``x`` and the compressed one's ``x'``.
+        target_mean: ``E[x]``.
+        traced: whether its outputs were part of a graph of gradients (not so under ``torch.no_grad``).
+        free_bias: whether the factored layer may have a bias where the dense one has none.
+    """
+
+    inputs: Moments
+    gradients: Tensor | None = None
+    input_shape: tuple[int, ...] | None = None
+    positions: float = 1.0
+    repeats: float = 1.0
+    cross: Tensor | None = None
+    target_mean: Tensor | None = None
+    traced: bool = True
+    free_bias: bool = True
+
+    def group(self, index: int) -> LayerStats:
+        """Those of one group of a grouped convolution."""
+        if self.inputs.mean.ndim == 1:
+            return self
+        parts = (None if t is None else t[index] for t in (self.gradients, self.cross, self.target_mean))
+        gradients, cross, target_mean = parts
+        inputs = self.inputs.group(index)
+        return replace(self, inputs=inputs, gradients=gradients, cross=cross, target_mean=target_mean)
+
+
+@dataclass
+class Statistics(Mapping[str, LayerStats]):
+    """Layer name to :class:`LayerStats`, and how they were taken.
+
+    Args:
+        layers: the statistics of every calibrated layer that was called.
+        samples: how many samples were seen.
+        with_target: whether the last item of a tuple batch is the target.
+        other_macs: MACs per sample of layers that are counted but not calibrated (those with a computed weight).
+        mask: how the padding of a batch is found, as given to :func:`calibrate`.
+    """
+
+    layers: dict[str, LayerStats] = field(default_factory=dict)
+    samples: int = 0
+    with_target: bool = False
+    other_macs: int = 0
+    mask: str | Callable[[Any], Tensor] | None = field(default=None, repr=False, compare=False)
+
+    def __getitem__(self, name: str) -> LayerStats:
+        return self.layers[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)

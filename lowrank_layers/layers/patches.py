@@ -1,0 +1,98 @@
+"""Inputs and outputs of layers as rows of their weight matrix: a convolution's patches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .kernel import ConvNd
+
+_CHUNK = 2**24
+"""Most patch entries formed at once (64 MiB in fp32)."""
+
+
+def input_rows(module: nn.Module, x: Tensor, keep: Tensor | None = None) -> Iterator[Tensor]:
+    """The inputs as rows of the layer's matrix: a convolution's patches, in chunks.
+
+    Args:
+        module: a layer.
+        x: its batched input.
+        keep: boolean, ``[N, *positions]``: which rows to take; by default all.
+
+    Shape:
+        ``[count, in]``; with groups ``[groups, count, in / groups]``.
+    """
+    x = x if x.dtype == torch.float64 else x.float()
+    if not isinstance(module, ConvNd):
+        yield _taken(x.reshape(-1, x.shape[-1]), keep)
+        return
+    if module.transposed:
+        ones = (1,) * len(module.kernel_size)
+        yield _taken(_patches(x, ones, ones, ones, module.groups), keep)
+        return
+    x = pad_input(module, x)
+    area = math.prod(x.shape[2:]) // math.prod(module.stride)
+    step = max(1, _CHUNK // max(1, area * module.in_channels * math.prod(module.kernel_size)))
+    kept = [None] * len(x) if keep is None else torch.split(keep, step)
+    for chunk, chosen in zip(torch.split(x, step), kept, strict=False):
+        yield _taken(_patches(chunk, module.kernel_size, module.stride, module.dilation, module.groups), chosen)
+
+
+def _taken(rows: Tensor, keep: Tensor | None) -> Tensor:
+    return rows if keep is None else rows[..., keep.flatten(), :]
+
+
+def output_rows(module: nn.Module, y: Tensor, keep: Tensor | None = None) -> Tensor:
+    """The gradients at the output as rows of what the layer's matrix makes: a transposed convolution's patches.
+
+    Shape:
+        ``[count, out]``; with groups ``[groups, count, out / groups]``.
+    """
+    y = y if y.dtype == torch.float64 else y.float()
+    if not isinstance(module, ConvNd):
+        return _taken(y.reshape(-1, y.shape[-1]), keep)
+    dims = len(module.kernel_size)
+    y = y if y.ndim > dims + 1 else y[None]
+    ones = (1,) * dims
+    if not module.transposed:
+        return _taken(_patches(y, ones, ones, ones, module.groups), keep)
+    pads: list[int] = []
+    for axis in range(dims):
+        k, s, d, p = (int(v[axis]) for v in (module.kernel_size, module.stride, module.dilation, module.padding))
+        n = y.shape[2 + axis] + 2 * p
+        whole = (n - d * (k - 1) - 1) // s * s + d * (k - 1) + 1
+        pads = [p, whole - n + p, *pads]
+    patches = _patches(F.pad(y, pads), module.kernel_size, module.stride, module.dilation, module.groups)
+    return _taken(patches, keep)
+
+
+def _patches(x: Tensor, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int], groups: int) -> Tensor:
+    """``[N, C, ...]`` as rows of patches, channels slowest, group by group."""
+    dims = len(kernel)
+    for axis, (k, s, d) in enumerate(zip(kernel, stride, dilation, strict=True)):
+        x = x.unfold(2 + axis, d * (k - 1) + 1, s)[..., ::d]
+    x = x.unflatten(1, (groups, -1))  # [N, groups, C / groups, *positions, *k]
+    positions = range(3, 3 + dims)
+    area = math.prod(kernel) * x.shape[2]
+    rows = x.permute(1, 0, *positions, 2, *range(3 + dims, 3 + 2 * dims)).reshape(groups, -1, area)
+    return rows[0] if groups == 1 else rows
+
+
+def paddings(conv: ConvNd) -> list[tuple[int, int]]:
+    """How far a convolution pads each axis, before and after."""
+    if not isinstance(conv.padding, str):
+        return [(int(p), int(p)) for p in conv.padding]
+    totals = [
+        d * (k - 1) if conv.padding == "same" else 0 for d, k in zip(conv.dilation, conv.kernel_size, strict=True)
+    ]
+    return [(total // 2, total - total // 2) for total in totals]
+
+
+def pad_input(conv: ConvNd, x: Tensor) -> Tensor:
+    """What the convolution sees: its input padded by its own numbers and mode."""
+    mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
+    return F.pad(x, [n for side in reversed(paddings(conv)) for n in side], mode=mode)
