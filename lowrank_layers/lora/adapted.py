@@ -15,9 +15,9 @@ from ..layers import FactoredModule
 from ..layers.computed import computed
 from ..modules.tree import is_quantized
 from .adapter import Bank
-from .fast import WITH_MORE, Fast, add_biases, fast_forward
-from .kinds import SLICES, stored
+from .forward import WITH_MORE, Fast, add_biases, fast_forward
 from .mixed_groups import mixed_forward, mixes_groups
+from .weight_layout import SLICES, stored
 
 BANK = "lora_{}"
 """The child that holds the adapters of a parameter: ``fc.lora_weight.adapters.default.A``."""

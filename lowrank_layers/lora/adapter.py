@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import LowRankError
-from .kinds import Kind, Matrix
 from .learning import let_learn_
+from .weight_layout import Kind, Matrix
 
 
 def adapter_dtype(weight: Tensor, dtype: torch.dtype | None = None) -> torch.dtype:

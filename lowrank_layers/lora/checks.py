@@ -8,9 +8,9 @@ from ..errors import LowRankError, UnsupportedLayerError
 from ..layers import FactoredModule, is_derived
 from ..modules.tree import is_quantized
 from .adapted import bank_of, base_weight
-from .fast import fast_call
-from .kinds import SLICES, Kind, kind_of
+from .forward import fast_call
 from .target import Place
+from .weight_layout import SLICES, Kind, kind_of
 from .whole import TrainedWhole
 
 

@@ -14,11 +14,11 @@ from ..errors import LowRankError
 from ..linalg import exact_svd
 from .adapter import Adapter, Bank
 from .inject import banks, check_name
-from .kinds import Kernel, Kind
 from .mixed_groups import MixedGroups
 from .switching import check_unmerged, use_adapter
 from .task_vectors import Seed, combined
 from .tokens import TokenRows
+from .weight_layout import Kernel, Kind
 from .whole import attach_whole_, copies_of
 
 How = Literal[

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import LowRankError
 from .adapter import Adapter
-from .kinds import Kind
+from .weight_layout import Kind
 
 
 class Swap(NamedTuple):

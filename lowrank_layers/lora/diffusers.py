@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError
 from ..layers import is_factored
-from .kinds import Kernel
-from .peft_config import Config, config_of
-from .peft_format import Slot, modules_of
-from .reading import Read, Whole, refuse
+from .peft.config import Config, config_of
+from .peft.keys import Slot, modules_of
+from .peft.read import Read, Whole, refuse
 from .stable_diffusion import original_names
+from .weight_layout import Kernel
 
 FILE = "pytorch_lora_weights.safetensors"
 """The name that diffusers gives to its files."""

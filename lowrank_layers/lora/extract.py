@@ -15,9 +15,9 @@ from ..rank import Energy, Rank, Spectrum, choose_rank
 from .adapter import Adapter, adapter_dtype
 from .checks import check_place
 from .inject import attach_, freeze_
-from .kinds import Kind, Matrix, kind_of
 from .lookup import tensor_for
 from .target import Place, Target, targets
+from .weight_layout import Kind, Matrix, kind_of
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from ..calibrate import Loss, MaskOf, Padding, batch_loss, check_batches, check_mask, fitting_scale, frozen, quiet_eval
 from ..errors import LowRankError
 from ..modules.tree import check_model, is_quantized
-from .kinds import SLICES
 from .target import Target, targets
+from .weight_layout import SLICES
 
 
 def weight_gradients(

@@ -14,7 +14,7 @@ from ..decompose import svd
 from ..errors import LowRankError
 from ..linalg import damp, leading_eigenvectors, psd_root
 from ..rank import Spectrum
-from .kinds import Kind
+from .weight_layout import Kind
 
 Init = Literal["kaiming", "gaussian", "orthogonal", "pissa", "olora", "eva", "corda", "lora-ga", "loftq"]
 

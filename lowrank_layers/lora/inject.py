@@ -18,13 +18,13 @@ from ..rank import Rank, check_rank
 from .adapted import BANK, adapted_class, bank_of, banks_of, base_weight, change_class_, values_of
 from .adapter import Adapter, Bank, adapter_dtype, check_dtype
 from .checks import check_place
-from .fast import fast_call
+from .forward import fast_call
 from .inits import INITS, Init, Start
-from .kinds import Kind, is_lookup
 from .lookup import Source, tensor_for
 from .ranks import explained_ranks, moment_of, note_lowered, of_pattern, rank_for
 from .target import Place, Target, targets
 from .tokens import Tokens, find_tokens
+from .weight_layout import Kind, is_lookup
 from .whole import attach_whole_, copies_of, drop_whole_, find_whole
 
 DEFAULT = "default"

@@ -14,10 +14,10 @@ from .adapted import base_weight
 from .checks import check_place
 from .inits import Start, triplets
 from .inject import DEFAULT, add_lora_
-from .kinds import SLICES, Kind, kind_of
 from .merge import users_of
 from .ranks import note_lowered, rank_for
 from .target import Place, Target, targets
+from .weight_layout import SLICES, Kind, kind_of
 
 Quantize = Callable[[Tensor], Tensor]
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from .adapted import base_weight, values_of
-from .kinds import SLICES
 from .target import Place
+from .weight_layout import SLICES
 
 Source = nn.Module | Mapping[str, Tensor]
 

@@ -15,7 +15,7 @@ from ..modules.tree import is_quantized
 from .adapted import bank_of, banks_of
 from .adapter import Bank
 from .inject import strip_
-from .kinds import SLICES, stored
+from .weight_layout import SLICES, stored
 from .whole import adopt_whole_, copies_of
 
 Ties = Literal["refuse", "untie"]

@@ -12,7 +12,7 @@ from ..errors import LowRankError
 from ..layers.patches import pad_input
 from .adapter import Adapter, Bank
 from .dropout import shared_dropout
-from .kinds import Kernel, Kind, parameter_of
+from .weight_layout import Kernel, Kind, parameter_of
 
 
 class MixedGroups(Adapter):

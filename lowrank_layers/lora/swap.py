@@ -12,13 +12,13 @@ from ..errors import LowRankError
 from ..modules.tree import check_model
 from .adapted import bank_of, banks_of, base_weight, values_of
 from .adapter import Adapter, Bank
-from .checkpoint import find_adapters
 from .inject import banks, check_name
-from .kinds import Kind
 from .mixed_groups import MixedGroups
-from .peft_format import own_tensors
-from .reading import Read, Whole, refuse
+from .peft.keys import own_tensors
+from .peft.load import find_adapters
+from .peft.read import Read, Whole, refuse
 from .tokens import TokenRows
+from .weight_layout import Kind
 from .whole import copies_of
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from ..errors import LowRankError
 from ..layers import LowRankLinear, is_factored
 from ..modules.tree import module_aliases, own_layers
-from .kinds import SLICES, is_conv1d
+from .weight_layout import SLICES, is_conv1d
 
 Target = str | Iterable[str] | re.Pattern[str] | Callable[[str, nn.Module], bool]
 Place = tuple[str, str]

@@ -15,7 +15,7 @@ from ..modules.tree import own_layers
 from .adapted import base_weight, values_of
 from .adapter import Adapter
 from .checks import check_place
-from .kinds import Kind, Matrix, is_conv1d
+from .weight_layout import Kind, Matrix, is_conv1d
 
 Tokens = Iterable[int] | Mapping[str, Iterable[int]]
 

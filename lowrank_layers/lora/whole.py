@@ -15,8 +15,8 @@ from ..layers.computed import computed
 from ..modules.tree import own_layers
 from .adapted import read_by_fsdp, refuse_scripting, replaceable
 from .adapter import Bank, adapter_dtype
-from .kinds import parameter_of
 from .learning import let_learn_
+from .weight_layout import parameter_of
 
 _ACTIVE = "active"
 _HALVES = (torch.bfloat16, torch.float16)

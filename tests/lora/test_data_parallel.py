@@ -110,8 +110,8 @@ def test_replicas_of_whole_modules_and_of_rows(dtype):
 
 def test_replicas_of_an_adapter_that_mixes_the_groups_of_a_convolution():
     from lowrank_layers.lora.inject import attach_, freeze_
-    from lowrank_layers.lora.kinds import Kernel
     from lowrank_layers.lora.mixed_groups import MixedGroups
+    from lowrank_layers.lora.weight_layout import Kernel
 
     model, x = nn.Sequential(nn.Conv1d(4, 6, 3, groups=2)), torch.randn(2, 4, 9)
     freeze_(model)

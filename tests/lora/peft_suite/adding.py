@@ -8,10 +8,10 @@ from torch import nn
 
 import lowrank_layers as lr
 from lowrank_layers.lora.adapted import Adapted, banks_of, base_weight
-from lowrank_layers.lora.kinds import kind_of
-from lowrank_layers.lora.peft_config import config_of
-from lowrank_layers.lora.peft_format import find_slots
+from lowrank_layers.lora.peft.config import config_of
+from lowrank_layers.lora.peft.keys import find_slots
 from lowrank_layers.lora.tokens import TokenRows
+from lowrank_layers.lora.weight_layout import kind_of
 
 from .layers import is_embedding
 

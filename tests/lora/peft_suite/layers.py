@@ -8,8 +8,8 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
 from lowrank_layers.lora.adapted import Adapted, banks_of, base_weight
-from lowrank_layers.lora.kinds import Matrix, is_conv1d
 from lowrank_layers.lora.tokens import TokenRows
+from lowrank_layers.lora.weight_layout import Matrix, is_conv1d
 from lowrank_layers.lora.whole import WHOLE_COPIES, TrainedWhole
 
 NAMES = ["lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector"]

@@ -10,14 +10,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..layers import LowRankLinear, is_factored
-from ..modules.tree import own_layers
-from .adapted import base_weight
-from .adapter import Adapter, Bank
-from .kinds import Kernel, Kind, Matrix, is_conv1d, kind_of
-from .mixed_groups import MixedGroups
-from .peft_config import Config
-from .whole import Copies
+from ...layers import LowRankLinear, is_factored
+from ...modules.tree import own_layers
+from ..adapted import base_weight
+from ..adapter import Adapter, Bank
+from ..mixed_groups import MixedGroups
+from ..weight_layout import Kernel, Kind, Matrix, is_conv1d, kind_of
+from ..whole import Copies
+from .config import Config
 
 PREFIX = "base_model.model."
 WHOLE = "_saved_with_lora"

@@ -15,17 +15,19 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..errors import CheckpointError, LowRankError, UnsupportedLayerError
-from ..files import replacing
-from ..layers import ConvNd, is_factored
-from ..modules.tree import check_model, module_aliases
-from .adapted import banks_of
-from .adapter import Adapter
-from .inject import banks, check_name
-from .kinds import SLICES, Kernel, Matrix, is_conv1d, kind_of
-from .mixed_groups import dora_ratio
-from .peft_config import BIASES, NOTHING, Config
-from .peft_format import (
+from ...errors import CheckpointError, LowRankError, UnsupportedLayerError
+from ...files import replacing
+from ...layers import ConvNd, is_factored
+from ...modules.tree import check_model, module_aliases
+from ..adapted import banks_of
+from ..adapter import Adapter
+from ..inject import banks, check_name
+from ..mixed_groups import dora_ratio
+from ..tokens import TokenRows, rows_of
+from ..weight_layout import SLICES, Kernel, Matrix, is_conv1d, kind_of
+from ..whole import copies_of
+from .config import BIASES, NOTHING, Config
+from .keys import (
     CONFIG,
     EMBEDDING,
     WEIGHTS,
@@ -40,8 +42,6 @@ from .peft_format import (
     token_key,
     whole_keys,
 )
-from .tokens import TokenRows, rows_of
-from .whole import copies_of
 
 Bias = Literal["none", "all", "lora_only"]
 _NEWER = ("lora_bias", "target_parameters", "trainable_token_indices")

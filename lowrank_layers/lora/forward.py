@@ -15,7 +15,7 @@ from ..layers.conv_base import FactoredConv, TransposedConv
 from ..layers.patches import pad_input
 from .adapter import Bank
 from .dropout import shared_dropout
-from .kinds import Kernel, Matrix, parameter_of
+from .weight_layout import Kernel, Matrix, parameter_of
 
 Fast = Callable[..., Tensor]
 """``(class, module, bank, input)``, and for those ``WITH_MORE`` what else their forward takes."""

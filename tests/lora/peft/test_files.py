@@ -453,7 +453,7 @@ def test_a_write_that_fails_leaves_the_old_files(tmp_path, monkeypatch):
         path.write_bytes(b"half")
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("lowrank_layers.lora.writing.save_file", full)
+    monkeypatch.setattr("lowrank_layers.lora.peft.save.save_file", full)
     with pytest.raises(lr.CheckpointError, match="no space left"):
         lr.save_lora(model, tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == old

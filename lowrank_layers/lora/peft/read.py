@@ -16,10 +16,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..errors import CheckpointError
-from .kinds import Matrix
-from .peft_format import PREFIX, Slot, modules_of
-from .tokens import TokensOf
+from ...errors import CheckpointError
+from ..tokens import TokensOf
+from ..weight_layout import Matrix
+from .keys import PREFIX, Slot, modules_of
 
 _SHOWN = 8
 

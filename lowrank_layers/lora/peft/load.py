@@ -9,20 +9,22 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..errors import CheckpointError, LowRankError
-from ..layers import is_derived, is_factored
-from ..modules.attention import mind_fast_paths_
-from ..modules.tree import check_model, module_aliases
-from .adapted import bank_of
-from .adapter import Adapter, adapter_dtype, check_dtype
-from .diffusers import FILE as DIFFUSERS_FILE
-from .diffusers import find_diffusion, is_diffusion_file
-from .fast import fast_call
-from .inject import DEFAULT, attach_, freeze_
-from .kinds import Kernel
-from .mixed_groups import MixedGroups, dora_ratio
-from .peft_config import Config, config_of
-from .peft_format import (
+from ...errors import CheckpointError, LowRankError
+from ...layers import is_derived, is_factored
+from ...modules.attention import mind_fast_paths_
+from ...modules.tree import check_model, module_aliases
+from ..adapted import bank_of
+from ..adapter import Adapter, adapter_dtype, check_dtype
+from ..diffusers import FILE as DIFFUSERS_FILE
+from ..diffusers import find_diffusion, is_diffusion_file
+from ..forward import fast_call
+from ..inject import DEFAULT, attach_, freeze_
+from ..mixed_groups import MixedGroups, dora_ratio
+from ..tokens import TokensOf, find_tokens, rows_of
+from ..weight_layout import Kernel
+from ..whole import attach_whole_, find_whole, plain_copy
+from .config import Config, config_of
+from .keys import (
     CONFIG,
     EMBEDDING,
     OLD_WEIGHTS,
@@ -37,9 +39,7 @@ from .peft_format import (
     token_key,
     whole_keys,
 )
-from .reading import Read, Whole, differences, find_plain, read_json, read_tensors, refuse, without_adapter_name
-from .tokens import TokensOf, find_tokens, rows_of
-from .whole import attach_whole_, find_whole, plain_copy
+from .read import Read, Whole, differences, find_plain, read_json, read_tensors, refuse, without_adapter_name
 
 
 def load_lora(

@@ -1,0 +1,1 @@
+"""Adapter files of PEFT, loralib, torchtune and diffusers: reading and writing them."""
