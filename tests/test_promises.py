@@ -196,9 +196,9 @@ MAKERS = {
 """What the variables of promised calls stand for, made anew for every call."""
 
 ELSEWHERE = {
-    "model.set_attn_implementation": "tests/kv_cache/test_transformers.py",
-    "factorize_kv_": "tests/kv_cache/test_factorize_kv.py",
-    "absorb_mla_": "tests/kv_cache/test_mla.py",
+    "model.set_attn_implementation": "tests/kv_cache/transformers/test_cache.py",
+    "factorize_kv_": "tests/kv_cache/transformers/test_factorize_kv.py",
+    "absorb_mla_": "tests/kv_cache/transformers/test_mla.py",
     "lr.attach_low_rank_reduce": "tests/distributed/fsdp_worker.py",
 }
 """Calls that need a transformers model or a group of processes, and the tests that run them."""

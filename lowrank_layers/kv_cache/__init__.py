@@ -3,19 +3,19 @@
 from typing import TYPE_CHECKING, Any
 
 from ..errors import MissingExtraError
-from .allocate import compress_together
-from .factorize_kv import factorize_kv_
-from .latent_attention import LatentAttention, LatentProjection
-from .mla import absorb_mla_
+from .budget import compress_together
 from .offline import kv_subspaces
 from .plain import LowRankAttention
 from .rotation import Rotation
 from .settings import KVSettings
 from .state import LowRankKV
 from .subspace import Subspace
+from .transformers.factorize_kv import factorize_kv_
+from .transformers.latent_attention import LatentAttention, LatentProjection
+from .transformers.mla import absorb_mla_
 
 if TYPE_CHECKING:
-    from .transformers import LowRankCache
+    from .transformers.cache import LowRankCache
 
 __all__ = [
     "KVSettings",
@@ -42,7 +42,7 @@ def __getattr__(name: str) -> Any:
         raise MissingExtraError(
             'LowRankCache needs transformers: pip install "lowrank-layers[transformers]".'
         ) from error
-    from .transformers import LowRankCache
+    from .transformers.cache import LowRankCache
 
     return LowRankCache
 

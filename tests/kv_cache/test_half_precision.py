@@ -7,8 +7,8 @@ from transformers import DynamicCache, EncoderDecoderCache
 
 import lowrank_layers as lr
 
-from .tiny_models import tiny
-from .tiny_seq2seq import seq2seq, source
+from .transformers.tiny_models import tiny
+from .transformers.tiny_seq2seq import seq2seq, source
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 IDS = torch.randint(3, 96, (2, 60), generator=torch.Generator().manual_seed(2))

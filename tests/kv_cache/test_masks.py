@@ -9,8 +9,8 @@ import lowrank_layers as lr
 from lowrank_layers.kv_cache.masks import biased, selected
 
 from .tiny import model
-from .tiny_models import tiny
-from .tiny_seq2seq import NAMES, padded, seq2seq, source
+from .transformers.tiny_models import tiny
+from .transformers.tiny_seq2seq import NAMES, padded, seq2seq, source
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 IDS = torch.randint(3, 96, (2, 20), generator=torch.Generator().manual_seed(3))

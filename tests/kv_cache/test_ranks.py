@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import lowrank_layers as lr
-from lowrank_layers.kv_cache.allocate import KEYS_COUNT
+from lowrank_layers.kv_cache.budget import KEYS_COUNT
 
 SIZE, HEADS, COUNT = 8, 2, 300
 

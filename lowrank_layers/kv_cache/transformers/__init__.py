@@ -1,5 +1,4 @@
-"""transformers' cache interface around :class:`LowRankKV`. Needs transformers, the extra ``transformers``."""
+"""All that knows transformers: its cache interface, the layouts of its attentions, and what replaces them.
 
-from .cache import LowRankCache
-
-__all__ = ["LowRankCache"]
+:class:`LowRankCache` needs the package itself, the extra ``transformers``; the other files only read its modules.
+"""

@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from ...errors import LowRankError
 from ...rank import Rank
-from ..allocate import check_budget, compress_together
+from ..budget import check_budget, compress_together
 from ..rotation import Rotation
 from ..settings import KVSettings
 from ..state import LowRankKV

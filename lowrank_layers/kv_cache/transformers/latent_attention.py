@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import LowRankError
-from .attend import Exact, Old, Piece, attend
+from ...errors import LowRankError
+from ..attend import Exact, Old, Piece, attend
+from ..latent import Heads, Latent, Part
+from ..masks import is_causal
+from ..rotation import Rotation
+from ..subspace import Subspace
 from .cached import Borrowed, Normed, Unlifted
-from .latent import Heads, Latent, Part
-from .masks import is_causal
-from .rotation import Rotation
-from .subspace import Subspace
 
 
 class LatentProjection(nn.Module):

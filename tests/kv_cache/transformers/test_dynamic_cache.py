@@ -6,7 +6,7 @@ from transformers import DynamicCache
 
 import lowrank_layers as lr
 
-from .tiny import model
+from ..tiny import model
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 IDS = torch.randint(2, 96, (2, 40), generator=torch.Generator().manual_seed(1))

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .coefficients import Coefficients
-from .latent import Latent
-from .rotation import TILE
+from ..coefficients import Coefficients
+from ..latent import Latent
+from ..rotation import TILE
 
 
 class Borrowed(Coefficients):

@@ -9,10 +9,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..errors import LowRankError, UnsupportedLayerError
-from ..modules.tree import check_model
-from .attend import attend
-from .masks import is_causal
+from ...errors import LowRankError, UnsupportedLayerError
+from ...modules.tree import check_model
+from ..attend import attend
+from ..masks import is_causal
 
 NAME = "lowrank_mla"
 """Of the attention that absorbed decoding registers in transformers."""

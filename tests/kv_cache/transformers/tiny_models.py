@@ -9,7 +9,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from .tiny import LATENT, SIZES
+from ..tiny import LATENT, SIZES
 
 SIZE = 16
 _MLA = LATENT | {"v_head_dim": 12}

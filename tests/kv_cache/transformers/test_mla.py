@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import lowrank_layers as lr
-from lowrank_layers.kv_cache.mla import Shared
+from lowrank_layers.kv_cache.transformers.mla import Shared
 
 from .tiny_models import cached, generated, logits, prompts, tiny, transformers
 

@@ -12,7 +12,7 @@ from transformers import DynamicCache
 
 import lowrank_layers as lr
 
-from .tiny import KINDS, ROTATIONS, model
+from ..tiny import KINDS, ROTATIONS, model
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 BOTH = pytest.mark.parametrize("implementation", ["lowrank", "sdpa"])

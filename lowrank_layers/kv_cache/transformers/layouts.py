@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import UnsupportedLayerError
+from ...errors import UnsupportedLayerError
+from ..rotation import Rotation
 from .latent_attention import LatentAttention, LatentProjection, norm_of
-from .rotation import Rotation
 
 OUTPUTS = ("o_proj", "dense", "out_proj")
 """Names of output projections."""

@@ -11,7 +11,7 @@ from transformers import DynamicCache
 import lowrank_layers as lr
 from lowrank_layers.kv_cache.transformers import rotary
 
-from .tiny import SIZES, model
+from ..tiny import SIZES, model
 
 IDS = torch.randint(3, 96, (2, 40), generator=torch.Generator().manual_seed(1))
 KEEP = {"keep_recent": 6, "keep_first": 2, "block": 4}

@@ -8,15 +8,15 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..calibrate.moments import Moments
-from ..calibrate.statistics import Statistics
-from ..errors import LowRankError, UnsupportedLayerError
-from ..modules.replace import Selector, reasons_to_stay, replace_, select
-from ..modules.tree import check_model
-from ..rank import Rank, check_rank
+from ...calibrate.moments import Moments
+from ...calibrate.statistics import Statistics
+from ...errors import LowRankError, UnsupportedLayerError
+from ...modules.replace import Selector, reasons_to_stay, replace_, select
+from ...modules.tree import check_model
+from ...rank import Rank, check_rank
+from ..subspace import Scatter, chosen_ranks
 from .latent_attention import LatentAttention, LatentProjection
-from .layout import attentions, check_layout, output_of, turning
-from .subspace import Scatter, chosen_ranks
+from .layouts import attentions, check_layout, output_of, turning
 
 
 @torch.no_grad()
