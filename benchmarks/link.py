@@ -27,7 +27,7 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_
 from torch.nn.parallel import DistributedDataParallel
 
 import lowrank_layers as lr
-from lowrank_layers.distributed.link import STEPS
+from lowrank_layers.distributed.fallback import STEPS
 
 from .common import arguments, machine, markdown_table, write_result
 

@@ -1,11 +1,11 @@
 """Gradients at low rank: between processes, and in the optimizer."""
 
-from .checkpoint import merge_comm_states
 from .fsdp import attach_low_rank_reduce
 from .fsdp_state import LowRankReduceState
 from .hook import low_rank_hook
+from .powersgd import LowRankCommState
 from .projection import LowRankProjection
-from .state import LowRankCommState
+from .state_dict import merge_comm_states
 
 __all__ = [
     "LowRankCommState",

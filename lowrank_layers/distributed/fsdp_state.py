@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import LowRankError
 from .fsdp_private import Unit
-from .state import LowRankCommState
+from .powersgd import LowRankCommState
 
 
 class LowRankReduceState(LowRankCommState):

@@ -5,7 +5,7 @@ from torch.distributed import GradBucket  # type: ignore[attr-defined]
 from torch.futures import Future
 
 from ..errors import LowRankError
-from .state import LowRankCommState
+from .powersgd import LowRankCommState
 
 
 def low_rank_hook(state: LowRankCommState, bucket: GradBucket) -> Future[torch.Tensor]:

@@ -15,9 +15,9 @@ from ..errors import LowRankError
 from ..rank import Rank, check_rank
 from .basis import ProjectionMethod
 from .habits import decoupled, reads_values
+from .powersgd import LowRankCommState
 from .settings import check_optimizer, check_settings, chooser
 from .shadow import Shadow
-from .state import LowRankCommState
 
 _OWN = ("projector", "projector_age", "projector_fits")
 

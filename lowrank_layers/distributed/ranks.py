@@ -13,8 +13,8 @@ from ..errors import LowRankError
 from ..linalg import scaled_to_unit
 from ..rank import Budget, Rank, Spectrum, allocate, check_rank, choose_rank
 from .collectives import Mean
+from .exchange import bytes_on_wire
 from .matrices import matrices_of, matrix_shape
-from .wire import bytes_on_wire
 
 WHO = "LowRankCommState"
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from .collectives import Mean
+from .error_feedback import Memory
+from .exchange import Parcel
 from .matrices import gradient_of, matrices_of, times, to_unit
-from .memory import Memory
-from .wire import Parcel
 
 
 @dataclass(eq=False)

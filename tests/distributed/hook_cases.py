@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import lowrank_layers as lr
 from lowrank_layers.distributed import link
 from lowrank_layers.distributed.collectives import Mean
-from lowrank_layers.distributed.wire import Parcel
+from lowrank_layers.distributed.exchange import Parcel
 from tests.contracts.tables import RULES, spectrum
 
 from .hook_worker import FULL, Case, Net, SparseWords, batches, caught, conserved, difference, flat, made, train, wrap

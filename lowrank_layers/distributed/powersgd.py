@@ -17,16 +17,16 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..errors import LowRankError
 from ..rank import Budget, Rank
-from .checkpoint import Known, load, saved
 from .collectives import Mean, place
-from .link import Link
+from .error_feedback import ERROR_DTYPES, Kept, Memory
+from .exchange import WIRE_DTYPES, bytes_on_wire
+from .fallback import Link
 from .matrices import gradient_of, matrix_shape
-from .memory import ERROR_DTYPES, Kept, Memory
 from .ranks import Ranks
 from .reduce import How, Piece, reduce_
 from .sparse import dense_parameters, nbytes
+from .state_dict import Known, load, saved
 from .traffic import Traffic
-from .wire import WIRE_DTYPES, bytes_on_wire
 from .worker import Worker
 
 

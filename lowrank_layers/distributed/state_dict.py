@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ..errors import LowRankError
+from .error_feedback import Kept, Memory
 from .matrices import matrix_shape
-from .memory import Kept, Memory
 
 
 class Known(NamedTuple):
