@@ -99,13 +99,13 @@ from .rank import (
 if TYPE_CHECKING:
     from .distributed import (
         LowRankCommState,
-        LowRankProjection,
         LowRankReduceState,
         attach_low_rank_reduce,
         low_rank_hook,
         merge_comm_states,
     )
     from .kv_cache import LowRankCache
+    from .optim import LowRankProjection
 
 __version__ = "0.1.0"
 
@@ -220,7 +220,6 @@ __all__ = [
 
 _DISTRIBUTED = (
     "LowRankCommState",
-    "LowRankProjection",
     "LowRankReduceState",
     "attach_low_rank_reduce",
     "low_rank_hook",
@@ -235,6 +234,8 @@ def __getattr__(name: str) -> Any:
     # few programs train in several processes, and all of them pay for an import
     if name in _DISTRIBUTED:
         return getattr(importlib.import_module(".distributed", __name__), name)
+    if name == "LowRankProjection":
+        return getattr(importlib.import_module(".optim", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .matrices import to_unit
+from ..linalg import to_unit
 from .microscaling import pack, room, unpack
 from .traffic import Clock
 

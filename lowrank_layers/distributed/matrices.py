@@ -50,12 +50,6 @@ def times(matrix: Tensor, thin: Tensor) -> Tensor:
     return torch.bmm(thin.mT.contiguous(), matrix.mT).mT
 
 
-def to_unit(matrices: Tensor) -> Tensor:
-    """Each matrix of a stack with a largest entry of 1, so that no square overflows or vanishes; zeros stay zeros."""
-    size = matrices.abs().amax((-2, -1), keepdim=True)
-    return matrices / torch.where(size > 0, size, 1.0)
-
-
 def _stacked(shape: Sequence[int]) -> bool:
     return len(shape) == 3 and shape[2] >= SHORTEST_STACKED
 

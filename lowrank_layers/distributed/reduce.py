@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..linalg import to_unit
 from .collectives import Mean
 from .error_feedback import Memory
 from .exchange import Parcel
-from .matrices import gradient_of, matrices_of, times, to_unit
+from .matrices import gradient_of, matrices_of, times
 
 
 @dataclass(eq=False)

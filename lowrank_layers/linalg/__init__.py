@@ -5,7 +5,7 @@ from .krylov import krylov_svd
 from .precision import full_precision
 from .products import fold, khatri_rao, mode_product, rounded_train, train_product, unfold
 from .psd import Root, damp, psd_root
-from .scale import scaled_to_unit, unit_scale
+from .scale import scaled_to_unit, to_unit, unit_scale
 from .sparse import Matrix, ScipySparse, SparseMatrix, check_matrix, is_dense
 from .svd import exact_svd, gram_svd, leading_eigenvectors, randomized_svd
 
@@ -31,6 +31,7 @@ __all__ = [
     "randomized_svd",
     "rounded_train",
     "scaled_to_unit",
+    "to_unit",
     "train_product",
     "unfold",
     "unit_scale",

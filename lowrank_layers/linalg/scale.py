@@ -47,3 +47,9 @@ def scaled_to_unit(matrix: Tensor | SparseMatrix) -> tuple[Tensor | SparseMatrix
     """What is left of a tensor divided by its :func:`unit_scale`, and that scale."""
     scale = unit_scale(matrix if isinstance(matrix, Tensor) else matrix.values)
     return matrix / scale, scale
+
+
+def to_unit(matrices: Tensor) -> Tensor:
+    """Each matrix of a stack with a largest entry of 1, so that no square overflows or vanishes; zeros stay zeros."""
+    size = matrices.abs().amax((-2, -1), keepdim=True)
+    return matrices / torch.where(size > 0, size, 1.0)

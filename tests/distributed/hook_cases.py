@@ -17,7 +17,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 
 import lowrank_layers as lr
-from lowrank_layers.distributed import link
+from lowrank_layers.distributed import fallback
 from lowrank_layers.distributed.collectives import Mean
 from lowrank_layers.distributed.exchange import Parcel
 from tests.contracts.tables import RULES, spectrum
@@ -366,7 +366,7 @@ def unused_parameter_is_owed(rank: int) -> dict[str, float]:
 def fallback_pays_out(rank: int) -> dict[str, Any]:
     model, alone = made(), made()
     wrapped, state = wrap(model, {"rank": 2, "fallback": True})
-    for _ in range(link.STEPS):
+    for _ in range(fallback.STEPS):
         state.link.taken[False].append(1.0)
     sums: dict[str, Tensor] = {}
     true: dict[str, Tensor] = {}

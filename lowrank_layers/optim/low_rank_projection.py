@@ -14,10 +14,9 @@ from torch.optim import Optimizer
 from ..errors import LowRankError
 from ..rank import Rank, check_rank
 from .basis import ProjectionMethod
-from .habits import decoupled, reads_values
-from .powersgd import LowRankCommState
+from .optimizer_traits import decoupled, reads_values
 from .settings import check_optimizer, check_settings, chooser
-from .shadow import Shadow
+from .shadow import FactorSource, Shadow
 
 _OWN = ("projector", "projector_age", "projector_fits")
 
@@ -93,14 +92,14 @@ class LowRankProjection(Optimizer):
         rotate: Literal["none", "first", "both"] = "first",
         seed: int = 0,
         decoupled: bool | None = None,
-        comm_state: LowRankCommState | None = None,
+        comm_state: FactorSource | None = None,
     ) -> None:
         if isinstance(optimizer, LowRankProjection):
             raise LowRankError(
                 "LowRankProjection: got a LowRankProjection, expected the optimizer inside; project once."
             )
         check_optimizer(optimizer)
-        if comm_state is not None and not isinstance(comm_state, LowRankCommState):
+        if comm_state is not None and not isinstance(comm_state, FactorSource):
             raise LowRankError(
                 f"LowRankProjection: got comm_state {type(comm_state).__name__}, expected the LowRankCommState of the"
                 " hook, or None."

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,15 @@ from ..decompose.ranks import matrix_rank
 from ..errors import LowRankError
 from ..rank import Rank
 from .basis import ProjectionMethod, factors_basis, fitted, random_basis
-from .habits import FIRST_MOMENTS, SECOND_MOMENTS
+from .optimizer_traits import FIRST_MOMENTS, SECOND_MOMENTS
+
+
+@runtime_checkable
+class FactorSource(Protocol):
+    """What knows gradients as factors already, such as the state of a communication hook at low rank."""
+
+    def factors(self, parameter: Tensor) -> tuple[Tensor, Tensor] | None:
+        """``[rows, rank]`` and ``[columns, rank]``, whose product is the last gradient; ``None`` where it is whole."""
 
 
 class Shadow:

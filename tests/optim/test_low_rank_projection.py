@@ -13,7 +13,7 @@ from torch import nn
 
 import lowrank_layers as lr
 from benchmarks.peers import has, peer
-from lowrank_layers.distributed.basis import factors_basis, fitted, power_basis, random_basis, svd_basis
+from lowrank_layers.optim.basis import factors_basis, fitted, power_basis, random_basis, svd_basis
 from tests.contracts.tables import RULES, spectrum
 from tests.distributed import worker
 from tests.processes import run_processes

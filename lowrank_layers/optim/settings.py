@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..errors import LowRankError
-from .habits import check_fit
+from .optimizer_traits import check_fit
 
 _CHOICES = {"method": ("svd", "random", "power"), "rotate": ("none", "first", "both"), "decoupled": (None, True, False)}
 _LEAST = {"refresh": 1, "min_size": 0, "seed": 0}

@@ -7,8 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ..linalg import to_unit
 from ..linalg.svd import leading_eigenvectors, randomized_svd
-from .matrices import to_unit
 
 ProjectionMethod = Literal["svd", "random", "power"]
 POWER_STEPS = 2
