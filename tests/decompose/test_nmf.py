@@ -19,7 +19,7 @@ from benchmarks import data
 from benchmarks.nmf import objective
 from lowrank_layers.linalg import SparseMatrix
 
-from .contracts.tables import DERANDOMIZED, generator
+from ..contracts.tables import DERANDOMIZED, generator
 
 PAIRS = [("hals", "frobenius", "cd"), ("mu", "frobenius", "mu"), ("mu", "kl", "mu")]
 pairs = pytest.mark.parametrize(("solver", "loss"), [pair[:2] for pair in PAIRS])

@@ -10,7 +10,7 @@ import torch
 import lowrank_layers as lr
 from lowrank_layers.linalg import SparseMatrix, krylov_svd
 
-from .contracts.tables import generator, relative
+from ..contracts.tables import generator, relative
 
 FORMS = {
     "coo": lambda dense: dense.to_sparse_coo(),
