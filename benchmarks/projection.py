@@ -51,7 +51,7 @@ def model_and_tokens(args: argparse.Namespace) -> tuple[nn.Module, Tensor]:
     return model, library.AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt")["input_ids"][0]
 
 
-def is_table(model: nn.Module, p: Tensor) -> bool:
+def is_embedding(model: nn.Module, p: Tensor) -> bool:
     return p is model.get_input_embeddings().weight
 
 
@@ -60,7 +60,7 @@ def ours(args: argparse.Namespace, table: bool = True, **settings: Any) -> Calla
         inner = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.decay, fused=True)
         settings.setdefault("refresh", args.refresh)
         return lr.LowRankProjection(
-            inner, args.rank, scale=args.scale, target=lambda p: table or not is_table(model, p), **settings
+            inner, args.rank, scale=args.scale, target=lambda p: table or not is_embedding(model, p), **settings
         )
 
     return make
@@ -68,7 +68,7 @@ def ours(args: argparse.Namespace, table: bool = True, **settings: Any) -> Calla
 
 def theirs(args: argparse.Namespace, library: str, table: bool = True) -> Callable[[nn.Module], Optimizer]:
     def make(model: nn.Module) -> Optimizer:
-        big = [p for p in model.parameters() if p.ndim == 2 and (table or not is_table(model, p))]
+        big = [p for p in model.parameters() if p.ndim == 2 and (table or not is_embedding(model, p))]
         ids = set(map(id, big))
         shared = {"rank": args.rank, "update_proj_gap": args.refresh, "proj_type": "std"}
         groups: list[dict[str, Any]] = [{"params": [p for p in model.parameters() if id(p) not in ids]}]

@@ -22,7 +22,7 @@ from .modules.attention import attentions, unfuse_, unfused, unfused_names
 from .modules.materialize import check_can_be_filled, fill_, tied_names
 from .modules.replace import replace_
 from .modules.storage import separate, shared_names
-from .modules.tree import check_factors, check_model, module_aliases, own_layers, reason_to_keep
+from .modules.tree import check_factors, check_model, module_aliases, reason_to_keep, walk_layers
 
 KEY = "lowrank_layers"
 """The entry of the file's metadata that holds the ranks."""
@@ -131,7 +131,7 @@ def _check_attentions(model: nn.Module, names: Collection[str], path: object) ->
 def _layers(model: nn.Module) -> dict[str, Any]:
     """Name to kind, rank, bias and the dense layer's settings."""
     layers = {}
-    for name, module in own_layers(model):
+    for name, module in walk_layers(model):
         if isinstance(module, FactoredModule):
             layers[name] = {
                 "type": type(module).__name__,

@@ -16,15 +16,15 @@ from ..layers import (
     ConvNd,
     LowRankTransposedLinear,
     is_derived,
+    is_embedding,
     is_factored,
-    is_table,
     layer_cost,
     linear_shape,
     weight_of,
 )
 from ..layers.patches import output_rows
 from ..modules.attention import unfused
-from ..modules.tree import check_model, own_layers
+from ..modules.tree import check_model, walk_layers
 from .fisher import SampledCrossEntropy
 from .masks import Kept, data_rows
 from .moments import Moments
@@ -152,7 +152,7 @@ class Calibration:
         self.padding.__enter__()
         self._hooks.append(self._model.register_forward_pre_hook(self._count_samples, with_kwargs=True))
         calibrated = dict(_calibrated_layers(self._model))
-        for name, module in own_layers(self._model):
+        for name, module in walk_layers(self._model):
             if name in calibrated:
                 self._hooks.append(module.register_forward_hook(self._watch(name), with_kwargs=True))
             elif isinstance(module, (nn.Linear, ConvNd)) and not is_factored(module):
@@ -237,7 +237,7 @@ class Calibration:
     def _take(self, name: str, module: nn.Module, x: Tensor) -> Kept | None:
         batched = as_batch(module, x.detach())
         rows = self.padding.of(module, x, batched)
-        table = is_table(module)
+        table = is_embedding(module)
         stats = self._stats.layers.get(name)
         if stats is None:
             groups, _, size = linear_shape(module)
@@ -303,8 +303,8 @@ def as_batch(module: nn.Module, x: Tensor) -> Tensor:
 def _calibrated_layers(model: nn.Module) -> list[tuple[str, Any]]:
     def fits(module: nn.Module) -> bool:
         known = isinstance(module, CALIBRATED) or LowRankTransposedLinear.stands_for(module)
-        if is_table(module) and type(module).forward not in (nn.Embedding.forward, nn.EmbeddingBag.forward):
+        if is_embedding(module) and type(module).forward not in (nn.Embedding.forward, nn.EmbeddingBag.forward):
             return False  # subclasses that compute positions take lengths and masks, not indices
         return known and not is_derived(module)
 
-    return [(name, module) for name, module in own_layers(model) if fits(module)]
+    return [(name, module) for name, module in walk_layers(model) if fits(module)]

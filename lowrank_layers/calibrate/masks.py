@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..layers import ConvNd, is_table
+from ..layers import ConvNd, is_embedding
 from ..layers.cost import conv_output_size, transposed_output_size
 from ..layers.patches import input_rows, paddings
 
@@ -126,7 +126,7 @@ def kept(real: Tensor, module: nn.Module, x: Tensor, *, time_first: bool = False
     """
     if isinstance(module, ConvNd):
         return _kept_windows(real, module, x)
-    lead = tuple(x.shape) if is_table(module) else tuple(x.shape[:-1])
+    lead = tuple(x.shape) if is_embedding(module) else tuple(x.shape[:-1])
     found = spread(real, lead, time_first=time_first)
     if found is None:
         return None

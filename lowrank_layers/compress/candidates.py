@@ -13,7 +13,7 @@ from ..cost import Cost
 from ..errors import LowRankError
 from ..layers import is_derived, is_factored
 from ..modules.replace import reasons_to_stay
-from ..modules.tree import own_layers
+from ..modules.tree import walk_layers
 from .methods import METHODS, Method, Option, regressions
 from .methods.base import repeated_cost
 
@@ -82,7 +82,7 @@ def candidates(
     idle = set() if stats is None else without_gradient(stats)
     found: dict[str, Candidate] = {}
     skipped: dict[str, str] = {}
-    for name, module in own_layers(model):
+    for name, module in walk_layers(model):
         weights = [p for p in module.parameters(recurse=False) if p.ndim > 1]
         if is_factored(module) or isinstance(module, nn.utils.parametrize.ParametrizationList):
             continue

@@ -14,12 +14,12 @@ from tqdm import tqdm
 from ..calibrate import calibrate, check_batches, quiet_eval
 from ..calibrate.statistics import LayerStats, Statistics
 from ..errors import LowRankError
-from ..layers import FactoredModule, bias_of, is_factored, is_table, weight_from_matrices, weight_of
+from ..layers import FactoredModule, bias_of, is_embedding, is_factored, weight_from_matrices, weight_of
 from ..layers.config import describe
 from ..linalg import check_tensor, full_precision
 from ..modules.attention import fuse_, mind_fast_paths_, unfuse_, unfused
 from ..modules.replace import reasons_to_stay, remap_optimizer_, replace_
-from ..modules.tree import check_factors, check_model, check_removable, own_layers
+from ..modules.tree import check_factors, check_model, check_removable, walk_layers
 from .entry import Entry
 from .methods import METHODS, regressions
 from .methods.regression import joint_bias
@@ -110,7 +110,7 @@ def densify_(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -
     check_model(model)
     check_factors(model)
     check_removable(model)
-    factored = {name: module for name, module in own_layers(model) if isinstance(module, FactoredModule)}
+    factored = {name: module for name, module in walk_layers(model) if isinstance(module, FactoredModule)}
     dense = {name: module.to_dense() for name, module in factored.items()}
     replace_(model, dense)
     fused = fuse_(model)
@@ -154,7 +154,7 @@ def _in_sequence(
         for name in tqdm(order, desc="factorize", disable=not progress):
             entry, dense = plan[name], model.get_submodule(name)
             layer_stats = stats.get(name)
-            regress = layer_stats is not None and name in calls and not is_table(dense)
+            regress = layer_stats is not None and name in calls and not is_embedding(dense)
             if regress and changed:
                 assert layer_stats is not None
                 layer_stats = paired_stats(
@@ -195,7 +195,7 @@ def _check_plan(model: nn.Module, plan: Plan, stats: Statistics | None) -> None:
         )
     if stats is not None and not isinstance(stats, Statistics):
         raise LowRankError(f"factorize_: got stats of type {type(stats).__name__}, expected what calibrate returned.")
-    layers = dict(own_layers(model))
+    layers = dict(walk_layers(model))
     reasons = reasons_to_stay(model)
     for entry in plan:
         module = layers.get(entry.name)

@@ -16,7 +16,7 @@ from ..layers.config import describe
 from ..linalg import full_precision
 from ..modules.attention import unfused
 from ..modules.replace import Selector, select
-from ..modules.tree import check_model, own_layers
+from ..modules.tree import check_model, walk_layers
 from ..rank import Budget, Rank, allocate, as_budget, check_rank
 from .candidates import UNREACHED, Candidate, candidates
 from .entry import Entry
@@ -98,7 +98,7 @@ def make_plan(
         raise BudgetError(
             "a budget of MACs needs to know the sizes of the inputs: pass stats=calibrate(model, batches)."
         )
-    closed = list(own_layers(model))
+    closed = list(walk_layers(model))
     with unfused(model):
         asked = select(model, skip, "skip", closed)
         return _plan(model, budget, stats, chosen, asked, rank, units, progress, methods is None)
@@ -257,10 +257,10 @@ def _check_methods(methods: Sequence[Method] | None) -> list[Method]:
 def _check_stats(model: nn.Module, stats: Statistics) -> None:
     if not isinstance(stats, Statistics):
         raise LowRankError(f"got stats of type {type(stats).__name__}, expected what calibrate returned.")
-    unknown = [name for name in stats if name not in dict(own_layers(model))]
+    unknown = [name for name in stats if name not in dict(walk_layers(model))]
     if unknown:
         raise LowRankError(f"the statistics know {unknown[0]!r}, which this model has not; calibrate this model.")
-    layers = dict(own_layers(model))
+    layers = dict(walk_layers(model))
     for name, each in stats.items():
         seen, expected = each.inputs.mean.shape[-1], linear_shape(layers[name])[2]
         if seen != expected:
@@ -275,5 +275,5 @@ def _model_macs(model: nn.Module, stats: Statistics | None) -> int:
     if stats is None:
         return 0
     return stats.other_macs + sum(
-        repeated_cost(module, stats[name]).macs for name, module in own_layers(model) if name in stats
+        repeated_cost(module, stats[name]).macs for name, module in walk_layers(model) if name in stats
     )

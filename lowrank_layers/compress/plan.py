@@ -16,7 +16,7 @@ from ..errors import LowRankError
 from ..files import replacing
 from ..layers import FactoredModule, is_factored, layer_cost
 from ..layers.config import blank, describe
-from ..modules.tree import check_factors, check_model, own_layers
+from ..modules.tree import check_factors, check_model, walk_layers
 from .entry import Entry, read_entry
 from .methods import METHODS, Method
 
@@ -145,7 +145,7 @@ class Plan:
         check_factors(model)
         entries = []
         saved = Cost()
-        for name, module in own_layers(model):
+        for name, module in walk_layers(model):
             if not is_factored(module):
                 continue
             assert isinstance(module, FactoredModule)

@@ -17,7 +17,7 @@ from .low_rank_conv import (
     LowRankConvTranspose3d,
     PairConv,
 )
-from .matrix import is_table, is_transposed, linear_shape, matrices_of, takes_bias, weight_from_matrices
+from .matrix import is_embedding, is_transposed, linear_shape, matrices_of, takes_bias, weight_from_matrices
 from .plain import peculiarity
 from .tt_embedding import TensorizedEmbedding
 from .tucker_conv import (
@@ -64,8 +64,8 @@ __all__ = [
     "TuckerConvTranspose3d",
     "bias_of",
     "is_derived",
+    "is_embedding",
     "is_factored",
-    "is_table",
     "is_transposed",
     "layer_cost",
     "layer_writes",

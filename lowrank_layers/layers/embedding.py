@@ -15,10 +15,10 @@ from .base import FactoredModule, adopt, adopt_dense, fill, weight_of
 from .linear import pair_factors, pair_spectrum, truncated_pair
 from .plain import check_dense
 
-Table = TypeVar("Table", bound="ThinTable")
+Table = TypeVar("Table", bound="ThinEmbedding")
 
 
-class ThinTable(FactoredModule):
+class ThinEmbedding(FactoredModule):
     """What both share: ``down``, a thin table of either kind, and ``up``, the projection of what it gives."""
 
     down: nn.Embedding | nn.EmbeddingBag
@@ -67,7 +67,7 @@ class ThinTable(FactoredModule):
         self.down.weight[rows] = torch.where(norms > max_norm, thin * max_norm / (norms + 1e-7), thin)
 
 
-class LowRankEmbedding(ThinTable):
+class LowRankEmbedding(ThinEmbedding):
     """Looks up rows of a thin table and projects them: a table of rank at most ``rank``.
 
     Args:

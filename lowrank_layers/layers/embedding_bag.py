@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from ..errors import UnsupportedLayerError
 from ..rank import Rank, choose_rank
 from .base import adopt, adopt_dense
-from .embedding import ThinTable
+from .embedding import ThinEmbedding
 from .linear import pair_spectrum, truncated_pair
 from .plain import check_dense
 
 
-class LowRankEmbeddingBag(ThinTable):
+class LowRankEmbeddingBag(ThinEmbedding):
     """Sums or averages rows of a thin table and projects the result: a table of rank at most ``rank``.
 
     Args:

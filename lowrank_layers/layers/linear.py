@@ -14,6 +14,7 @@ from ..linalg import exact_svd, working_dtype
 from ..rank import Rank, choose_rank
 from ..rank import pair_spectrum as pair_spectrum
 from .base import FactoredModule, adopt, adopt_dense, bias_of, fill, reset_chain, weight_of
+from .conv1d import is_conv1d_class
 from .plain import check_dense
 
 
@@ -181,9 +182,8 @@ class LowRankTransposedLinear(LowRankLinear):
 
     @classmethod
     def stands_for(cls, module: nn.Module) -> bool:
-        """Whether this is transformers' ``Conv1D`` itself; told by its name, since transformers is an extra."""
-        kind = type(module)
-        return (kind.__module__, kind.__name__) == ("transformers.pytorch_utils", "Conv1D")
+        """Whether this is transformers' ``Conv1D`` itself, not a subclass."""
+        return is_conv1d_class(type(module))
 
     @classmethod
     def dense_name(cls) -> str:

@@ -12,7 +12,7 @@ from .kernel import ConvNd, kernel_of, kernel_of_matrix, linear_axes, matrix_of,
 from .linear import LowRankTransposedLinear
 
 
-def is_table(module: nn.Module) -> bool:
+def is_embedding(module: nn.Module) -> bool:
     """Whether rows are looked up: its inputs are one-hot, so their moments are diagonal and nothing is centred."""
     return isinstance(module, (nn.Embedding, nn.EmbeddingBag))
 
@@ -24,7 +24,7 @@ def is_transposed(module: nn.Module) -> bool:
 
 def takes_bias(module: nn.Module) -> bool:
     """Whether the mean of what its matrix makes can be corrected by a bias."""
-    return not is_table(module) and not is_transposed(module)
+    return not is_embedding(module) and not is_transposed(module)
 
 
 def matrices_of(module: nn.Module) -> Tensor:
@@ -35,7 +35,7 @@ def matrices_of(module: nn.Module) -> Tensor:
     weight = check_tensor(weight_of(module), type(module).__name__)
     if isinstance(module, ConvNd):
         return matrix_of(kernel_of(module).detach(), linear_axes(module))
-    return (weight.mT if is_table(module) or LowRankTransposedLinear.stands_for(module) else weight)[None]
+    return (weight.mT if is_embedding(module) or LowRankTransposedLinear.stands_for(module) else weight)[None]
 
 
 def weight_from_matrices(module: nn.Module, matrices: Tensor) -> Tensor:
@@ -44,7 +44,7 @@ def weight_from_matrices(module: nn.Module, matrices: Tensor) -> Tensor:
         kernel = kernel_of_matrix(matrices, kernel_of(module).shape, linear_axes(module))
         return weight_of_kernel(kernel, transposed=module.transposed)
     matrix = matrices[0]
-    return matrix.mT if is_table(module) or LowRankTransposedLinear.stands_for(module) else matrix
+    return matrix.mT if is_embedding(module) or LowRankTransposedLinear.stands_for(module) else matrix
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int, int]:
@@ -54,5 +54,5 @@ def linear_shape(module: nn.Module) -> tuple[int, int, int]:
         area = math.prod(k)
         return (groups, out * area, into) if module.transposed else (groups, out, into * area)
     rows, columns = weight_of(module).shape
-    swapped = is_table(module) or LowRankTransposedLinear.stands_for(module)
+    swapped = is_embedding(module) or LowRankTransposedLinear.stands_for(module)
     return (1, columns, rows) if swapped else (1, rows, columns)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import LowRankError
 from ..layers import LowRankEmbedding, LowRankEmbeddingBag, LowRankLinear
+from ..layers.conv1d import is_conv1d_class
 from ..layers.conv_base import FactoredConv, TransposedConv
 from ..layers.patches import pad_input
 from .adapter import Bank
@@ -37,7 +38,7 @@ def fast_call(module: nn.Module) -> Fast | None:
 
 def fast_forward(cls: type[nn.Module]) -> Fast | None:
     """The fast forward of a class, if there is one: only where its own forward is the known one."""
-    if cls.forward is nn.Linear.forward or cls.forward is LowRankLinear.forward or _is_conv1d(cls):
+    if cls.forward is nn.Linear.forward or cls.forward is LowRankLinear.forward or _has_forward_of_conv1d(cls):
         return _linear
     if cls.forward is nn.Embedding.forward or cls.forward is LowRankEmbedding.forward:
         return _embedding
@@ -71,10 +72,8 @@ def _is_convolution(cls: type[nn.Module]) -> bool:
     )
 
 
-def _is_conv1d(cls: type[nn.Module]) -> bool:
-    """Whether its forward is that of transformers' ``Conv1D``."""
-    owner = next((kind for kind in cls.__mro__ if "forward" in vars(kind)), cls)
-    return (owner.__module__, owner.__name__) == ("transformers.pytorch_utils", "Conv1D")
+def _has_forward_of_conv1d(cls: type[nn.Module]) -> bool:
+    return is_conv1d_class(next((kind for kind in cls.__mro__ if "forward" in vars(kind)), cls))
 
 
 def _linear(cls: type[nn.Module], self: Any, bank: Bank, input: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..errors import LowRankError
 from ..layers import LowRankLinear, is_factored
-from ..modules.tree import module_aliases, own_layers
+from ..modules.tree import module_aliases, walk_layers
 from .weight_layout import SLICES, is_conv1d
 
 Target = str | Iterable[str] | re.Pattern[str] | Callable[[str, nn.Module], bool]
@@ -101,7 +101,7 @@ def output_heads(model: nn.Module) -> list[str]:
 def adaptable(model: nn.Module) -> dict[Place, nn.Module]:
     """Every matrix, kernel and stack of matrices; a factored layer counts as one weight."""
     found: dict[Place, nn.Module] = {}
-    for name, module in own_layers(model):
+    for name, module in walk_layers(model):
         if ".lora_" in f".{name}." or isinstance(module, torch.jit.ScriptModule):
             continue
         if is_factored(module):

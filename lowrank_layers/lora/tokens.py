@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import LowRankError
-from ..layers import is_table
-from ..modules.tree import own_layers
+from ..layers import is_embedding
+from ..modules.tree import walk_layers
 from .adapted import base_weight, values_of
 from .adapter import Adapter
 from .checks import check_place
@@ -92,8 +92,8 @@ def find_tokens(
     found: dict[str, list[int]] = {}
     layers = {
         owner: module
-        for owner, module in own_layers(model)
-        if ".lora_" not in f".{owner}." and (is_table(module) or isinstance(module, nn.Linear) or is_conv1d(module))
+        for owner, module in walk_layers(model)
+        if ".lora_" not in f".{owner}." and (is_embedding(module) or isinstance(module, nn.Linear) or is_conv1d(module))
     }
     for key, indices in _by_name(model, layers, wanted).items():
         own = [owner for owner in layers if owner == key or owner.endswith(f".{key}")]
@@ -104,7 +104,7 @@ def find_tokens(
     made: list[TokensOf] = []
     for owner, tokens in found.items():
         rows = None
-        for each in (owner, *(_tied(layers, owner, found) if ties and is_table(layers[owner]) else ())):
+        for each in (owner, *(_tied(layers, owner, found) if ties and is_embedding(layers[owner]) else ())):
             module = layers[each]
             if any(each == other or each.startswith(f"{other}.") for other in taken):
                 raise LowRankError(
@@ -141,7 +141,7 @@ def _by_name(model: nn.Module, layers: Mapping[str, nn.Module], wanted: Tokens |
     get = getattr(model, "get_input_embeddings", None)
     embedding = get() if callable(get) else None
     names = [owner for owner, module in layers.items() if module is embedding]
-    names = names or [owner for owner, module in layers.items() if is_table(module)]
+    names = names or [owner for owner, module in layers.items() if is_embedding(module)]
     if len(names) != 1 or not names[0]:
         raise LowRankError(
             f"add_lora_: got trainable_tokens as a list, and the model has the embeddings {names}; give them by name,"

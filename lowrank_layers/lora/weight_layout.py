@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UnsupportedLayerError
-from ..layers import ConvNd, FactoredModule, LowRankTransposedLinear, is_table
+from ..layers import ConvNd, FactoredModule, LowRankTransposedLinear, is_embedding
+from ..layers.conv1d import is_conv1d_class
 
 
 class Kind(Protocol):
@@ -207,11 +208,9 @@ def kind_of(module: nn.Module, name: str) -> Kind:
 
 def is_lookup(module: nn.Module) -> bool:
     """Whether rows of its weight are looked up: an embedding or a bag, dense or factored."""
-    return is_table(module) or ("Embedding" in type(module).__name__ and isinstance(module, FactoredModule))
+    return is_embedding(module) or ("Embedding" in type(module).__name__ and isinstance(module, FactoredModule))
 
 
 def is_conv1d(module: nn.Module) -> bool:
     """Whether this is transformers' ``Conv1D``, adapted or not, or our factored form of it."""
-    return isinstance(module, LowRankTransposedLinear) or any(
-        (kind.__module__, kind.__name__) == ("transformers.pytorch_utils", "Conv1D") for kind in type(module).__mro__
-    )
+    return isinstance(module, LowRankTransposedLinear) or any(map(is_conv1d_class, type(module).__mro__))

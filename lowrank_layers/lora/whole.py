@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map
 
 from ..errors import LowRankError
 from ..layers.computed import computed
-from ..modules.tree import own_layers
+from ..modules.tree import walk_layers
 from .adapted import read_by_fsdp, refuse_scripting, replaceable
 from .adapter import Bank, adapter_dtype
 from .learning import let_learn_
@@ -212,7 +212,7 @@ def find_whole(model: nn.Module, wanted: Iterable[str], name: str, who: str = "a
     """
     if isinstance(wanted, str):
         raise LowRankError(f"{who}: got modules_to_save={wanted!r}, expected a list; write [{wanted!r}].")
-    modules = {owner: module for owner, module in own_layers(model) if ".lora_" not in f".{owner}."}
+    modules = {owner: module for owner, module in walk_layers(model) if ".lora_" not in f".{owner}."}
     found: dict[str, nn.Module] = {}
     for each in wanted:
         own = {owner: m for owner, m in modules.items() if owner and (owner == each or owner.endswith(f".{each}"))}

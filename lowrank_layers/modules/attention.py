@@ -11,7 +11,7 @@ from torch import nn
 
 from ..layers import FactoredModule, LowRankMultiheadAttention
 from .resize_embeddings import mind_resizing_
-from .tree import module_aliases, own_layers, put_, reason_to_keep
+from .tree import module_aliases, put_, reason_to_keep, walk_layers
 
 _FAST_PATHS: dict[type[nn.Module], tuple[str, Any]] = {
     # in eval mode torch's layer reads the weights of its children and skips their forward, unless this says no
@@ -33,7 +33,7 @@ def attentions(model: nn.Module) -> dict[str, nn.MultiheadAttention]:
             users[id(parameter)].add(name)
     aliases = module_aliases(model)
     found = {}
-    for name, module in own_layers(model):
+    for name, module in walk_layers(model):
         if not name or type(module) is not nn.MultiheadAttention:
             continue
         own = {inside for alias in aliases[module] for inside in (alias, f"{alias}.out_proj")}
@@ -73,7 +73,7 @@ def fuse_(model: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
     """Closes every open attention whose projections are all dense; returns pairs of the old and the new module."""
     opened = {
         name: module
-        for name, module in own_layers(model)
+        for name, module in walk_layers(model)
         if name and isinstance(module, LowRankMultiheadAttention) and not any(module.rank)
     }
     closed = {name: module.to_dense() for name, module in opened.items()}
@@ -83,7 +83,7 @@ def fuse_(model: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
 
 def unfused_names(model: nn.Module) -> list[str]:
     """The attentions that stand open."""
-    return [name for name, module in own_layers(model) if isinstance(module, LowRankMultiheadAttention)]
+    return [name for name, module in walk_layers(model) if isinstance(module, LowRankMultiheadAttention)]
 
 
 def mind_fast_paths_(model: nn.Module) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..errors import LowRankError
 from ..layers import PROJECTIONS
 from .attention import mind_fast_paths_
-from .tree import module_aliases, own_layers, put_, reason_to_keep
+from .tree import module_aliases, put_, reason_to_keep, walk_layers
 
 Selector = str | type[nn.Module] | Callable[[str, nn.Module], bool]
 
@@ -36,7 +36,7 @@ def select(
     if isinstance(selectors, (str, type)) or callable(selectors):
         raise LowRankError(f"{what}: got {selectors!r}, expected a list; write [{selectors!r}].")
     aliases = {name: names for names in module_aliases(model).values() for name in names}
-    layers = [*own_layers(model), *closed]
+    layers = [*walk_layers(model), *closed]
     attentions = {name for name, module in closed if isinstance(module, nn.MultiheadAttention)}
     taken: set[str] = set()
     for selector in selectors:
@@ -69,7 +69,7 @@ def reasons_to_stay(model: nn.Module) -> dict[str, str]:
     """Layers that must not be replaced blindly, and why, by their first name."""
     reasons: dict[str, str] = {}
     users: dict[Tensor, list[str]] = defaultdict(list)
-    for name, module in own_layers(model):
+    for name, module in walk_layers(model):
         for parameter in module.parameters(recurse=False):
             users[parameter].append(name)
         if isinstance(module, nn.MultiheadAttention):  # one that could not be opened

@@ -62,7 +62,7 @@ def is_quantized(weight: Tensor) -> bool:
 
 def check_factors(model: nn.Module) -> None:
     """Refuses factored layers whose children no longer hold their weight as a parameter."""
-    for name, module in own_layers(model):
+    for name, module in walk_layers(model):
         for key, child in module.named_children() if is_factored(module) else ():
             if not isinstance(child._parameters.get("weight"), Tensor):
                 raise LowRankError(
@@ -71,7 +71,7 @@ def check_factors(model: nn.Module) -> None:
                 )
 
 
-def own_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def walk_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Every module once, under its first name, without descending into factored ones."""
     inside: tuple[str, ...] = ()
     for name, module in model.named_modules():
@@ -102,7 +102,7 @@ def reason_to_keep(module: nn.Module) -> str | None:
 
 def check_removable(model: nn.Module) -> None:
     """Raises if a factored layer or a part of it carries hooks or was changed, which multiplying out would lose."""
-    for name, module in own_layers(model):
+    for name, module in walk_layers(model):
         parts = module.parts if isinstance(module, FactoredModule) else list(module.children())
         for part in [module, *parts] if isinstance(module, (FactoredModule, LowRankMultiheadAttention)) else []:
             reason = peculiarity(part)

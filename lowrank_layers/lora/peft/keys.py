@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ...layers import LowRankLinear, is_factored
-from ...modules.tree import own_layers
+from ...modules.tree import walk_layers
 from ..adapted import base_weight
 from ..adapter import Adapter, Bank
 from ..mixed_groups import MixedGroups
@@ -131,7 +131,7 @@ def modules_of(model: nn.Module) -> dict[str, nn.Module]:
     """Every module but the adapters and the inside of factored layers, by its first name."""
     found: dict[str, nn.Module] = {}
     inside: tuple[str, ...] = ()
-    for name, module in own_layers(model):
+    for name, module in walk_layers(model):
         if isinstance(module, (Bank, Copies)):
             inside = (*inside, f"{name}.")
         elif not (inside and name.startswith(inside)):
