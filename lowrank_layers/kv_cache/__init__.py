@@ -4,11 +4,11 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import MissingExtraError
 from .budget import compress_together
-from .offline import kv_subspaces
-from .plain import LowRankAttention
-from .rotation import Rotation
+from .calibrated_subspaces import kv_subspaces
+from .low_rank_attention import LowRankAttention
+from .low_rank_kv import LowRankKV
+from .rope import Rotation
 from .settings import KVSettings
-from .state import LowRankKV
 from .subspace import Subspace
 from .transformers.factorize_kv import factorize_kv_
 from .transformers.latent_attention import LatentAttention, LatentProjection

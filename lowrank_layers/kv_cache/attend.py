@@ -12,9 +12,9 @@ from torch import Tensor
 
 from ..errors import LowRankError
 from .autocast import as_autocast, without_autocast
-from .latent import Latent
+from .compressed_tokens import Latent
 from .masks import causal_mask
-from .rotation import TILE, Rotation
+from .rope import TILE, Rotation
 
 MOST_SCORES = 2**25
 """Most scores formed at once (128 MiB in fp32): longer runs of queries go in turns."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import BudgetError, LowRankError
-from .state import LowRankKV
+from .low_rank_kv import LowRankKV
 
 KEYS_COUNT = 2.0
 """How much the relative error of keys counts against that of values: measured, on a trained Llama."""

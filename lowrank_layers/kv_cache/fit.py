@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..rank import Rank
 from .coefficients import MOST, Coefficients
-from .latent import Heads, Latent, Part, grouped
+from .compressed_tokens import Heads, Latent, Part, grouped
 from .settings import KVSettings
 from .subspace import Scatter, Subspace, chosen_ranks
 

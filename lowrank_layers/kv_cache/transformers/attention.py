@@ -14,7 +14,7 @@ from transformers.masking_utils import sdpa_mask
 
 from ...errors import LowRankError
 from ..masks import biased, causal_mask, is_causal, selected
-from .lazy import stored
+from .lazy_kv import stored
 from .versions import query_length
 
 NAME = "lowrank"

@@ -16,15 +16,15 @@ from transformers.cache_utils import Cache, DynamicCache
 from ...errors import LowRankError
 from ...rank import Rank
 from ..budget import check_budget, compress_together
-from ..rotation import Rotation
+from ..low_rank_kv import LowRankKV
+from ..rope import Rotation
 from ..settings import KVSettings
-from ..state import LowRankKV
 from ..subspace import Subspace
-from . import files, refusals
+from . import cache_file, errors
 from .attention import NAME
-from .binding import calling_module, crosses, depth_of, text_config
+from .calling_model import calling_module, crosses, depth_of, text_config
 from .layer import LowRankLayer
-from .rotary import RotationUnknown, rotation_of
+from .rope import RotationUnknown, rotation_of
 from .versions import caches_latents, forget, own_layers, plain_layer
 
 _NONE_YET = sys.maxsize
@@ -99,12 +99,12 @@ class LowRankCache(DynamicCache):
         offloading: bool | None = None,
     ) -> None:
         if offloading is not None:
-            raise refusals.offloading(offloading)
+            raise errors.offloading(offloading)
         if budget is not None:
             check_budget(budget)
             rank, value_rank = 1, None  # not used, and allowed for heads of any size
         if budget is not None and subspaces is not None:
-            raise refusals.budget_and_subspaces()
+            raise errors.budget_and_subspaces()
         self.budget, self._subspaces = budget, None if subspaces is None else list(subspaces)
         self.settings = KVSettings(
             rank, value_rank, keep_recent, keep_first, joint, rope, dtype, block, refresh, max_length
@@ -140,14 +140,14 @@ class LowRankCache(DynamicCache):
         """
         if torch.compiler.is_compiling():
             if not self._has(layer_idx):
-                raise refusals.compiled()
+                raise errors.compiled()
             return self._update(self.layers[layer_idx], key_states, value_states, *args, **kwargs)
         begins, frame = layer_idx <= self._latest, sys._getframe(1)
         module = calling_module(frame) if begins or not self._has(layer_idx) else None
         cross = crosses(self, module, frame)
         try:
             if cross and super().get_seq_length(layer_idx):
-                raise refusals.alone(module)
+                raise errors.alone(module)
             if begins:
                 self._before = super().get_seq_length()
                 self._share_budget()
@@ -165,7 +165,7 @@ class LowRankCache(DynamicCache):
         """Tokens so far."""
         found = int(super().get_seq_length(layer_idx))
         if not found and not torch.compiler.is_compiling():
-            refusals.check_not_alone(self, sys._getframe(1))
+            errors.check_not_alone(self, sys._getframe(1))
         return found
 
     def is_filled(self) -> bool:
@@ -199,7 +199,7 @@ class LowRankCache(DynamicCache):
         Raises:
             CheckpointError: for layers other than attention, and folders that do not exist.
         """
-        files.save(self, path)
+        cache_file.save(self, path)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> LowRankCache:
@@ -222,7 +222,7 @@ class LowRankCache(DynamicCache):
             200
         """
         made = cls()
-        files.load_into(made, path, torch.device(device))
+        cache_file.load_into(made, path, torch.device(device))
         return made
 
     def fill(self, settings: KVSettings, layers: list[Any], rotations: list[Rotation], depth: int | None) -> None:
@@ -253,7 +253,7 @@ class LowRankCache(DynamicCache):
         if not isinstance(layer, LowRankLayer):
             held, more, limit = layer.get_seq_length(), keys.shape[-2], self.settings.max_length
             if limit is not None and held + more > limit:
-                raise refusals.too_long(more, held, limit)
+                raise errors.too_long(more, held, limit)
             found: tuple[Tensor, Tensor] = layer.update(keys, values, *args, **kwargs)
             return found
         learning = torch.is_grad_enabled() and (keys.requires_grad or values.requires_grad)
@@ -276,10 +276,10 @@ class LowRankCache(DynamicCache):
     def _make(self, layer_idx: int, keys: Tensor, module: nn.Module | None, *, cross: bool) -> LowRankKV:
         """A layer's cache, when its first tokens come."""
         if cross and self.budget is not None:
-            raise refusals.budget_for_encoder()
+            raise errors.budget_for_encoder()
         given = self._subspaces
         if given is not None and layer_idx >= len(given):
-            raise refusals.few_subspaces(len(given), layer_idx)
+            raise errors.few_subspaces(len(given), layer_idx)
         pair = None if given is None else given[layer_idx]
         # an encoder's keys are not rotated by the decoder's positions
         made = LowRankKV(self.settings, None if cross else self._rotation(layer_idx, keys, module), pair)
@@ -316,7 +316,7 @@ class LowRankCache(DynamicCache):
             return
         depth = depth_of(config)
         if self.depth is not None and depth != self.depth and self._before:
-            raise refusals.other_depth(depth, self.depth)
+            raise errors.other_depth(depth, self.depth)
         self._config, self.depth = config, depth
 
     def _has(self, layer_idx: int) -> bool:
@@ -327,7 +327,7 @@ class LowRankCache(DynamicCache):
 
     def _layer(self, layer_idx: int, module: nn.Module | None) -> Any:
         if layer_idx >= len(self.layers) and self._before and module is None:
-            raise refusals.more_layers(layer_idx, len(self.layers))
+            raise errors.more_layers(layer_idx, len(self.layers))
         while len(self.layers) <= layer_idx:
             self.layers.append(LowRankLayer())
         layer = self.layers[layer_idx]

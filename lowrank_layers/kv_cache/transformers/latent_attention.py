@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from ...errors import LowRankError
 from ..attend import Exact, Old, Piece, attend
-from ..latent import Heads, Latent, Part
+from ..compressed_tokens import Heads, Latent, Part
 from ..masks import is_causal
-from ..rotation import Rotation
+from ..rope import Rotation
 from ..subspace import Subspace
-from .cached import Borrowed, Normed, Unlifted
+from .latent_tokens import Borrowed, Normed, Unlifted
 
 
 class LatentProjection(nn.Module):

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import LowRankError
-from ..state import LowRankKV
+from ..low_rank_kv import LowRankKV
 from .attention import NAME
-from .lazy import Handle, LazyKV
+from .lazy_kv import Handle, LazyKV
 from .versions import LayerInterface, cropped_length, query_length
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import UnsupportedLayerError
-from ..rotation import Rotation
+from ..rope import Rotation
 from .latent_attention import LatentAttention, LatentProjection, norm_of
 
 OUTPUTS = ("o_proj", "dense", "out_proj")

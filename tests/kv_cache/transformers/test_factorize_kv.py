@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import lowrank_layers as lr
 from lowrank_layers.kv_cache import LatentAttention
-from lowrank_layers.kv_cache.latent import Part
+from lowrank_layers.kv_cache.compressed_tokens import Part
 
 from .tiny_models import SIZE, cached, generated, logits, prompts, tiny, transformers
 
@@ -155,7 +155,7 @@ def test_rank_rules_give_every_head_its_own():
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "opt"])
 def test_steps_are_the_whole(kind, monkeypatch):
     """A prompt in pieces gives what it gives at once, over several tiles of rebuilt keys."""
-    for module in ("attend", "rotation", "cached"):
+    for module in ("attend", "rope", "transformers.latent_tokens"):
         monkeypatch.setattr(import_module(f"lowrank_layers.kv_cache.{module}"), "TILE", 5)
     model = lr.factorize_kv_(tiny(kind), rank=6)
     ids = torch.randint(3, 97, (2, 17))

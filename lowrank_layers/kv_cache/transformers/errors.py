@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from ...errors import LowRankError
-from .binding import crosses
+from .calling_model import crosses
 
 
 def offloading(given: bool) -> LowRankError:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from .rotation import Rotation
+from .low_rank_kv import LowRankKV
+from .rope import Rotation
 from .settings import KVSettings
-from .state import LowRankKV
 
 
 class LowRankAttention(nn.Module):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from ..state import LowRankKV
+from ..low_rank_kv import LowRankKV
 
 
 class Handle:

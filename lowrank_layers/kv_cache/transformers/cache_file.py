@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ...errors import CheckpointError, LowRankError
 from ...files import replacing
-from ..rotation import Rotation
-from ..stored import layer_from, layer_to, settings_from, settings_to
+from ..rope import Rotation
+from ..serialize import layer_from, layer_to, settings_from, settings_to
 from .layer import LowRankLayer
 from .versions import exact_from, exact_to
 

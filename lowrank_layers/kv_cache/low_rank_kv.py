@@ -10,12 +10,12 @@ from torch import Tensor
 from ..errors import LowRankError
 from .attend import Exact, Old, Piece, attend
 from .autocast import without_autocast
+from .compressed_tokens import Latent, grouped
 from .fit import fit_latent
-from .latent import Latent, grouped
-from .rotation import Rotation
+from .recent_tokens import Tail
+from .rope import Rotation
 from .settings import KVSettings
 from .subspace import Scatter, Subspace
-from .tail import Tail
 
 
 class LowRankKV:

@@ -9,7 +9,7 @@ import transformers
 from transformers import DynamicCache
 
 import lowrank_layers as lr
-from lowrank_layers.kv_cache.transformers import rotary
+from lowrank_layers.kv_cache.transformers import rope as reader
 
 from ..tiny import SIZES, model
 
@@ -135,9 +135,9 @@ def test_what_cannot_be_read_is_said_once_and_compressed_as_it_comes(broken, mon
     expected = logits(net, "eager", DynamicCache())
     code = sys.modules[type(net.model.layers[0].self_attn).__module__]
     if broken == "class":
-        monkeypatch.setattr(rotary, "_rotary_class", lambda *_: lambda config: 1 / 0)
+        monkeypatch.setattr(reader, "_rotary_class", lambda *_: lambda config: 1 / 0)
     else:
-        monkeypatch.setattr(rotary, "APPLY", ("rotate_half",) if broken == "function" else ())
+        monkeypatch.setattr(reader, "APPLY", ("rotate_half",) if broken == "function" else ())
     assert code.rotate_half is not None
     cache = lr.LowRankCache(16, **KEEP)
     with pytest.warns(UserWarning, match="how llama rotates its keys could not be read") as caught:

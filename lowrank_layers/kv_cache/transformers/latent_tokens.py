@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ..coefficients import Coefficients
-from ..latent import Latent
-from ..rotation import TILE
+from ..compressed_tokens import Latent
+from ..rope import TILE
 
 
 class Borrowed(Coefficients):

@@ -12,12 +12,12 @@ from torch import Tensor
 from .. import rank as rules
 from ..errors import CheckpointError, LowRankError
 from .coefficients import Coefficients
-from .latent import Latent, Part
-from .rotation import Rotation
+from .compressed_tokens import Latent, Part
+from .low_rank_kv import LowRankKV
+from .recent_tokens import Tail
+from .rope import Rotation
 from .settings import KVSettings
-from .state import LowRankKV
 from .subspace import Subspace
-from .tail import Tail
 
 SIDES = ("keys", "values")
 
