@@ -86,7 +86,7 @@ def test_truncating_to_more_changes_nothing(k):
 @kinds
 @pytest.mark.parametrize("bad", [0, -1, True, 1.5, "a"], ids=repr)
 def test_bad_truncations_are_refused(k, bad):
-    with pytest.raises(lr.LowRankError, match=r"truncate: got rank .*expected an integer of at least 1"):
+    with pytest.raises(lr.LowRankError, match=r"truncate: got rank=.*expected an integer of at least 1"):
         values()[k].truncate((bad, bad, None) if k == 1 else bad)
 
 
@@ -121,7 +121,7 @@ def test_a_truncated_hosvd_is_the_projection_of_the_tensor():
     assert torch.allclose(got.to_dense(), expected, atol=1e-10)
 
 
-def test_tucker_truncation_wants_one_entry_a_mode_and_none_for_whole_modes():
+def test_tucker_truncation_wants_one_entry_per_mode_and_none_for_whole_modes():
     f = values()[1]
     assert f.truncate((1, None, None)).rank == (1, 3, 4)
     with pytest.raises(lr.LowRankError, match=r"^Tucker.truncate: got 2 ranks, expected 3"):
