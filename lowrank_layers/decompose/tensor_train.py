@@ -11,19 +11,20 @@ from ..linalg import leading_eigenvectors, scaled_to_unit
 from .svd import svd
 
 _STRIP = 8192
-"""How many columns are brought to fp64 at once."""
+"""Number of columns that are converted to fp64 at once."""
 
 
 def tensor_trains(tensor: Tensor, ranks: Sequence[Sequence[int]]) -> Iterator[list[Tensor]]:
-    r"""One train for each of several ranks, by TT-SVD (Oseledets, 2011).
+    r"""Decomposes a tensor into one tensor train for each of several ranks, by TT-SVD (Oseledets, 2011).
 
-    Unfolding after unfolding is split by its truncated SVD. With :math:`\varepsilon_k` the best error of the ``k``-th
-    unfolding at its rank, the error is at most :math:`\sqrt{\sum_k \varepsilon_k^2}`, so within :math:`\sqrt{d - 1}` of
-    the best train of those ranks. The first unfolding, by far the largest one, is decomposed once for all of them.
+    One unfolding after the other is split by its truncated SVD. If :math:`\varepsilon_k` is the best error of the
+    ``k``-th unfolding at its rank, the error is at most :math:`\sqrt{\sum_k \varepsilon_k^2}`, so within
+    :math:`\sqrt{d - 1}` of the best train of those ranks. The first unfolding, by far the largest, is decomposed once
+    for all ranks.
 
     Args:
         tensor: in the dtype to compute in; Gram matrices are formed in fp64.
-        ranks: for each train its bonds, one fewer than there are modes, none above what its unfolding can have.
+        ranks: bond ranks of each train, one fewer than there are modes, none above that of its unfolding.
 
     Shape:
         ``[m_1, ..., m_d]`` to cores ``[r_{k-1}, m_k, r_k]`` with ``r_0 = r_d = 1``.
@@ -43,7 +44,10 @@ def tensor_trains(tensor: Tensor, ranks: Sequence[Sequence[int]]) -> Iterator[li
 
 
 def _split(matrix: Tensor, rank: int, *, last: bool) -> tuple[Tensor, Tensor]:
-    """``A ~ L R`` with the leading singular subspaces; ``L`` has orthonormal columns (at the last bond either side)."""
+    """Splits ``A`` into ``L R`` by its leading singular vectors.
+
+    ``L`` has orthonormal columns; at the last bond ``R`` may have orthonormal rows instead.
+    """
     rows, columns = matrix.shape
     if rows <= columns:
         left = leading_eigenvectors(_gram(matrix), rank).to(matrix.dtype)
@@ -56,7 +60,7 @@ def _split(matrix: Tensor, rank: int, *, last: bool) -> tuple[Tensor, Tensor]:
 
 
 def _gram(matrix: Tensor) -> Tensor:
-    """``A A^T`` in fp64, without the whole of ``A`` in fp64."""
+    """Computes ``A A^T`` in fp64 without a copy of all of ``A`` in fp64."""
     gram = matrix.new_zeros(len(matrix), len(matrix), dtype=torch.float64)
     for strip in matrix.split(_STRIP, dim=1):
         wide = strip.double()

@@ -1,73 +1,28 @@
 """What is particular to the block tensor train, beyond what every layer promises."""
 
-import itertools
-import math
-
 import pytest
 import tensorly
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from tensorly.tt_matrix import tt_matrix_to_matrix
 from torch import nn
 
 import lowrank_layers as lr
 from lowrank_layers.calibrate.moments import Moments
 from lowrank_layers.calibrate.statistics import LayerStats
-from lowrank_layers.layers.tt_embedding import _split_columns, _split_rows, block_trains
-from lowrank_layers.linalg import rounded_train, train_product
+from lowrank_layers.linalg import rounded_train
 
-from ..contracts.tables import DERANDOMIZED, generator, relative
+from ..contracts.tables import generator, relative
+from ..decompose.test_block_tt import low_tt_rank, unfoldings
 
 
-def table_of(weight: torch.Tensor, **settings) -> nn.Embedding:
+def embedding_of(weight: torch.Tensor, **settings) -> nn.Embedding:
     return nn.Embedding.from_pretrained(weight, freeze=False, **settings)
-
-
-def low_tt_rank(rows: int, columns: int, rank: int, seed: int = 0) -> torch.Tensor:
-    """A table that is a train of that rank exactly, in the digits that the layer picks."""
-    how = lr.TensorizedEmbedding(rows, columns, rank=1, device="meta").split
-    bonds = [1, *[rank] * (len(how[0]) - 1), 1]
-    cores = [
-        torch.randn(bonds[k], n, d, bonds[k + 1], generator=generator(seed + k), dtype=torch.float64)
-        for k, (n, d) in enumerate(zip(*how, strict=True))
-    ]
-    return train_product(cores)[:rows]
-
-
-def unfoldings(weight: torch.Tensor, how) -> list[torch.Tensor]:
-    """The table, filled up with zeros, with the first k digits as rows, by index arithmetic alone."""
-    (n, d), order = how, len(how[0])
-    filled = torch.zeros(math.prod(n), weight.shape[1], dtype=weight.dtype)
-    filled[: len(weight)] = weight
-    tensor = torch.empty(*itertools.chain.from_iterable(zip(n, d, strict=True)), dtype=weight.dtype)
-    for place in itertools.product(*(range(size) for size in tensor.shape)):
-        i, j = 0, 0
-        for k in range(order):
-            i, j = i * n[k] + place[2 * k], j * d[k] + place[2 * k + 1]
-        tensor[place] = filled[i, j]
-    sizes = [a * b for a, b in zip(n, d, strict=True)]
-    return [tensor.reshape(math.prod(sizes[:k]), -1) for k in range(1, order)]
 
 
 # ------------------------------------------------------------------------------------------------------- digits
 
 
-@DERANDOMIZED
-@given(st.integers(1, 5000), st.integers(1, 600), st.integers(2, 4))
-def test_digits_cover_the_rows_and_multiply_to_the_columns(rows, columns, order):
-    n, d = _split_rows(rows, order), _split_columns(columns, order)
-    assert len(n) == len(d) == order
-    assert math.prod(d) == columns
-    assert math.prod(n) >= rows
-    assert max(n) - min(n) <= 1
-    if max(n) > 1:
-        smaller = sorted(n)
-        smaller[-1] -= 1
-        assert math.prod(smaller) < rows  # one less would not do
-
-
-def test_digits_of_known_tables():
+def test_the_split_of_known_sizes():
     layer = lr.TensorizedEmbedding(50_000, 768, rank=2, device="meta")
     assert layer.split == ((37, 37, 37), (8, 8, 12))
     assert lr.TensorizedEmbedding(101, 13, rank=2).split == ((5, 5, 5), (1, 1, 13))
@@ -108,33 +63,16 @@ def test_bonds_that_do_not_fit_are_refused(rank):
 @pytest.mark.parametrize("shape", [(16, 16), (17, 13), (23, 1), (1, 12), (30, 7)], ids=str)
 def test_full_rank_is_exact_in_fp64(shape, order):
     weight = torch.randn(*shape, generator=generator(0), dtype=torch.float64)
-    layer = lr.TensorizedEmbedding.from_dense(table_of(weight), rank=10_000, order=order)
+    layer = lr.TensorizedEmbedding.from_dense(embedding_of(weight), rank=10_000, order=order)
     assert relative(layer(torch.arange(len(weight))), weight) < 1e-12
     assert relative(layer.factors().to_dense(), weight) < 1e-12
-
-
-@pytest.mark.parametrize("order", [2, 3, 4])
-@pytest.mark.parametrize("rank", [1, 2, 3, 5])
-def test_the_error_is_within_the_bound_of_tt_svd(order, rank):
-    weight = torch.randn(16, 16, generator=generator(1), dtype=torch.float64) if order != 3 else None
-    weight = torch.randn(27, 8, generator=generator(1), dtype=torch.float64) if weight is None else weight
-    layer = lr.TensorizedEmbedding.from_dense(table_of(weight), rank=rank, order=order)
-    assert math.prod(layer.split[0]) == len(weight)  # no rows filled up, whose error would not be seen
-    tails = [
-        float(torch.linalg.svdvals(matrix)[bond:].square().sum())
-        for matrix, bond in zip(unfoldings(weight, layer.split), layer.rank, strict=True)
-    ]
-    error = float((layer.weight.detach() - weight).square().sum())
-    assert max(tails) * (1 - 1e-9) <= error <= sum(tails) * (1 + 1e-9)
-    if order == 2:
-        assert error == pytest.approx(tails[0], rel=1e-9)
 
 
 def test_a_train_is_recovered_at_its_rank():
     weight = low_tt_rank(100, 12, rank=3)
     assert torch.linalg.matrix_rank(weight) == 12
     for dtype, limit in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
-        layer = lr.TensorizedEmbedding.from_dense(table_of(weight.to(dtype)), rank=3)
+        layer = lr.TensorizedEmbedding.from_dense(embedding_of(weight.to(dtype)), rank=3)
         assert relative(layer.weight, weight) < limit
 
 
@@ -160,26 +98,6 @@ def test_from_dense_of_its_dense_form_is_the_layer(rows, columns, settings, padd
         again = lr.TensorizedEmbedding.from_dense(layer.to_dense(), **settings)
         assert again.rank == layer.rank
         assert relative(again.weight, layer.weight) < limit
-
-
-@pytest.mark.parametrize("padding_idx", [None, 0, 40])
-@pytest.mark.parametrize(("rows", "columns"), [(256, 16), (100, 12), (301, 24), (40, 30)])
-@pytest.mark.parametrize("rank", [1, 3, 8, 13])
-@pytest.mark.parametrize("noise", [0.2, 10])
-def test_free_rows_never_make_it_worse(rows, columns, rank, noise, padding_idx):
-    weight = low_tt_rank(rows, columns, rank)
-    weight = weight + noise * weight.std() * torch.randn(weight.shape, generator=generator(9), dtype=torch.float64)
-    if padding_idx is not None:
-        padding_idx = min(padding_idx, rows - 1)
-        weight[padding_idx] = 0
-    layer = lr.TensorizedEmbedding.from_dense(table_of(weight, padding_idx=padding_idx), rank=rank)
-    filled = torch.zeros(math.prod(layer.split[0]), columns, dtype=torch.float64)
-    filled[:rows] = weight
-    (cores,) = block_trains(filled, layer.split, [layer.rank])
-    with_zeros = train_product(cores)[:rows]
-    if padding_idx is not None:
-        with_zeros[padding_idx] = 0
-    assert relative(layer.weight, weight) <= relative(with_zeros, weight) * (1 + 1e-9) + 1e-14
 
 
 def test_the_value_is_tensorlys_tt_matrix():
@@ -215,9 +133,9 @@ def test_rounding_finds_the_smaller_train_and_bounds_the_error():
 
 
 def test_the_padding_vector_is_zero_and_passes_no_gradient():
-    table = nn.Embedding(20, 6, padding_idx=4)
+    embedding = nn.Embedding(20, 6, padding_idx=4)
     for layer in (
-        lr.TensorizedEmbedding.from_dense(table, rank=2),
+        lr.TensorizedEmbedding.from_dense(embedding, rank=2),
         lr.TensorizedEmbedding(20, 6, padding_idx=-16, rank=2),
     ):
         assert layer.padding_idx == 4
@@ -233,11 +151,11 @@ def test_the_padding_vector_is_zero_and_passes_no_gradient():
 
 
 def test_a_padding_row_that_is_not_zero_is_refused():
-    table = nn.Embedding(20, 6, padding_idx=4)
-    nn.init.normal_(table.weight)
+    embedding = nn.Embedding(20, 6, padding_idx=4)
+    nn.init.normal_(embedding.weight)
     with pytest.raises(lr.UnsupportedLayerError, match=r"row 4, the padding.*Zero that row"):
-        lr.TensorizedEmbedding.from_dense(table, rank=2)
-    assert not lr.TensorizedMethod().matches(table)
+        lr.TensorizedEmbedding.from_dense(embedding, rank=2)
+    assert not lr.TensorizedMethod().matches(embedding)
     with pytest.raises(lr.LowRankError, match="padding_idx 20"):
         lr.TensorizedEmbedding(20, 6, padding_idx=20, rank=2)
 
@@ -275,14 +193,14 @@ def test_indices_of_any_shape_and_integer_type():
 
 
 @pytest.mark.parametrize(("kind", "expected"), [("train", "tensorized"), ("pair", "svd")])
-def test_a_plan_takes_what_the_table_is(kind, expected):
+def test_a_plan_takes_the_form_that_the_embedding_has(kind, expected):
     rows, columns = 20_000, 32
     if kind == "train":
         weight = low_tt_rank(rows, columns, rank=3).float()
         assert torch.linalg.matrix_rank(weight) == columns
     else:
         weight = torch.randn(rows, 2, generator=generator(0)) @ torch.randn(2, columns, generator=generator(1))
-    model = nn.Sequential(table_of(weight / weight.std()), nn.Linear(columns, 4))
+    model = nn.Sequential(embedding_of(weight / weight.std()), nn.Linear(columns, 4))
     plan = lr.make_plan(model, lr.Budget(params=0.1))
     assert plan["0"].method == expected
     assert plan["0"].error < 1e-3
@@ -292,7 +210,7 @@ def test_a_plan_takes_what_the_table_is(kind, expected):
 
 
 def test_a_plan_with_trains_is_saved_loaded_and_closed_again(tmp_path):
-    model = nn.Sequential(table_of(low_tt_rank(12_000, 8, rank=2).float(), padding_idx=None), nn.Linear(8, 4))
+    model = nn.Sequential(embedding_of(low_tt_rank(12_000, 8, rank=2).float(), padding_idx=None), nn.Linear(8, 4))
     x = torch.randint(12_000, (5, 3))
     expected = model(x)
     plan = lr.make_plan(model, lr.Budget(params=0.05))
@@ -307,7 +225,7 @@ def test_a_plan_with_trains_is_saved_loaded_and_closed_again(tmp_path):
     assert type(lr.densify_(model)[0]) is nn.Embedding
 
 
-def test_small_tables_get_no_options():
+def test_small_embeddings_get_no_options():
     assert lr.TensorizedMethod().options(nn.Embedding(500, 16), None) == []
     assert lr.TensorizedMethod(min_rows=500).options(nn.Embedding(500, 16), None)
 
@@ -315,16 +233,16 @@ def test_small_tables_get_no_options():
 def test_frequencies_lower_the_weighted_error():
     """Words sorted by frequency, as vocabularies are: marginals over the digits see most of Zipf's law."""
     rows, columns = 1000, 16
-    table = nn.Embedding(rows, columns)
+    embedding = nn.Embedding(rows, columns)
     frequency = 1 / (torch.arange(rows, dtype=torch.float64) + 3)
     frequency /= frequency.sum()
     stats = LayerStats(Moments(frequency.clone(), frequency.clone(), 10**6), input_shape=(7,), positions=7.0)
     method = lr.TensorizedMethod(min_rows=500)
-    for option in method.options(table, stats):
-        weighted, plain = (method.build(table, option.rank, known) for known in (stats, None))
+    for option in method.options(embedding, stats):
+        weighted, plain = (method.build(embedding, option.rank, known) for known in (stats, None))
 
         def lost(layer):
-            error = (layer.weight - table.weight).double().square().sum(1)
-            return float(error @ frequency)
+            error = (layer.weight - embedding.weight).double().square().sum(1)
+            return float((error @ frequency).detach())
 
         assert lost(weighted) < lost(plain)

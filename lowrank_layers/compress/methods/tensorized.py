@@ -10,16 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from ...calibrate.statistics import LayerStats
+from ...decompose.block_tt import block_trains
+from ...decompose.bonds import choose_bonds, train_size, uniform_bonds
+from ...decompose.digits import Split, split_digits
 from ...layers import FactoredModule, TensorizedEmbedding, weight_of
-from ...layers.tt_embedding import (
-    Split,
-    block_trains,
-    choose_bonds,
-    digits,
-    padding_is_zero,
-    train_size,
-    uniform_bonds,
-)
+from ...layers.tt_embedding import padding_is_zero
 from ...linalg import Root, check_tensor, train_product
 from .base import Option, factored_cost, layer_for
 from .regression import Regression, regressions
@@ -73,7 +68,7 @@ class TensorizedMethod:
     def choose(self, module: nn.Module, stats: LayerStats | None, rank: Any) -> tuple[int, ...]:
         """The bonds that an integer, a tuple or a rule on sizes means."""
         table = _table(module)
-        return choose_bonds(rank, _split(table), table.numel())
+        return choose_bonds(rank, _split(table), table.numel(), TensorizedEmbedding.__name__)
 
     def build(self, module: nn.Module, rank: Any, stats: LayerStats | None) -> FactoredModule:
         """The factored layer; with statistics the train in the norm that the digits' marginals give."""
@@ -82,7 +77,7 @@ class TensorizedMethod:
         table = _table(module)
         split = _split(table)
         (problem,) = regressions(module, stats)
-        (cores,) = _trains(module, split, [choose_bonds(rank, split, table.numel())], problem, stats)
+        (cores,) = _trains(module, split, [self.choose(module, stats, rank)], problem, stats)
         return TensorizedEmbedding.from_cores(module, cores)
 
 
@@ -92,7 +87,7 @@ def _table(module: nn.Module) -> Tensor:
 
 def _split(table: Tensor) -> Split:
     rows, columns = table.shape
-    return digits(rows, columns, 3, None)
+    return split_digits(rows, columns, 3, TensorizedEmbedding.__name__)
 
 
 def _trains(
@@ -102,7 +97,7 @@ def _trains(
     if stats is not None:
         rows, columns = (_marginals(w, side) for w, side in zip(_weights(problem), split, strict=True))
         scales = [torch.outer(r, c).sqrt() for r, c in zip(rows, columns, strict=True)]
-    return block_trains(_table(module), split, bonds, scales, padding_idx=module.padding_idx)  # type: ignore[arg-type]
+    return block_trains(_table(module), split, bonds, scales=scales, free_row=module.padding_idx)  # type: ignore[arg-type]
 
 
 def _weights(problem: Regression) -> tuple[Tensor, Tensor]:
