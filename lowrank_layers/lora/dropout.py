@@ -1,9 +1,7 @@
-"""Dropout on the input of adapters, drawn once for all layers that read the same tensor."""
+"""Dropout on the input of a linear adapter that keeps no dropped copy of it for the backward pass."""
 
 from __future__ import annotations
 
-import threading
-import weakref
 from typing import Any
 
 import torch
@@ -11,44 +9,45 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-class _Last(threading.local):
-    """What was dropped out from last, and who has read it."""
+def dropped_linear(input: Tensor, weight: Tensor, p: float) -> Tensor:
+    """``F.linear(F.dropout(input, p), weight)`` with a mask of its own in every call, as in PEFT.
 
-    source: weakref.ref[Tensor] | None = None
-    key: tuple[Any, ...] = ()
-    dropped: Tensor | None = None
-    readers: set[int]
-
-    def forget(self, source: weakref.ref[Tensor]) -> None:
-        if source is self.source:
-            self.source, self.dropped = None, None
-
-
-_last = _Last()
-
-
-def shared_dropout(input: Tensor, chance: float, reader: object) -> Tensor:
-    """``dropout(input)``; layers that read one tensor after another (q, k, v) share one draw.
-
-    So one copy of the input is kept for the backward pass, not one a layer, and its mask takes a byte an entry. A layer
-    that reads the same tensor again gets a new draw, and so does one under another checkpoint: what is computed again
-    must be what was computed. (A reentrant checkpoint cannot be seen: put it around all that share, or none.)
+    Autograd keeps the input, which all layers that read it share, and one byte per entry for the mask; the dropped
+    input is computed again in the backward pass.
 
     Args:
-        input: any tensor.
-        chance: of an entry to be dropped.
-        reader: who asks; each is given a draw once.
+        input: the input, ``[N, in]``.
+        weight: the weight, ``[out, in]``.
+        p: the probability of an entry to be dropped.
     """
     if torch.compiler.is_compiling() or input.is_inference():
-        return F.dropout(input, chance)
-    # the hooks tell checkpoints apart: every one packs what it saves in its own way
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    key = (chance, input._version, torch.is_grad_enabled(), hooks)
-    dropped = _last.dropped
-    known = _last.source is not None and _last.source() is input and _last.key == key
-    if dropped is None or not known or id(reader) in _last.readers:
-        dropped, _ = torch.native_dropout(input, chance, True)
-        _last.source, _last.dropped = weakref.ref(input, _last.forget), dropped
-        _last.key, _last.readers = key, set()
-    _last.readers.add(id(reader))
-    return dropped
+        return F.linear(F.dropout(input, p), weight)
+    kept = torch.empty_like(input, dtype=torch.uint8, requires_grad=False).bernoulli_(1 - p)
+    out: Tensor = _DroppedLinear.apply(input, weight, kept, 1 / (1 - p))  # type: ignore[no-untyped-call]
+    return out
+
+
+class _DroppedLinear(torch.autograd.Function):
+    """``scale * F.linear(input * kept, weight)``; under autocast both passes compute in the dtype of the output."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(input: Tensor, weight: Tensor, kept: Tensor, scale: float) -> Tensor:
+        return F.linear(input * kept, weight) * scale
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        input, weight, kept, ctx.scale = inputs
+        ctx.save_for_backward(input, weight, kept)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        input, weight, kept = ctx.saved_tensors
+        gradient = gradients[0] * ctx.scale
+        to_input = to_weight = None
+        if ctx.needs_input_grad[0]:
+            to_input = (gradient @ weight.to(gradient.dtype)).to(input.dtype) * kept
+        if ctx.needs_input_grad[1]:
+            to_weight = (gradient.mT @ (input * kept).to(gradient.dtype)).to(weight.dtype)
+        return to_input, to_weight, None, None

@@ -15,7 +15,7 @@ from ..layers.conv1d import is_conv1d_class
 from ..layers.conv_base import FactoredConv, TransposedConv
 from ..layers.patches import pad_input
 from .adapter import Bank
-from .dropout import shared_dropout
+from .dropout import dropped_linear
 from .weight_layout import Kernel, Matrix, parameter_of
 
 Fast = Callable[..., Tensor]
@@ -80,7 +80,6 @@ def _linear(cls: type[nn.Module], self: Any, bank: Bank, input: Tensor) -> Tenso
     """``y = W x + b``, then ``y += B s (A x)`` in place: the delta costs no tensor of the output's size."""
     _check_rows(bank, self, input.shape[0] if input.ndim > 1 else None)
     x = input if input.ndim == 2 else input.reshape(-1, input.shape[-1])
-    dropped = _dropped(bank, input).reshape(x.shape)
     plain = parameter_of(self, "weight")
     if plain is None:
         out: Tensor = cls.forward(self, x)
@@ -89,10 +88,11 @@ def _linear(cls: type[nn.Module], self: Any, bank: Bank, input: Tensor) -> Tenso
     else:
         out = F.linear(x, plain, self.bias)
     if bank.rows is not None and input.ndim > 2 and _alike(bank):
-        _add_rows(bank, bank.rows, out, dropped)
+        _add_rows(bank, bank.rows, out, _dropped(bank, x))
     else:
         a, b = _stacked(bank)
-        inner = F.linear(dropped, a.to(dropped.dtype))
+        p = _dropout_probability(bank)
+        inner = dropped_linear(x, a.to(x.dtype), p) if p else F.linear(x, a.to(x.dtype))
         strength = _strengths(bank)
         if bank.rows is not None:
             strength = strength.repeat_interleave(len(x) // len(strength), 0)
@@ -239,8 +239,13 @@ def _strengths(bank: Bank) -> Tensor:
 
 
 def _dropped(bank: Bank, x: Tensor) -> Tensor:
-    chance = max(adapter.dropout for adapter in bank)
-    return shared_dropout(x, chance, bank) if chance and bank.training else x
+    p = _dropout_probability(bank)
+    return F.dropout(x, p) if p else x
+
+
+def _dropout_probability(bank: Bank) -> float:
+    """The largest of the adapters', since all of them read one input; zero in eval mode."""
+    return max(adapter.dropout for adapter in bank) if bank.training else 0.0
 
 
 def _check_rows(bank: Bank, module: nn.Module, found: int | None) -> None:

@@ -11,7 +11,6 @@ from torch import Tensor
 from ..errors import LowRankError
 from ..layers.patches import pad_input
 from .adapter import Adapter, Bank
-from .dropout import shared_dropout
 from .weight_layout import Kernel, Kind, parameter_of
 
 
@@ -52,8 +51,7 @@ def mixed_forward(self: Any, bank: Bank, input: Tensor) -> Tensor:
     out: Tensor = self._conv_forward(input, weight, self.bias)
     for adapter, gate in gated:
         if isinstance(adapter, MixedGroups):
-            dropped = shared_dropout(input, adapter.dropout, adapter) if adapter.dropout and self.training else input
-            x = pad_input(self, dropped)
+            x = pad_input(self, F.dropout(input, adapter.dropout, self.training))
             inner = conv(x, adapter.A.to(x.dtype), None, self.stride, 0, self.dilation)
             inner = (inner * (gate * adapter.scaling).view(1)).to(inner.dtype)
             out = out + conv(inner, adapter.B.to(inner.dtype), groups=kind.groups)
