@@ -1,243 +1,144 @@
-"""Makes the big matrices of a PyTorch network low-rank wherever they live."""
+"""Makes the big matrices of a PyTorch network low-rank wherever they live.
 
-import importlib
-from typing import TYPE_CHECKING, Any
+A public name stands here once, as ``from .x import A as A``: the form that type checkers, editors and ruff read as a
+re-export. ``__all__`` is what these lines have imported.
+"""
+
+import types
+import typing
+
+import torch.distributed
 
 from . import kv_cache
-from .calibrate import Calibration, SampledCrossEntropy, calibrate
-from .calibrate.statistics import LayerStats, Statistics
-from .checkpoint import load, save
+from .calibrate import Calibration as Calibration, SampledCrossEntropy as SampledCrossEntropy, calibrate as calibrate
+from .calibrate.statistics import LayerStats as LayerStats, Statistics as Statistics
+from .checkpoint import load as load, save as save
 from .compress import (
-    METHODS,
-    CPMethod,
-    Entry,
-    Method,
-    Option,
-    Plan,
-    SpatialMethod,
-    SVDMethod,
-    TensorizedMethod,
-    TuckerMethod,
-    densify_,
-    factorize_,
-    make_plan,
+    METHODS as METHODS,
+    CPMethod as CPMethod,
+    Entry as Entry,
+    Method as Method,
+    Option as Option,
+    Plan as Plan,
+    SpatialMethod as SpatialMethod,
+    SVDMethod as SVDMethod,
+    TensorizedMethod as TensorizedMethod,
+    TuckerMethod as TuckerMethod,
+    densify_ as densify_,
+    factorize_ as factorize_,
+    make_plan as make_plan,
 )
-from .cost import Cost
-from .decompose import cp, nmf, svd, tucker
-from .errors import BudgetError, CheckpointError, LowRankError, MissingExtraError, UnsupportedLayerError
-from .factors import CP, NMF, SVD, Blocks, BlockTT, Factorization, Tucker
+from .cost import Cost as Cost
+from .decompose import cp as cp, nmf as nmf, svd as svd, tucker as tucker
+from .errors import (
+    BudgetError as BudgetError,
+    CheckpointError as CheckpointError,
+    LowRankError as LowRankError,
+    MissingExtraError as MissingExtraError,
+    UnsupportedLayerError as UnsupportedLayerError,
+)
+from .factors import (
+    CP as CP,
+    NMF as NMF,
+    SVD as SVD,
+    Blocks as Blocks,
+    BlockTT as BlockTT,
+    Factorization as Factorization,
+    Tucker as Tucker,
+)
 from .kv_cache import (
-    KVSettings,
-    LowRankAttention,
-    LowRankKV,
-    Rotation,
-    absorb_mla_,
-    compress_together,
-    factorize_kv_,
-    kv_subspaces,
+    KVSettings as KVSettings,
+    LowRankAttention as LowRankAttention,
+    LowRankKV as LowRankKV,
+    Rotation as Rotation,
+    absorb_mla_ as absorb_mla_,
+    compress_together as compress_together,
+    factorize_kv_ as factorize_kv_,
+    kv_subspaces as kv_subspaces,
 )
 from .layers import (
-    CPConv1d,
-    CPConv2d,
-    CPConv3d,
-    CPConvTranspose1d,
-    CPConvTranspose2d,
-    CPConvTranspose3d,
-    FactoredModule,
-    LowRankConv1d,
-    LowRankConv2d,
-    LowRankConv3d,
-    LowRankConvTranspose1d,
-    LowRankConvTranspose2d,
-    LowRankConvTranspose3d,
-    LowRankEmbedding,
-    LowRankEmbeddingBag,
-    LowRankLinear,
-    LowRankMultiheadAttention,
-    LowRankTransposedLinear,
-    TensorizedEmbedding,
-    TuckerConv1d,
-    TuckerConv2d,
-    TuckerConv3d,
-    TuckerConvTranspose1d,
-    TuckerConvTranspose2d,
-    TuckerConvTranspose3d,
-    layer_cost,
+    CPConv1d as CPConv1d,
+    CPConv2d as CPConv2d,
+    CPConv3d as CPConv3d,
+    CPConvTranspose1d as CPConvTranspose1d,
+    CPConvTranspose2d as CPConvTranspose2d,
+    CPConvTranspose3d as CPConvTranspose3d,
+    FactoredModule as FactoredModule,
+    LowRankConv1d as LowRankConv1d,
+    LowRankConv2d as LowRankConv2d,
+    LowRankConv3d as LowRankConv3d,
+    LowRankConvTranspose1d as LowRankConvTranspose1d,
+    LowRankConvTranspose2d as LowRankConvTranspose2d,
+    LowRankConvTranspose3d as LowRankConvTranspose3d,
+    LowRankEmbedding as LowRankEmbedding,
+    LowRankEmbeddingBag as LowRankEmbeddingBag,
+    LowRankLinear as LowRankLinear,
+    LowRankMultiheadAttention as LowRankMultiheadAttention,
+    LowRankTransposedLinear as LowRankTransposedLinear,
+    TensorizedEmbedding as TensorizedEmbedding,
+    TuckerConv1d as TuckerConv1d,
+    TuckerConv2d as TuckerConv2d,
+    TuckerConv3d as TuckerConv3d,
+    TuckerConvTranspose1d as TuckerConvTranspose1d,
+    TuckerConvTranspose2d as TuckerConvTranspose2d,
+    TuckerConvTranspose3d as TuckerConvTranspose3d,
+    layer_cost as layer_cost,
 )
 from .lora import (
-    Extraction,
-    LoraRankAllocator,
-    add_lora_,
-    combine_lora_,
-    extract_lora,
-    load_lora,
-    loftq_,
-    lora_disabled,
-    lora_parameters,
-    lora_rows,
-    merge_lora_,
-    remove_lora_,
-    save_lora,
-    swap_lora_,
-    unmerge_lora_,
-    use_adapter,
-    weight_gradients,
+    Extraction as Extraction,
+    LoraRankAllocator as LoraRankAllocator,
+    add_lora_ as add_lora_,
+    combine_lora_ as combine_lora_,
+    extract_lora as extract_lora,
+    load_lora as load_lora,
+    loftq_ as loftq_,
+    lora_disabled as lora_disabled,
+    lora_parameters as lora_parameters,
+    lora_rows as lora_rows,
+    merge_lora_ as merge_lora_,
+    remove_lora_ as remove_lora_,
+    save_lora as save_lora,
+    swap_lora_ as swap_lora_,
+    unmerge_lora_ as unmerge_lora_,
+    use_adapter as use_adapter,
+    weight_gradients as weight_gradients,
 )
+from .optim import LowRankProjection as LowRankProjection
 from .rank import (
-    EVBMF,
-    Budget,
-    Elbow,
-    Energy,
-    GavishDonoho,
-    ParameterFraction,
-    Rank,
-    RankRule,
-    RelativeError,
-    Spectrum,
+    EVBMF as EVBMF,
+    Budget as Budget,
+    Elbow as Elbow,
+    Energy as Energy,
+    GavishDonoho as GavishDonoho,
+    ParameterFraction as ParameterFraction,
+    Rank as Rank,
+    RankRule as RankRule,
+    RelativeError as RelativeError,
+    Spectrum as Spectrum,
 )
 
-if TYPE_CHECKING:
+if torch.distributed.is_available():  # torch may be built without it
     from .distributed import (
-        LowRankCommState,
-        LowRankReduceState,
-        attach_low_rank_reduce,
-        low_rank_hook,
-        merge_comm_states,
+        LowRankCommState as LowRankCommState,
+        LowRankReduceState as LowRankReduceState,
+        attach_low_rank_reduce as attach_low_rank_reduce,
+        low_rank_hook as low_rank_hook,
+        merge_comm_states as merge_comm_states,
     )
-    from .kv_cache import LowRankCache
-    from .optim import LowRankProjection
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "CP",
-    "EVBMF",
-    "METHODS",
-    "NMF",
-    "SVD",
-    "BlockTT",
-    "Blocks",
-    "Budget",
-    "BudgetError",
-    "CPConv1d",
-    "CPConv2d",
-    "CPConv3d",
-    "CPConvTranspose1d",
-    "CPConvTranspose2d",
-    "CPConvTranspose3d",
-    "CPMethod",
-    "Calibration",
-    "CheckpointError",
-    "Cost",
-    "Elbow",
-    "Energy",
-    "Entry",
-    "Extraction",
-    "FactoredModule",
-    "Factorization",
-    "GavishDonoho",
-    "KVSettings",
-    "LayerStats",
-    "LoraRankAllocator",
-    "LowRankAttention",
-    "LowRankCache",
-    "LowRankCommState",
-    "LowRankConv1d",
-    "LowRankConv2d",
-    "LowRankConv3d",
-    "LowRankConvTranspose1d",
-    "LowRankConvTranspose2d",
-    "LowRankConvTranspose3d",
-    "LowRankEmbedding",
-    "LowRankEmbeddingBag",
-    "LowRankError",
-    "LowRankKV",
-    "LowRankLinear",
-    "LowRankMultiheadAttention",
-    "LowRankProjection",
-    "LowRankReduceState",
-    "LowRankTransposedLinear",
-    "Method",
-    "MissingExtraError",
-    "Option",
-    "ParameterFraction",
-    "Plan",
-    "Rank",
-    "RankRule",
-    "RelativeError",
-    "Rotation",
-    "SVDMethod",
-    "SampledCrossEntropy",
-    "SpatialMethod",
-    "Spectrum",
-    "Statistics",
-    "TensorizedEmbedding",
-    "TensorizedMethod",
-    "Tucker",
-    "TuckerConv1d",
-    "TuckerConv2d",
-    "TuckerConv3d",
-    "TuckerConvTranspose1d",
-    "TuckerConvTranspose2d",
-    "TuckerConvTranspose3d",
-    "TuckerMethod",
-    "UnsupportedLayerError",
-    "absorb_mla_",
-    "add_lora_",
-    "attach_low_rank_reduce",
-    "calibrate",
-    "combine_lora_",
-    "compress_together",
-    "cp",
-    "densify_",
-    "extract_lora",
-    "factorize_",
-    "factorize_kv_",
-    "kv_subspaces",
-    "layer_cost",
-    "load",
-    "load_lora",
-    "loftq_",
-    "lora_disabled",
-    "lora_parameters",
-    "lora_rows",
-    "low_rank_hook",
-    "make_plan",
-    "merge_comm_states",
-    "merge_lora_",
-    "nmf",
-    "remove_lora_",
-    "save",
-    "save_lora",
-    "svd",
-    "swap_lora_",
-    "tucker",
-    "unmerge_lora_",
-    "use_adapter",
-    "weight_gradients",
-]
+if typing.TYPE_CHECKING:
+    from .kv_cache import LowRankCache as LowRankCache
+else:
+    __all__ = ["LowRankCache"]
+    __all__ += [key for key, value in globals().items() if key[0] != "_" and not isinstance(value, types.ModuleType)]
+    __all__.sort()
 
+    def __getattr__(name: str) -> object:
+        if name == "LowRankCache":  # it needs transformers, which importing this library must not
+            return kv_cache.LowRankCache
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
-_DISTRIBUTED = (
-    "LowRankCommState",
-    "LowRankReduceState",
-    "attach_low_rank_reduce",
-    "low_rank_hook",
-    "merge_comm_states",
-)
-
-
-def __getattr__(name: str) -> Any:
-    # it needs transformers, which importing this library must not
-    if name == "LowRankCache":
-        return kv_cache.LowRankCache
-    # few programs train in several processes, and all of them pay for an import
-    if name in _DISTRIBUTED:
-        return getattr(importlib.import_module(".distributed", __name__), name)
-    if name == "LowRankProjection":
-        return getattr(importlib.import_module(".optim", __name__), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    def __dir__() -> list[str]:
+        return __all__

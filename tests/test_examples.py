@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
-from benchmarks.data import ROOT as DATA
-from benchmarks.data import available
+from benchmarks.data import ROOT as DATA, available
 
 ROOT = Path(__file__).resolve().parents[1]
 

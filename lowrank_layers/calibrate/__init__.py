@@ -1,40 +1,18 @@
 """Calibration: what a model's layers see, and how much its loss feels of what they put out."""
 
-from .calibration import Calibration, as_batch, calibrate
-from .fisher import SampledCrossEntropy
-from .masks import Kept, data_rows
-from .padding import MaskOf, Padding, check_mask
+from .calibration import Calibration as Calibration, as_batch as as_batch, calibrate as calibrate
+from .fisher import SampledCrossEntropy as SampledCrossEntropy
+from .masks import Kept as Kept, data_rows as data_rows
+from .padding import MaskOf as MaskOf, Padding as Padding, check_mask as check_mask
 from .run import (
-    Loss,
-    batch_loss,
-    check_batches,
-    check_loss,
-    fitting_scale,
-    forward,
-    frozen,
-    layer_input,
-    quiet_eval,
-    target_of,
+    Loss as Loss,
+    batch_loss as batch_loss,
+    check_batches as check_batches,
+    check_loss as check_loss,
+    fitting_scale as fitting_scale,
+    forward as forward,
+    frozen as frozen,
+    layer_input as layer_input,
+    quiet_eval as quiet_eval,
+    target_of as target_of,
 )
-
-__all__ = [
-    "Calibration",
-    "Kept",
-    "Loss",
-    "MaskOf",
-    "Padding",
-    "SampledCrossEntropy",
-    "as_batch",
-    "batch_loss",
-    "calibrate",
-    "check_batches",
-    "check_loss",
-    "check_mask",
-    "data_rows",
-    "fitting_scale",
-    "forward",
-    "frozen",
-    "layer_input",
-    "quiet_eval",
-    "target_of",
-]

@@ -1,32 +1,16 @@
 """A trained model, to a budget: methods, allocation, plan, factorization."""
 
-from .entry import Entry
-from .factorize import densify_, factorize_
-from .make_plan import make_plan
+from .entry import Entry as Entry
+from .factorize import densify_ as densify_, factorize_ as factorize_
+from .make_plan import make_plan as make_plan
 from .methods import (
-    METHODS,
-    CPMethod,
-    Method,
-    Option,
-    SpatialMethod,
-    SVDMethod,
-    TensorizedMethod,
-    TuckerMethod,
+    METHODS as METHODS,
+    CPMethod as CPMethod,
+    Method as Method,
+    Option as Option,
+    SpatialMethod as SpatialMethod,
+    SVDMethod as SVDMethod,
+    TensorizedMethod as TensorizedMethod,
+    TuckerMethod as TuckerMethod,
 )
-from .plan import Plan
-
-__all__ = [
-    "METHODS",
-    "CPMethod",
-    "Entry",
-    "Method",
-    "Option",
-    "Plan",
-    "SVDMethod",
-    "SpatialMethod",
-    "TensorizedMethod",
-    "TuckerMethod",
-    "densify_",
-    "factorize_",
-    "make_plan",
-]
+from .plan import Plan as Plan

@@ -1,8 +1,6 @@
 """Tensors into factors."""
 
-from .cp import cp
-from .nmf import nmf
-from .svd import svd
-from .tucker import tucker
-
-__all__ = ["cp", "nmf", "svd", "tucker"]
+from .cp import cp as cp
+from .nmf import nmf as nmf
+from .svd import svd as svd
+from .tucker import tucker as tucker

@@ -1,79 +1,54 @@
 """Drop-in ``nn.Module``s whose weight is stored in factors. Their children are ordinary torch modules."""
 
-from .attention import PROJECTIONS, LowRankMultiheadAttention
-from .base import FACTORED_LAYERS, FactoredModule, bias_of, is_derived, is_factored, meta_twin, weight_of
-from .cost import layer_cost, layer_writes
-from .cp_conv import CPConv, CPConv1d, CPConv2d, CPConv3d, CPConvTranspose1d, CPConvTranspose2d, CPConvTranspose3d
-from .embedding import LowRankEmbedding
-from .embedding_bag import LowRankEmbeddingBag
-from .kernel import ConvNd
-from .linear import LowRankLinear, LowRankTransposedLinear
+from .attention import PROJECTIONS as PROJECTIONS, LowRankMultiheadAttention as LowRankMultiheadAttention
+from .base import (
+    FACTORED_LAYERS as FACTORED_LAYERS,
+    FactoredModule as FactoredModule,
+    bias_of as bias_of,
+    is_derived as is_derived,
+    is_factored as is_factored,
+    meta_twin as meta_twin,
+    weight_of as weight_of,
+)
+from .cost import layer_cost as layer_cost, layer_writes as layer_writes
+from .cp_conv import (
+    CPConv as CPConv,
+    CPConv1d as CPConv1d,
+    CPConv2d as CPConv2d,
+    CPConv3d as CPConv3d,
+    CPConvTranspose1d as CPConvTranspose1d,
+    CPConvTranspose2d as CPConvTranspose2d,
+    CPConvTranspose3d as CPConvTranspose3d,
+)
+from .embedding import LowRankEmbedding as LowRankEmbedding
+from .embedding_bag import LowRankEmbeddingBag as LowRankEmbeddingBag
+from .kernel import ConvNd as ConvNd
+from .linear import LowRankLinear as LowRankLinear, LowRankTransposedLinear as LowRankTransposedLinear
 from .low_rank_conv import (
-    LowRankConv1d,
-    LowRankConv2d,
-    LowRankConv3d,
-    LowRankConvTranspose1d,
-    LowRankConvTranspose2d,
-    LowRankConvTranspose3d,
-    PairConv,
+    LowRankConv1d as LowRankConv1d,
+    LowRankConv2d as LowRankConv2d,
+    LowRankConv3d as LowRankConv3d,
+    LowRankConvTranspose1d as LowRankConvTranspose1d,
+    LowRankConvTranspose2d as LowRankConvTranspose2d,
+    LowRankConvTranspose3d as LowRankConvTranspose3d,
+    PairConv as PairConv,
 )
-from .matrix import is_embedding, is_transposed, linear_shape, matrices_of, takes_bias, weight_from_matrices
-from .plain import peculiarity
-from .tt_embedding import TensorizedEmbedding
+from .matrix import (
+    is_embedding as is_embedding,
+    is_transposed as is_transposed,
+    linear_shape as linear_shape,
+    matrices_of as matrices_of,
+    takes_bias as takes_bias,
+    weight_from_matrices as weight_from_matrices,
+)
+from .plain import peculiarity as peculiarity
+from .tt_embedding import TensorizedEmbedding as TensorizedEmbedding
 from .tucker_conv import (
-    TuckerConv,
-    TuckerConv1d,
-    TuckerConv2d,
-    TuckerConv3d,
-    TuckerConvTranspose1d,
-    TuckerConvTranspose2d,
-    TuckerConvTranspose3d,
+    TuckerConv as TuckerConv,
+    TuckerConv1d as TuckerConv1d,
+    TuckerConv2d as TuckerConv2d,
+    TuckerConv3d as TuckerConv3d,
+    TuckerConvTranspose1d as TuckerConvTranspose1d,
+    TuckerConvTranspose2d as TuckerConvTranspose2d,
+    TuckerConvTranspose3d as TuckerConvTranspose3d,
 )
-
-__all__ = [
-    "FACTORED_LAYERS",
-    "PROJECTIONS",
-    "CPConv",
-    "CPConv1d",
-    "CPConv2d",
-    "CPConv3d",
-    "CPConvTranspose1d",
-    "CPConvTranspose2d",
-    "CPConvTranspose3d",
-    "ConvNd",
-    "FactoredModule",
-    "LowRankConv1d",
-    "LowRankConv2d",
-    "LowRankConv3d",
-    "LowRankConvTranspose1d",
-    "LowRankConvTranspose2d",
-    "LowRankConvTranspose3d",
-    "LowRankEmbedding",
-    "LowRankEmbeddingBag",
-    "LowRankLinear",
-    "LowRankMultiheadAttention",
-    "LowRankTransposedLinear",
-    "PairConv",
-    "TensorizedEmbedding",
-    "TuckerConv",
-    "TuckerConv1d",
-    "TuckerConv2d",
-    "TuckerConv3d",
-    "TuckerConvTranspose1d",
-    "TuckerConvTranspose2d",
-    "TuckerConvTranspose3d",
-    "bias_of",
-    "is_derived",
-    "is_embedding",
-    "is_factored",
-    "is_transposed",
-    "layer_cost",
-    "layer_writes",
-    "linear_shape",
-    "matrices_of",
-    "meta_twin",
-    "peculiarity",
-    "takes_bias",
-    "weight_from_matrices",
-    "weight_of",
-]

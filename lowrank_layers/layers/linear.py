@@ -11,8 +11,7 @@ from ..decompose import svd
 from ..errors import MissingExtraError
 from ..factors import SVD
 from ..linalg import exact_svd, working_dtype
-from ..rank import Rank, choose_rank
-from ..rank import pair_spectrum as pair_spectrum
+from ..rank import Rank, choose_rank, pair_spectrum as pair_spectrum
 from .base import FactoredModule, adopt, adopt_dense, bias_of, fill, reset_chain, weight_of
 from .conv1d import is_conv1d_class
 from .plain import check_dense

@@ -1,39 +1,28 @@
 """Pure tensor functions under every factorization. fp64 where it decides the result."""
 
-from .check import check_tensor, narrowed, working_dtype
-from .krylov import krylov_svd
-from .precision import full_precision
-from .products import fold, khatri_rao, mode_product, rounded_train, train_product, unfold
-from .psd import Root, damp, psd_root
-from .scale import scaled_to_unit, to_unit, unit_scale
-from .sparse import Matrix, ScipySparse, SparseMatrix, check_matrix, is_dense
-from .svd import exact_svd, gram_svd, leading_eigenvectors, randomized_svd
-
-__all__ = [
-    "Matrix",
-    "Root",
-    "ScipySparse",
-    "SparseMatrix",
-    "check_matrix",
-    "check_tensor",
-    "damp",
-    "exact_svd",
-    "fold",
-    "full_precision",
-    "gram_svd",
-    "is_dense",
-    "khatri_rao",
-    "krylov_svd",
-    "leading_eigenvectors",
-    "mode_product",
-    "narrowed",
-    "psd_root",
-    "randomized_svd",
-    "rounded_train",
-    "scaled_to_unit",
-    "to_unit",
-    "train_product",
-    "unfold",
-    "unit_scale",
-    "working_dtype",
-]
+from .check import check_tensor as check_tensor, narrowed as narrowed, working_dtype as working_dtype
+from .krylov import krylov_svd as krylov_svd
+from .precision import full_precision as full_precision
+from .products import (
+    fold as fold,
+    khatri_rao as khatri_rao,
+    mode_product as mode_product,
+    rounded_train as rounded_train,
+    train_product as train_product,
+    unfold as unfold,
+)
+from .psd import Root as Root, damp as damp, psd_root as psd_root
+from .scale import scaled_to_unit as scaled_to_unit, to_unit as to_unit, unit_scale as unit_scale
+from .sparse import (
+    Matrix as Matrix,
+    ScipySparse as ScipySparse,
+    SparseMatrix as SparseMatrix,
+    check_matrix as check_matrix,
+    is_dense as is_dense,
+)
+from .svd import (
+    exact_svd as exact_svd,
+    gram_svd as gram_svd,
+    leading_eigenvectors as leading_eigenvectors,
+    randomized_svd as randomized_svd,
+)

@@ -1,5 +1,3 @@
 """Optimizers at low rank: GaLore's projection of gradients around any of them."""
 
-from .low_rank_projection import LowRankProjection
-
-__all__ = ["LowRankProjection"]
+from .low_rank_projection import LowRankProjection as LowRankProjection

@@ -1,28 +1,17 @@
 """Ranks: rules for one matrix (a spectrum or the sizes of the candidates in, a rank out), a budget for many."""
 
-from .budget import Budget, as_budget
-from .elbow import Elbow
-from .energy import Energy, RelativeError
-from .evbmf import EVBMF
-from .gavish_donoho import GavishDonoho
-from .knapsack import allocate
-from .rule import Rank, RankRule, Spectrum, check_rank, choose_rank, pair_spectrum
-from .size import ParameterFraction
-
-__all__ = [
-    "EVBMF",
-    "Budget",
-    "Elbow",
-    "Energy",
-    "GavishDonoho",
-    "ParameterFraction",
-    "Rank",
-    "RankRule",
-    "RelativeError",
-    "Spectrum",
-    "allocate",
-    "as_budget",
-    "check_rank",
-    "choose_rank",
-    "pair_spectrum",
-]
+from .budget import Budget as Budget, as_budget as as_budget
+from .elbow import Elbow as Elbow
+from .energy import Energy as Energy, RelativeError as RelativeError
+from .evbmf import EVBMF as EVBMF
+from .gavish_donoho import GavishDonoho as GavishDonoho
+from .knapsack import allocate as allocate
+from .rule import (
+    Rank as Rank,
+    RankRule as RankRule,
+    Spectrum as Spectrum,
+    check_rank as check_rank,
+    choose_rank as choose_rank,
+    pair_spectrum as pair_spectrum,
+)
+from .size import ParameterFraction as ParameterFraction

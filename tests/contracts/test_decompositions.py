@@ -5,8 +5,7 @@ import math
 import pytest
 import tensorly
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from tensorly.decomposition import parafac, partial_tucker
 
 import lowrank_layers as lr

@@ -5,8 +5,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 import lowrank_layers as lr
 from lowrank_layers.decompose.digits import check_split, split_digits, tensorize

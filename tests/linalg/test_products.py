@@ -2,8 +2,7 @@
 
 import tensorly
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from lowrank_layers.linalg import fold, khatri_rao, mode_product, unfold
 

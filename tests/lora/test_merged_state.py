@@ -10,8 +10,7 @@ from torch import nn
 
 import lowrank_layers as lr
 
-from .peer import scramble as scramble_peer
-from .peer import wrapped
+from .peer import scramble as scramble_peer, wrapped
 from .test_adapters import FACTORED, MODELS, adapted, everything, make, models, run, scramble
 
 DENSE = [name for name in MODELS if name not in FACTORED]

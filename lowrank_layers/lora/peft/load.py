@@ -15,8 +15,7 @@ from ...modules.attention import mind_fast_paths_
 from ...modules.tree import check_model, module_aliases
 from ..adapted import bank_of
 from ..adapter import Adapter, adapter_dtype, check_dtype
-from ..diffusers import FILE as DIFFUSERS_FILE
-from ..diffusers import find_diffusion, is_diffusion_file
+from ..diffusers import FILE as DIFFUSERS_FILE, find_diffusion, is_diffusion_file
 from ..forward import fast_call
 from ..inject import DEFAULT, attach_, freeze_
 from ..mixed_groups import MixedGroups, dora_ratio
