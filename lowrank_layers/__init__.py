@@ -15,7 +15,11 @@ from .calibrate.statistics import LayerStats as LayerStats, Statistics as Statis
 from .checkpoint import load as load, save as save
 from .compress import (
     METHODS as METHODS,
+    Candidate as Candidate,
+    CostModel as CostModel,
+    CountedCost as CountedCost,
     CPMethod as CPMethod,
+    Damping as Damping,
     Entry as Entry,
     Method as Method,
     Option as Option,
@@ -27,6 +31,7 @@ from .compress import (
     densify_ as densify_,
     factorize_ as factorize_,
     make_plan as make_plan,
+    register_method as register_method,
 )
 from .cost import Cost as Cost
 from .decompose import cp as cp, nmf as nmf, svd as svd, tucker as tucker

@@ -6,11 +6,11 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from .calibrate.statistics import Statistics
-from .compress.methods import regressions
-from .compress.methods.svd import total_tails
+from .compress.candidates import Candidate
 from .compress.plan import Plan
 from .errors import LowRankError, MissingExtraError
 
@@ -44,7 +44,9 @@ def spectra(model: nn.Module, plan: Plan, stats: Statistics | None = None, *, ax
     """
     axes = ax if ax is not None else panels(1)[0]
     for k, entry in enumerate(plan):
-        tails = total_tails(regressions(model.get_submodule(entry.name), None if stats is None else stats[entry.name]))
+        known = None if stats is None else stats[entry.name]
+        layer = Candidate(model.get_submodule(entry.name), known, damping=plan.damping)
+        tails = torch.stack(layer.tails).sum(0)
         lost = (tails / tails[0]).clamp_min(1e-6).sqrt().tolist()
         colour = _COLOURS[k % len(_COLOURS)]
         axes.plot(

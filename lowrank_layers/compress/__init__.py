@@ -1,5 +1,8 @@
 """A trained model, to a budget: methods, allocation, plan, factorization."""
 
+from .candidates import Candidate as Candidate
+from .cost_model import CostModel as CostModel, CountedCost as CountedCost
+from .damping import Damping as Damping
 from .entry import Entry as Entry
 from .factorize import densify_ as densify_, factorize_ as factorize_
 from .make_plan import make_plan as make_plan
@@ -12,5 +15,6 @@ from .methods import (
     SVDMethod as SVDMethod,
     TensorizedMethod as TensorizedMethod,
     TuckerMethod as TuckerMethod,
+    register_method as register_method,
 )
 from .plan import Plan as Plan

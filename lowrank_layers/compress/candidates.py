@@ -1,139 +1,162 @@
-"""Which layers of a model are planned, and why the others stay as they are."""
+"""One layer in planning: its weighted problems, costs and energies, each computed once, when it is first asked for."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
+import torch
 from torch import Tensor, nn
 
-from ..calibrate.statistics import LayerStats, Statistics
+from ..calibrate.statistics import LayerStats
 from ..cost import Cost
 from ..errors import LowRankError
-from ..layers import is_derived, is_factored
-from ..modules.replace import reasons_to_stay
-from ..modules.tree import walk_layers
-from .methods import METHODS, Method, Option, regressions
-from .methods.base import repeated_cost
-
-UNREACHED = "smallest rank, since no gradient of the loss reaches it"
-"""What the plan says of a layer whose output does not change the loss."""
+from ..layers import bias_of, is_transposed, matrices_of, takes_bias
+from ..layers.kernel import kernel_of
+from ..linalg import Root, damp, fold, psd_root, unfold
+from .cost_model import CostModel, CountedCost
+from .damping import Damping
+from .regression import Metric, Regression, add_ridge_, diagonal_of
 
 TRIMMED = 0.01
-"""What part of a layer's singular directions may be outliers."""
+"""Fraction of a layer's singular directions that may be outliers."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One layer in planning.
+    """A dense layer and what is known of it: what a :class:`Method` is given.
+
+    Everything is computed lazily and once, so that methods which compete for a layer share it. The big matrices are let
+    go of by :meth:`release`; energies and tails stay.
 
     Args:
         module: the dense layer.
         stats: its statistics, where the model was calibrated.
-        idle: whether the loss does not depend on it, although it depends on other layers.
+        damping: ridges on the moments in the statistics.
+        cost_model: prices the layer and its options.
+        idle: whether the loss does not depend on this layer, although it depends on others.
+
+    Examples:
+        >>> layer = lr.Candidate(nn.Linear(64, 32))
+        >>> option = lr.SVDMethod().options(layer)[3]
+        >>> option.rank, option.cost.params, layer.before.params
+        (4, 416, 2080)
     """
 
     module: nn.Module
-    stats: LayerStats | None
-    idle: bool = False
+    stats: LayerStats | None = None
+    damping: Damping = field(default=Damping(), kw_only=True)
+    cost_model: CostModel = field(default=CountedCost(), kw_only=True)
+    idle: bool = field(default=False, kw_only=True)
 
     @cached_property
     def before(self) -> Cost:
         """Cost of the dense layer."""
-        return repeated_cost(self.module, self.stats)
+        return self.cost_model.cost(self.module, self.stats)
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether the factored layer has a bias: once the input means are known, it corrects the mean of the output."""
+        free = self.stats is not None and self.stats.free_bias
+        return bias_of(self.module) is not None or (free and takes_bias(self.module))
 
     @cached_property
-    def _tails(self) -> list[Tensor]:
-        """Estimated growth of the loss at rank 0, 1, 2, ..., group by group."""
-        return [problem.tails() for problem in regressions(self.module, self.stats)]
+    def problems(self) -> tuple[Regression, ...]:
+        """The weighted problems of the layer's matrices, one per group; a layer without groups has one."""
+        return self._problems_of(matrices_of(self.module))
+
+    @cached_property
+    def kernel_problems(self) -> tuple[Regression, ...]:
+        """The problems of a convolution's kernels ``[out, in * area]``, one per group.
+
+        Without statistics the error does not depend on the layout, so that a transposed convolution has them too.
+        """
+        if not is_transposed(self.module):
+            return self.problems
+        assert self.stats is None, "the patches that a transposed convolution makes overlap"
+        return self._problems_of(kernel_of(self.module).detach().flatten(2))
+
+    @cached_property
+    def weighted_kernels(self) -> tuple[tuple[Tensor, Root], ...]:
+        """Each group's kernel weighted on both channel modes, and the root of the input channels' own moment."""
+        return tuple(_weighted_kernel(self.module, problem) for problem in self.kernel_problems)
+
+    @cached_property
+    def tails(self) -> list[Tensor]:
+        """Estimated growth of the loss at rank 0, 1, 2, ... of a pair of factors, group by group."""
+        return [problem.tails for problem in self.problems]
 
     @property
     def energy(self) -> float:
         """Estimated growth of the loss if nothing of the layer but its output's mean were left."""
-        return sum(float(tails[0]) for tails in self._tails)
+        return sum(float(tails[0]) for tails in self.tails)
 
     @property
     def trimmed_energy(self) -> float:
-        """The energy without the largest singular directions: 1 % of them, at least one for each group."""
-        return sum(float(tails[max(1, round(TRIMMED * (len(tails) - 1)))]) for tails in self._tails)
+        """The energy without the largest singular directions: 1 % of them, at least one per group."""
+        return sum(float(tails[max(1, round(TRIMMED * (len(tails) - 1)))]) for tails in self.tails)
 
-    def options(self, methods: Sequence[Method]) -> list[tuple[str, Option]]:
-        """Dense first, then everything that any method offers, by the method's name."""
-        table = [("dense", Option(None, self.before, 0.0))]
-        for method in methods:
-            if method.matches(self.module):
-                table += [(method.name, option) for option in method.options(self.module, self.stats)]
-        return table
+    def release(self) -> None:
+        """Lets go of the problems with their matrices and roots; they are computed anew if they are asked for again."""
+        for name in ("problems", "kernel_problems", "weighted_kernels"):
+            self.__dict__.pop(name, None)
 
+    def _problems_of(self, matrices: Tensor) -> tuple[Regression, ...]:
+        bias = bias_of(self.module)
+        biases = [None] * len(matrices) if bias is None else bias.detach().double().unflatten(0, (len(matrices), -1))
+        pairs = zip(matrices.double(), biases, strict=True)
+        if self.stats is None:
+            return tuple(Regression.plain(weight, bias) for weight, bias in pairs)
+        return tuple(self._weighted(weight, bias, self.stats.group(k)) for k, (weight, bias) in enumerate(pairs))
 
-def candidates(
-    model: nn.Module, methods: Sequence[Method], asked: set[str], stats: Statistics | None
-) -> tuple[dict[str, Candidate], dict[str, str]]:
-    """The layers to plan for, and the reason for every other weight of two dimensions or more, both by name.
-
-    Args:
-        model: the dense model, its attentions opened.
-        methods: those that may be chosen.
-        asked: names of the layers that are to be left alone.
-        stats: what calibration found.
-    """
-    reasons = reasons_to_stay(model)
-    idle = set() if stats is None else without_gradient(stats)
-    found: dict[str, Candidate] = {}
-    skipped: dict[str, str] = {}
-    for name, module in walk_layers(model):
-        weights = [p for p in module.parameters(recurse=False) if p.ndim > 1]
-        if is_factored(module) or isinstance(module, nn.utils.parametrize.ParametrizationList):
-            continue
-        if not weights and not is_derived(module):
-            continue
-        if name in asked:
-            skipped[name] = "as asked"
-        elif name in reasons:
-            skipped[name] = reasons[name]
-        elif not any(method.matches(module) for method in methods):
-            skipped.update(_unmatched(name, module))
-        elif name == "":
+    def _weighted(self, weight: Tensor, bias: Tensor | None, stats: LayerStats) -> Regression:
+        """The problem of one matrix; its map goes through the origin where the layer cannot have a bias."""
+        rows, columns = weight.shape
+        device = weight.device
+        if len(stats.inputs.mean) != columns:
             raise LowRankError(
-                f"the model itself is a {type(module).__name__} and cannot be replaced in place;"
-                " wrap it in nn.Sequential, or use from_dense."
+                f"got statistics of {len(stats.inputs.mean)} inputs for a layer of {columns};"
+                " calibrate this model, not another one."
             )
-        elif any(p.is_meta for p in weights):
-            raise LowRankError(f"{name!r}: its weight is on the meta device; load the weights first.")
-        elif stats is not None and (name not in stats or not stats[name].inputs.rows):
-            skipped[name] = "calibration never reached it"
-        elif name in idle and stats is not None and not stats[name].traced:
-            skipped[name] = "it ran without gradients (torch.no_grad), so that its effect on the loss is not known"
-        else:
-            found[name] = Candidate(module, None if stats is None else stats[name], name in idle)
-    return found, skipped
+        mean, second = stats.inputs.mean.to(device), stats.inputs.second.to(device)
+        target = mean if stats.target_mean is None else stats.target_mean.to(device)
+        cross = None if stats.cross is None else stats.cross.to(device)
+        centred = takes_bias(self.module) and self.has_bias
+        moment = torch.addr(second, mean, mean, alpha=-1) if centred else second.clone()
+        if cross is not None:
+            cross = cross.clone() if centred else torch.addr(cross, target, mean)
+        variance = diagonal_of(moment).mean()
+        ridge = self.damping.inputs * variance if variance > 0 else torch.ones_like(variance)
+        outputs = Metric.identity(rows, device)
+        if stats.gradients is not None and bool(diagonal_of(stats.gradients).max() > 0):
+            outputs = Metric(damp(stats.gradients.to(device), self.damping.outputs))
+        return Regression(
+            weight,
+            bias,
+            outputs,
+            Metric(add_ridge_(moment, ridge)),
+            None if cross is None else add_ridge_(cross, ridge),
+            mean if centred else None,
+            target if centred else None,
+            stats.positions,
+        )
 
 
-def without_gradient(stats: Statistics) -> set[str]:
-    """Layers that no gradient of the loss reached, where it reached others: the loss does not depend on them."""
-    reached = {
-        name for name, each in stats.items() if each.gradients is not None and bool(each.gradients.count_nonzero())
-    }
-    return set(stats) - reached if reached else set()
+def _weighted_kernel(conv: nn.Module, problem: Regression) -> tuple[Tensor, Root]:
+    """One group's kernel weighted on both channel modes, and the root of the channels' own moment.
 
-
-def _unmatched(name: str, module: nn.Module) -> Iterator[tuple[str, str]]:
-    """Names and reasons for what no method takes: a layer, or the parameters that a larger module holds itself."""
-    kind = type(module).__name__
-    known = {"nn.MultiheadAttention", *(cls.dense_name() for method in METHODS.values() for cls in method.layers)}
-    parents = [parent for parent in type(module).__mro__ if f"nn.{parent.__name__}" in known]
-    if isinstance(module, nn.RNNBase):
-        yield name, f"no method for {kind}: torch's recurrent kernels take whole matrices"
-    elif isinstance(module, nn.EmbeddingBag):
-        yield name, f"no method for {kind} with mode={module.mode!r}"
-    elif type(module) is nn.MultiheadAttention:
-        yield name, f"{kind} as the model itself cannot be opened in place; wrap it in nn.Sequential"
-    elif parents and parents[0] is not type(module):
-        yield name, f"no method for {kind}, a subclass of nn.{parents[0].__name__} that may compute something else"
-    elif not parents and (name == "" or any(True for _ in module.children())):
-        for key, parameter in module.named_parameters(recurse=False):
-            if parameter.ndim > 1:
-                yield f"{name}.{key}" if name else key, f"a parameter of {kind} itself, which no layer holds"
+    The moment of patches does not separate into channels and positions; its channel blocks are averaged.
+    """
+    shape = kernel_of(conv).shape[1:]
+    out, channels = shape[:2]
+    area = problem.weight.shape[1] // channels
+    kernel = problem.weight.reshape(out, channels, area)
+    moment = problem.inputs.matrix
+    if moment.ndim == 1:
+        channel = moment.reshape(channels, area).mean(1)
     else:
-        yield name, f"no method for {kind}"
+        blocks = moment.reshape(channels, area, channels, area)
+        channel = damp(blocks.diagonal(dim1=1, dim2=3).mean(-1), 1e-6)
+    root = psd_root(channel)
+    kernel = problem.outputs.root.times(kernel.flatten(1)).reshape_as(kernel)
+    return fold(root.times(unfold(kernel, 1)), 1, kernel.shape).reshape(shape), root

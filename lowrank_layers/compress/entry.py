@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..cost import Cost
 from ..errors import LowRankError
 from ..layers import layer_cost, layer_writes
 from ..layers.config import Spec, blank
-from .methods import METHODS, factored_like
+from .methods import METHODS, Method, factored_like
+from .methods.registry import DENSE, as_tuples, settings_of, with_settings
 
 MACS_PER_VALUE = 150
 """Multiply-accumulates in the time of writing one value (convolutions at batch 64 on one x86 core with AVX-512)."""
@@ -31,7 +32,8 @@ class Entry:
         layer: the dense layer's settings.
         bias: whether the factored layer has a bias.
         input_shape: shape of one sample's input, where known.
-        repeats: inputs of that shape a sample of the model.
+        repeats: inputs of that shape per sample of the model.
+        settings: fields of the method that planned the layer and will build it.
     """
 
     name: str
@@ -44,14 +46,19 @@ class Entry:
     bias: bool
     input_shape: tuple[int, ...] | None = None
     repeats: float = 1.0
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def built_by(self) -> Method:
+        """The method that builds the layer, with its settings."""
+        return with_settings(self.method, self.settings)
 
     def with_rank(self, method: str, rank: Any) -> Entry:
-        """The same layer at another rank."""
-        dense = blank(self.layer)
-        meta = factored_like(METHODS[method], dense, rank, self.bias)
+        """The same layer at another rank, priced by count; another method has the settings it is registered with."""
+        settings = self.settings if method == self.method else settings_of(METHODS[method])
+        meta = factored_like(with_settings(method, settings), blank(self.layer), rank, self.bias)
         cost = layer_cost(meta, self.input_shape)
         after = Cost(cost.params, round(cost.macs * self.repeats), cost.bytes)
-        return replace(self, method=method, rank=meta.rank, after=after, error=None)
+        return replace(self, method=method, rank=meta.rank, after=after, error=None, settings=settings)
 
     def time(self) -> tuple[float, float] | None:
         """Estimated time of the dense and of the planned layer, in multiply-accumulates; ``None`` without statistics.
@@ -61,24 +68,24 @@ class Entry:
         if self.input_shape is None:
             return None
         dense = planned = blank(self.layer)
-        if self.method != "dense":
-            planned = factored_like(METHODS[self.method], dense, self.rank, self.bias)
+        if self.method != DENSE:
+            planned = factored_like(self.built_by(), dense, self.rank, self.bias)
         writes = [MACS_PER_VALUE * self.repeats * layer_writes(each, self.input_shape) for each in (dense, planned)]
         return self.before.macs + writes[0], self.after.macs + writes[1]
 
 
 def read_entry(raw: dict[str, Any]) -> Entry:
     """The entry that a plan's file holds as plain values."""
-    rank = raw["rank"]
     shape = raw["input_shape"]
     values = {
         **raw,
-        "rank": tuple(rank) if isinstance(rank, list) else rank,
+        "rank": as_tuples(raw["rank"]),
         "before": Cost(**raw["before"]),
         "after": Cost(**raw["after"]),
         "input_shape": None if shape is None else tuple(shape),
+        "settings": as_tuples(raw.get("settings", {})),  # older files have none
     }
-    if raw["method"] != "dense" and raw["method"] not in METHODS:
+    if raw["method"] != DENSE and raw["method"] not in METHODS:
         raise LowRankError(f"{raw['name']!r}: got method {raw['method']!r}, expected one of {list(METHODS)}.")
     if raw["error"] is not None and not math.isfinite(raw["error"]):
         raise TypeError("error is not finite")

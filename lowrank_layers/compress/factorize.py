@@ -14,16 +14,17 @@ from tqdm import tqdm
 from ..calibrate import calibrate, check_batches, quiet_eval
 from ..calibrate.statistics import LayerStats, Statistics
 from ..errors import LowRankError
-from ..layers import FactoredModule, bias_of, is_embedding, is_factored, weight_from_matrices, weight_of
+from ..layers import FactoredModule, is_embedding, is_factored, weight_from_matrices, weight_of
 from ..layers.config import describe
 from ..linalg import check_tensor, full_precision
 from ..modules.attention import fuse_, mind_fast_paths_, unfuse_, unfused
 from ..modules.replace import reasons_to_stay, remap_optimizer_, replace_
 from ..modules.tree import check_factors, check_model, check_removable, walk_layers
+from .candidates import Candidate
+from .damping import Damping
 from .entry import Entry
-from .methods import METHODS, regressions
-from .methods.regression import joint_bias
 from .plan import Plan
+from .regression import joint_bias
 from .sequential import forward_order, paired_stats
 
 
@@ -121,19 +122,20 @@ def densify_(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -
 
 
 def _one_shot(model: nn.Module, plan: Plan, stats: Statistics | None) -> dict[str, nn.Module]:
-    return {
-        entry.name: _build(model.get_submodule(entry.name), entry, None if stats is None else stats[entry.name])
-        for entry in plan
-        if entry.method != "dense"
-    }
+    built: dict[str, nn.Module] = {}
+    for entry in plan:
+        if entry.method != "dense":
+            known = None if stats is None else stats[entry.name]
+            built[entry.name] = _build(model.get_submodule(entry.name), entry, known, plan.damping)
+    return built
 
 
 @full_precision
-def _build(dense: nn.Module, entry: Entry, stats: LayerStats | None) -> FactoredModule:
+def _build(dense: nn.Module, entry: Entry, stats: LayerStats | None, damping: Damping) -> FactoredModule:
     if stats is not None:
         stats = replace(stats, free_bias=entry.bias)  # a plan made without statistics counts no new biases
     try:
-        return METHODS[entry.method].build(dense, entry.rank, stats)
+        return entry.built_by().build(Candidate(dense, stats, damping=damping), entry.rank)
     except LowRankError as error:
         raise type(error)(f"{entry.name!r}: {error}") from None
 
@@ -161,21 +163,21 @@ def _in_sequence(
                     model, work, name, layer_stats, batches, calls=calls[name], with_target=target, mask=stats.mask
                 )
             if entry.method != "dense":
-                new = _build(dense, entry, layer_stats)
+                new = _build(dense, entry, layer_stats, plan.damping)
                 replace_(work, {name: copy.deepcopy(new).requires_grad_(False).eval()})
                 built[name] = new
                 changed = True
             elif regress and changed:
                 assert layer_stats is not None
-                refits[name] = _refit(dense, layer_stats)
+                refits[name] = _refit(dense, layer_stats, plan.damping)
                 _write(work.get_submodule(name), *refits[name])
     return built, refits
 
 
 @full_precision
-def _refit(dense: nn.Module, stats: LayerStats) -> tuple[Tensor, Tensor | None]:
+def _refit(dense: nn.Module, stats: LayerStats, damping: Damping) -> tuple[Tensor, Tensor | None]:
     """The dense layer's best weight and bias on the compressed prefix; without a bias, through the origin."""
-    problems = regressions(dense, stats, centred=bias_of(dense) is not None)
+    problems = Candidate(dense, replace(stats, free_bias=False), damping=damping).problems
     fulls = [problem.full for problem in problems]
     return weight_from_matrices(dense, torch.stack(fulls)), joint_bias(problems, fulls)
 
@@ -207,7 +209,7 @@ def _check_plan(model: nn.Module, plan: Plan, stats: Statistics | None) -> None:
             continue
         if entry.name in reasons:
             raise LowRankError(f"{entry.name!r} cannot be replaced: {reasons[entry.name]}.")
-        if not METHODS[entry.method].matches(module):
+        if not entry.built_by().matches(Candidate(module)):
             raise LowRankError(
                 f"{entry.name!r}: the method {entry.method!r} does not take a {type(module).__name__};"
                 " the plan is for another model."

@@ -17,8 +17,11 @@ from ..files import replacing
 from ..layers import FactoredModule, is_factored, layer_cost
 from ..layers.config import blank, describe
 from ..modules.tree import check_factors, check_model, walk_layers
+from .candidates import Candidate
+from .damping import Damping
 from .entry import Entry, read_entry
 from .methods import METHODS, Method
+from .methods.registry import settings_of
 
 FORMAT = "lowrank_layers.plan"
 VERSION = 1
@@ -32,7 +35,7 @@ class Plan:
         skipped: name to reason, for layers with a weight that no method touches.
         notes: name to remark, for layers whose line needs one.
         total: cost of the whole dense model.
-        settings: how the plan was made, for the record.
+        settings: how the plan was made.
 
     Examples:
         >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
@@ -84,6 +87,11 @@ class Plan:
         return sum((entry.after - entry.before for entry in self), self.total)
 
     @property
+    def damping(self) -> Damping:
+        """Ridges on the moments in the statistics: those that it was made with, and that :func:`factorize_` uses."""
+        return Damping(**self.settings.get("damping", {}))
+
+    @property
     def time_ratio(self) -> float | None:
         """Estimated time of the planned layers over that of the dense ones; ``None`` where no sizes are known.
 
@@ -109,7 +117,7 @@ class Plan:
         """
         entry = self[name]
         dense = blank(entry.layer)
-        fits = [m.name for m in METHODS.values() if m.matches(dense)]
+        fits = [m.name for m in METHODS.values() if m.matches(Candidate(dense))]
         if method is None:
             method = entry.method if entry.method != "dense" else fits[0]
         if method not in fits:
@@ -122,7 +130,7 @@ class Plan:
     def drop(self, name: str) -> Plan:
         """Leaves one layer dense, in place; returns the plan itself."""
         entry = self[name]
-        self._entries[name] = replace(entry, method="dense", rank=None, after=entry.before, error=0.0)
+        self._entries[name] = replace(entry, method="dense", rank=None, after=entry.before, error=0.0, settings={})
         self.notes.pop(name, None)
         return self
 
@@ -154,7 +162,8 @@ class Plan:
             before, after = layer_cost(dense), layer_cost(module)
             saved += before - after
             bias = getattr(module.last, "bias", None) is not None
-            entries.append(Entry(name, method.name, module.rank, before, after, None, describe(dense), bias))
+            entry = Entry(name, method.name, module.rank, before, after, None, describe(dense), bias)
+            entries.append(replace(entry, settings=settings_of(method)))
         return cls(entries, total=model_cost(model) + saved)
 
     def to_json(self) -> str:
@@ -202,14 +211,15 @@ class Plan:
         if body.get("version") != VERSION:
             raise LowRankError(f"{name}: has version {body.get('version')!r}, expected {VERSION}; update the package.")
         try:
-            entries = [read_entry(raw) for raw in body["entries"]]
-            return cls(
-                entries,
+            plan = cls(
+                [read_entry(raw) for raw in body["entries"]],
                 skipped=body["skipped"],
                 notes=body.get("notes"),  # older files have none
                 total=Cost(**body["total"]),
                 settings=body["settings"],
             )
+            plan.damping  # noqa: B018 - refuses what is no damping
+            return plan
         except (KeyError, TypeError, AttributeError, LowRankError) as error:
             raise LowRankError(f"{name}: is damaged: {type(error).__name__}: {error}") from None
 

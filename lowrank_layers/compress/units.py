@@ -13,7 +13,7 @@ _EXPONENT = {"absolute": 0.0, "balanced": 0.5, "relative": 1.0}
 
 
 def check_units(units: object) -> None:
-    """Refuses unknown units."""
+    """Raises for unknown units."""
     if units is not None and units not in get_args(Units):
         raise LowRankError(f"make_plan: got units {units!r}, expected one of {list(get_args(Units))}.")
 
@@ -27,6 +27,7 @@ def default_units(layers: Iterable[Candidate]) -> Units:
 def comparable(layer: Candidate, losses: Iterable[float], units: Units) -> list[float]:
     """The estimated losses of one layer's options in units in which layers may be added."""
     if units == "trimmed":
-        total = max(layer.trimmed_energy, 1e-12 * layer.energy, 1e-300)
-        return [(loss / total) ** 2 for loss in losses]
-    return [loss / max(layer.energy, 1e-300) ** _EXPONENT[units] for loss in losses]
+        scale = max(layer.trimmed_energy, 1e-12 * layer.energy, 1e-300)
+        return [(loss / scale) ** 2 for loss in losses]
+    scale = max(layer.energy, 1e-300) ** _EXPONENT[units]
+    return [loss / scale for loss in losses]

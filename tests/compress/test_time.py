@@ -33,7 +33,8 @@ def test_the_estimate_counts_products_and_values_written(model, stats):
 
 @pytest.mark.parametrize("method", [lr.SVDMethod(), lr.TuckerMethod(), lr.CPMethod(), lr.SpatialMethod()])
 def test_the_values_written_are_those_of_the_parts(model, stats, method):
-    built = method.build(model[0], method.options(model[0], stats["0"])[-1].rank, stats["0"])
+    layer = lr.Candidate(model[0], stats["0"])
+    built = method.build(layer, method.options(layer)[-1].rank)
     x = torch.randn(1, 6, 8, 8)
     written = 0
     for part in built.parts:

@@ -8,8 +8,7 @@ import torch
 from torch import nn
 
 import lowrank_layers as lr
-from lowrank_layers.compress.methods import regressions
-from lowrank_layers.compress.methods.base import factored_cost, repeated_cost
+from lowrank_layers.compress.methods import factored_cost
 from lowrank_layers.layers import matrices_of
 
 METHOD_ROWS = [
@@ -60,8 +59,9 @@ def calibrated(layer):
 
 
 def weighted_error(problem, matrix):
-    root = problem.output.times(torch.eye(len(problem.weight), dtype=torch.float64))
-    moment = problem.moment.diag() if problem.moment.ndim == 1 else problem.moment
+    root = problem.outputs.root.times(torch.eye(len(problem.weight), dtype=torch.float64))
+    moment = problem.inputs.matrix
+    moment = moment.diag() if moment.ndim == 1 else moment
     error = root @ (problem.weight - matrix.double())
     return 0.5 * problem.scale * float(((error @ moment) * error).sum())
 
@@ -75,7 +75,7 @@ def test_every_registered_method_has_a_row():
 def test_full_rank_is_the_dense_layer(method, make, full, with_stats):
     layer = make()
     _, stats, data = calibrated(layer)
-    built = method.build(layer, full, stats["0"] if with_stats else None)
+    built = method.build(lr.Candidate(layer, stats["0"] if with_stats else None), full)
     expected = layer(data[0])
     assert torch.dist(built(data[0]), expected) <= 2e-5 * expected.norm()
 
@@ -86,11 +86,12 @@ def test_options_cost_what_is_built(method, make, full, with_stats):
     layer = make()
     _, stats, _ = calibrated(layer)
     known = stats["0"] if with_stats else None
-    options = method.options(layer, known)
+    candidate = lr.Candidate(layer, known)
+    options = method.options(candidate)
     assert options
     for option in options[:: max(1, len(options) // 4)]:
-        built = method.build(layer, option.rank, known)
-        assert option.cost == repeated_cost(built, known) == factored_cost(method, layer, option.rank, known)
+        built = method.build(candidate, option.rank)
+        assert option.cost == lr.CountedCost().cost(built, known) == factored_cost(method, candidate, option.rank)
         assert option.cost.params == sum(p.numel() for p in built.parameters())
         assert option.cost.params < sum(p.numel() for p in layer.parameters())
 
@@ -100,21 +101,21 @@ def test_the_estimate_is_the_weighted_error_of_what_is_built(method, make, full)
     """``1/2 P tr(G E C E^T)`` of the built layer's error ``E``, with the damped moments of the estimate."""
     layer = make()
     _, stats, _ = calibrated(layer)
-    problems = regressions(layer, stats["0"])
-    for option in method.options(layer, stats["0"])[::3]:
-        built = method.build(layer, option.rank, stats["0"]).to_dense()
-        measured = sum(map(weighted_error, problems, matrices_of(built)))
+    candidate = lr.Candidate(layer, stats["0"])
+    for option in method.options(candidate)[::3]:
+        built = method.build(candidate, option.rank).to_dense()
+        measured = sum(map(weighted_error, candidate.problems, matrices_of(built)))
         # Tucker refines its input basis for the rank that is built, and can only do better than its estimate
         slack = 1.5 if isinstance(method, lr.TuckerMethod) else 1.0
-        assert measured <= option.loss_increase * 1.001 * slack + 1e-6 * sum(p.energy for p in problems)
+        assert measured <= option.loss_increase * 1.001 * slack + 1e-6 * candidate.energy
 
 
-@pytest.mark.parametrize("make", [lambda: nn.Linear(12, 9), lambda: nn.Embedding(40, 6)], ids=["linear", "table"])
+@pytest.mark.parametrize("make", [lambda: nn.Linear(12, 9), lambda: nn.Embedding(40, 6)], ids=["linear", "embedding"])
 def test_the_loss_of_the_best_pair_is_the_tail(make):
     layer = make()
     _, stats, _ = calibrated(layer)
-    (problem,) = regressions(layer, stats["0"])
-    tails = problem.tails()
+    (problem,) = lr.Candidate(layer, stats["0"]).problems
+    tails = problem.tails
     for rank in (1, 3, 5):
         up, down = problem.pair(rank)
         assert problem.loss(up @ down) == pytest.approx(float(tails[rank]), rel=1e-8)
@@ -125,10 +126,10 @@ def test_the_loss_of_the_best_pair_is_the_tail(make):
 def test_weighting_lowers_the_error_of_the_outputs(method, make, full):
     layer = make()
     _, _, data = calibrated(layer)
-    stats = lr.calibrate(nn.Sequential(layer), data)["0"]
-    options = method.options(layer, stats)
+    candidate = lr.Candidate(layer, lr.calibrate(nn.Sequential(layer), data)["0"])
+    options = method.options(candidate)
     rank = options[len(options) // 3].rank
-    plain, weighted = method.build(layer, rank, None), method.build(layer, rank, stats)
+    plain, weighted = method.build(lr.Candidate(layer), rank), method.build(candidate, rank)
     target = layer(data[0])
     assert torch.dist(weighted(data[0]), target) < torch.dist(plain(data[0]), target)
 
@@ -137,7 +138,7 @@ def test_weighting_lowers_the_error_of_the_outputs(method, make, full):
 def test_more_rank_never_costs_more_loss(method, make, full):
     layer = make()
     _, stats, _ = calibrated(layer)
-    options = method.options(layer, stats["0"])
+    options = method.options(lr.Candidate(layer, stats["0"]))
     if isinstance(method, lr.TuckerMethod):
         options = [o for o in options if o.rank[1] == options[-1].rank[1]]
     losses = [o.loss_increase for o in options]
@@ -150,5 +151,6 @@ def test_the_source_layer_is_left_as_it_was(method, make, full):
     layer = make()
     _, stats, _ = calibrated(layer)
     before = copy.deepcopy(layer.state_dict())
-    method.build(layer, method.options(layer, stats["0"])[0].rank, stats["0"])
+    candidate = lr.Candidate(layer, stats["0"])
+    method.build(candidate, method.options(candidate)[0].rank)
     assert all(torch.equal(before[k], v) for k, v in layer.state_dict().items())

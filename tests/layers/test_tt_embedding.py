@@ -155,7 +155,7 @@ def test_a_padding_row_that_is_not_zero_is_refused():
     nn.init.normal_(embedding.weight)
     with pytest.raises(lr.UnsupportedLayerError, match=r"row 4, the padding.*Zero that row"):
         lr.TensorizedEmbedding.from_dense(embedding, rank=2)
-    assert not lr.TensorizedMethod().matches(embedding)
+    assert not lr.TensorizedMethod().matches(lr.Candidate(embedding))
     with pytest.raises(lr.LowRankError, match="padding_idx 20"):
         lr.TensorizedEmbedding(20, 6, padding_idx=20, rank=2)
 
@@ -169,7 +169,7 @@ def test_what_cores_cannot_do_is_refused_with_the_reason(setting):
     ):
         with pytest.raises(lr.UnsupportedLayerError, match=rf"TensorizedEmbedding.*{name}=.*LowRankEmbedding"):
             make()
-    assert not lr.TensorizedMethod().matches(nn.Embedding(20, 6, **setting))
+    assert not lr.TensorizedMethod().matches(lr.Candidate(nn.Embedding(20, 6, **setting)))
 
 
 @pytest.mark.parametrize("index", [-1, 20, 23, 27, 500])
@@ -226,8 +226,8 @@ def test_a_plan_with_trains_is_saved_loaded_and_closed_again(tmp_path):
 
 
 def test_small_embeddings_get_no_options():
-    assert lr.TensorizedMethod().options(nn.Embedding(500, 16), None) == []
-    assert lr.TensorizedMethod(min_rows=500).options(nn.Embedding(500, 16), None)
+    assert lr.TensorizedMethod().options(lr.Candidate(nn.Embedding(500, 16))) == []
+    assert lr.TensorizedMethod(min_rows=500).options(lr.Candidate(nn.Embedding(500, 16)))
 
 
 def test_frequencies_lower_the_weighted_error():
@@ -238,8 +238,8 @@ def test_frequencies_lower_the_weighted_error():
     frequency /= frequency.sum()
     stats = LayerStats(Moments(frequency.clone(), frequency.clone(), 10**6), input_shape=(7,), positions=7.0)
     method = lr.TensorizedMethod(min_rows=500)
-    for option in method.options(embedding, stats):
-        weighted, plain = (method.build(embedding, option.rank, known) for known in (stats, None))
+    for option in method.options(lr.Candidate(embedding, stats)):
+        weighted, plain = (method.build(lr.Candidate(embedding, known), option.rank) for known in (stats, None))
 
         def lost(layer):
             error = (layer.weight - embedding.weight).double().square().sum(1)

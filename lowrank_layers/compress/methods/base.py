@@ -1,17 +1,19 @@
-"""The contract of a method: one dense layer in, options with their price out, one factored layer built."""
+"""The contract of a method: a dense layer comes in, priced options go out, and one factored layer is built."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple, dataclass
+from itertools import product
 from typing import Any, ClassVar, Protocol
 
+import torch
 from torch import nn
 
-from ...calibrate.statistics import LayerStats
 from ...cost import Cost
 from ...errors import LowRankError
-from ...layers import FactoredModule, bias_of, layer_cost, meta_twin, takes_bias
+from ...layers import FactoredModule, meta_twin
+from ..candidates import Candidate
 
 
 @dataclass(frozen=True)
@@ -30,29 +32,32 @@ class Option:
 
 
 class Method(Protocol):
-    """A way to factorize layers. Implementations are frozen dataclasses."""
+    """A way to factorize layers. Implementations are frozen dataclasses; their fields are settings.
+
+    Add one with :func:`register_method`.
+    """
 
     name: ClassVar[str]
     """What plans and files call it."""
 
     @property
     def layers(self) -> tuple[type[FactoredModule], ...]:
-        """What it builds, one for each kind of dense layer."""
+        """The layers that it builds, one for each kind of dense layer."""
 
     @property
     def form(self) -> Mapping[str, Any]:
-        """What besides the rank it asks of them: see :attr:`FactoredModule.form`."""
+        """What it asks of them besides the rank: see :attr:`FactoredModule.form`."""
 
-    def matches(self, module: nn.Module) -> bool:
+    def matches(self, layer: Candidate) -> bool:
         """Whether it can factorize this layer."""
 
-    def options(self, module: nn.Module, stats: LayerStats | None) -> list[Option]:
+    def options(self, layer: Candidate) -> list[Option]:
         """Ranks worth considering, with cost and estimated loss; smaller than the dense layer."""
 
-    def choose(self, module: nn.Module, stats: LayerStats | None, rank: Any) -> Any:
+    def choose(self, layer: Candidate, rank: Any) -> Any:
         """The rank that an integer or a rule means here, on the weighted spectrum where there are statistics."""
 
-    def build(self, module: nn.Module, rank: Any, stats: LayerStats | None) -> FactoredModule:
+    def build(self, layer: Candidate, rank: Any) -> FactoredModule:
         """The factored layer; with statistics the one that minimises the weighted error."""
 
 
@@ -71,23 +76,37 @@ def factored_like(method: Method, module: nn.Module, rank: Any, bias: bool) -> F
     return layer
 
 
-def factored_cost(method: Method, module: nn.Module, rank: Any, stats: LayerStats | None) -> Cost:
+def factored_cost(method: Method, layer: Candidate, rank: Any) -> Cost:
     """The cost of the layer that :meth:`Method.build` would return, without building it."""
-    return repeated_cost(factored_like(method, meta_twin(module), rank, has_bias(module, stats)), stats)
+    twin = factored_like(method, meta_twin(layer.module), rank, layer.has_bias)
+    return layer.cost_model.cost(twin, layer.stats)
 
 
-def repeated_cost(module: nn.Module, stats: LayerStats | None) -> Cost:
-    """:func:`layer_cost` for one sample of the model."""
-    cost = layer_cost(module, None if stats is None else stats.input_shape)
-    return cost if stats is None else Cost(cost.params, round(cost.macs * stats.repeats), cost.bytes)
+def factored_costs(method: Method, layer: Candidate, ranks: Sequence[Any]) -> list[Cost]:
+    """:func:`factored_cost` of many ranks, integers or tuples of one length.
+
+    A cost that is affine in each rank is known everywhere once it is known where each rank is 1 or 2.
+    """
+    if not layer.cost_model.affine or not ranks:
+        return [factored_cost(method, layer, rank) for rank in ranks]
+    steps = torch.tensor(ranks).reshape(len(ranks), -1) - 1
+    corners = list(product((1, 2), repeat=steps.shape[1]))
+    prices = [
+        astuple(factored_cost(method, layer, corner if isinstance(ranks[0], tuple) else corner[0]))
+        for corner in corners
+    ]
+    shares = [torch.where(torch.tensor(corner) == 2, steps, 1 - steps).prod(1) for corner in corners]
+    return [Cost(*row) for row in (torch.stack(shares, 1) @ torch.tensor(prices)).tolist()]
 
 
-def has_bias(module: nn.Module, stats: LayerStats | None) -> bool:
-    """Whether the factored layer has a bias: once the input means are known, it corrects the mean of the output."""
-    return bias_of(module) is not None or (stats is not None and stats.free_bias and takes_bias(module))
+def smaller_ranks(method: Method, layer: Candidate, limit: int) -> range:
+    """The ranks from 1 to ``limit`` at which the factored layer has fewer parameters than the dense one."""
+    one, two = (factored_cost(method, layer, rank).params for rank in (1, 2))
+    if two > one:  # a layer that has no rank 2 builds rank 1 in its place
+        limit = min(limit, (layer.before.params - 1 - one) // (two - one) + 1)
+    return range(1, (limit if one < layer.before.params else 0) + 1)
 
 
-def affine(first: Cost, second: Cost, steps: int) -> Cost:
-    """``first + steps * (second - first)``: the cost of rank ``1 + steps`` of a method whose cost is affine in it."""
-    d = second - first
-    return Cost(first.params + steps * d.params, first.macs + steps * d.macs, first.bytes + steps * d.bytes)
+def spread(top: int, steps: int) -> list[int]:
+    """At most ``steps`` ranks, evenly spread from 1 to ``top``."""
+    return sorted({max(1, round(top * k / steps)) for k in range(1, steps + 1)}) if top >= 1 else []

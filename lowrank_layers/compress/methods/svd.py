@@ -6,9 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
 
-from ...calibrate.statistics import LayerStats
 from ...layers import (
     FactoredModule,
     LowRankConv1d,
@@ -27,13 +25,14 @@ from ...layers import (
 from ...layers.base import fill
 from ...layers.linear import pair_spectrum
 from ...rank import choose_rank
-from .base import Option, affine, factored_cost, factored_like, has_bias, layer_for, repeated_cost
-from .regression import Regression, joint_bias, regressions
+from ..candidates import Candidate
+from ..regression import joint_bias
+from .base import Option, factored_costs, factored_like, layer_for, smaller_ranks
 
 
 @dataclass(frozen=True)
 class SVDMethod:
-    """Linear layers, convolutions (channel SVD) and tables as a pair; the optimum of the weighted problem."""
+    """Linear layers, convolutions (channel SVD) and embeddings as pairs, which solve the weighted problem exactly."""
 
     name: ClassVar[str] = "svd"
     form: ClassVar[dict[str, Any]] = {}
@@ -50,47 +49,38 @@ class SVDMethod:
         LowRankEmbeddingBag,
     )
 
-    def matches(self, module: nn.Module) -> bool:
+    def matches(self, layer: Candidate) -> bool:
         """Whether it can factorize this layer."""
-        return layer_for(self, module) is not None
+        return layer_for(self, layer.module) is not None
 
-    def options(self, module: nn.Module, stats: LayerStats | None) -> list[Option]:
+    def options(self, layer: Candidate) -> list[Option]:
         """Every rank that is smaller than the dense layer."""
-        one, two = (factored_cost(self, module, rank, stats) for rank in (1, 2))
-        dense = repeated_cost(module, stats)
-        top = min(linear_shape(module)[1:])
-        costs = [affine(one, two, r - 1) for r in range(1, top + 1)]
-        costs = [cost for cost in costs if cost.params < dense.params]
-        if not costs:
+        ranks = smaller_ranks(self, layer, min(linear_shape(layer.module)[1:]))
+        if not ranks:
             return []
-        tails = total_tails(regressions(module, stats)).tolist()
-        return [Option(r, cost, tails[r]) for r, cost in enumerate(costs, start=1)]
+        losses = torch.stack(layer.tails).sum(0)[1 : len(ranks) + 1].tolist()
+        return list(map(Option, ranks, factored_costs(self, layer, ranks), losses))
 
-    def choose(self, module: nn.Module, stats: LayerStats | None, rank: Any) -> int:
+    def choose(self, layer: Candidate, rank: Any) -> int:
         """The rank that an integer or a rule means, on the weighted spectrum where there are statistics."""
-        _, rows, columns = linear_shape(module)
+        _, rows, columns = linear_shape(layer.module)
         values = None
         if not isinstance(rank, int):
-            values = torch.stack([p.singular_values() for p in regressions(module, stats)]).square().mean(0).sqrt()
-        owner = type(factored_like(self, module, 1, bias=False)).__name__
+            values = torch.stack([problem.singular_values for problem in layer.problems]).square().mean(0).sqrt()
+        owner = type(factored_like(self, layer.module, 1, bias=False)).__name__
         return choose_rank(rank, pair_spectrum(rows, columns, values, owner), min(rows, columns))
 
-    def build(self, module: nn.Module, rank: int, stats: LayerStats | None) -> FactoredModule:
+    def build(self, layer: Candidate, rank: int) -> FactoredModule:
         """The factored layer; with statistics the one that minimises the weighted error."""
+        module = layer.module
         cls = layer_for(self, module)
         assert cls is not None
-        if stats is None:
+        if layer.stats is None:
             return cls.from_dense(module, rank=rank)
-        problems = regressions(module, stats)
-        ups, downs = zip(*(problem.pair(rank) for problem in problems), strict=True)
+        ups, downs = zip(*(problem.pair(rank) for problem in layer.problems), strict=True)
         if issubclass(cls, (LowRankEmbedding, LowRankEmbeddingBag)):
             return cls.from_pair(module, downs[0].mT, ups[0])
-        bias = joint_bias(problems, [up @ down for up, down in zip(ups, downs, strict=True)])
+        bias = joint_bias(layer.problems, [up @ down for up, down in zip(ups, downs, strict=True)])
         if issubclass(cls, PairConv):
             return cls.from_pairs(module, torch.stack(ups), torch.stack(downs), bias)
-        return fill(cls.like(module, rank=rank, bias=has_bias(module, stats)), [downs[0], ups[0]], bias)
-
-
-def total_tails(problems: list[Regression]) -> Tensor:
-    """Loss increase of all groups at rank 0, 1, 2, ..."""
-    return torch.stack([problem.tails() for problem in problems]).sum(0)
+        return fill(cls.like(module, rank=rank, bias=layer.has_bias), [downs[0], ups[0]], bias)

@@ -1,4 +1,4 @@
-"""Block tensor trains for large tables."""
+"""Block tensor trains for large embeddings."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ...calibrate.statistics import LayerStats
 from ...decompose.block_tt import block_trains
 from ...decompose.bonds import choose_bonds, train_size, uniform_bonds
 from ...decompose.digits import Split, split_digits
 from ...layers import FactoredModule, TensorizedEmbedding, weight_of
 from ...layers.tt_embedding import padding_is_zero
-from ...linalg import Root, check_tensor, train_product
+from ...linalg import check_tensor, train_product
+from ..candidates import Candidate
+from ..regression import Regression, diagonal_of
 from .base import Option, factored_cost, layer_for
-from .regression import Regression, regressions
 
 
 @dataclass(frozen=True)
 class TensorizedMethod:
-    r"""Tables as tensor trains, by TT-SVD: for those whose structure lies along the digits, not in their matrix rank.
+    r"""Embeddings as tensor trains, by TT-SVD: for those whose structure lies along the digits of their indices.
 
     TT-SVD is quasi-optimal: within :math:`\sqrt{2}` of the best train of three cores in the norm in which it works.
     That norm can weight digits, not rows: frequencies of the rows and curvatures of the columns enter as the product of
@@ -30,8 +30,8 @@ class TensorizedMethod:
     train that :meth:`build` returns, row by row. The largest unfolding is decomposed once for all options.
 
     Args:
-        min_rows: smaller tables get no options: their trains save little and cost more steps a lookup.
-        steps: how many ranks are considered, in geometric progression.
+        min_rows: smaller embeddings get no options: their trains save little and cost more steps per lookup.
+        steps: number of ranks considered, in geometric progression.
     """
 
     name: ClassVar[str] = "tensorized"
@@ -41,73 +41,69 @@ class TensorizedMethod:
     min_rows: int = 10_000
     steps: int = 6
 
-    def matches(self, module: nn.Module) -> bool:
+    def matches(self, layer: Candidate) -> bool:
         """Whether it can factorize this layer, whatever its size; a padding row that is not zero cannot be kept."""
+        module = layer.module
         return layer_for(self, module) is not None and isinstance(module, nn.Embedding) and padding_is_zero(module)
 
-    def options(self, module: nn.Module, stats: LayerStats | None) -> list[Option]:
+    def options(self, layer: Candidate) -> list[Option]:
         """A handful of bonds, smaller than the dense layer; what loses more than a smaller one is left out."""
-        table = _table(module)
-        split = _split(table)
-        ladder = [bonds for bonds in uniform_bonds(split) if train_size(bonds, split) < table.numel()]
-        if len(table) < self.min_rows or not ladder:
+        weight, padding = _weight(layer.module), layer.module.padding_idx
+        split = _split(weight)
+        ladder = [bonds for bonds in uniform_bonds(split) if train_size(bonds, split) < weight.numel()]
+        if len(weight) < self.min_rows or not ladder:
             return []
         steps = {round(len(ladder) ** (k / self.steps)) for k in range(1, self.steps + 1)}
         bonds = [ladder[step - 1] for step in sorted(steps)]
-        (problem,) = regressions(module, stats)
+        (problem,) = layer.problems
         options: list[Option] = []
-        for rank, cores in zip(bonds, _trains(module, split, bonds, problem, stats), strict=True):
-            approximate = train_product(cores)[: len(table)]
-            if module.padding_idx is not None:
-                approximate[module.padding_idx] = 0  # type: ignore[index]
+        for rank, cores in zip(bonds, _trains(layer, split, bonds), strict=True):
+            approximate = train_product(cores)[: len(weight)]
+            if isinstance(padding, int):
+                approximate[padding] = 0
             loss = problem.loss(approximate.mT)
             if not options or loss < options[-1].loss_increase:
-                options.append(Option(rank, factored_cost(self, module, rank, stats), loss))
+                options.append(Option(rank, factored_cost(self, layer, rank), loss))
         return options
 
-    def choose(self, module: nn.Module, stats: LayerStats | None, rank: Any) -> tuple[int, ...]:
+    def choose(self, layer: Candidate, rank: Any) -> tuple[int, ...]:
         """The bonds that an integer, a tuple or a rule on sizes means."""
-        table = _table(module)
-        return choose_bonds(rank, _split(table), table.numel(), TensorizedEmbedding.__name__)
+        weight = _weight(layer.module)
+        return choose_bonds(rank, _split(weight), weight.numel(), TensorizedEmbedding.__name__)
 
-    def build(self, module: nn.Module, rank: Any, stats: LayerStats | None) -> FactoredModule:
+    def build(self, layer: Candidate, rank: Any) -> FactoredModule:
         """The factored layer; with statistics the train in the norm that the digits' marginals give."""
-        if stats is None:
-            return TensorizedEmbedding.from_dense(module, rank=rank)
-        table = _table(module)
-        split = _split(table)
-        (problem,) = regressions(module, stats)
-        (cores,) = _trains(module, split, [self.choose(module, stats, rank)], problem, stats)
-        return TensorizedEmbedding.from_cores(module, cores)
+        if layer.stats is None:
+            return TensorizedEmbedding.from_dense(layer.module, rank=rank)
+        weight = _weight(layer.module)
+        split = _split(weight)
+        (cores,) = _trains(layer, split, [self.choose(layer, rank)])
+        return TensorizedEmbedding.from_cores(layer.module, cores)
 
 
-def _table(module: nn.Module) -> Tensor:
+def _weight(module: nn.Module) -> Tensor:
     return check_tensor(weight_of(module), TensorizedEmbedding.__name__, ndim=2)
 
 
-def _split(table: Tensor) -> Split:
-    rows, columns = table.shape
+def _split(weight: Tensor) -> Split:
+    rows, columns = weight.shape
     return split_digits(rows, columns, 3, TensorizedEmbedding.__name__)
 
 
-def _trains(
-    module: nn.Module, split: Split, bonds: Sequence[tuple[int, ...]], problem: Regression, stats: LayerStats | None
-) -> Iterator[list[Tensor]]:
+def _trains(layer: Candidate, split: Split, bonds: Sequence[tuple[int, ...]]) -> Iterator[list[Tensor]]:
+    """The cores at each choice of bonds, in the norm that the digits' marginals give."""
     scales = None
-    if stats is not None:
-        rows, columns = (_marginals(w, side) for w, side in zip(_weights(problem), split, strict=True))
+    if layer.stats is not None:
+        (problem,) = layer.problems
+        rows, columns = (_marginals(w, side) for w, side in zip(_importances(problem), split, strict=True))
         scales = [torch.outer(r, c).sqrt() for r, c in zip(rows, columns, strict=True)]
-    return block_trains(_table(module), split, bonds, scales=scales, free_row=module.padding_idx)  # type: ignore[arg-type]
+    padding: Any = layer.module.padding_idx
+    return block_trains(_weight(layer.module), split, bonds, scales=scales, free_row=padding)
 
 
-def _weights(problem: Regression) -> tuple[Tensor, Tensor]:
-    """How much a row and a column of the table matter: its frequency, and the curvature at that output."""
-    return problem.moment, _diagonal(problem.output)
-
-
-def _diagonal(root: Root) -> Tensor:
-    squares = root.factor.square()
-    return squares if squares.ndim == 1 else squares.sum(0)
+def _importances(problem: Regression) -> tuple[Tensor, Tensor]:
+    """The importance of each row and of each column of the embedding: its frequency, the curvature at that output."""
+    return problem.inputs.matrix, diagonal_of(problem.outputs.matrix)
 
 
 def _marginals(weights: Tensor, sizes: tuple[int, ...]) -> list[Tensor]:

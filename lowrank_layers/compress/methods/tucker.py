@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import reduce as fold_left
-from operator import add
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ...calibrate.statistics import LayerStats
-from ...cost import Cost
 from ...layers import (
     FactoredModule,
     TuckerConv,
@@ -26,10 +22,10 @@ from ...layers import (
 )
 from ...layers.kernel import kernel_area, kernel_of
 from ...layers.tucker_conv import choose_tucker_rank, tucker_limits
-from ...linalg import exact_svd, leading_eigenvectors, mode_product, unfold
-from .base import Option, factored_cost, layer_for, repeated_cost
-from .regression import Front, Regression, joint_bias
-from .weighting import kernel_problems, weighted_kernel
+from ...linalg import Root, exact_svd, leading_eigenvectors, mode_product, unfold
+from ..candidates import Candidate
+from ..regression import FirstStage, joint_bias
+from .base import Option, factored_cost, factored_costs, layer_for, spread
 
 
 @dataclass(frozen=True)
@@ -41,7 +37,7 @@ class TuckerMethod:
     other methods: the patches that they make overlap, and an output subspace of patches is none of channels.
 
     Args:
-        steps: how many input ranks are considered.
+        steps: number of input ranks considered.
     """
 
     name: ClassVar[str] = "tucker"
@@ -57,59 +53,64 @@ class TuckerMethod:
 
     steps: int = 10
 
-    def matches(self, module: nn.Module) -> bool:
+    def matches(self, layer: Candidate) -> bool:
         """Whether it can factorize this layer: a 1 x 1 kernel has nothing between the channel modes."""
-        return layer_for(self, module) is not None and kernel_area(module) > 1
+        return layer_for(self, layer.module) is not None and kernel_area(layer.module) > 1
 
-    def options(self, module: nn.Module, stats: LayerStats | None) -> list[Option]:
+    def options(self, layer: Candidate) -> list[Option]:
         """All output ranks at a handful of input ranks, where smaller than the dense layer."""
-        if is_transposed(module) and stats is not None:
+        if is_transposed(layer.module) and layer.stats is not None:
             return []
-        top_out, top_in = tucker_limits(kernel_of(module).shape[1:])
-        dense = repeated_cost(module, stats)
-        price = _bilinear(self, module, stats)
-        if price(1, 1).params >= dense.params:
+        top_out, top_in = tucker_limits(kernel_of(layer.module).shape[1:])
+        if factored_cost(self, layer, (1, 1)).params >= layer.before.params:
             return []
-        inputs = sorted({max(1, round(top_in * k / self.steps)) for k in range(1, self.steps + 1)})
-        options = []
-        for r_in, losses in zip(inputs, _losses(module, stats, inputs), strict=True):
-            for r_out in range(1, min(top_out, len(losses)) + 1):
-                options.append(Option((r_out, r_in), price(r_out, r_in), max(losses[r_out - 1], 0.0)))
-        return [option for option in options if option.cost.params < dense.params]
+        inputs = spread(top_in, self.steps)
+        found = {
+            (r_out, r_in): max(loss, 0.0)
+            for r_in, losses in zip(inputs, _losses(layer, inputs), strict=True)
+            for r_out, loss in zip(range(1, top_out + 1), losses, strict=False)
+        }
+        options = map(Option, found, factored_costs(self, layer, list(found)), found.values())
+        return [option for option in options if option.cost.params < layer.before.params]
 
-    def choose(self, module: nn.Module, stats: LayerStats | None, rank: Any) -> tuple[int, int]:
+    def choose(self, layer: Candidate, rank: Any) -> tuple[int, int]:
         """The ranks that integers or rules mean, on the weighted kernel where there are statistics."""
-        known = None if is_transposed(module) else stats
-        kernels = [weighted_kernel(module, problem)[0] for problem in kernel_problems(module, known)]
-        cls = layer_for(self, module)
+        known = replace(layer, stats=None) if is_transposed(layer.module) else layer
+        kernels = torch.stack([kernel for kernel, _ in known.weighted_kernels])
+        cls = layer_for(self, layer.module)
         assert cls is not None
-        return choose_tucker_rank(rank, tuple(kernels[0].shape), torch.stack(kernels), cls.__name__)
+        return choose_tucker_rank(rank, tuple(kernels[0].shape), kernels, cls.__name__)
 
-    def build(self, module: nn.Module, rank: Any, stats: LayerStats | None) -> FactoredModule:
+    def build(self, layer: Candidate, rank: Any) -> FactoredModule:
         """The factored layer; with statistics the one that minimises the weighted error."""
+        module = layer.module
         cls = layer_for(self, module)
         assert cls is not None
         assert issubclass(cls, TuckerConv)
-        if stats is None or is_transposed(module):
+        if layer.stats is None or is_transposed(module):
             return cls.from_dense(module, rank=rank)
         shape = tuple(kernel_of(module).shape[1:])
         r_out, r_in = choose_tucker_rank(rank, shape, None, cls.__name__)
-        problems = kernel_problems(module, stats)
-        reduces = [_input_basis(module, problem, r_out)[:, :r_in] for problem in problems]
-        fronts = [Front(reduce.mT, kernel_area(module)) for reduce in reduces]
-        pairs = [problem.after(front).pair(r_out) for problem, front in zip(problems, fronts, strict=True)]
-        products = [expand @ core @ front.dense() for (expand, core), front in zip(pairs, fronts, strict=True)]
+        problems = layer.kernel_problems
+        reduces = [_input_basis(kernel, root, r_out)[:, :r_in] for kernel, root in layer.weighted_kernels]
+        stages = [FirstStage(reduce.mT, kernel_area(module)) for reduce in reduces]
+        pairs = [problem.after(stage).pair(r_out) for problem, stage in zip(problems, stages, strict=True)]
+        products = [expand @ core @ stage.dense() for (expand, core), stage in zip(pairs, stages, strict=True)]
         expands, cores = (torch.stack(side) for side in zip(*pairs, strict=True))
         core = cores.unflatten(2, (r_in, *shape[2:]))
         return cls.from_chain(module, torch.stack(reduces).mT, core, expands, joint_bias(problems, products))
 
 
-def _input_basis(conv: nn.Module, problem: Regression, r_out: int | None = None) -> Tensor:
+def _input_basis(kernel: Tensor, root: Root, r_out: int | None = None) -> Tensor:
     """Directions of the input channels, the most useful first, ``[in, in]``: ``z = basis^T x``.
 
     With ``r_out`` only what the leading output directions use counts (one step of HOOI).
+
+    Args:
+        kernel: one group's kernel, weighted on both channel modes.
+        root: root of the input channels' moment.
+        r_out: number of output directions.
     """
-    kernel, root = weighted_kernel(conv, problem)
     if r_out is not None:
         u = exact_svd(unfold(kernel, 0))[0][:, :r_out]
         kernel = mode_product(kernel, u.mT, 0)
@@ -117,18 +118,18 @@ def _input_basis(conv: nn.Module, problem: Regression, r_out: int | None = None)
     return root.divide(leading_eigenvectors(matrix @ matrix.mT, len(matrix)))
 
 
-def _losses(conv: nn.Module, stats: LayerStats | None, inputs: list[int]) -> Iterator[list[float]]:
+def _losses(layer: Candidate, inputs: list[int]) -> Iterator[list[float]]:
     """Loss increase at output rank 1, 2, ... for each input rank."""
-    if stats is None:
-        yield from _plain_losses(kernel_of(conv).detach().double().flatten(3), inputs)
+    if layer.stats is None:
+        yield from _plain_losses(kernel_of(layer.module).detach().double().flatten(3), inputs)
         return
-    problems = kernel_problems(conv, stats)
-    bases = [_input_basis(conv, problem) for problem in problems]
+    area = kernel_area(layer.module)
+    bases = [_input_basis(*weighted) for weighted in layer.weighted_kernels]
     for r_in in inputs:
         total: list[Tensor] = []
-        for problem, basis in zip(problems, bases, strict=True):
-            left = problem.after(Front(basis[:, :r_in].mT, kernel_area(conv)))
-            total.append(problem.energy - 0.5 * problem.scale * left.singular_values().square().cumsum(0).cpu())
+        for problem, basis in zip(layer.kernel_problems, bases, strict=True):
+            left = problem.after(FirstStage(basis[:, :r_in].mT, area))
+            total.append(problem.energy - 0.5 * problem.scale * left.singular_values.square().cumsum(0).cpu())
         yield torch.stack(total).sum(0).tolist()
 
 
@@ -149,18 +150,3 @@ def _plain_losses(kernels: Tensor, inputs: list[int]) -> Iterator[list[float]]:
         done = r_in
         captured = torch.linalg.eigvalsh(gram).flip(-1).cumsum(-1).sum(0)
         yield (0.5 * (kernels.square().sum() - captured)).tolist()
-
-
-def _bilinear(method: TuckerMethod, conv: nn.Module, stats: LayerStats | None) -> Any:
-    """The cost at any pair of ranks: bilinear, hence known from four."""
-    corner = {(a, b): factored_cost(method, conv, (a, b), stats) for a in (1, 2) for b in (1, 2)}
-
-    def times(cost: Cost, k: int) -> Cost:
-        return Cost(cost.params * k, cost.macs * k, cost.bytes * k)
-
-    def price(r_out: int, r_in: int) -> Cost:
-        a, b = r_out - 1, r_in - 1
-        weights = {(1, 1): (1 - a) * (1 - b), (2, 1): a * (1 - b), (1, 2): (1 - a) * b, (2, 2): a * b}
-        return fold_left(add, (times(corner[key], weight) for key, weight in weights.items()))
-
-    return price

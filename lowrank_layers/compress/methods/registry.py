@@ -1,0 +1,140 @@
+"""Every method by its name, open to those of users."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields, replace
+from typing import Any, cast
+
+from ...errors import LowRankError
+from ...layers import FactoredModule
+from .base import Method
+from .cp import CPMethod
+from .spatial import SpatialMethod
+from .svd import SVDMethod
+from .tensorized import TensorizedMethod
+from .tucker import TuckerMethod
+
+METHODS: dict[str, Method] = {
+    method.name: method for method in (SVDMethod(), SpatialMethod(), TuckerMethod(), CPMethod(), TensorizedMethod())
+}
+"""Every method by the name that plans and files use."""
+
+DENSE = "dense"
+"""What plans and files call the choice to leave a layer as it is."""
+
+
+def register_method(method: Method) -> Method:
+    """Adds a method to ``METHODS``: from then on plans may choose it, and files that name it can be loaded.
+
+    A plan names the method and holds the settings of the instance that planned the layer, so that several instances of
+    one class can compete in ``make_plan(..., methods=[...])`` and each layer is built with the right one. Register the
+    class before you load a plan that names it; import its layer's class before you load a model that holds it.
+
+    Args:
+        method: an instance of a frozen dataclass with the members of :class:`Method`. It replaces a registered
+            instance of the same class.
+
+    Returns:
+        The method.
+
+    Raises:
+        LowRankError: if a member is missing, the name is taken by another class, or a setting could not be written
+            to a plan's file.
+
+    Examples:
+        >>> method = lr.register_method(lr.TensorizedMethod(min_rows=1_000))
+        >>> lr.METHODS["tensorized"] is method
+        True
+        >>> lr.register_method(lr.TensorizedMethod()).min_rows
+        10000
+    """
+    kind = type(method).__name__
+    settings = getattr(type(method), "__dataclass_params__", None)
+    if settings is None or not settings.frozen:
+        raise LowRankError(f"register_method: got {method!r}, expected an instance of a frozen dataclass.")
+    members = ("name", "layers", "form", "matches", "options", "choose", "build")
+    missing = [member for member in members if not hasattr(method, member)]
+    if missing:
+        raise LowRankError(
+            f"register_method: {kind} has no {', '.join(missing)}; see lr.Method for what each one does."
+        )
+    if not isinstance(method.name, str) or method.name in ("", DENSE):
+        raise LowRankError(f"register_method: got the name {method.name!r}, expected a string other than {DENSE!r}.")
+    wrong = [cls for cls in method.layers if not (isinstance(cls, type) and issubclass(cls, FactoredModule))]
+    if wrong or not method.layers:
+        raise LowRankError(
+            f"register_method: {kind}.layers is {method.layers!r}, expected subclasses of FactoredModule."
+        )
+    other = METHODS.get(method.name)
+    if other is not None and _path(other) != _path(method):
+        raise LowRankError(
+            f"register_method: the name {method.name!r} is taken by {type(other).__name__}; choose another."
+        )
+    settings_of(method)
+    METHODS[method.name] = method
+    return method
+
+
+def check_registered(method: object) -> Method:
+    """Raises unless the class of the method is the one that is registered under its name."""
+    known = {type(each) for each in METHODS.values()}
+    if type(method) in known:
+        settings_of(method)
+        return cast(Method, method)
+    names = ", ".join(sorted(f"{type(each).__name__}()" for each in METHODS.values()))
+    raise LowRankError(
+        f"make_plan: got method {method!r}, expected instances such as {names}; a method of your own is registered"
+        " first, with lr.register_method."
+    )
+
+
+def settings_of(method: Any) -> dict[str, Any]:
+    """The fields of a method, which a plan keeps beside its name.
+
+    Raises:
+        LowRankError: if a plan's file could not hold one of them.
+    """
+    settings = {field.name: getattr(method, field.name) for field in fields(method) if field.init}
+    for name, value in settings.items():
+        try:
+            plain = as_tuples(json.loads(json.dumps(value))) == as_tuples(value)
+        except (TypeError, ValueError):
+            plain = False
+        if not plain:
+            raise LowRankError(
+                f"{type(method).__name__}: got {name}={value!r}, expected numbers, strings, None, or tuples and"
+                " dictionaries of them, which a plan's file can hold."
+            )
+    return settings
+
+
+def with_settings(name: str, settings: dict[str, Any]) -> Method:
+    """The registered method of that name, with these settings.
+
+    Raises:
+        LowRankError: if no such method is registered, or its class does not take the settings.
+    """
+    method: Any = METHODS.get(name)
+    if method is None:
+        raise LowRankError(
+            f"the method {name!r} is not registered; call lr.register_method before loading a plan that names it."
+            f" Registered: {', '.join(METHODS)}."
+        )
+    try:
+        built_by: Method = replace(method, **settings)
+    except (TypeError, ValueError) as error:
+        raise LowRankError(f"the method {name!r} does not take the settings {settings!r}: {error}.") from None
+    return built_by
+
+
+def as_tuples(value: Any) -> Any:
+    """Plain values with tuples for lists, as a frozen method holds them."""
+    if isinstance(value, (list, tuple)):
+        return tuple(map(as_tuples, value))
+    return {key: as_tuples(each) for key, each in value.items()} if isinstance(value, dict) else value
+
+
+def _path(method: Method) -> tuple[str, str]:
+    """Where the class was defined; a notebook's cell that runs again defines the same one anew."""
+    return type(method).__module__, type(method).__qualname__

@@ -1,0 +1,214 @@
+r"""The weighted reduced-rank regression that every method solves.
+
+For small changes the loss grows by half the quadratic form of its curvature. With the Kronecker approximation of the
+curvature (Martens and Grosse, 2015) one layer contributes
+
+.. math:: \Delta L \approx \tfrac12 P \, E \| G^{1/2} (W x - \hat W x') \|^2,  X = E[x x^T],  G = E[g g^T]
+
+with ``x`` the dense model's inputs (a convolution's patches), ``x'`` those that the compressed prefix delivers, ``g``
+the loss's gradient at the output and ``P`` positions per sample. Both are centred, which costs nothing but the bias.
+The best map without a limit is ``F = W E[x x'^T] E[x' x'^T]^(-1)``; the best one of rank ``r`` is the truncated SVD
+of ``M = G^(1/2) F E[x' x'^T]^(1/2)``, and the discarded squared singular values are in units of loss. With ``G = I``
+it is activation whitening, with ``X = I`` too it is plain SVD.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from ..linalg import Root, exact_svd, gram_svd, psd_root
+
+_COLUMNS = 8192
+"""How many rows of an embedding are compared at once."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A quadratic form that weights errors, and its root, computed when it is first asked for.
+
+    Args:
+        matrix: symmetric and positive definite, ``[n, n]``, or the diagonal of such a matrix, ``[n]``; in fp64.
+    """
+
+    matrix: Tensor
+
+    @classmethod
+    def identity(cls, n: int, device: torch.device) -> Metric:
+        """The form that weights everything alike."""
+        return cls(torch.ones(n, dtype=torch.float64, device=device))
+
+    @cached_property
+    def root(self) -> Root:
+        """``L`` with ``L^T L`` the matrix."""
+        return psd_root(self.matrix)
+
+    def gram(self, columns: Tensor) -> Tensor:
+        """``columns^T A columns``, without the root."""
+        return columns.mT @ (self.matrix[:, None] * columns if self.matrix.ndim == 1 else self.matrix @ columns)
+
+
+@dataclass(frozen=True)
+class Regression:
+    """Find ``A`` with few parameters such that ``A (x' - E x') + E y`` is close to ``y = W x + b``.
+
+    Args:
+        weight: ``W``, ``[m, n]``, in fp64.
+        bias: ``b``, ``[m]`` or ``None``.
+        outputs: ``G``, damped, over the ``m`` outputs.
+        inputs: centred ``E[x' x'^T]``, damped, over the ``n`` inputs.
+        cross: centred ``E[x x'^T]``, damped likewise, ``[n, n]``; ``None`` where ``x' = x``.
+        mean: ``E[x']``; ``None`` where nothing is known or the map goes through the origin.
+        target_mean: ``E[x]``, likewise.
+        scale: positions per sample.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    outputs: Metric
+    inputs: Metric
+    cross: Tensor | None = None
+    mean: Tensor | None = None
+    target_mean: Tensor | None = None
+    scale: float = 1.0
+
+    @classmethod
+    def plain(cls, weight: Tensor, bias: Tensor | None) -> Regression:
+        """The problem where nothing is known of inputs and outputs: the approximation of the weight itself."""
+        rows, columns = weight.shape
+        return cls(weight, bias, Metric.identity(rows, weight.device), Metric.identity(columns, weight.device))
+
+    @cached_property
+    def full(self) -> Tensor:
+        """``F``, the best map without a limit on the rank, ``[m, n]``."""
+        return self.weight if self.cross is None else self.inputs.root.solve((self.weight @ self.cross).mT).mT
+
+    @cached_property
+    def matrix(self) -> Tensor:
+        """``M``, whose squared singular values are the captured loss, ``[m, n]``."""
+        return self.outputs.root.times(self.inputs.root.times(self.full.mT).mT)
+
+    @cached_property
+    def _gram(self) -> Tensor:
+        """``M M^T`` or ``M^T M``, whichever is smaller, with no more roots than it needs."""
+        wide = self.weight.shape[0] <= self.weight.shape[1]
+        if self.cross is not None:
+            return self.matrix @ self.matrix.mT if wide else self.matrix.mT @ self.matrix
+        if wide:
+            inner, root = self.inputs.gram(self.weight.mT), self.outputs.root
+        else:
+            inner, root = self.outputs.gram(self.weight), self.inputs.root
+        return root.times(root.times(inner).mT)
+
+    @cached_property
+    def energy(self) -> float:
+        """The loss of leaving only the mean: ``1/2 P E ||G^(1/2) F (x' - E x')||^2``."""
+        captured = self._gram.trace() if self.cross is None else self.matrix.square().sum()
+        return 0.5 * self.scale * float(captured)
+
+    @cached_property
+    def singular_values(self) -> Tensor:
+        """Singular values of ``M``, largest first, ``[min(m, n)]``."""
+        values: Tensor = torch.linalg.eigvalsh(self._gram)
+        return values.flip(0).clamp_min(0).sqrt()
+
+    @property
+    def tails(self) -> Tensor:
+        """Loss increase at rank 0, 1, 2, ..., ``[min(m, n) + 1]``."""
+        captured = self.singular_values.square()
+        tails = torch.cat([captured, captured.new_zeros(1)]).flip(0).cumsum(0).flip(0)
+        return 0.5 * self.scale * tails
+
+    def loss(self, matrix: Tensor) -> float:
+        """Loss increase of any map, low-rank or not: ``1/2 P ||G^(1/2) (F - matrix) X^(1/2)||^2``.
+
+        Shape:
+            ``[m, n]``.
+        """
+        outputs, inputs = self.outputs.root, self.inputs
+        if inputs.matrix.ndim > 1:
+            error = outputs.times(inputs.root.times((self.full - matrix.double()).mT).mT)
+            return 0.5 * self.scale * float(error.square().sum())
+        total = 0.0
+        for start in range(0, self.full.shape[1], _COLUMNS):
+            part = slice(start, start + _COLUMNS)
+            error = outputs.times(self.full[:, part] - matrix[:, part].double())
+            total += float(error.square().sum(0) @ inputs.matrix[part])
+        return 0.5 * self.scale * total
+
+    def pair(self, rank: int) -> tuple[Tensor, Tensor]:
+        """``up [m, r]`` and ``down [r, n]`` of the best map of that rank, balanced."""
+        rows, columns = self.matrix.shape
+        long = max(rows, columns) >= 4 * min(rows, columns)
+        u, s, vh = gram_svd(self.matrix, rank) if long else exact_svd(self.matrix)
+        root = s[:rank].sqrt()
+        return self.outputs.root.divide(u[:, :rank] * root), self.inputs.root.divide(vh[:rank].mT * root).mT
+
+    def corrected_bias(self, product: Tensor) -> Tensor | None:
+        """``b + W E[x] - A E[x']``, with ``A`` the map that was found."""
+        if self.mean is None or self.target_mean is None:
+            return self.bias
+        shift = self.weight @ self.target_mean - product @ self.mean
+        return shift if self.bias is None else self.bias + shift
+
+    def after(self, stage: FirstStage) -> Regression:
+        """The problem that is left once the inputs pass a fixed first stage.
+
+        The target stays ``W x``: its weight is kept, and only ``x'`` is replaced by ``stage @ x'``.
+        """
+        moment = self.inputs.matrix
+        if moment.ndim == 1:
+            half = stage.dense() * moment
+            reduced = stage.times(half.mT)
+            cross = half.mT
+        else:
+            reduced = stage.times(stage.times(moment).mT)
+            cross = stage.times((moment if self.cross is None else self.cross).mT).mT
+        floor = 1e-10 * reduced.diagonal().mean()
+        mean = None if self.mean is None else stage.times(self.mean[:, None])[:, 0]
+        return replace(self, inputs=Metric(add_ridge_(reduced, floor)), cross=cross, mean=mean)
+
+
+@dataclass(frozen=True)
+class FirstStage:
+    """A fixed linear map that runs at several positions of a patch: ``factor (x) I``, which is never formed.
+
+    Args:
+        factor: ``[r, n]``.
+        positions: number of positions; the patch has ``n * positions`` entries, positions fastest.
+    """
+
+    factor: Tensor
+    positions: int = 1
+
+    def times(self, matrix: Tensor) -> Tensor:
+        """``stage @ matrix``, ``[n * positions, m]`` to ``[r * positions, m]``."""
+        rows = self.factor @ matrix.reshape(self.factor.shape[1], -1)
+        return rows.reshape(-1, matrix.shape[1])
+
+    def dense(self) -> Tensor:
+        """The matrix ``[r * positions, n * positions]``."""
+        eye = torch.eye(self.positions, dtype=self.factor.dtype, device=self.factor.device)
+        return torch.kron(self.factor.contiguous(), eye)
+
+
+def joint_bias(problems: Sequence[Regression], products: Sequence[Tensor]) -> Tensor | None:
+    """:meth:`Regression.corrected_bias` of all groups, one after the other."""
+    pairs = zip(problems, products, strict=True)
+    parts = [bias for bias in (problem.corrected_bias(product) for problem, product in pairs) if bias is not None]
+    return torch.cat(parts) if parts else None
+
+
+def add_ridge_(moment: Tensor, ridge: Tensor) -> Tensor:
+    """Adds ``ridge * I`` to a matrix or a diagonal, in place, and returns it."""
+    diagonal_of(moment).add_(ridge)
+    return moment
+
+
+def diagonal_of(moment: Tensor) -> Tensor:
+    """The diagonal of a matrix, which may be stored as its diagonal alone."""
+    return moment if moment.ndim == 1 else moment.diagonal()
