@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from ..errors import LowRankError
 from ..modules.attention import mind_fast_paths_
 from ..modules.tree import check_model
-from .adapted import banks_of
+from .adapted_weight import adapted_weights
+from .attach import choose_name, detach_
 from .cutting import Swap, check_optimizer, cut_, gone, swap_
 from .importance import Watched
-from .inject import banks, check_name, detach_
 from .tokens import TokenRows
 
 _STEP = "step"
@@ -89,19 +89,11 @@ class LoraRankAllocator:
                 raise LowRankError(f"LoraRankAllocator: got {what}={beta!r}, expected a number between 0 and 1.")
         if isinstance(rank, bool) or not isinstance(rank, (int, float)) or not 0 < rank < math.inf:
             raise LowRankError(f"LoraRankAllocator: got rank={rank!r}, expected a positive number.")
-        names = sorted({own for bank in banks(model) for own in bank.names})
-        if name is None and len(names) != 1:
-            raise LowRankError(
-                f"LoraRankAllocator: the model has the adapters {names}, expected one; "
-                + ("give the name of it." if names else "call add_lora_ first.")
-            )
-        name = names[0] if name is None else name
-        check_name(model, name)
+        name = choose_name(model, name, "LoraRankAllocator")
         watched = {
-            f"{owner}.{parameter}" if owner else parameter: Watched(bank, name)
-            for owner, module in model.named_modules()
-            for parameter, bank in banks_of(module).items()
-            if name in bank.adapters and not isinstance(bank.adapters[name], TokenRows)
+            weight.name: Watched(weight.bank, name)
+            for weight in adapted_weights(model, name)
+            if not isinstance(weight.adapter(name), TokenRows)
         }
         total = sum(len(each.kept) for each in watched.values())
         budget = round(rank * len(watched))
@@ -188,10 +180,9 @@ class LoraRankAllocator:
                 swaps += gone(adapter)
                 each.bank.drop(self.name)
                 empty.add(id(each.bank))
-        for module in list(self.model.modules()):
-            for parameter, bank in banks_of(module).items():
-                if id(bank) in empty and not bank.names:
-                    detach_(module, parameter)
+        for weight in adapted_weights(self.model):
+            if id(weight.bank) in empty and not weight.bank.names:
+                detach_(weight)
         if optimizer is not None:
             swap_(optimizer, swaps)
         self._finished = True

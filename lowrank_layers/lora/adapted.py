@@ -13,14 +13,10 @@ from torch import Tensor, nn
 from ..errors import LowRankError
 from ..layers import FactoredModule
 from ..layers.computed import computed
-from ..modules.tree import is_quantized
-from .adapter import Bank
+from .adapted_weight import BANK, bank_of, banks_of, base_weight, values_of
 from .forward import WITH_MORE, Fast, add_biases, fast_forward
 from .mixed_groups import mixed_forward, mixes_groups
-from .weight_layout import SLICES, stored
-
-BANK = "lora_{}"
-"""The child that holds the adapters of a parameter: ``fc.lora_weight.adapters.default.A``."""
+from .weight_layout import SLICES, dense_weight
 
 
 class Adapted:
@@ -87,7 +83,7 @@ def change_class_(module: nn.Module, cls: type[nn.Module]) -> None:
 
 def check_same_shape(module: Any, name: str, value: Any) -> None:
     """Raises if a base weight is replaced by one that its adapters do not fit."""
-    if stored(module, name) is None and not isinstance(module, FactoredModule):
+    if dense_weight(module, name) is None and not isinstance(module, FactoredModule):
         return  # deleted before, as FullyShardedDataParallel does
     old, new = tuple(base_weight(module, name).shape), tuple(getattr(value, "shape", ()))
     if old != new:
@@ -132,33 +128,6 @@ def _make_class(cls: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]
     if issubclass(cls, nn.RNNBase):
         body["_flat_weights"] = property(_flat_weights, lambda *_: None)
     return cast("type[nn.Module]", type(f"Lora{cls.__name__}", (Adapted, cls), body))
-
-
-def bank_of(module: nn.Module, name: str) -> Bank | None:
-    """The adapters of one parameter."""
-    bank = module._modules.get(BANK.format(name))
-    return bank if isinstance(bank, Bank) else None
-
-
-def banks_of(module: nn.Module) -> dict[str, Bank]:
-    """The adapters of all parameters, by the parameter's name."""
-    names = getattr(module, "_adapted_names", ())
-    return {name: bank for name in names if (bank := bank_of(module, name)) is not None}
-
-
-def base_weight(module: nn.Module, name: str) -> Tensor:
-    """The parameter without its adapters (for a factored layer, its product)."""
-    parameter = stored(module, name)
-    if parameter is not None:
-        return parameter
-    if isinstance(module, FactoredModule):
-        return module.product()
-    raise AttributeError(f"{type(module).__name__} has no parameter {name!r}")
-
-
-def values_of(weight: Tensor) -> Tensor:
-    """The weight as an ordinary tensor: a quantised one is dequantised."""
-    return weight.dequantize() if is_quantized(weight) else weight
 
 
 def _with_adapters(cls: type[nn.Module], name: str) -> property:

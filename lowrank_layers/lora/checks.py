@@ -1,4 +1,4 @@
-"""What an adapter cannot be put on."""
+"""Which weights an adapter cannot be put on, and why."""
 
 from __future__ import annotations
 
@@ -7,54 +7,55 @@ from torch import nn
 from ..errors import LowRankError, UnsupportedLayerError
 from ..layers import FactoredModule, is_derived
 from ..modules.tree import is_quantized
-from .adapted import bank_of, base_weight
-from .forward import fast_call
-from .target import Place
-from .weight_layout import SLICES, Kind, kind_of
+from .adapted_weight import AdaptedWeight, bank_of
+from .weight_layout import SLICES
 from .whole import TrainedWhole
 
 
-def check_place(module: nn.Module, place: Place, name: str | None, dora: bool = False) -> Kind:
-    """The layout of a weight that an adapter of that name can be put on.
+def check_adaptable(weight: AdaptedWeight, name: str | None, dora: bool = False) -> None:
+    """Raises if an adapter of that name cannot be put on a weight.
+
+    Args:
+        weight: where the adapter shall go.
+        name: name of the adapter; with ``None`` it may be there already.
+        dora: whether the adapter renormalizes the weight's outputs.
 
     Raises:
-        LowRankError: where it cannot, saying why.
+        LowRankError: with the weight's name, the reason and the remedy.
     """
-    label = ".".join(filter(None, place))
+    module, label = weight.module, weight.name
     if is_derived(module) or hasattr(module, "parametrizations"):
         raise LowRankError(f"add_lora_: {label!r} is parametrized; fold it first.")
     if isinstance(module, TrainedWhole):
         raise LowRankError(
             f"add_lora_: {label!r} is trained whole by another adapter (modules_to_save); leave it out with exclude=."
         )
-    bank = bank_of(module, place[1])
-    if bank is not None and bank.merged is not None:
+    if weight.is_adapted and weight.bank.merged is not None:
         raise LowRankError(f"add_lora_: the adapters of {label!r} are merged; call unmerge_lora_ first.")
-    if bank is not None and name in bank.names:
+    if weight.is_adapted and name in weight.bank.names:
         raise LowRankError(f"add_lora_: {label!r} has an adapter {name!r} already; give another name.")
-    rivals = SLICES if place[1] == "in_proj_weight" else ("in_proj_weight",) if place[1] in SLICES else ()
+    rivals = SLICES if weight.parameter == "in_proj_weight" else ("in_proj_weight",) if weight.is_slice else ()
     if any(bank_of(module, rival) is not None for rival in rivals):
         raise LowRankError(
             f"add_lora_: {label!r} overlaps with a part of it that is adapted; choose the whole or parts."
         )
     plain = getattr(module, "_plain_class", type(module))
-    if isinstance(module, FactoredModule) and (dora or fast_call(module) is None):
+    if isinstance(module, FactoredModule) and (dora or weight.is_read_whole):
         raise UnsupportedLayerError(
-            f"add_lora_: {label!r} is a {type(module).__name__}, whose forward never reads a whole weight"
-            f"{' to renormalise' if dora else ''}; call densify_ first."
+            f"add_lora_: {label!r} is a {plain.__name__}, whose forward never reads a whole weight"
+            f"{' to renormalize' if dora else ''}; call densify_ first."
         )
-    kind = kind_of(module, place[1])
-    weight = base_weight(module, place[1])
-    if weight.is_meta:
+    _ = weight.layout  # raises for a weight that is no matrix or kernel
+    base = weight.base
+    if base.is_meta:
         raise LowRankError(
             f"add_lora_: {label!r} is on the meta device: it has no values yet, or accelerate has offloaded them; load"
             " the model first, without offloading (device_map='auto' may offload, a device does not)."
         )
-    if not weight.is_floating_point():
-        raise LowRankError(f"add_lora_: {label!r} is {weight.dtype}, expected floating point.")
-    if is_quantized(weight) and plain.forward is not nn.Linear.forward:
+    if not base.is_floating_point():
+        raise LowRankError(f"add_lora_: {label!r} is {base.dtype}, expected floating point.")
+    if is_quantized(base) and plain.forward is not nn.Linear.forward:
         raise UnsupportedLayerError(
-            f"add_lora_: {label!r} is quantised ({type(weight).__name__}) and a {plain.__name__}, expected an"
+            f"add_lora_: {label!r} is quantized ({type(base).__name__}) and a {plain.__name__}, expected an"
             " nn.Linear; leave it dense, or choose another target."
         )
-    return kind

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..errors import LowRankError
 from ..linalg import exact_svd
 from .adapter import Adapter, Bank
-from .inject import banks, check_name
+from .attach import banks, check_name
 from .mixed_groups import MixedGroups
 from .switching import check_unmerged, use_adapter
 from .task_vectors import Seed, combined

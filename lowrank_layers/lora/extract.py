@@ -12,12 +12,13 @@ from ..errors import LowRankError
 from ..modules.attention import mind_fast_paths_
 from ..modules.tree import check_model
 from ..rank import Energy, Rank, Spectrum, choose_rank
+from .adapted_weight import AdaptedWeight
 from .adapter import Adapter, adapter_dtype
-from .checks import check_place
-from .inject import attach_, freeze_
+from .attach import attach_, freeze_
+from .checks import check_adaptable
 from .lookup import tensor_for
-from .target import Place, Target, targets
-from .weight_layout import Kind, Matrix, kind_of
+from .target import Target, targets
+from .weight_layout import Kind, Matrix
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,8 @@ class Extracted:
     change: float
 
 
-class Extraction(dict[Place, Extracted]):
-    """What :func:`extract_lora` found: prints as a table, and becomes adapters of the base.
+class Extraction(dict[tuple[str, str], Extracted]):
+    """What :func:`extract_lora` found, by module and parameter: prints as a table, and becomes adapters of the base.
 
     Examples:
         >>> base, tuned = nn.Sequential(nn.Linear(8, 8)), nn.Sequential(nn.Linear(8, 8))
@@ -61,13 +62,11 @@ class Extraction(dict[Place, Extracted]):
         check_model(model)
         if not name or "." in name:
             raise LowRankError(f"Extraction.apply_: got name {name!r}, expected one without dots.")
-        made = [(place, _check_fit(model, place, found, name)) for place, found in self.items()]
+        made = {_checked(model, *place, found, name): found for place, found in self.items()}
         freeze_(model)
-        for (owner, parameter), kind in made:
-            found = self[owner, parameter]
+        for weight, found in made.items():
             # copies: an extraction may be applied to several models, which are trained apart
-            adapter = Adapter(found.a.clone(), found.b.clone(), scaling=1.0)
-            attach_(model.get_submodule(owner), parameter, name, adapter, kind)
+            attach_(weight, name, Adapter(found.a.clone(), found.b.clone(), scaling=1.0))
         mind_fast_paths_(model)
         return model
 
@@ -113,7 +112,7 @@ def extract_lora(
     found = Extraction()
     known: dict[tuple[object, object], tuple[Kind, Extracted]] = {}
     for place in targets(base, target if target is not None else lambda *_: True):
-        key = ".".join(filter(None, place))
+        key = place.name
         weight, other = tensor_for(base, place), tensor_for(tuned, place)
         if weight is None or other is None or weight.shape != other.shape:
             raise LowRankError(f"extract_lora: {key!r} is not in both models with one shape; give two of one kind.")
@@ -124,35 +123,39 @@ def extract_lora(
             )
         if not bool(change.any()):
             continue
-        kind = kind_of(base.get_submodule(place[0]), place[1])
-        pair = _identity(base, place), _identity(tuned, place)
+        kind = place.layout
+        pair = _identity(place), _identity(replace(place, module=tuned.get_submodule(place.owner)))
         if pair not in known or not isinstance(kind, Matrix):
             known[pair] = kind, _extract(weight, change, kind, rule, key)
-        found[place] = _in_kind(kind, *known[pair])
+        found[place.owner, place.parameter] = _in_kind(kind, *known[pair])
     if not found:
         raise LowRankError("extract_lora: the two models have the same weights; there is nothing to extract.")
     return found
 
 
-def _check_fit(model: nn.Module, place: Place, found: Extracted, name: str) -> Kind:
-    """The layout of the weight that an extracted change belongs to."""
-    label = ".".join(filter(None, place))
-    weight = tensor_for(model, place)
-    if weight is None:
-        raise LowRankError(f"Extraction.apply_: the model has no {label!r}; give the base, or another of its kind.")
-    kind = check_place(model.get_submodule(place[0]), place, name)
-    shape = kind.product(found.a.to("meta"), found.b.to("meta")).shape
-    if shape != weight.shape:
+def _checked(model: nn.Module, owner: str, parameter: str, found: Extracted, name: str) -> AdaptedWeight:
+    """The weight of a model that an extracted change belongs to, which must fit."""
+    label = f"{owner}.{parameter}" if owner else parameter
+    try:
+        weight = AdaptedWeight(owner, parameter, model.get_submodule(owner))
+        old = weight.base.shape
+    except AttributeError:
         raise LowRankError(
-            f"Extraction.apply_: {label!r} has shape {tuple(weight.shape)}, expected {tuple(shape)}, as in the base."
+            f"Extraction.apply_: the model has no {label!r}; give the base, or another of its kind."
+        ) from None
+    check_adaptable(weight, name)
+    new = weight.layout.product(found.a.to("meta"), found.b.to("meta")).shape
+    if new != old:
+        raise LowRankError(
+            f"Extraction.apply_: {label!r} has shape {tuple(old)}, expected {tuple(new)}, as in the base."
         )
-    return kind
+    return weight
 
 
-def _identity(model: nn.Module, place: Place) -> object:
-    """Equal for the places of one parameter, and for no others."""
-    parameter = model.get_submodule(place[0])._parameters.get(place[1])
-    return place if parameter is None else id(parameter)
+def _identity(weight: AdaptedWeight) -> object:
+    """Equal for all weights that are the same parameter, and for no others."""
+    parameter = weight.module._parameters.get(weight.parameter)
+    return (weight.owner, weight.parameter) if parameter is None else id(parameter)
 
 
 def _in_kind(kind: Kind, first_kind: Kind, first: Extracted) -> Extracted:

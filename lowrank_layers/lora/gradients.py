@@ -13,7 +13,6 @@ from ..calibrate import Loss, MaskOf, Padding, batch_loss, check_batches, check_
 from ..errors import LowRankError
 from ..modules.tree import check_model, is_quantized
 from .target import Target, targets
-from .weight_layout import SLICES
 
 
 def weight_gradients(
@@ -93,8 +92,8 @@ def weight_gradients(
 
 def _weights(model: nn.Module, target: Target | None) -> list[nn.Parameter]:
     found: dict[int, nn.Parameter] = {}
-    for owner, name in targets(model, (lambda *_: True) if target is None else target):
-        weight = model.get_submodule(owner)._parameters.get("in_proj_weight" if name in SLICES else name)
+    for each in targets(model, (lambda *_: True) if target is None else target):
+        weight = each.holder
         if weight is not None and weight.is_floating_point() and not is_quantized(weight):
             found[id(weight)] = weight
     if not found:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,20 +14,18 @@ from ..errors import LowRankError
 from ..modules.attention import mind_fast_paths_
 from ..modules.tree import check_model
 from ..rank import Rank, check_rank
-from .adapted import BANK, adapted_class, bank_of, banks_of, base_weight, change_class_, values_of
-from .adapter import Adapter, Bank, adapter_dtype, check_dtype
-from .checks import check_place
-from .forward import fast_call
+from .adapted_weight import AdaptedWeight
+from .adapter import Adapter, adapter_dtype, check_dtype
+from .attach import attach_, freeze_
+from .checks import check_adaptable
 from .inits import INITS, Init, Start
 from .lookup import Source, tensor_for
 from .ranks import explained_ranks, moment_of, note_lowered, of_pattern, rank_for
-from .target import Place, Target, targets
+from .target import Target, targets
 from .tokens import Tokens, find_tokens
-from .weight_layout import Kind, is_lookup
-from .whole import attach_whole_, copies_of, drop_whole_, find_whole
+from .whole import attach_whole_, find_whole
 
 DEFAULT = "default"
-_LEARNED = "_learned_before_lora"
 
 
 def add_lora_(
@@ -129,26 +126,26 @@ def add_lora_(
     check_rank(rank, "add_lora_")
     check_dtype(dtype, "add_lora_")
     whole = find_whole(model, modules_to_save or (), name)
-    places = [] if target == [] and trainable_tokens else targets(model, target, exclude, whole)
-    rows = find_tokens(model, trainable_tokens, name, {owner for owner, _ in places} | set(whole))
+    chosen = [] if target == [] and trainable_tokens else targets(model, target, exclude, whole)
+    rows = find_tokens(model, trainable_tokens, name, {weight.owner for weight in chosen} | set(whole))
     generator = None if seed is None else torch.Generator().manual_seed(seed)
-    made: dict[Place, tuple[Adapter, Kind]] = {}
+    made: dict[AdaptedWeight, Adapter] = {}
     lowered: dict[str, int] = {}
-    kinds = {place: check_place(model.get_submodule(place[0]), place, name, dora) for place in places}
-    shared: dict[Place, int] = {}
+    for weight in chosen:
+        check_adaptable(weight, name, dora)
+    shared: dict[AdaptedWeight, int] = {}
     if init == "eva" and isinstance(rank, int):
-        limits = {(o, n): kind.limit(base_weight(model.get_submodule(o), n)) for (o, n), kind in kinds.items()}
-        shared = explained_ranks(limits, stats, rank)
-    for place, kind in kinds.items():
-        module = model.get_submodule(place[0])
-        weight = values_of(base_weight(module, place[1])).detach()
-        sources = moment_of(stats, place), tensor_for(gradients, place), tensor_for(reference, place)
-        own_dtype = adapter_dtype(weight, dtype)
-        seen = Start(weight, kind, 1, 1.0, generator, *sources, dtype=own_dtype, lookup=is_lookup(module))
-        asked = of_pattern(rank_pattern, place, shared.get(place, rank))
-        own_rank = rank_for(asked, init, seen, ".".join(filter(None, place)), lowered)
-        own_alpha = of_pattern(alpha_pattern, place, float(own_rank) if alpha is None else alpha)
+        shared = explained_ranks({weight: weight.layout.limit(weight.base) for weight in chosen}, stats, rank)
+    for weight in chosen:
+        values, kind = weight.values, weight.layout
+        sources = moment_of(stats, weight), tensor_for(gradients, weight), tensor_for(reference, weight)
+        own_dtype = adapter_dtype(values, dtype)
+        seen = Start(values, kind, 1, 1.0, generator, *sources, dtype=own_dtype, lookup=weight.is_lookup)
+        asked = of_pattern(rank_pattern, weight, shared.get(weight, rank))
+        own_rank = rank_for(asked, init, seen, weight.name, lowered)
+        own_alpha = of_pattern(alpha_pattern, weight, float(own_rank) if alpha is None else alpha)
         scaling = own_alpha / (math.sqrt(own_rank) if rslora else own_rank)
+        has_bias = bias and isinstance(weight.module, nn.Linear)
         start = INITS[init](replace(seen, rank=own_rank, scaling=scaling))
         adapter = Adapter(
             start.a,
@@ -156,86 +153,23 @@ def add_lora_(
             scaling=scaling,
             dropout=dropout,
             start=start.taken_off,
-            magnitude=kind.lengths(start.whole(weight, kind, scaling)).to(own_dtype) if dora else None,
-            bias=start.a.new_zeros(kind.matrix(weight).shape[-2]) if bias and isinstance(module, nn.Linear) else None,
+            magnitude=kind.lengths(start.whole(values, kind, scaling)).to(own_dtype) if dora else None,
+            bias=start.a.new_zeros(kind.matrix(values).shape[-2]) if has_bias else None,
         )
         if freeze_a:
             (adapter.A if bool(adapter.A.any()) else adapter.B).requires_grad_(False)
-        if (dropout or bias) and fast_call(module) is None:
+        if (dropout or bias) and weight.is_read_whole:
             raise LowRankError(
-                f"add_lora_: {'.'.join(filter(None, place))!r} is read as a whole, by its owner or by a method that was"
+                f"add_lora_: {weight.name!r} is read as a whole, by its owner or by a method that was"
                 " replaced on the instance: there is no input to drop out from and no output to add a bias to; give"
                 " dropout=0 and bias=False for it."
             )
-        made[place] = adapter, kind
+        made[weight] = adapter
     freeze_(model)
-    for (owner, parameter), (adapter, kind) in made.items():
-        attach_(model.get_submodule(owner), parameter, name, adapter, kind)
-    for _, module, kind, adapter in rows:
-        attach_(module, "weight", name, adapter, kind)
+    for weight, adapter in (made | rows).items():
+        attach_(weight, name, adapter)
     for module in whole.values():
         attach_whole_(module, name, dtype=dtype)
     mind_fast_paths_(model)
     note_lowered(lowered, "add_lora_", 2)
     return model
-
-
-def attach_(module: nn.Module, parameter: str, name: str, adapter: Adapter, kind: Kind) -> None:
-    """Puts one adapter on one parameter, making the module adapted where it is not yet."""
-    bank = bank_of(module, parameter)
-    if bank is None:
-        bank = Bank(kind)
-        names = (*getattr(module, "_adapted_names", ()), parameter)
-        plain = getattr(module, "_plain_class", type(module))
-        module.add_module(BANK.format(parameter), bank.train(module.training))
-        change_class_(module, adapted_class(plain, names))
-    bank.add(name, adapter.train(module.training))
-
-
-def detach_(module: nn.Module, parameter: str) -> None:
-    """Makes one parameter plain again, and the module where it was the last."""
-    delattr(module, BANK.format(parameter))
-    adapted: Any = module
-    plain = adapted._plain_class
-    names = tuple(n for n in adapted._adapted_names if n != parameter)
-    change_class_(module, adapted_class(plain, names) if names else plain)
-
-
-def strip_(model: nn.Module, name: str | None = None) -> None:
-    """Takes one adapter off, or all of them; after the last one everything learns that learned before the first."""
-    for module in list(model.modules()):
-        for parameter, bank in banks_of(module).items():
-            for each in [own for own in bank.names if name in (None, own)]:
-                bank.drop(each)
-            if not bank.names:
-                detach_(module, parameter)
-    drop_whole_(model, name)
-    if not banks(model) and not copies_of(model):
-        learned = model.__dict__.pop(_LEARNED, {})
-        for own, weight in model.named_parameters():
-            if own in learned:
-                weight.requires_grad_(learned[own])
-    mind_fast_paths_(model)
-
-
-def banks(model: nn.Module) -> list[Bank]:
-    """Of every adapted parameter, once."""
-    return [module for module in model.modules() if isinstance(module, Bank)]
-
-
-def check_name(model: nn.Module, name: str) -> None:
-    """Refuses a name that no adapter has."""
-    known = {own for bank in banks(model) for own in bank.names}
-    known |= {own for copies in copies_of(model).values() for own in copies}
-    if name not in known:
-        raise LowRankError(f"got the adapter {name!r}, expected one of {sorted(known)}.")
-
-
-def freeze_(model: nn.Module) -> None:
-    """Only adapters learn; what learned before is remembered on the model."""
-    own = {id(p) for part in (*banks(model), *copies_of(model).values()) for p in part.parameters()}
-    learned = model.__dict__.setdefault(_LEARNED, {})
-    for name, parameter in model.named_parameters():
-        if id(parameter) not in own:
-            learned.setdefault(name, parameter.requires_grad)
-            parameter.requires_grad_(False)

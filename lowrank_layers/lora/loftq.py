@@ -10,14 +10,13 @@ from torch import Tensor, nn
 from ..errors import LowRankError
 from ..modules.tree import check_model
 from ..rank import Rank, check_rank
-from .adapted import base_weight
-from .checks import check_place
+from .checks import check_adaptable
 from .inits import Start, triplets
 from .inject import DEFAULT, add_lora_
 from .merge import users_of
 from .ranks import note_lowered, rank_for
 from .target import Place, Target, targets
-from .weight_layout import SLICES, Kind, kind_of
+from .weight_layout import Kind
 
 Quantize = Callable[[Tensor], Tensor]
 
@@ -72,38 +71,33 @@ def loftq_(
     places = targets(model, target)
     owners = users_of(model)
     for place in places:
-        _check_own(model.get_submodule(place[0]), place, owners)
-        check_place(model.get_submodule(place[0]), place, name)
+        _check_own(place, owners)
+        check_adaptable(place, name)
     check_rank(rank, "loftq_")
-    kept = {place: _weight(model, place).clone() for place in places}
+    kept = {place: place.base.detach().clone() for place in places}
     ranks: dict[str, int] = {}
     lowered: dict[str, int] = {}
     found: dict[Place, Tensor] = {}
     for place, weight in kept.items():
-        label, kind = ".".join(filter(None, place)), kind_of(model.get_submodule(place[0]), place[1])
+        label, kind = place.name, place.layout
         first = _quantized(quantize, weight, label)
         ranks[label] = rank_for(rank, "loftq", Start(first, kind, 1, 1.0, None, reference=weight), label, lowered)
         found[place] = _alternate(weight, first, kind, ranks[label], quantize, steps, label)
-    reference = {".".join(filter(None, place)): weight for place, weight in kept.items()}
+    reference = {place.name: weight for place, weight in kept.items()}
     try:
         for place, value in found.items():
-            _weight(model, place).copy_(value)
+            place.base.detach().copy_(value)
         add_lora_(model, target, 1, alpha, name=name, init="loftq", rank_pattern=ranks, reference=reference)
     except BaseException:
         for place, weight in kept.items():
-            _weight(model, place).copy_(weight)
+            place.base.detach().copy_(weight)
         raise
     note_lowered(lowered, "loftq_", 3)
     return model
 
 
-def _weight(model: nn.Module, place: Place) -> Tensor:
-    return base_weight(model.get_submodule(place[0]), place[1]).detach()
-
-
-def _check_own(module: nn.Module, place: Place, owners: dict[int, list[tuple[str, nn.Module]]]) -> None:
-    label = ".".join(filter(None, place))
-    weight = module._parameters.get("in_proj_weight" if place[1] in SLICES else place[1])
+def _check_own(place: Place, owners: dict[int, list[tuple[str, nn.Module]]]) -> None:
+    module, label, weight = place.module, place.name, place.holder
     if weight is None:
         raise LowRankError(
             f"loftq_: {label!r} is a {type(module).__name__}, whose weight is a product; quantise its factors."

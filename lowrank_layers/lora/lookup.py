@@ -3,28 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from torch import Tensor, nn
 
-from .adapted import base_weight, values_of
-from .target import Place
-from .weight_layout import SLICES
+from .adapted_weight import AdaptedWeight, values_of
 
 Source = nn.Module | Mapping[str, Tensor]
 
 
-def tensor_for(source: Source | None, place: Place) -> Tensor | None:
-    """What the source has under the name of a place; of a part of a fused weight, that part."""
-    owner, name = place
+def tensor_for(source: Source | None, weight: AdaptedWeight) -> Tensor | None:
+    """The tensor of a source that has the name of a weight, or ``None``; for a slice, that slice of the fused one.
+
+    Args:
+        source: a model, a state dict, or nothing.
+        weight: a weight of another model.
+    """
     if isinstance(source, nn.Module):
         try:
-            return values_of(base_weight(source.get_submodule(owner), name)).detach()
+            return replace(weight, module=source.get_submodule(weight.owner)).values
         except AttributeError:
             return None
     tensors = {} if source is None else source
-    prefix = f"{owner}." if owner else ""
-    found = tensors.get(prefix + name)
-    fused = tensors.get(f"{prefix}in_proj_weight") if found is None and name in SLICES else None
-    if fused is not None:
-        found = values_of(fused).chunk(3)[SLICES.index(name)]
+    found = tensors.get(weight.name)
+    if found is None and weight.is_slice:
+        fused = tensors.get(weight.name.removesuffix(weight.parameter) + weight.holder_name)
+        found = None if fused is None else weight.slice_of(values_of(fused))
     return None if found is None else values_of(found).detach()

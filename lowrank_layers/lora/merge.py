@@ -3,32 +3,21 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import LowRankError
 from ..modules.tree import is_quantized
-from .adapted import bank_of, banks_of
-from .adapter import Bank
-from .inject import strip_
-from .weight_layout import SLICES, stored
+from .adapted_weight import AdaptedWeight, adapted_weights
+from .attach import strip_
 from .whole import adopt_whole_, copies_of
 
 Ties = Literal["refuse", "untie"]
 Users = dict[int, list[tuple[str, nn.Module]]]
-
-
-class _Place(NamedTuple):
-    """An adapted weight: its module, its name there, its adapters, and its name in the model."""
-
-    module: nn.Module
-    name: str
-    bank: Bank
-    label: str
 
 
 @torch.no_grad()
@@ -65,32 +54,32 @@ def merge_lora_(model: nn.Module, *, ties: Ties = "refuse", safe_merge: bool = T
     """
     if ties not in ("refuse", "untie"):
         raise LowRankError(f"merge_lora_: got ties={ties!r}, expected 'refuse' or 'untie'.")
-    places = list(_places(model))
-    if not places and not (unload and copies_of(model)):
+    weights = adapted_weights(model)
+    if not weights and not (unload and copies_of(model)):
         raise LowRankError("merge_lora_: the model has no adapters; call add_lora_ first.")
-    separate = [place for place in places if place.bank.merged is None]
-    if len(separate) < len(places) and not unload:
+    separate = [weight for weight in weights if weight.bank.merged is None]
+    if len(separate) < len(weights) and not unload:
         raise LowRankError("merge_lora_: the adapters are merged already; call unmerge_lora_ first.")
     users = users_of(model)
-    for place in separate:
-        _check(place, users, ties)
-    biases = [(each.module, total) for each in places if unload and (total := _bias(each, users, ties)) is not None]
-    values = [_sum(place) for place in separate]
-    for place, value in zip(separate, values, strict=True):
+    for weight in separate:
+        _check(weight, users, ties)
+    biases = [(each.module, total) for each in weights if unload and (total := _bias(each, users, ties)) is not None]
+    values = [_sum(weight) for weight in separate]
+    for weight, value in zip(separate, values, strict=True):
         if safe_merge and not bool(torch.isfinite(value).all()):
             raise LowRankError(
-                f"merge_lora_: {place.label!r} would have NaN or Inf entries; choose another adapter with use_adapter,"
+                f"merge_lora_: {weight.name!r} would have NaN or Inf entries; choose another adapter with use_adapter,"
                 " or give safe_merge=False."
             )
-    for place, value in zip(separate, values, strict=True):
-        _put_in(place, value, users)
+    for weight, value in zip(separate, values, strict=True):
+        _put_in(weight, value, users)
     if not unload:
         return model
     for module, total in biases:
         bias = _own(module, "bias", users)
         bias.data = (bias + total).to(bias.dtype)
-    for place in places:
-        place.bank.merged = None
+    for weight in weights:
+        weight.bank.merged = None
     adopt_whole_(model)
     strip_(model)
     return model
@@ -106,7 +95,7 @@ def unmerge_lora_(model: nn.Module) -> nn.Module:
     Raises:
         LowRankError: if nothing is merged.
     """
-    found = [place for place in _places(model) if place.bank.merged is not None]
+    found = [weight for weight in adapted_weights(model) if weight.bank.merged is not None]
     if not found:
         raise LowRankError("unmerge_lora_: nothing is merged.")
     _take_out(found)
@@ -115,8 +104,8 @@ def unmerge_lora_(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def unmerged(model: nn.Module) -> Iterator[None]:
-    """Inside, what is merged is not; afterwards it is again."""
-    found = [place for place in _places(model) if place.bank.merged is not None]
+    """Inside the context what is merged is not; afterwards it is merged again, where it still has adapters."""
+    found = {weight: weight.bank for weight in adapted_weights(model) if weight.bank.merged is not None}
     with torch.no_grad():
         _take_out(found)
     try:
@@ -124,28 +113,28 @@ def unmerged(model: nn.Module) -> Iterator[None]:
     finally:
         users = users_of(model)
         with torch.no_grad():
-            for place in found:
-                if bank_of(place.module, place.name) is place.bank:
-                    _put_in(place, _sum(place), users)
+            for weight, bank in found.items():
+                if weight.is_adapted and weight.bank is bank:
+                    _put_in(weight, _sum(weight), users)
 
 
-def _check(place: _Place, users: Users, ties: Ties) -> None:
-    module, name, bank, label = place
-    weight = stored(module, name)
-    if weight is None:
+def _check(weight: AdaptedWeight, users: Users, ties: Ties) -> None:
+    """Raises if the adapters of a weight cannot be merged into it."""
+    module, bank, dense, label = weight.module, weight.bank, weight.dense, weight.name
+    if dense is None:
         raise LowRankError(
             f"merge_lora_: {label!r} is a {type(module).__name__}, whose weight is a product; call densify_ first,"
             " or keep its adapter."
         )
-    if is_quantized(weight):
+    if is_quantized(dense):
         raise LowRankError(
-            f"merge_lora_: {label!r} is quantised ({type(weight).__name__}), which the sum would have to be again;"
-            " keep its adapter, or merge into the full-precision model and quantise that."
+            f"merge_lora_: {label!r} is quantized ({type(dense).__name__}), which the sum would have to be again;"
+            " keep its adapter, or merge into the full-precision model and quantize that."
         )
     if bank.rows is not None or bank.disabled:
         where = "lora_rows" if bank.rows is not None else "lora_disabled"
         raise LowRankError(f"merge_lora_: called inside {where}, where other adapters count; leave that first.")
-    _check_ties(label, _parameter(module, name), module, users, ties)
+    _check_ties(label, _holder(weight), module, users, ties)
 
 
 def _check_ties(label: str, parameter: nn.Parameter, module: nn.Module, users: Users, ties: Ties) -> None:
@@ -157,47 +146,48 @@ def _check_ties(label: str, parameter: nn.Parameter, module: nn.Module, users: U
         )
 
 
-def _bias(place: _Place, users: Users, ties: Ties) -> Tensor | None:
+def _bias(weight: AdaptedWeight, users: Users, ties: Ties) -> Tensor | None:
     """What the adapters add to the output beside their product, or ``None``."""
-    found = [adapter.gate * adapter.bias for adapter in place.bank if adapter.bias is not None]
+    found = [adapter.gate * adapter.bias for adapter in weight.bank if adapter.bias is not None]
     if not found:
         return None
-    bias = place.module._parameters.get("bias")
+    bias = weight.module._parameters.get("bias")
     if bias is None:
         raise LowRankError(
-            f"merge_lora_: an adapter of {place.label!r} has a bias, and its layer has none to add it to; give the"
+            f"merge_lora_: an adapter of {weight.name!r} has a bias, and its layer has none to add it to; give the"
             " layer a bias of zeros before add_lora_, or adapt it with bias=False."
         )
-    _check_ties(place.label.removesuffix("weight") + "bias", bias, place.module, users, ties)
+    _check_ties(weight.name.removesuffix("weight") + "bias", bias, weight.module, users, ties)
     return torch.stack(found).sum(0)
 
 
-def _sum(place: _Place) -> Tensor:
+def _sum(weight: AdaptedWeight) -> Tensor:
     """The weight with its adapters, rounded once."""
-    weight = stored(place.module, place.name)
-    assert weight is not None
-    return place.bank.effective(weight.to(torch.promote_types(weight.dtype, torch.float32))).to(weight.dtype)
+    dense = weight.dense
+    assert dense is not None
+    return weight.bank.effective(dense.to(torch.promote_types(dense.dtype, torch.float32))).to(dense.dtype)
 
 
-def _put_in(place: _Place, value: Tensor, users: Users) -> None:
-    module, name, bank, _ = place
-    weight = _own(module, "in_proj_weight" if name in SLICES else name, users)
-    if name in SLICES:
-        part = weight.detach().chunk(3)[SLICES.index(name)]
+def _put_in(weight: AdaptedWeight, value: Tensor, users: Users) -> None:
+    """Writes a merged weight, in place; the base is kept in the bank."""
+    bank, holder = weight.bank, _own(weight.module, weight.holder_name, users)
+    if weight.is_slice:
+        part = weight.slice_of(holder.detach())
         bank.merged = part.clone()
         part.copy_(value)
     else:
-        bank.merged, weight.data = weight.data, value
+        bank.merged, holder.data = holder.data, value
 
 
-def _take_out(places: Sequence[_Place]) -> None:
-    for module, name, bank, _ in places:
-        weight = _parameter(module, name)
+def _take_out(weights: Iterable[AdaptedWeight]) -> None:
+    """Writes the base weights back, in place."""
+    for weight in weights:
+        bank, holder = weight.bank, _holder(weight)
         assert bank.merged is not None
-        if name in SLICES:
-            weight.detach().chunk(3)[SLICES.index(name)].copy_(bank.merged)
+        if weight.is_slice:
+            weight.slice_of(holder.detach()).copy_(bank.merged)
         else:
-            weight.data = bank.merged
+            holder.data = bank.merged
         bank.merged = None
 
 
@@ -211,19 +201,10 @@ def _own(module: nn.Module, name: str, users: Users) -> nn.Parameter:
     return parameter
 
 
-def _parameter(module: nn.Module, name: str) -> nn.Parameter:
-    """The parameter that holds an adapted weight, or the part of it."""
-    parameter = module._parameters["in_proj_weight" if name in SLICES else name]
-    assert parameter is not None
-    return parameter
-
-
-def _places(model: nn.Module) -> list[_Place]:
-    return [
-        _Place(module, name, bank, f"{owner}.{name}" if owner else name)
-        for owner, module in model.named_modules()
-        for name, bank in banks_of(module).items()
-    ]
+def _holder(weight: AdaptedWeight) -> nn.Parameter:
+    holder = weight.holder
+    assert holder is not None
+    return holder
 
 
 def users_of(model: nn.Module) -> Users:

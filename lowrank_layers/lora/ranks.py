@@ -19,7 +19,7 @@ _SHOWN = 8
 
 def of_pattern(pattern: Mapping[str, Any] | None, place: Place, default: Any) -> Any:
     """The value for the whole name of a module or parameter, else of the first ending that fits, or the default."""
-    names = [place[0], ".".join(filter(None, place))]
+    names = [place.owner, place.name]
     for name in names:
         if pattern and name in pattern:
             return pattern[name]
@@ -54,7 +54,7 @@ def note_lowered(lowered: Mapping[str, int], who: str, stacklevel: int) -> None:
 
 def moment_of(stats: Statistics | None, place: Place) -> Tensor | None:
     """``E[x x^T]`` of the inputs of a layer, where it was taken."""
-    return None if stats is None or place[0] not in stats else stats[place[0]].inputs.second
+    return None if stats is None or place.owner not in stats else stats[place.owner].inputs.second
 
 
 def explained_ranks(limits: Mapping[Place, int], stats: Statistics | None, rank: int) -> dict[Place, int]:

@@ -7,7 +7,7 @@ from typing import Literal
 from torch import nn
 
 from ..errors import LowRankError
-from .inject import check_name, strip_
+from .attach import check_name, strip_
 from .merge import merge_lora_, unmerged
 
 Keep = Literal["base", "merged"]

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from ..errors import LowRankError
 from ..modules.tree import check_model
-from .adapted import bank_of, banks_of, base_weight, values_of
-from .adapter import Adapter, Bank
-from .inject import banks, check_name
+from .adapted_weight import AdaptedWeight, adapted_weights, bank_of
+from .adapter import Adapter
+from .attach import choose_name
 from .mixed_groups import MixedGroups
 from .peft.keys import own_tensors
 from .peft.load import find_adapters
@@ -67,39 +67,29 @@ def swap_lora_(
     """
     inner = getattr(model, "_orig_mod", model)
     check_model(inner, quantized=True)
-    names = sorted({own for bank in banks(inner) for own in bank.names})
-    if name is None and len(names) != 1:
-        raise LowRankError(f"swap_lora_: the model has the adapters {names}, expected one; give the name of it.")
-    name = names[0] if name is None else name
-    check_name(inner, name)
-    own = {
-        (owner, parameter): (module, bank, bank.adapters[name])
-        for owner, module in inner.named_modules()
-        for parameter, bank in banks_of(module).items()
-        if name in bank.adapters
-    }
-    if any(bank.merged is not None for _, bank, _ in own.values()):
+    name = choose_name(inner, name, "swap_lora_")
+    own = adapted_weights(inner, name)
+    if any(weight.bank.merged is not None for weight in own):
         raise LowRankError("swap_lora_: the adapters are merged; call unmerge_lora_ first.")
     path = Path(folder)
     found, whole, tensors = find_adapters(inner, path, None, rank, alpha, prefix)
-    reads = {(read.slot.owner, read.slot.parameter): read for read in found}
+    reads = {AdaptedWeight(read.slot.owner, read.slot.parameter, read.slot.module): read for read in found}
     problems = [trouble for read in found if (trouble := _trouble(read, name))]
     problems += _trouble_whole(inner, name, whole, tensors)
-    problems += [
-        trouble for owner, module, _, rows in whole.tokens if (trouble := _trouble_tokens(owner, module, rows, name))
-    ]
+    problems += [trouble for weight, rows in whole.tokens.items() if (trouble := _trouble_tokens(weight, rows, name))]
     if problems:
         refuse(path, problems)
-    for place, (module, bank, adapter) in own.items():
-        assert isinstance(adapter, Adapter)
+    for weight in own:
+        adapter = weight.adapter(name)
+        assert adapter is not None
         if isinstance(adapter, TokenRows):
             adapter.rows.zero_()
-        elif place in reads:
-            _fill(adapter, bank.kind, reads[place])
+        elif weight in reads:
+            _fill(adapter, weight.layout, reads[weight])
         else:
-            _empty(adapter, bank, values_of(base_weight(module, place[1])))
-    for _, module, _, rows in whole.tokens:
-        _rows_there(module, name).rows.copy_(rows.rows)
+            _empty(adapter, weight)
+    for weight, rows in whole.tokens.items():
+        _rows_there(weight, name).rows.copy_(rows.rows)
     targets = _copied(inner, name)
     for key, copied in whole.copied.items():
         targets[copied].copy_(tensors[key])
@@ -128,22 +118,19 @@ def _trouble(read: Read, name: str) -> str | None:
     return None
 
 
-def _rows_there(module: nn.Module, name: str) -> TokenRows:
-    bank = bank_of(module, "weight")
-    assert bank is not None
-    rows = bank.adapters[name]
+def _rows_there(weight: AdaptedWeight, name: str) -> TokenRows:
+    rows = weight.adapter(name)
     assert isinstance(rows, TokenRows)
     return rows
 
 
-def _trouble_tokens(owner: str, module: nn.Module, rows: TokenRows, name: str) -> str | None:
+def _trouble_tokens(weight: AdaptedWeight, rows: TokenRows, name: str) -> str | None:
     """Why the file's rows of an embedding do not fit those that are there."""
-    bank = bank_of(module, "weight")
-    own = None if bank is None else bank.adapters._modules.get(name)
+    own = weight.adapter(name)
     if isinstance(own, TokenRows) and torch.equal(own.tokens, rows.tokens):
         return None
     there = own.tokens.tolist() if isinstance(own, TokenRows) else "none"
-    return f"it trains the tokens {rows.tokens.tolist()} of {owner!r}, and the adapter {name!r} has {there}"
+    return f"it trains the tokens {rows.tokens.tolist()} of {weight.owner!r}, and the adapter {name!r} has {there}"
 
 
 def _trouble_whole(model: nn.Module, name: str, whole: Whole, tensors: dict[str, Tensor]) -> list[str]:
@@ -194,11 +181,11 @@ def _fill(adapter: Adapter, kind: Kind, read: Read) -> None:
         adapter.bias.zero_() if read.bias is None else adapter.bias.copy_(read.bias)
 
 
-def _empty(adapter: Adapter, bank: Bank, weight: Tensor) -> None:
-    """Makes an adapter that adds nothing of it."""
-    for _, b in _rooms(adapter, bank.kind):
+def _empty(adapter: Adapter, weight: AdaptedWeight) -> None:
+    """Makes an adapter of a weight add nothing."""
+    for _, b in _rooms(adapter, weight.layout):
         b.zero_()
     if adapter.magnitude is not None:
-        adapter.magnitude.copy_(bank.kind.lengths(weight.float()))
+        adapter.magnitude.copy_(weight.layout.lengths(weight.values.float()))
     if adapter.bias is not None:
         adapter.bias.zero_()

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..errors import LowRankError
-from .inject import banks, check_name
+from .attach import banks, check_name
 from .learning import learned
 from .merge import unmerged
 from .whole import check_choice, copies_of

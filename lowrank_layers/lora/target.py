@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -12,17 +13,19 @@ from torch import nn
 from ..errors import LowRankError
 from ..layers import LowRankLinear, is_factored
 from ..modules.tree import module_aliases, walk_layers
+from .adapted_weight import AdaptedWeight
 from .weight_layout import SLICES, is_conv1d
 
 Target = str | Iterable[str] | re.Pattern[str] | Callable[[str, nn.Module], bool]
-Place = tuple[str, str]
-"""The name of a module, and of a parameter of it."""
+Place = AdaptedWeight
 _NO_WEIGHTS = ("bias_k", "bias_v")
 _HEADS = ("score", "classifier", "qa_outputs")
 
 
-def targets(model: nn.Module, target: Target, exclude: Target | None = None, saved: Iterable[str] = ()) -> list[Place]:
-    """All that a target means, in the order of the model.
+def targets(
+    model: nn.Module, target: Target, exclude: Target | None = None, saved: Iterable[str] = ()
+) -> list[AdaptedWeight]:
+    """The weights that a target selects, in the order of the model.
 
     Args:
         model: where to look.
@@ -30,24 +33,25 @@ def targets(model: nn.Module, target: Target, exclude: Target | None = None, sav
             output head of a transformers model; a regular expression, as a string or compiled, that must match the
             whole name (as in PEFT); or a predicate ``(name, module) -> bool``. A name may end with a parameter
             (``"lstm.weight_hh_l0"``, ``"experts.gate_up_proj"``): then only that one is taken; ``"self_attn.q_proj"``
-            is a part of a fused attention.
-        exclude: what to leave out of these, said in the same ways.
+            is a slice of a fused attention.
+        exclude: what to leave out of these, given in the same forms.
         saved: names of modules that are trained whole: nothing in them is taken.
 
     Raises:
         LowRankError: if nothing matches, or one of the names of a list does not.
     """
     left_out = set() if exclude is None else set(_matching(model, exclude, "exclude="))
-    # excluding a fused weight excludes its parts
-    left_out |= {(owner, part) for owner, name in left_out if name == "in_proj_weight" for part in SLICES}
+    # excluding a fused weight excludes its slices
+    left_out |= {part for weight in left_out for part in _slices(weight)}
     whole = tuple(f"{name}." for name in saved)
-    found: list[Place] = []
-    for owner, name in _matching(model, target):
-        # excluding a part of a fused weight leaves the others
-        split = name == "in_proj_weight" and any((owner, part) in left_out for part in SLICES)
-        if not (whole and f"{owner}.".startswith(whole)):
-            own = [(owner, part) for part in SLICES] if split else [(owner, name)]
-            found += [place for place in own if place not in left_out]
+    found: list[AdaptedWeight] = []
+    for weight in _matching(model, target):
+        if whole and f"{weight.owner}.".startswith(whole):
+            continue
+        # excluding a slice of a fused weight leaves the others
+        parts = _slices(weight)
+        own = parts if any(part in left_out for part in parts) else [weight]
+        found += [each for each in own if each not in left_out]
     if not found:
         raise LowRankError(
             f"add_lora_: {target!r} matches no layer that can be adapted"
@@ -56,39 +60,44 @@ def targets(model: nn.Module, target: Target, exclude: Target | None = None, sav
     return found
 
 
-def _matching(model: nn.Module, target: Target, what: str = "target") -> list[Place]:
-    places = adaptable(model)
-    parts = [(owner, part) for owner, name in places if name == "in_proj_weight" for part in SLICES]
-    names = {names[0]: names for names in module_aliases(model).values()}
+def _matching(model: nn.Module, target: Target, what: str = "target") -> list[AdaptedWeight]:
+    weights = adaptable_weights(model)
+    slices = [part for weight in weights for part in _slices(weight)]
+    aliases = module_aliases(model)
     if isinstance(target, str) and target.lower() == "all-linear":
         heads = tuple(f"{name}." for name in output_heads(model))
-        linear = [place for place, module in places.items() if _is_linear(module)]
-        return [place for place in linear if not (heads and f"{place[0]}.".startswith(heads))]
+        linear = [weight for weight in weights if _is_linear(weight.module)]
+        return [weight for weight in linear if not (heads and f"{weight.owner}.".startswith(heads))]
     if isinstance(target, (str, re.Pattern)):
         try:
             pattern = re.compile(target)
         except re.error as error:
-            raise LowRankError(f"add_lora_: got the regular expression {target!r}, which is none: {error}") from None
-        found = [place for place in places if any(_matches(pattern, alias, place[1]) for alias in names[place[0]])]
-        return found + [p for p in parts if any(pattern.fullmatch(f"{alias}.{p[1]}") for alias in names[p[0]])]
+            raise LowRankError(
+                f"add_lora_: got {target!r}, expected a regular expression that compiles: {error}."
+            ) from None
+        found = [weight for weight in weights if _matches(pattern, weight, aliases[weight.module])]
+        return found + [
+            part for part in slices if any(pattern.fullmatch(name) for name in _full_names(part, aliases[part.module]))
+        ]
     if callable(target):
-        return [place for place, module in places.items() if any(target(alias, module) for alias in names[place[0]])]
-    chosen: set[Place] = set()
+        return [weight for weight in weights if any(target(alias, weight.module) for alias in aliases[weight.module])]
+    chosen: set[AdaptedWeight] = set()
     for name in target:
-        taken = {p for p in places if _ends(names, p, name)} or {p for p in parts if _ends(names, p, name)}
+        taken = {weight for weight in weights if _ends(weight, aliases[weight.module], name)}
+        taken = taken or {part for part in slices if _ends(part, aliases[part.module], name)}
         if not taken:
-            close = difflib.get_close_matches(name, [place[0] for place in places], n=3, cutoff=0.4)
+            close = difflib.get_close_matches(name, [weight.owner for weight in weights], n=3, cutoff=0.4)
             hint = f" Did you mean {', '.join(map(repr, close))}?" if close else ""
             which = "" if what == "target" else f"{what} has "
             raise LowRankError(f"add_lora_: {which}{name!r} matches no layer that can be adapted.{hint}")
         chosen |= taken
-    return [place for place in (*places, *parts) if place in chosen]
+    return [weight for weight in (*weights, *slices) if weight in chosen]
 
 
 def output_heads(model: nn.Module) -> list[str]:
-    """The output heads of a transformers model, which ``"all-linear"`` leaves out, as PEFT does.
+    """The names of a transformers model's output heads, which ``"all-linear"`` leaves out as PEFT does.
 
-    That is the layer that gives the logits of tokens, and otherwise the classifier by the name it usually has.
+    That is the layer that gives the logits of tokens, or else the classifier under one of its usual names.
     """
     get = getattr(model, "get_output_embeddings", None)
     if not callable(get):
@@ -98,33 +107,43 @@ def output_heads(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if name and any(module is each for each in modules)]
 
 
-def adaptable(model: nn.Module) -> dict[Place, nn.Module]:
-    """Every matrix, kernel and stack of matrices; a factored layer counts as one weight."""
-    found: dict[Place, nn.Module] = {}
-    for name, module in walk_layers(model):
-        if ".lora_" in f".{name}." or isinstance(module, torch.jit.ScriptModule):
+def adaptable_weights(model: nn.Module) -> list[AdaptedWeight]:
+    """Every matrix, kernel and stack of matrices of a model; a factored layer counts as one weight."""
+    found = []
+    for owner, module in walk_layers(model):
+        if ".lora_" in f".{owner}." or isinstance(module, torch.jit.ScriptModule):
             continue
         if is_factored(module):
-            found[name, "weight"] = module
+            found.append(AdaptedWeight(owner, "weight", module))
             continue
         for key, parameter in module.named_parameters(recurse=False):
             if parameter.ndim > 1 and key not in _NO_WEIGHTS:
-                found[name, key] = module
+                found.append(AdaptedWeight(owner, key, module))
     return found
+
+
+def _slices(weight: AdaptedWeight) -> list[AdaptedWeight]:
+    """The weights of queries, keys and values in a fused one; none of any other."""
+    fused = weight.parameter == "in_proj_weight"
+    return [replace(weight, parameter=part) for part in SLICES] if fused else []
 
 
 def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, (nn.Linear, LowRankLinear)) or is_conv1d(module)
 
 
-def _matches(pattern: re.Pattern[str], owner: str, parameter: str) -> bool:
-    return bool(pattern.fullmatch(owner) or pattern.fullmatch(f"{owner}.{parameter}"))
+def _matches(pattern: re.Pattern[str], weight: AdaptedWeight, aliases: Iterable[str]) -> bool:
+    return any(pattern.fullmatch(alias) or pattern.fullmatch(f"{alias}.{weight.parameter}") for alias in aliases)
 
 
-def _ends(names: Mapping[str, list[str]], place: Place, name: str) -> bool:
-    """A module's name, or the end of it, takes every weight of the module; with the parameter, that one."""
-    for alias in names[place[0]]:
-        full = f"{alias}.{place[1]}" if alias else place[1]
+def _full_names(weight: AdaptedWeight, aliases: Iterable[str]) -> list[str]:
+    return [f"{alias}.{weight.parameter}" if alias else weight.parameter for alias in aliases]
+
+
+def _ends(weight: AdaptedWeight, aliases: Iterable[str], name: str) -> bool:
+    """Whether a name, or the end of one, means a weight: its module's name, or that with the parameter behind."""
+    for alias in aliases:
+        full = f"{alias}.{weight.parameter}" if alias else weight.parameter
         if any(own == name or own.endswith(f".{name}") for own in (alias, full, full.removesuffix("_weight"))):
             return True
     return False

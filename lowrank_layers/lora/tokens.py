@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from ..errors import LowRankError
 from ..layers import is_embedding
 from ..modules.tree import walk_layers
-from .adapted import base_weight, values_of
+from .adapted_weight import AdaptedWeight, base_weight
 from .adapter import Adapter
-from .checks import check_place
+from .checks import check_adaptable
 from .weight_layout import Kind, Matrix, is_conv1d
 
 Tokens = Iterable[int] | Mapping[str, Iterable[int]]
@@ -70,14 +70,10 @@ class TokenRows(Adapter):
         return f"rows={list(self.rows.shape)} of {self.size}"
 
 
-TokensOf = tuple[str, nn.Module, Kind, TokenRows]
-"""The name of a layer, the layer, the layout of its weight, and the rows of it that learn."""
-
-
 def find_tokens(
     model: nn.Module, wanted: Tokens | None, name: str | None, taken: Iterable[str], *, ties: bool = True
-) -> list[TokensOf]:
-    """Fresh rows for chosen tokens, with the layers that they belong to; nothing is attached.
+) -> dict[AdaptedWeight, TokenRows]:
+    """Fresh rows for chosen tokens, by the weights that they belong to; nothing is attached.
 
     Args:
         model: where to look.
@@ -100,35 +96,31 @@ def find_tokens(
         if not own:
             raise LowRankError(f"add_lora_: trainable_tokens has {key!r}, which matches no embedding of the model.")
         for owner in own:
-            found[owner] = _checked(indices, len(_matrix(layers[owner])), owner)
-    made: list[TokensOf] = []
+            found[owner] = _checked(indices, len(base_weight(layers[owner], "weight")), owner)
+    made: dict[AdaptedWeight, TokenRows] = {}
     for owner, tokens in found.items():
         rows = None
         for each in (owner, *(_tied(layers, owner, found) if ties and is_embedding(layers[owner]) else ())):
-            module = layers[each]
             if any(each == other or each.startswith(f"{other}.") for other in taken):
                 raise LowRankError(
                     f"add_lora_: {each!r} has trainable_tokens and is adapted or trained whole too; leave it out of"
                     " target= with exclude=, and of modules_to_save=."
                 )
-            kind = check_place(module, (each, "weight"), name)
-            weight = _matrix(module)
+            weight = AdaptedWeight(each, "weight", layers[each])
+            check_adaptable(weight, name)
+            matrix = weight.base.detach()
             if rows is None:
-                wide = torch.promote_types(weight.dtype, torch.float32)
-                rows = nn.Parameter(torch.zeros(len(tokens), weight.shape[1], dtype=wide, device=weight.device))
-            head = isinstance(kind, Matrix) and not kind.transposed
-            made.append((each, module, kind, TokenRows(rows, torch.tensor(tokens), len(weight), head=head)))
+                wide = torch.promote_types(matrix.dtype, torch.float32)
+                rows = nn.Parameter(torch.zeros(len(tokens), matrix.shape[1], dtype=wide, device=matrix.device))
+            head = weight.layout == Matrix()
+            made[weight] = TokenRows(rows, torch.tensor(tokens), len(matrix), head=head)
     return made
 
 
-def rows_of(module: nn.Module, tokens: Tensor) -> Tensor:
-    """Those rows of the base, in fp32 or wider."""
-    rows = values_of(base_weight(module, "weight")).detach()[tokens]
+def base_rows(weight: AdaptedWeight, tokens: Tensor) -> Tensor:
+    """The rows of those tokens in the base, in fp32 or wider."""
+    rows = weight.values[tokens]
     return rows.to(torch.promote_types(rows.dtype, torch.float32))
-
-
-def _matrix(module: nn.Module) -> Tensor:
-    return base_weight(module, "weight").detach()
 
 
 def _by_name(model: nn.Module, layers: Mapping[str, nn.Module], wanted: Tokens | None) -> dict[str, Iterable[int]]:

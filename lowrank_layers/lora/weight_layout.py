@@ -167,8 +167,8 @@ SLICES = ("q_proj", "k_proj", "v_proj")
 """The parts of a fused ``in_proj_weight``, which can be adapted each on its own."""
 
 
-def stored(module: nn.Module, name: str) -> Tensor | None:
-    """The parameter of that name, or the part of a fused one; ``None`` for a product of factors."""
+def dense_weight(module: nn.Module, name: str) -> Tensor | None:
+    """The parameter of that name, or the slice of a fused one; ``None`` for the product of a factored layer."""
     fused = parameter_of(module, "in_proj_weight")
     if name in SLICES and fused is not None:
         return fused.chunk(3)[SLICES.index(name)]
@@ -190,7 +190,7 @@ def kind_of(module: nn.Module, name: str) -> Kind:
     Raises:
         UnsupportedLayerError: if it is no matrix, kernel or stack of matrices.
     """
-    own = stored(module, name)
+    own = dense_weight(module, name)
     weight = getattr(module, name) if own is None else own
     groups = getattr(module, "groups", 1)
     if name == "weight" and isinstance(module, ConvNd):

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import lowrank_layers as lr
-from lowrank_layers.lora.adapted import BANK, banks_of
+from lowrank_layers.lora.adapted_weight import BANK, banks_of
 from tests.processes import run_processes
 
 from . import test_adapters

@@ -109,14 +109,14 @@ def test_replicas_of_whole_modules_and_of_rows(dtype):
 
 
 def test_replicas_of_an_adapter_that_mixes_the_groups_of_a_convolution():
-    from lowrank_layers.lora.inject import attach_, freeze_
+    from lowrank_layers.lora.adapted_weight import AdaptedWeight
+    from lowrank_layers.lora.attach import attach_, freeze_
     from lowrank_layers.lora.mixed_groups import MixedGroups
-    from lowrank_layers.lora.weight_layout import Kernel
 
     model, x = nn.Sequential(nn.Conv1d(4, 6, 3, groups=2)), torch.randn(2, 4, 9)
     freeze_(model)
     adapter = MixedGroups(torch.randn(2, 4, 3), torch.randn(6, 1, 1), scaling=2.0)
-    attach_(model[0], "weight", "default", adapter, Kernel(2))
+    attach_(AdaptedWeight("0", "weight", model[0]), "default", adapter)
     out = model(x)
     (replica,) = replicate.replicate(model, [0])
     assert torch.equal(replica(x), out)

@@ -132,7 +132,7 @@ def test_merging_and_saving_say_what_to_do_and_densifying_does_it(family, tmp_pa
         lr.merge_lora_(model)
     with pytest.raises(lr.UnsupportedLayerError, match="ConvTranspose2d: call densify_ first"):
         lr.save_lora(model, tmp_path)
-    with pytest.raises(lr.UnsupportedLayerError, match="to renormalise; call densify_ first"):
+    with pytest.raises(lr.UnsupportedLayerError, match="to renormalize; call densify_ first"):
         lr.add_lora_(model, everything, rank=2, name="b", dora=True)
     assert torch.equal(model(x), out)
     state = copy.deepcopy(model.state_dict())

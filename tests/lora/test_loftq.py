@@ -252,7 +252,7 @@ class TestTorchao:
         _, model, x = models
         lr.add_lora_(model, rank=2, init="pissa")
         out = model(x)
-        with pytest.raises(lr.LowRankError, match=r"'0.weight' is quantised \(Int8Tensor\).*full-precision"):
+        with pytest.raises(lr.LowRankError, match=r"'0.weight' is quantized \(Int8Tensor\).*full-precision"):
             lr.merge_lora_(model)
         assert torch.equal(model(x), out)
 
@@ -267,7 +267,7 @@ class TestTorchao:
         library = pytest.importorskip("torchao.quantization")
         table = nn.Sequential(nn.Embedding(9, 32))
         library.quantize_(table, library.Int8WeightOnlyConfig(), filter_fn=lambda m, _: isinstance(m, nn.Embedding))
-        with pytest.raises(lr.UnsupportedLayerError, match=r"quantised \(Int8Tensor\) and a Embedding"):
+        with pytest.raises(lr.UnsupportedLayerError, match=r"quantized \(Int8Tensor\) and a Embedding"):
             lr.add_lora_(table, everything, rank=2)
         _, model, x = models
         mixed = nn.Sequential(nn.Linear(32, 32, dtype=x.dtype), model)

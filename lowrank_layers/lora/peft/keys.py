@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ...layers import LowRankLinear, is_factored
 from ...modules.tree import walk_layers
-from ..adapted import base_weight
+from ..adapted_weight import base_weight
 from ..adapter import Adapter, Bank
 from ..mixed_groups import MixedGroups
 from ..weight_layout import Kernel, Kind, Matrix, is_conv1d, kind_of

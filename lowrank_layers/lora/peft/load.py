@@ -13,13 +13,14 @@ from ...errors import CheckpointError, LowRankError
 from ...layers import is_derived, is_factored
 from ...modules.attention import mind_fast_paths_
 from ...modules.tree import check_model, module_aliases
-from ..adapted import bank_of
+from ..adapted_weight import AdaptedWeight, bank_of
 from ..adapter import Adapter, adapter_dtype, check_dtype
+from ..attach import attach_, freeze_
 from ..diffusers import FILE as DIFFUSERS_FILE, find_diffusion, is_diffusion_file
 from ..forward import fast_call
-from ..inject import DEFAULT, attach_, freeze_
+from ..inject import DEFAULT
 from ..mixed_groups import MixedGroups, dora_ratio
-from ..tokens import TokensOf, find_tokens, rows_of
+from ..tokens import TokenRows, base_rows, find_tokens
 from ..weight_layout import Kernel
 from ..whole import attach_whole_, find_whole, plain_copy
 from .config import Config, config_of
@@ -121,9 +122,10 @@ def load_lora(
                 own[place].copy_(tensors[key])
                 setattr(own[place], EMBEDDING, True)
     for slot, adapter in made:
-        attach_(slot.module, slot.parameter, name, adapter.requires_grad_(trainable), slot.kind)
-    for _, module, kind, rows in whole.tokens:
-        attach_(module, "weight", name, rows.requires_grad_(trainable), kind)
+        weight = AdaptedWeight(slot.owner, slot.parameter, slot.module)
+        attach_(weight, name, adapter.requires_grad_(trainable))
+    for weight, rows in whole.tokens.items():
+        attach_(weight, name, rows.requires_grad_(trainable))
     for owner, module in modules.items():
         attach_whole_(module, name, copies[owner].requires_grad_(trainable))
     mind_fast_paths_(model)
@@ -211,11 +213,11 @@ def _find_peft(model: nn.Module, path: Path, name: str | None) -> tuple[list[Rea
 
 def _find_tokens(
     model: nn.Module, config: Config, tensors: Mapping[str, Tensor], name: str | None, taken: Iterable[str]
-) -> tuple[list[TokensOf], dict[str, tuple[int, ...]], list[str]]:
+) -> tuple[dict[AdaptedWeight, TokenRows], dict[str, tuple[int, ...]], list[str]]:
     """The rows that are trained on their own, the shapes of what the file must have of them, and what is wrong."""
     wanted = config.trainable_token_indices
     if wanted is None:
-        return [], {}, []
+        return {}, {}, []
     ties = bool(getattr(getattr(model, "config", None), "tie_word_embeddings", False))
     if isinstance(wanted, dict) and ties:
         # PEFT writes what tied layers share once
@@ -225,19 +227,19 @@ def _find_tokens(
     try:
         tokens = find_tokens(model, wanted, name, taken, ties=ties)
     except LowRankError as error:
-        return [], {}, [str(error).removeprefix("add_lora_: ").removesuffix(".")]
-    firsts = {id(rows.rows): owner for owner, _, _, rows in reversed(tokens)}
-    keys = {token_key(owner): tuple(rows.rows.shape) for owner, _, _, rows in tokens if firsts[id(rows.rows)] == owner}
+        return {}, {}, [str(error).removeprefix("add_lora_: ").removesuffix(".")]
+    firsts = {id(rows.rows): weight for weight, rows in reversed(tokens.items())}
+    keys = {token_key(w.owner): tuple(rows.rows.shape) for w, rows in tokens.items() if firsts[id(rows.rows)] == w}
     return tokens, keys, []
 
 
 @torch.no_grad()
-def fill_tokens(tokens: Iterable[TokensOf], tensors: Mapping[str, Tensor]) -> None:
+def fill_tokens(tokens: Mapping[AdaptedWeight, TokenRows], tensors: Mapping[str, Tensor]) -> None:
     """Puts the file's rows in, as differences from those of the base."""
-    for owner, module, _, rows in tokens:
-        if token_key(owner) in tensors:
-            base = rows_of(module, rows.tokens)
-            rows.rows.copy_(tensors[token_key(owner)].to(base) - base)
+    for weight, rows in tokens.items():
+        if token_key(weight.owner) in tensors:
+            base = base_rows(weight, rows.tokens)
+            rows.rows.copy_(tensors[token_key(weight.owner)].to(base) - base)
 
 
 def _trouble(model: nn.Module, read: Read, name: str) -> str | None:

@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ...errors import CheckpointError
-from ..tokens import TokensOf
+from ..adapted_weight import AdaptedWeight
+from ..tokens import TokenRows
 from ..weight_layout import Matrix
 from .keys import PREFIX, Slot, modules_of
 
@@ -49,14 +50,14 @@ class Whole:
         saved: the modules that the adapter has copies of.
         copied: their parameters and buffers.
         embeddings: those of the base that are frozen.
-        tokens: rows of embeddings that are trained on their own, with their layers.
+        tokens: rows of embeddings that are trained on their own, by the weights that they belong to.
     """
 
     base: dict[str, str]
     saved: list[str] = field(default_factory=list)
     copied: dict[str, str] = field(default_factory=dict)
     embeddings: dict[str, str] = field(default_factory=dict)
-    tokens: list[TokensOf] = field(default_factory=list)
+    tokens: dict[AdaptedWeight, TokenRows] = field(default_factory=dict)
 
 
 def refuse(path: Path, problems: list[str]) -> NoReturn:

@@ -19,11 +19,11 @@ from ...errors import CheckpointError, LowRankError, UnsupportedLayerError
 from ...files import replacing
 from ...layers import ConvNd, is_factored
 from ...modules.tree import check_model, module_aliases
-from ..adapted import banks_of
+from ..adapted_weight import AdaptedWeight, banks_of
 from ..adapter import Adapter
-from ..inject import banks, check_name
+from ..attach import choose_name
 from ..mixed_groups import dora_ratio
-from ..tokens import TokenRows, rows_of
+from ..tokens import TokenRows, base_rows
 from ..weight_layout import SLICES, Kernel, Matrix, is_conv1d, kind_of
 from ..whole import copies_of
 from .config import BIASES, NOTHING, Config
@@ -89,11 +89,7 @@ def save_lora(
         True
     """
     check_model(model, quantized=True)
-    names = sorted({own for bank in banks(model) for own in bank.names})
-    if name is None and len(names) != 1:
-        raise LowRankError(f"save_lora: the model has the adapters {names}, expected one; give the name of it.")
-    name = names[0] if name is None else name
-    check_name(model, name)
+    name = choose_name(model, name, "save_lora")
     if bias not in (None, *BIASES):
         raise LowRankError(f"save_lora: got bias={bias!r}, expected one of {list(BIASES)}.")
     adapters, problems = _adapters_of(model, name)
@@ -111,7 +107,8 @@ def save_lora(
     config.target_modules, config.target_parameters = _targets(model, slots)
     config.trainable_token_indices = {owner: own.tokens.tolist() for owner, (_, own) in rows.items()} or None
     for owner, (module, own_rows) in rows.items():
-        tensors[token_key(owner)] = rows_of(module, own_rows.tokens) + own_rows.rows.detach()
+        base = base_rows(AdaptedWeight(owner, "weight", module), own_rows.tokens)
+        tensors[token_key(owner)] = base + own_rows.rows.detach()
     config.bias, config.modules_to_save = bias, sorted(whole) or None
     own = own_tensors(model)
     own |= {f"{owner}.{key}": value for owner, copy in copies.items() for key, value in copy.state_dict().items()}

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 import lowrank_layers as lr
-from lowrank_layers.lora.adapted import Adapted, banks_of, base_weight
+from lowrank_layers.lora.adapted import Adapted
+from lowrank_layers.lora.adapted_weight import banks_of, base_weight
 from lowrank_layers.lora.peft.config import config_of
 from lowrank_layers.lora.peft.keys import find_slots
 from lowrank_layers.lora.tokens import TokenRows

@@ -7,7 +7,8 @@ import torch
 from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
-from lowrank_layers.lora.adapted import Adapted, banks_of, base_weight
+from lowrank_layers.lora.adapted import Adapted
+from lowrank_layers.lora.adapted_weight import banks_of, base_weight
 from lowrank_layers.lora.tokens import TokenRows
 from lowrank_layers.lora.weight_layout import Matrix, is_conv1d
 from lowrank_layers.lora.whole import WHOLE_COPIES, TrainedWhole

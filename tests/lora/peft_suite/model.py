@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 import lowrank_layers as lr
-from lowrank_layers.lora.adapted import Adapted, banks_of
-from lowrank_layers.lora.inject import banks
+from lowrank_layers.lora.adapted import Adapted
+from lowrank_layers.lora.adapted_weight import banks_of
+from lowrank_layers.lora.attach import banks
 from lowrank_layers.lora.whole import TrainedWhole, copies_of
 
 from .adding import add_lora

@@ -1,6 +1,7 @@
 """Our names of parameters with PEFT's."""
 
-from lowrank_layers.lora.adapted import Adapted, banks_of
+from lowrank_layers.lora.adapted import Adapted
+from lowrank_layers.lora.adapted_weight import banks_of
 from lowrank_layers.lora.whole import WHOLE_COPIES, TrainedWhole
 
 from .layers import is_embedding
