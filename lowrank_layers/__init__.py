@@ -126,6 +126,7 @@ if torch.distributed.is_available():  # torch may be built without it
     from .distributed import (
         LowRankCommState as LowRankCommState,
         LowRankReduceState as LowRankReduceState,
+        PowerSGDSettings as PowerSGDSettings,
         attach_low_rank_reduce as attach_low_rank_reduce,
         low_rank_hook as low_rank_hook,
         merge_comm_states as merge_comm_states,

@@ -3,152 +3,162 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .collectives import Mean
-from .microscaling import BLOCK, pack, room, unpack
-
-WIRE_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int8)
+from .collectives import Collectives
+from .microscaling import BLOCK, pack, padded, unpack
 
 
 def bytes_on_wire(count: int, wire: torch.dtype | None, *, factor: bool = True) -> int:
-    """Of so many numbers of one tensor."""
+    """Bytes in which a tensor of ``count`` numbers is sent.
+
+    Args:
+        count: number of elements.
+        wire: dtype on the wire; ``None`` is fp32.
+        factor: whether the tensor is a factor, which ``torch.int8`` sends with 8 bits rather than 16.
+    """
     if wire != torch.int8:
         return count * (4 if wire is None else wire.itemsize)
-    return room(count) // BLOCK * (BLOCK * (1 if factor else 2) + 1)
+    return padded(count) // BLOCK * (BLOCK * (1 if factor else 2) + 1)
 
 
-class Parcel:
-    """Averages ``factors`` and ``whole`` tensors in place, unless what comes is not finite.
+@dataclass(frozen=True)
+class Averaged:
+    """The outcome of one exchange.
 
     Args:
-        factors: ``[stack, rank, size]`` in fp32; what they lose on the wire is remembered as an error.
-        whole: what nothing is remembered of.
-        mean: over the processes.
-        wire: ``None`` is fp32. What overflows a narrow one goes out again in fp32. ``int8`` sends factors in 8 bits and
-            the rest in 16, see :mod:`.microscaling`.
-        keys: one a factor, its own in every bucket: says where it is added up.
-
-    Attributes:
-        sent: bytes.
-        finite: whether everything that came is; if not, nothing has changed.
-        shares: what this process has put into the mean of each factor: the mean over processes is the result, but for
-            what a backend rounds where it adds fp16 or bf16.
+        sent: bytes sent by this process.
+        finite: whether all means are finite.
+        means: the means of the factors, then of the other tensors.
+        contributions: this process's contribution to the mean of each factor. Their mean over processes is that mean,
+            up to the rounding of a backend that sums in fp16 or bf16.
     """
 
-    def __init__(
-        self,
-        factors: Sequence[Tensor],
-        whole: Sequence[Tensor],
-        mean: Mean,
-        wire: torch.dtype | None,
-        keys: Sequence[int] = (),
-    ) -> None:
-        self.sent, self.finite, self.keys = 0, True, keys or range(len(factors))
-        self.shares: list[Tensor] = []
-        tensors = [*factors, *whole]
-        if not tensors:
-            return
-        if wire == torch.int8:
-            result, shares = self._microscaled(factors, whole, mean)
-        else:
-            result, shares = self._reduced(factors, whole, mean, wire)
-        if not self.finite:
-            if wire in (torch.float16, torch.bfloat16):
-                again = Parcel(factors, whole, mean, None)
-                self.sent, self.finite, self.shares = self.sent + again.sent, again.finite, again.shares
-            return
-        self.shares = shares
-        for tensor, part in zip(tensors, result, strict=True):
-            tensor.copy_(part)
-
-    def _reduced(
-        self, factors: Sequence[Tensor], whole: Sequence[Tensor], mean: Mean, wire: torch.dtype | None
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        flat = torch.cat([tensor.flatten().to(wire or torch.float32) for tensor in (*factors, *whole)])
-        own = flat[: sum(factor.numel() for factor in factors)].to(torch.float32, copy=True)
-        mean.over_(flat)
-        self.sent += flat.nbytes
-        self.finite = bool(torch.isfinite(flat).all())
-        return _like(flat, [*factors, *whole]), _like(own, factors)
-
-    def _microscaled(
-        self, factors: Sequence[Tensor], whole: Sequence[Tensor], mean: Mean
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """Each process adds up some blocks of everything and tells the others, rounded both times.
-
-        Who rounds a sum owes the difference: it belongs to that process' share.
-        """
-        device = (*factors, *whole)[0].device
-        shapes = [
-            Blocks(factors, self.keys, mean.size, device),
-            Blocks(whole, range(len(whole)), mean.size, device),
-        ]
-        parts = [(shapes[0].dealt(factors), 8), (shapes[1].dealt(whole), 16)]
-        packed, widths = _packed(parts)
-        received = mean.exchanged(packed)
-        sums = [(rows.mean(0, keepdim=True), bits) for rows, bits in _unpacked(received, widths)]
-        mine, _ = _packed(sums)
-        results = [rows for rows, _ in _unpacked(mean.gathered(mine), widths)]
-        self.sent += packed.nbytes
-        self.finite = all(bool(torch.isfinite(rows).all()) for rows in results)
-        own = _unpacked(packed, widths)[0][0]
-        place = mean.group.rank()
-        own[place] += mean.size * (results[0][place] - sums[0][0][0])
-        back = [part for blocks, rows in zip(shapes, results, strict=True) for part in blocks.gathered(rows)]
-        return back, shapes[0].gathered(own)
+    sent: int
+    finite: bool
+    means: list[Tensor]
+    contributions: list[Tensor]
 
 
-class Blocks:
-    """Deals the blocks of tensors out to processes, the same for a tensor whatever else is there.
-
-    Buckets that are rebuilt after a restart hold other tensors together, and what a process owes must not depend on it.
+class Exchange:
+    """Averages factors together with tensors that are not compressed.
 
     Args:
-        tensors: at least of these shapes; no two share a block.
-        keys: which process a tensor's first block goes to, modulo their number; the others follow in turn.
-        processes: their number.
-        device: of the tensors.
+        collectives: the processes.
+        wire: dtype on the wire; ``None`` is fp32.
+    """
+
+    def __init__(self, collectives: Collectives, wire: torch.dtype | None) -> None:
+        self.collectives = collectives
+        self.wire = torch.float32 if wire is None else wire
+
+    def average_(self, factors: Sequence[Tensor], whole: Sequence[Tensor], keys: Sequence[int]) -> Averaged:
+        """Averages all tensors in place; where a mean is not finite, they are left as they were.
+
+        Args:
+            factors: ``[stack, rank, size]`` in fp32, whose rounding is remembered as an error.
+            whole: tensors that nothing is remembered of, sent with 16 bits where factors have 8.
+            keys: a number per factor, the same in every process and bucket; it decides which process sums which part.
+        """
+        if not factors and not whole:
+            return Averaged(0, True, [], [])
+        if self.wire == torch.int8:
+            averaged = self._quantized(factors, whole, keys)
+        else:
+            averaged = self._all_reduced(factors, whole, self.wire)
+        if not averaged.finite and self.wire in (torch.float16, torch.bfloat16):  # perhaps only an overflow
+            again = self._all_reduced(factors, whole, torch.float32)
+            averaged = replace(again, sent=averaged.sent + again.sent)
+        if averaged.finite:
+            for tensor, mean in zip((*factors, *whole), averaged.means, strict=True):
+                tensor.copy_(mean)
+        return averaged
+
+    def _all_reduced(self, factors: Sequence[Tensor], whole: Sequence[Tensor], wire: torch.dtype) -> Averaged:
+        flat = torch.cat([tensor.flatten().to(wire) for tensor in (*factors, *whole)])
+        own = flat[: sum(factor.numel() for factor in factors)].to(torch.float32, copy=True)
+        self.collectives.mean_(flat)
+        finite = bool(torch.isfinite(flat).all())
+        return Averaged(flat.nbytes, finite, _split_like(flat, (*factors, *whole)), _split_like(own, factors))
+
+    def _quantized(self, factors: Sequence[Tensor], whole: Sequence[Tensor], keys: Sequence[int]) -> Averaged:
+        """Each process sums some blocks of all tensors and sends the sums to the others, rounded both times.
+
+        The process that rounds a sum counts the difference as a part of its contribution.
+        """
+        device, size = (*factors, *whole)[0].device, self.collectives.size
+        layouts = [_BlockLayout(factors, keys, size, device), _BlockLayout(whole, range(len(whole)), size, device)]
+        rows = [layout.scatter(tensors) for layout, tensors in zip(layouts, (factors, whole), strict=True)]
+        packed, widths = _pack_all(rows)
+        received = _unpack_all(self.collectives.all_to_all(packed), widths)
+        sums = [part.mean(0, keepdim=True) for part in received]
+        means = _unpack_all(self.collectives.all_gather(_pack_all(sums)[0]), widths)
+        own = _unpack_all(packed, widths)[0]
+        process = self.collectives.group.rank()
+        own[process] += size * (means[0][process] - sums[0][0])
+        return Averaged(
+            packed.nbytes,
+            all(bool(torch.isfinite(part).all()) for part in means),
+            [tensor for layout, part in zip(layouts, means, strict=True) for tensor in layout.gather(part)],
+            layouts[0].gather(own),
+        )
+
+
+class _BlockLayout:
+    """Which process sums which blocks of some tensors; for each tensor the same, whatever stands beside it.
+
+    Buckets that are rebuilt after a restart hold other tensors together, and the errors must not depend on that.
+
+    Args:
+        tensors: tensors of the shapes to lay out; no two share a block.
+        keys: the process of a tensor's first block, modulo their number; the next blocks follow in turn.
+        processes: number of processes.
+        device: device of the tensors.
     """
 
     def __init__(self, tensors: Sequence[Tensor], keys: Sequence[int], processes: int, device: torch.device) -> None:
         self.shapes = [tensor.shape for tensor in tensors]
-        self.rooms = [room(tensor.numel()) for tensor in tensors]
-        firsts = [(key + torch.arange(size // BLOCK)) % processes for key, size in zip(keys, self.rooms, strict=True)]
+        self.sizes = [padded(tensor.numel()) for tensor in tensors]
+        firsts = [(key + torch.arange(size // BLOCK)) % processes for key, size in zip(keys, self.sizes, strict=True)]
         owner = torch.cat([torch.zeros(0, dtype=torch.long), *firsts])
         each = [(owner == process).nonzero().flatten() for process in range(processes)]
-        # a block of zeros stands behind the others, for who has fewer
+        # processes with fewer blocks get the block of zeros behind the others
         most = max(map(len, each))
         order = [pad(blocks, (0, most - len(blocks)), value=len(owner)) for blocks in each]
         self.order, self.device = torch.stack(order).to(device), device
 
-    def dealt(self, tensors: Sequence[Tensor]) -> Tensor:
-        """``[processes, ...]``."""
-        flats = [pad(t.flatten().float(), (0, size - t.numel())) for t, size in zip(tensors, self.rooms, strict=True)]
+    def scatter(self, tensors: Sequence[Tensor]) -> Tensor:
+        """The blocks of the tensors as ``[processes, ...]``, a row per process."""
+        flats = [pad(t.flatten().float(), (0, size - t.numel())) for t, size in zip(tensors, self.sizes, strict=True)]
         blocks = torch.cat([*flats, torch.zeros(BLOCK, device=self.device)]).view(-1, BLOCK)
         return blocks[self.order].flatten(1)
 
-    def gathered(self, rows: Tensor) -> list[Tensor]:
-        """The tensors again."""
-        blocks = rows.new_empty(sum(self.rooms) // BLOCK + 1, BLOCK)
+    def gather(self, rows: Tensor) -> list[Tensor]:
+        """Inverse of :meth:`scatter`."""
+        blocks = rows.new_empty(sum(self.sizes) // BLOCK + 1, BLOCK)
         blocks[self.order] = rows.view(*self.order.shape, BLOCK)
-        parts = blocks.flatten()[: sum(self.rooms)].split(self.rooms)
+        parts = blocks.flatten()[: sum(self.sizes)].split(self.sizes)
         return [part[: shape.numel()].view(shape) for part, shape in zip(parts, self.shapes, strict=True)]
 
 
-def _like(flat: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
+def _split_like(flat: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
     parts = flat.split([tensor.numel() for tensor in tensors])
     return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
 
 
-def _packed(parts: Sequence[tuple[Tensor, int]]) -> tuple[Tensor, list[tuple[int, int]]]:
-    packed = [pack(rows, bits) for rows, bits in parts]
-    return torch.cat(packed, 1), [(part.shape[1], bits) for part, (_, bits) in zip(packed, parts, strict=True)]
+_BITS = (8, 16)
+"""Bits per number of factors, and of tensors that are not compressed."""
 
 
-def _unpacked(packed: Tensor, widths: Sequence[tuple[int, int]]) -> list[tuple[Tensor, int]]:
-    parts = packed.split([width for width, _ in widths], 1)
-    return [(unpack(part, bits), bits) for part, (_, bits) in zip(parts, widths, strict=True)]
+def _pack_all(rows: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
+    """The bytes of both parts side by side, and the width of each."""
+    packed = [pack(part, bits) for part, bits in zip(rows, _BITS, strict=True)]
+    return torch.cat(packed, 1), [part.shape[1] for part in packed]
+
+
+def _unpack_all(packed: Tensor, widths: Sequence[int]) -> list[Tensor]:
+    return [unpack(part, bits) for part, bits in zip(packed.split(list(widths), 1), _BITS, strict=True)]

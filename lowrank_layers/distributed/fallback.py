@@ -1,4 +1,4 @@
-"""Whether the link is slow enough for compression to win: measured, not assumed."""
+"""The choice between compressed and uncompressed gradients, by measured time per step."""
 
 from __future__ import annotations
 
@@ -9,40 +9,45 @@ import torch
 from torch import Tensor
 
 STEPS = 8
-"""Of each way; the first two are not counted."""
+"""Steps that are timed with each of the two; the first two of them are not counted."""
 
 GAIN = 0.9
-"""Compression has to take less than this of a whole gradient's step: it costs accuracy too."""
+"""A compressed step has to take less than this fraction of an uncompressed one, since compression costs accuracy."""
 
 
-class Link:
-    """Times some steps with whole gradients, then some with compressed ones, and chooses the faster way."""
+class Fallback:
+    """Times steps with uncompressed gradients, then steps with compressed ones, and chooses the faster.
 
-    def __init__(self) -> None:
-        self.taken: dict[bool, list[float]] = {True: [], False: []}
-        self.compress: bool | None = None  # not known yet
+    Args:
+        dtype: dtype in which uncompressed gradients are sent; ``None`` is their own.
+    """
+
+    def __init__(self, dtype: torch.dtype | None = None) -> None:
+        self.dtype = dtype
+        self.compress: bool | None = None  # not chosen yet
+        self._seconds: dict[bool, list[float]] = {True: [], False: []}
         self._last: float | None = None
 
     @property
-    def trying(self) -> bool:
-        """The way of the next step."""
-        return self.compress if self.compress is not None else len(self.taken[False]) >= STEPS
+    def compress_next(self) -> bool:
+        """Whether the next step is compressed."""
+        return self.compress if self.compress is not None else len(self._seconds[False]) >= STEPS
 
-    def stepped(self, compressed: bool) -> None:
-        """One step, computation and optimizer included, has ended."""
+    def record(self, compressed: bool) -> None:
+        """Measures the step that has just ended, computation and optimizer included."""
         now = time.perf_counter()
         if self._last is not None and self.compress is None:
-            self.taken[compressed].append(now - self._last)
+            self._seconds[compressed].append(now - self._last)
         self._last = now
 
     def ready(self) -> bool:
-        """Whether both ways were tried often enough."""
-        return self.compress is None and all(len(taken) >= STEPS for taken in self.taken.values())
+        """Whether enough steps were timed to choose."""
+        return self.compress is None and all(len(seconds) >= STEPS for seconds in self._seconds.values())
 
-    def times(self) -> Tensor:
-        """Seconds a step with whole and with compressed gradients."""
-        return torch.tensor([statistics.median(self.taken[way][2:]) for way in (False, True)])
+    def seconds_per_step(self) -> Tensor:
+        """Median seconds per uncompressed and per compressed step."""
+        return torch.tensor([statistics.median(self._seconds[compressed][2:]) for compressed in (False, True)])
 
-    def decide(self, times: Tensor) -> None:
-        """By the times of the slowest process."""
-        self.compress = bool(times[1] < GAIN * times[0])
+    def choose(self, seconds: Tensor) -> None:
+        """Chooses by the seconds per step of the slowest process."""
+        self.compress = bool(seconds[1] < GAIN * seconds[0])

@@ -1,9 +1,9 @@
-"""Low-rank gradients between replicas of an FSDP2 model."""
+"""Low-rank averaging of gradients between replicas of an FSDP2 model."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import is_dataclass
+from dataclasses import fields, is_dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -13,9 +13,11 @@ from torch import Tensor, nn
 
 from ..errors import LowRankError
 from ..rank import Budget, Rank
-from .collectives import Mean
-from .fsdp_private import Unit, check_version, units_of
+from ..settings import settings_from
+from .collectives import Collectives
+from .fsdp_private import FSDPUnit, check_version, units_of
 from .fsdp_state import LowRankReduceState
+from .settings import PowerSGDSettings
 
 WHO = "attach_low_rank_reduce"
 REMEDY = (
@@ -26,57 +28,41 @@ REMEDY = (
 
 def attach_low_rank_reduce(
     model: nn.Module,
+    settings: PowerSGDSettings | Rank | Budget | None = None,
     *,
     replicate_group: dist.ProcessGroup,
-    rank: Rank | Budget = 4,
-    start_step: int = 0,
-    saving: float = 1.0,
-    alternate: bool = False,
-    refresh: int | None = None,
-    local_iterations: int = 1,
-    wire: torch.dtype | None = None,
-    error_dtype: torch.dtype = torch.float32,
-    error_feedback: bool = True,
-    warm_start: bool = True,
     scaler: Any = None,
     timeout: timedelta | None = None,
     stream: torch.cuda.Stream | None = None,
+    **options: Any,
 ) -> LowRankReduceState:
-    """Hybrid sharding with low-rank gradients between replicas of a model that ``fully_shard`` has sharded.
+    """Averages the gradients of an FSDP2 model between replicas at low rank (hybrid sharding, HSDP).
 
-    Within a replica FSDP2 gathers parameters and scatters gradients as it does; between replicas each process averages
-    its own shards at low rank, as :class:`LowRankCommState` does, where FSDP2 would average them as they are. The mesh
-    of ``fully_shard`` has one dimension: on one of two FSDP2 averages whole gradients first, and nothing is saved.
-    Parameters and buffers become those of the first replica.
+    Within a replica FSDP2 gathers parameters and reduce-scatters gradients as usual; between replicas each process
+    averages its own shards at low rank, as :class:`LowRankCommState` does, where FSDP2 would average them uncompressed.
+    The mesh given to ``fully_shard`` has one dimension: over a mesh of two dimensions FSDP2 averages whole gradients
+    first, and nothing is saved. Parameters and buffers are overwritten with those of the first replica.
 
-    All replicas have to use the same parameters in each backward, as with FSDP2 alone; where they do not,
-    ``set_reduce_scatter_unused_params(True)`` makes them. Under ``set_requires_all_reduce(False)`` gradients are kept
-    aside, and ``.grad`` is zero, until a backward that averages.
+    All replicas have to use the same parameters in each backward, as with FSDP2 alone; if they do not, call
+    ``set_reduce_scatter_unused_params(True)``. Under ``set_requires_all_reduce(False)`` gradients are accumulated, and
+    ``.grad`` is zero, until a backward that averages.
 
     Args:
-        model: with ``fully_shard`` on it, and perhaps on parts of it.
+        model: a model to which, and perhaps to parts of which, ``fully_shard`` was applied.
+        settings: the rank, or all options as :class:`PowerSGDSettings`; ``None`` is the default of each.
         replicate_group: the processes that hold the same shards.
-        rank: of the gradient of every shard, as for :class:`LowRankCommState`.
-        start_step: averages whole gradients before.
-        saving: a shard whose factors are not smaller by that factor is sent whole.
-        alternate: sends one factor a step, in turn.
-        refresh: steps after which directions are drawn anew; ``None`` never does.
-        local_iterations: steps of subspace iteration that each process makes on its own shard first.
-        wire: dtype on the wire; ``None`` is fp32 for factors and the reduction's own for the rest.
-        error_dtype: what is left over is remembered in: fp32, bf16 or int8.
-        error_feedback: adds what was left over to the next gradient.
-        warm_start: goes on from the last directions.
-        scaler: a ``GradScaler`` whose changes of scale the errors follow.
-        timeout: of a collective.
-        stream: on CUDA, to reduce in; ``None`` is FSDP2's own.
+        scaler: a ``GradScaler``, whose changes of scale the errors follow.
+        timeout: time limit of a collective.
+        stream: the CUDA stream to reduce in; ``None`` is that of FSDP2.
+        **options: fields of :class:`PowerSGDSettings`, such as ``rank=4``; they replace those of ``settings``.
 
     Returns:
-        The state, with ``stats()`` of this process' shards.
+        The state, with ``stats()`` of the shards of this process.
 
     Raises:
-        LowRankError: for a model that is not sharded, or over a mesh of two dimensions; for a group that is not one of
-            replicas, or whose processes have other models; for a torch whose FSDP2 is not known; for settings as in
-            :class:`LowRankCommState`.
+        LowRankError: for a model that is not sharded, or sharded over a mesh of two dimensions; for a group that is not
+            one of replicas, or whose processes have other models or options; for a version of torch whose FSDP2 is not
+            known; for an option that does not exist or is out of range.
 
     Examples:
         >>> from torch.distributed.device_mesh import init_device_mesh
@@ -88,37 +74,24 @@ def attach_low_rank_reduce(
         >>> group = mesh["replicate"].get_group()  # doctest: +SKIP
         >>> state = lr.attach_low_rank_reduce(model, replicate_group=group, rank=4)  # doctest: +SKIP
     """
+    chosen = settings_from(PowerSGDSettings, settings, options, WHO)
     check_version()
     units = units_of(model)
     _check_sharding(model, units)
-    settings = {
-        "rank": rank,
-        "start_step": start_step,
-        "saving": saving,
-        "alternate": alternate,
-        "refresh": refresh,
-        "local_iterations": local_iterations,
-        "wire": wire,
-        "error_dtype": error_dtype,
-        "error_feedback": error_feedback,
-        "warm_start": warm_start,
-    }
     _check_group(units, replicate_group)
-    _check_alike(units, replicate_group, settings)
-    state = LowRankReduceState(
-        units, model=model, process_group=replicate_group, scaler=scaler, timeout=timeout, **settings
-    )
+    _check_alike(units, replicate_group, chosen)
+    state = LowRankReduceState(units, chosen, Collectives(replicate_group, None, timeout), model, scaler)
     for unit in units:
         for tensor in unit.parameters().values():
-            _agree_(tensor, state.mean, unit.device)
+            _broadcast_(tensor, state.collectives, unit.device)
     for buffer in model.buffers():
-        _agree_(buffer, state.mean, units[0].device)
+        _broadcast_(buffer, state.collectives, units[0].device)
     for unit in units:
         unit.on_reduce(state.reduce_, stream)
     return state
 
 
-def _check_sharding(model: nn.Module, units: Sequence[Unit]) -> None:
+def _check_sharding(model: nn.Module, units: Sequence[FSDPUnit]) -> None:
     if not units:
         raise LowRankError(
             f"{WHO}: got a {type(model).__name__} without shards; call fully_shard on it first. {REMEDY}"
@@ -142,7 +115,7 @@ def _check_sharding(model: nn.Module, units: Sequence[Unit]) -> None:
             raise LowRankError(f"{WHO}: {name!r} is on the meta device; call to_empty and fill it first.")
 
 
-def _check_group(units: Sequence[Unit], group: dist.ProcessGroup) -> None:
+def _check_group(units: Sequence[FSDPUnit], group: dist.ProcessGroup) -> None:
     if not isinstance(group, dist.ProcessGroup):
         raise LowRankError(
             f"{WHO}: got replicate_group {type(group).__name__}, expected a process group this process is in. {REMEDY}"
@@ -157,17 +130,17 @@ def _check_group(units: Sequence[Unit], group: dist.ProcessGroup) -> None:
             )
 
 
-def _check_alike(units: Sequence[Unit], group: dist.ProcessGroup, settings: dict[str, Any]) -> None:
-    """By what every process of the group says of itself."""
-    shown = {key: repr(value) if _says_all(value) else type(value).__name__ for key, value in settings.items()}
+def _check_alike(units: Sequence[FSDPUnit], group: dist.ProcessGroup, settings: PowerSGDSettings) -> None:
+    """Raises unless all processes of the group have the same shards and settings."""
+    values = {field.name: getattr(settings, field.name) for field in fields(settings)}
     mine = {
         "shards": [unit.shard_group.rank() for unit in units],
         "shapes of parameters": [shape for unit in units for shape in unit.shapes().items()],
-        "settings": shown,
+        "settings": {name: _comparable(value) for name, value in values.items()},
     }
-    said: list[Any] = [None] * group.size()
-    dist.all_gather_object(said, mine, group=group)
-    for other, rank in zip(said, dist.get_process_group_ranks(group), strict=True):
+    everyone: list[Any] = [None] * group.size()
+    dist.all_gather_object(everyone, mine, group=group)
+    for other, rank in zip(everyone, dist.get_process_group_ranks(group), strict=True):
         for what, value in mine.items():
             if other[what] != value:
                 raise LowRankError(
@@ -176,15 +149,16 @@ def _check_alike(units: Sequence[Unit], group: dist.ProcessGroup, settings: dict
                 )
 
 
-def _says_all(value: object) -> bool:
-    """Whether its text is the same in every process, and all there is to say."""
-    return value is None or isinstance(value, int | float | torch.dtype) or is_dataclass(value)
+def _comparable(value: object) -> str:
+    """A value's text where it is the same in every process, else the name of its type."""
+    has_full_text = value is None or isinstance(value, int | float | torch.dtype) or is_dataclass(value)
+    return repr(value) if has_full_text else type(value).__name__
 
 
-def _agree_(tensor: Tensor, mean: Mean, device: torch.device) -> None:
-    """What the first replica has; as bytes, since not every backend sends every dtype."""
+def _broadcast_(tensor: Tensor, collectives: Collectives, device: torch.device) -> None:
+    """Overwrites a tensor with that of the first replica; sent as bytes, since backends do not send every dtype."""
     if tensor.numel():
         sent = tensor.detach().to(device).contiguous()
-        mean.agree_(sent.view(-1).view(torch.uint8))
+        collectives.broadcast_(sent.view(-1).view(torch.uint8))
         with torch.no_grad():
             tensor.copy_(sent)

@@ -1,4 +1,4 @@
-"""What FSDP2 knows of its shards and does not tell: all that is read of torch's private side stands here."""
+"""The shards of FSDP2: the only file that reads private attributes of torch."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ from torch import Tensor, nn
 from ..errors import LowRankError
 
 KNOWN = ((2, 11), (2, 13))
-"""Versions of torch whose private side is as it is read here: the first and the last."""
+"""The first and the last version of torch whose private attributes are as they are read here."""
 
 
 def check_version() -> None:
-    """Refuses a torch whose private side may be another."""
+    """Raises for a version of torch whose private attributes may differ."""
     numbers = torch.__version__.split(".")[:2]
     version = tuple(int(number) if number.isdigit() else -1 for number in numbers)
     if not KNOWN[0] <= version <= KNOWN[1]:
         first, last = (".".join(map(str, version)) for version in KNOWN)
         raise LowRankError(
-            f"attach_low_rank_reduce: got torch {torch.__version__}, expected {first} to {last}: FSDP2 does not tell "
-            "the shapes of shards, and where it keeps them is known for these. Install one of them, or shard over a "
-            "2-d mesh (native HSDP, whole gradients)."
+            f"attach_low_rank_reduce: got torch {torch.__version__}, expected {first} to {last}: FSDP2 keeps the shapes"
+            " of shards in private attributes, which are known for these versions only. Install one of them, or shard"
+            " over a 2-d mesh (native HSDP, whole gradients)."
         )
 
 
-class Unit:
-    """The parameters that one ``fully_shard`` put together: FSDP2 reduces their gradients as one flat tensor.
+class FSDPUnit:
+    """The parameters of one ``fully_shard``, whose gradients FSDP2 reduces as one flat tensor.
 
     Args:
-        module: that was given to ``fully_shard``.
-        group: of its parameters.
-        names: of the modules, in the whole model.
+        module: the module that was given to ``fully_shard``.
+        group: FSDP2's group of its parameters.
+        names: names of all modules of the model by ``id``.
     """
 
     def __init__(self, module: nn.Module, group: Any, names: dict[int, str]) -> None:
@@ -44,12 +44,12 @@ class Unit:
 
     @property
     def name(self) -> str:
-        """That of its first parameter."""
+        """The name of its first parameter."""
         return next(iter(self._names.values()), "")
 
     @property
     def device(self) -> torch.device:
-        """That gradients are on when they are reduced."""
+        """The device of gradients when they are reduced."""
         device: torch.device = self._group.device
         return device
 
@@ -60,39 +60,44 @@ class Unit:
 
     @property
     def shard_group(self) -> dist.ProcessGroup:
-        """The processes that hold a model together."""
+        """The processes that together hold a replica."""
         group: dist.ProcessGroup = self._group.mesh_info.shard_process_group
         return group
 
     @property
     def hooked(self) -> bool:
-        """Whether there is a hook already."""
+        """Whether it has an all-reduce hook."""
         return self._group._all_reduce_hook is not None
 
     @property
     def all_reduces(self) -> bool:
-        """What ``set_requires_all_reduce`` was given."""
+        """The value that ``set_requires_all_reduce`` was given."""
         return bool(self._group.all_reduce_grads)
 
     def parameters(self) -> dict[str, Tensor]:
-        """The shards of this process."""
+        """The shards of this process, by the parameters' names."""
         shards = {self._names[id(shard)]: shard.sharded_param for shard in self._group.fsdp_params}
         return {name: p.to_local().detach().requires_grad_(p.requires_grad) for name, p in shards.items()}
 
     def tags(self) -> dict[str, str]:
-        """Names with the place of the shard: what is remembered of one is nothing to another."""
+        """Names with the number of the shard, since each shard has an error of its own; by the parameters' names."""
         place = self.shard_group.rank()
         return {name: f"{name}:shard{place}" for name in self._names.values()}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of whole parameters."""
+        """The shapes of whole parameters, by name."""
         return {self._names[id(shard)]: tuple(shard.sharded_param.shape) for shard in self._group.fsdp_params}
 
-    def on_reduce(self, hook: Callable[[Unit, Tensor], None], stream: torch.cuda.Stream | None) -> None:
-        """Calls ``hook(unit, flat)`` between reduce-scatter and accumulation."""
+    def on_reduce(self, hook: Callable[[FSDPUnit, Tensor], None], stream: torch.cuda.Stream | None) -> None:
+        """Calls a hook between reduce-scatter and accumulation.
+
+        Args:
+            hook: called as ``hook(unit, flat)``, with the unit's gradients in one flat tensor.
+            stream: the CUDA stream of the hook; ``None`` is that of FSDP2.
+        """
         group, reduce = self._group, self._group.post_backward
 
-        # when the hook is called, which parameters had a gradient is already forgotten
+        # when the hook is called, FSDP2 has already dropped the gradients of whole parameters
         def post_backward(*unused: Any) -> None:
             self._present = [shard for shard in group.fsdp_params if _has_gradient(shard, group)]
             reduce(*unused)
@@ -101,12 +106,12 @@ class Unit:
         self.module.set_all_reduce_hook(lambda flat: hook(self, flat), stream=stream)  # type: ignore[operator]
 
     def gradients(self, flat: Tensor) -> list[tuple[str, Tensor]]:
-        """Views of the flat tensor, without what pads them, by :meth:`tags`; those without elements are left out."""
+        """The gradients in the flat tensor by :meth:`tags`: views without padding, and without empty shards."""
         sizes = [shard.padded_sharded_param_size.numel() for shard in self._present]
         if sum(sizes) != flat.numel():
             raise LowRankError(
                 f"attach_low_rank_reduce: FSDP2 reduces {flat.numel()} elements, and the shards of {self.name!r} and "
-                f"those with it have {sum(sizes)}; this torch ({torch.__version__}) packs them in another way."
+                f"those with it have {sum(sizes)}; this torch ({torch.__version__}) packs them differently."
             )
         tags = self.tags()
         parts = zip(self._present, flat.split(sizes), strict=True)
@@ -117,12 +122,12 @@ class Unit:
         ]
 
 
-def units_of(model: nn.Module) -> list[Unit]:
-    """Of a model and what is in it, in order; parameters are sharded afterwards."""
+def units_of(model: nn.Module) -> list[FSDPUnit]:
+    """The units of a model and its parts, in order; their parameters are sharded afterwards."""
     from torch.distributed.fsdp import FSDPModule
 
     names = {id(module): name for name, module in model.named_modules()}
-    units: dict[int, Unit] = {}
+    units: dict[int, FSDPUnit] = {}
     for module in model.modules():
         if not isinstance(module, FSDPModule):
             continue
@@ -140,7 +145,7 @@ def units_of(model: nn.Module) -> list[Unit]:
                 "shard_placement_fn), expected one; give each of its parts a fully_shard of its own."
             )
         for group in groups:
-            units.setdefault(id(group), Unit(module, group, names))
+            units.setdefault(id(group), FSDPUnit(module, group, names))
     return list(units.values())
 
 

@@ -1,19 +1,25 @@
-"""The communication hook. DDP reads its annotations as they are, so they are not strings here."""
+"""The communication hook of DistributedDataParallel."""
 
+# DDP checks the hook's annotations as they are, so they must not become strings: no annotations from __future__ here
 import torch
 from torch.distributed import GradBucket  # type: ignore[attr-defined]
 from torch.futures import Future
 
 from ..errors import LowRankError
-from .powersgd import LowRankCommState
+from .comm_state import LowRankCommState
 
 
 def low_rank_hook(state: LowRankCommState, bucket: GradBucket) -> Future[torch.Tensor]:
-    """Averages a bucket at low rank: ``ddp.register_comm_hook(lr.LowRankCommState(rank=4), lr.low_rank_hook)``.
+    """Averages a bucket of gradients over processes at low rank (PowerSGD).
+
+    A communication hook: ``ddp.register_comm_hook(lr.LowRankCommState(rank=4), lr.low_rank_hook)``.
 
     Args:
-        state: see :class:`LowRankCommState`.
-        bucket: of gradients, from DDP.
+        state: the state, one per model and process.
+        bucket: a bucket of gradients, from DDP.
+
+    Raises:
+        LowRankError: for another state.
     """
     if not isinstance(state, LowRankCommState):
         raise LowRankError(f"low_rank_hook: got state {type(state).__name__}, expected a LowRankCommState.")

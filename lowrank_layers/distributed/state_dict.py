@@ -1,4 +1,4 @@
-"""The state of gradients between processes, as plain tensors by name."""
+"""The state of low-rank averaging as plain tensors by name: saved, loaded and merged."""
 
 from __future__ import annotations
 
@@ -9,55 +9,106 @@ import torch
 from torch import Tensor
 
 from ..errors import LowRankError
-from .error_feedback import Kept, Memory
-from .matrices import matrix_shape
+from .collectives import rank_and_world_size
+from .error_feedback import GradientMemory
+from .matricize import matricized_shape
+from .settings import PowerSGDSettings
 
 
-class Known(NamedTuple):
-    """What a state goes on with.
+class Snapshot(NamedTuple):
+    """What a run resumes from.
 
     Args:
-        step: the next one.
-        ranks: by name, as a rule has found them.
-        spent: bytes by name, of a budget.
-        compress: what the link was found to want, if that was measured.
-        memories: by name.
+        step: number of the next step.
+        ranks: ranks by name that a rule or a budget has chosen.
+        spent: bytes per step by name, under a budget.
+        compress: what ``fallback`` has chosen; ``None`` before, and without it.
+        memories: errors and directions by name.
     """
 
     step: int
     ranks: dict[str, int]
     spent: dict[str, int]
     compress: bool | None
-    memories: dict[str, Memory]
+    memories: dict[str, GradientMemory]
 
 
-def saved(known: Known, process: int, processes: int) -> dict[str, Tensor]:
-    """What is the same in all processes stands under its own name, the errors under the process'."""
-    state = {"step": torch.tensor(known.step), "processes": torch.tensor(processes)}
-    state |= {f"rank.{name}": torch.tensor(rank) for name, rank in known.ranks.items()}
-    state |= {f"bytes.{name}": torch.tensor(spent) for name, spent in known.spent.items()}
-    if known.compress is not None:
-        state["compress"] = torch.tensor(known.compress)
-    for name, memory in known.memories.items():
-        state[f"right.{name}"] = memory.right.detach().clone()
-        if memory.left is not None:
-            state[f"left.{name}"] = memory.left.detach().clone()
-        state[f"scale.{name}"] = torch.tensor(memory.scale, dtype=torch.float64)
-        state[f"process{process}.error.{name}"] = memory.error.detach().clone()
+def to_tensors(snapshot: Snapshot) -> dict[str, Tensor]:
+    """The state dict of this process. Keys of errors name the process, all others are the same in every process."""
+    process, processes = rank_and_world_size()
+    state = {"step": torch.tensor(snapshot.step), "processes": torch.tensor(processes)}
+    state |= {f"rank.{name}": torch.tensor(rank) for name, rank in snapshot.ranks.items()}
+    state |= {f"bytes.{name}": torch.tensor(spent) for name, spent in snapshot.spent.items()}
+    if snapshot.compress is not None:
+        state["compress"] = torch.tensor(snapshot.compress)
+    for name, memory in snapshot.memories.items():
+        for kind, tensor in memory.tensors().items():
+            state[f"process{process}.error.{name}" if kind == "error" else f"{kind}.{name}"] = tensor
     return state
 
 
-def merge_comm_states(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """One state of those of all processes, for any number of new ones: every process then has the mean of the errors.
+def from_tensors(state: Mapping[str, Tensor], parameters: Mapping[str, Tensor], settings: PowerSGDSettings) -> Snapshot:
+    """The snapshot in a state dict.
 
     Args:
-        states: one :meth:`LowRankCommState.state_dict` a process (or one that holds all), of one step.
-
-    Returns:
-        What :meth:`LowRankCommState.load_state_dict` of any process takes.
+        state: a state dict of this process, or one of :func:`merge_comm_states`.
+        parameters: parameters by name.
+        settings: the settings, whose rank has to fit.
 
     Raises:
-        LowRankError: if a process is missing, or the states are not of one step.
+        LowRankError: for a state of another model, rank or number of processes.
+    """
+    process, processes = rank_and_world_size()
+    if "step" not in state:
+        raise LowRankError("load_state_dict: got no 'step', expected what LowRankCommState.state_dict() returned.")
+    merged = "processes" not in state
+    if not merged and int(state["processes"]) != processes:
+        raise LowRankError(
+            f"load_state_dict: got a state of {int(state['processes'])} processes, expected one of {processes}; "
+            "merge the states of all old processes with lr.merge_comm_states."
+        )
+    ranks, spent = (
+        {key.removeprefix(kind): int(state[key]) for key in state if key.startswith(kind)}
+        for kind in ("rank.", "bytes.")
+    )
+    names = _names(state)
+    wrong = [f"{name!r} is not in the model" for name in {**dict.fromkeys(names), **ranks} if name not in parameters]
+    memories: dict[str, GradientMemory] = {}
+    for name in names:
+        if name not in parameters:
+            continue
+        keys = {kind: f"{kind}.{name}" for kind in ("right", "left", "scale", "error")}
+        if not merged:
+            keys["error"] = f"process{process}.error.{name}"
+        tensors = {kind: state[key] for kind, key in keys.items() if key in state}
+        if "error" not in tensors:
+            wrong.append(f"{name!r} has no error of process {process}")
+        elif (mismatch := _mismatch(tensors, parameters[name], settings)) is not None:
+            wrong.append(f"{name!r} {mismatch}")
+        else:
+            rank = tensors["right"].shape[-1]
+            memories[name] = GradientMemory(name, parameters[name], rank, settings)
+            memories[name].load(tensors)
+    if wrong:
+        raise LowRankError(f"load_state_dict: this state is of another model: {'; '.join(wrong)}. Nothing was loaded.")
+    compress = bool(state["compress"]) if "compress" in state else None
+    return Snapshot(int(state["step"]), ranks, spent, compress, memories)
+
+
+def merge_comm_states(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Merges the states of all processes into one, for a run with any number of processes.
+
+    Every process that loads it gets the mean of the errors.
+
+    Args:
+        states: :meth:`LowRankCommState.state_dict` of each process at the same step, or one that holds the errors of
+            all of them.
+
+    Returns:
+        A state for :meth:`LowRankCommState.load_state_dict` in every process.
+
+    Raises:
+        LowRankError: if a process is missing, or the states are of different steps.
     """
     if not states or any("step" not in state or "processes" not in state for state in states):
         raise LowRankError(f"merge_comm_states: got {len(states)} states, expected those of LowRankCommState.")
@@ -66,79 +117,31 @@ def merge_comm_states(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tenso
     together = {key: tensor for state in states for key, tensor in state.items()}
     processes = range(int(together["processes"]))
     merged = {key: tensor for key, tensor in together.items() if not key.startswith("process")}
-    for name in [key.removeprefix("right.") for key in together if key.startswith("right.")]:
+    for name in _names(together):
         keys = [f"process{process}.error.{name}" for process in processes]
         missing = [key for key in keys if key not in together]
         if missing:
             raise LowRankError(f"merge_comm_states: {missing} are missing; give the states of all processes.")
-        # gradients are averaged: what all processes owe together is the mean of their errors
+        # gradients are averaged, so what is missing in them is the mean of the errors
         mean = torch.stack([together[key].float() for key in keys]).mean(0)
         merged[f"error.{name}"] = mean.to(together[keys[0]].dtype)
     return merged
 
 
-def load(
-    state: Mapping[str, Tensor],
-    parameters: Mapping[str, Tensor],
-    rank: int | None,
-    kept: Kept,
-    process: int,
-    processes: int,
-) -> Known:
-    """Of one process, all of it checked first."""
-    if "step" not in state:
-        raise LowRankError("load_state_dict: got no 'step', expected what LowRankCommState.state_dict() returned.")
-    own = f"process{process}.error."
-    merged = "processes" not in state
-    if not merged and int(state["processes"]) != processes:
-        raise LowRankError(
-            f"load_state_dict: got a state of {int(state['processes'])} processes, expected one of {processes}; "
-            "merge the states of all old processes with lr.merge_comm_states."
-        )
-    names = [key.removeprefix("right.") for key in state if key.startswith("right.")]
-    chosen, spent = (
-        {key.removeprefix(kind): int(state[key]) for key in state if key.startswith(kind)}
-        for kind in ("rank.", "bytes.")
-    )
-    wrong = [f"{name!r} is not in the model" for name in {**dict.fromkeys(names), **chosen} if name not in parameters]
-    memories: dict[str, Memory] = {}
-    for name in names:
-        if name not in parameters:
-            continue
-        right, like = state[f"right.{name}"], parameters[name]
-        error = state.get(f"error.{name}" if merged else own + name)
-        shape = matrix_shape(like.shape)
-        if error is None:
-            wrong.append(f"{name!r} has no error of process {process}")
-        elif shape is None or tuple(error.shape) != shape:
-            wrong.append(f"{name!r} is {tuple(error.shape)} here and {shape} in the model")
-        elif right.shape[-1] > min(shape[1:]):
-            wrong.append(f"{name!r} has rank {right.shape[-1]} here and {min(shape[1:])} at most in the model")
-        elif rank is not None and right.shape[-1] != min(rank, *shape[1:]):
-            wrong.append(f"{name!r} has rank {right.shape[-1]} here and rank={rank} was given")
-        elif tuple(right.shape) != (shape[0], shape[2], right.shape[-1]):
-            wrong.append(f"{name!r} has directions {tuple(right.shape)}, expected {(shape[0], shape[2], '...')}")
-        else:
-            memories[name] = _memory(state, name, shape, error, like.device, kept)
-    if wrong:
-        raise LowRankError(f"load_state_dict: this state is of another model: {'; '.join(wrong)}. Nothing was loaded.")
-    compress = bool(state["compress"]) if "compress" in state else None
-    return Known(int(state["step"]), chosen, spent, compress, memories)
+def _names(state: Mapping[str, Tensor]) -> list[str]:
+    """Names of the gradients that have a memory."""
+    return [key.removeprefix("right.") for key in state if key.startswith("right.")]
 
 
-def _memory(
-    state: Mapping[str, Tensor],
-    name: str,
-    shape: tuple[int, int, int],
-    error: Tensor,
-    device: torch.device,
-    kept: Kept,
-) -> Memory:
-    right = state[f"right.{name}"]
-    memory = Memory(shape, right.shape[-1], name, device, kept)
-    memory.error = error
-    memory.right.copy_(right)
-    if memory.left is not None and f"left.{name}" in state:
-        memory.left.copy_(state[f"left.{name}"])
-    memory.scale = float(state[f"scale.{name}"])
-    return memory
+def _mismatch(tensors: Mapping[str, Tensor], parameter: Tensor, settings: PowerSGDSettings) -> str | None:
+    """Why a memory cannot be that of a parameter; ``None`` if it can."""
+    right, error, shape = tensors["right"], tensors["error"], matricized_shape(parameter.shape)
+    if shape is None or tuple(error.shape) != shape:
+        return f"is {tuple(error.shape)} here and {shape} in the model"
+    if right.shape[-1] > min(shape[1:]):
+        return f"has rank {right.shape[-1]} here and {min(shape[1:])} at most in the model"
+    if isinstance(settings.rank, int) and right.shape[-1] != min(settings.rank, *shape[1:]):
+        return f"has rank {right.shape[-1]} here and rank={settings.rank} was given"
+    if tuple(right.shape) != (shape[0], shape[2], right.shape[-1]):
+        return f"has directions {tuple(right.shape)}, expected {(shape[0], shape[2], '...')}"
+    return None

@@ -233,13 +233,13 @@ class Cases:
 
     def order(self) -> dict[str, Any]:
         model, state = self.ours(transformer)
-        seen, reduce = [], state._reduce
+        seen, reduce = [], state._average
 
         def watched(flat: torch.Tensor, named: Any, *rest: Any, **more: Any) -> None:
             seen.append(",".join(name.partition(":")[0] for name, _ in named))
             reduce(flat, named, *rest, **more)
 
-        state._reduce = watched  # type: ignore[method-assign]
+        state._average = watched  # type: ignore[method-assign]
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         learn(model, optimizer, 2)
         steps = [state.step]
@@ -276,7 +276,7 @@ class Cases:
         fsdp_private.KNOWN = known
         state = attach(one)()
         found["twice"] = refusal(attach(one))
-        found["ddp"] = refusal(lambda: state.submit(None))
+        found["ddp"] = refusal(lambda: lr.low_rank_hook(state, None))
         return found
 
 

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 import lowrank_layers as lr
 from lowrank_layers.distributed import fallback
-from lowrank_layers.distributed.collectives import Mean
-from lowrank_layers.distributed.exchange import Parcel
+from lowrank_layers.distributed.collectives import Collectives
+from lowrank_layers.distributed.exchange import Exchange
 from tests.contracts.tables import RULES, spectrum
 
 from .hook_worker import FULL, Case, Net, SparseWords, batches, caught, conserved, difference, flat, made, train, wrap
@@ -234,7 +234,7 @@ def half_precision(rank: int) -> dict[str, Any]:
         wrapped, state = wrap(made().to(dtype), {"rank": 4})
         train(wrapped, [(x.to(dtype), y.to(dtype)) for x, y in batches(rank, 5)])
         memory = state.memories["middle.weight"]
-        basis = memory.basis(5, columns=False)[0]
+        basis = memory.basis(5, left=False)[0]
         out[str(dtype)] = {
             "dtype": str(memory.right.dtype),
             "orthogonality": float((basis.mT @ basis - torch.eye(4)).abs().max()),
@@ -256,7 +256,7 @@ def bf16_wire(rank: int) -> dict[str, Any]:
 
 def parcels(rank: int) -> dict[str, Any]:
     """By wire: what came back, the mean of what processes say they put in, and the true mean."""
-    mean = Mean(None, None, None)
+    collectives = Collectives(None, None, None)
     out = {}
     for wire in (None, torch.float16, torch.bfloat16, torch.int8):
         generator = torch.Generator().manual_seed(rank)
@@ -265,8 +265,8 @@ def parcels(rank: int) -> dict[str, Any]:
         whole = [torch.randn(shape, generator=generator) for shape in ((), (5,), (9, 11))]
         true = torch.cat([tensor.flatten() for tensor in (*factors, *whole)])
         dist.all_reduce(true)
-        parcel = Parcel(factors, whole, mean, wire)
-        shares = torch.cat([share.flatten() for share in parcel.shares])
+        averaged = Exchange(collectives, wire).average_(factors, whole, range(3))
+        shares = torch.cat([share.flatten() for share in averaged.contributions])
         dist.all_reduce(shares)
         got = torch.cat([tensor.flatten() for tensor in (*factors, *whole)])
         out[str(wire)] = {
@@ -275,14 +275,14 @@ def parcels(rank: int) -> dict[str, Any]:
             "shares": shares / 2,
             "factors": shares.numel(),
             "difference": difference(got),
-            "sent": parcel.sent,
+            "sent": averaged.sent,
         }
     bad = torch.ones(1, 4, 40)
     if rank == 1:
         bad[0, 2, 39] = torch.inf
     before = bad.clone()
-    parcel = Parcel([bad], [torch.ones(3)], mean, torch.int8)
-    return out | {"bad": (parcel.finite, torch.equal(bad, before))}
+    averaged = Exchange(collectives, torch.int8).average_([bad], [torch.ones(3)], [0])
+    return out | {"bad": (averaged.finite, torch.equal(bad, before))}
 
 
 def budget(rank: int) -> dict[str, Any]:
@@ -367,13 +367,13 @@ def fallback_pays_out(rank: int) -> dict[str, Any]:
     model, alone = made(), made()
     wrapped, state = wrap(model, {"rank": 2, "fallback": True})
     for _ in range(fallback.STEPS):
-        state.link.taken[False].append(1.0)
+        state.fallback._seconds[False].append(1.0)
     sums: dict[str, Tensor] = {}
     true: dict[str, Tensor] = {}
     owed = 0.0
     for step, (x, y) in enumerate(batches(rank, 6)):
         if step == 4:
-            state.link.compress = False
+            state.fallback.compress = False
             owed = max(float(memory.error.abs().max()) for memory in state.memories.values())
         for net, inner, total in ((wrapped, model, sums), (alone, alone, true)):
             net.zero_grad()
@@ -392,13 +392,13 @@ def fallback_in_half(rank: int) -> dict[str, Any]:
     out: dict[str, Any] = {}
     for name, compress in {"measuring": None, "chosen": False}.items():
         wrapped, state = wrap(made(), {"rank": 2, "fallback": torch.float16})
-        state.link.compress = compress
+        state.fallback.compress = compress
         train(wrapped, batches(rank, 3))
         out[name] = state.stats()["ratio"]
         out[f"{name}, difference"] = difference(flat(wrapped))
     _, fresh = wrap(made(), {"rank": 2, "fallback": torch.float16}, hook=False)
     fresh.load_state_dict(state.state_dict())
-    return out | {"kept": fresh.link.compress}
+    return out | {"kept": fresh.fallback.compress}
 
 
 def sharded_checkpoint_of_a_rule(rank: int) -> str:
@@ -430,7 +430,7 @@ def own_errors(rank: int) -> list[float]:
     wrapped, state = wrap(made(), {"rank": 2})
     train(wrapped, batches(rank, 9))
     memories = state.memories.values()
-    return [float((m.paid[0].mT @ m.error).norm() / m.error.norm()) for m in memories]
+    return [float((m.last_factors[0].mT @ m.error).norm() / m.error.norm()) for m in memories]
 
 
 def local_iterations(rank: int) -> dict[str, list[float]]:
@@ -472,7 +472,7 @@ def sparse_gradients(rank: int) -> dict[str, Any]:
         plain, _ = wrap(made(SparseWords), None)
         wrapped, state = wrap(made(SparseWords), settings)
         if name == "fallback":
-            state.link.compress = False
+            state.fallback.compress = False
         x, y = batches(rank, 1)[0]
         x = x * rank  # one row in the first process, many in the second
         for model in (plain, wrapped):
@@ -507,7 +507,7 @@ def rules(rank: int) -> dict[str, bool]:
     for rule in given:
         wrapped, state = wrap(made(), {"rank": rule})
         nn.functional.mse_loss(wrapped(x), y).backward()
-        out[str(rule)] = all(rule(seen) == state.ranks.chosen[name] for name, seen in spectra.items())
+        out[str(rule)] = all(rule(seen) == int(state.state_dict()[f"rank.{name}"]) for name, seen in spectra.items())
     return out
 
 

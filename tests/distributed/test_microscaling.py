@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from lowrank_layers.distributed.microscaling import BLOCK, pack, room, unpack
+from lowrank_layers.distributed.microscaling import BLOCK, pack, padded, unpack
 
 BITS = (8, 16)
 
@@ -64,4 +64,4 @@ def test_a_block_with_what_is_not_finite_is_not_a_number(bits, bad):
 @pytest.mark.parametrize("bits", BITS)
 def test_bytes(bits):
     assert pack(torch.zeros(2, 5 * BLOCK), bits).shape == (2, 5 * (BLOCK * bits // 8 + 1))
-    assert [room(count) for count in (0, 1, 32, 33)] == [0, 32, 32, 64]
+    assert [padded(count) for count in (0, 1, 32, 33)] == [0, 32, 32, 64]

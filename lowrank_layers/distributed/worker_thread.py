@@ -1,4 +1,4 @@
-"""One thread that takes jobs in order: collectives then go out in the same order in every process."""
+"""One thread that runs jobs in order, so that collectives are called in the same order in every process."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ Job = Callable[[], Tensor]
 _Task = tuple[Job, Future[Any], torch.cuda.Stream | None]
 
 GRACE = 5.0
-"""Seconds that a program waits at its end for a job: one that waits for a lost process may take much longer."""
+"""Seconds that a program waits at its end for the running job, which may itself wait for a lost process."""
 
 
-class Worker:
+class WorkerThread:
     """Runs jobs one after another; the thread starts with the first job and ends with the program."""
 
     def __init__(self) -> None:
@@ -33,7 +33,12 @@ class Worker:
         self._started = threading.Lock()
 
     def submit(self, job: Job, device: torch.device) -> Future[Tensor]:
-        """What the job will return; after one that failed, all fail."""
+        """Queues a job and returns the future of its result; after a job has failed, all later ones fail.
+
+        Args:
+            job: a function without arguments that returns a tensor.
+            device: device of that tensor; on CUDA the job runs in a stream of its own.
+        """
         future: Future[Any] = Future(devices=[device] if device.type == "cuda" else None)
         with self._started:
             if self._thread is None:
@@ -41,11 +46,11 @@ class Worker:
                 self._thread.start()
                 atexit.register(self._end)
         self._jobs.put((job, future, self._stream(device)))
-        # an exception raised in a callback reaches DDP as an error with its message, one that is set does not
+        # an exception raised in a callback reaches DDP with its message, one that is set on the future does not
         return future.then(_tensor_of)
 
     def _stream(self, device: torch.device) -> torch.cuda.Stream | None:
-        """On a GPU: one of its own, after what was launched so far."""
+        """The stream of jobs on a CUDA device, which waits for the kernels launched so far."""
         if device.type != "cuda":
             return None
         if device not in self._streams:
@@ -60,17 +65,17 @@ class Worker:
     def _run(self) -> None:
         while (task := self._jobs.get()) is not None:
             job, future, stream = task
-            # the result is set on the stream too: the future then makes whoever waits for it wait for the stream
+            # the result is set within the stream, so that whoever waits for the future waits for the stream too
             with torch.cuda.stream(stream) if stream is not None else nullcontext():
-                future.set_result(self._done(job))
+                future.set_result(self._result_of(job))
 
     def _end(self) -> None:
-        """Python ends a daemon thread where it stands, and in the middle of torch's C++ that aborts the program."""
+        """Ends the thread: Python would stop it anywhere, and in the middle of torch's C++ that aborts the program."""
         self._jobs.put(None)
         if self._thread is not None:
             self._thread.join(GRACE)
 
-    def _done(self, job: Job) -> Tensor | BaseException:
+    def _result_of(self, job: Job) -> Tensor | BaseException:
         if self._failure is None:
             try:
                 return job()

@@ -1,4 +1,4 @@
-"""What went over the wire."""
+"""Bytes sent and seconds taken, for ``stats()``."""
 
 from __future__ import annotations
 
@@ -9,41 +9,42 @@ from dataclasses import dataclass
 
 
 @dataclass
-class Clock:
-    """Adds up the seconds of a block of code; what is launched on a GPU goes on after it."""
+class Stopwatch:
+    """Adds up the seconds that blocks of code take; kernels launched on a GPU may run on after their block."""
 
     seconds: float = 0.0
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Counts what is inside."""
+        """Measures the block."""
         start = time.perf_counter()
         yield
         self.seconds += time.perf_counter() - start
 
 
 @dataclass
-class Traffic:
+class CommStats:
     """Sums over all buckets of this process.
 
     Args:
-        sent: bytes that an all-reduce was given; of two exchanges in its place, as much as would take as long.
-        whole: bytes that whole gradients would have been.
-        seconds: in the worker.
+        sent: bytes passed to all-reduce. Where two other collectives replace an all-reduce, the bytes of an all-reduce
+            that would take as long.
+        whole: bytes of the same gradients uncompressed.
+        seconds: seconds spent in averaging.
     """
 
     sent: int = 0
     whole: int = 0
     seconds: float = 0.0
 
-    def count(self, sent: int, whole: int, seconds: float) -> None:
-        """One more bucket."""
+    def add(self, sent: int, whole: int, seconds: float) -> None:
+        """Counts one more bucket."""
         self.sent += sent
         self.whole += whole
         self.seconds += seconds
 
     def summary(self, exchanging: float) -> dict[str, float]:
-        """With the ratio of the two, and the seconds that were not ``exchanging``."""
+        """The sums, their ratio, and the seconds split into computing and ``exchanging``."""
         return {
             "bytes_sent": self.sent,
             "bytes_whole": self.whole,

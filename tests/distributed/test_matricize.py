@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lowrank_layers.distributed.matrices import gradient_of, matrices_of, matrix_shape, times
+from lowrank_layers.distributed.matricize import matricize, matricized_shape, thin_matmul, unmatricize
 
 SHAPES = {
     (): None,
@@ -22,25 +22,25 @@ SHAPES = {
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_shapes(shape):
-    assert matrix_shape(torch.Size(shape)) == SHAPES[shape]
+    assert matricized_shape(torch.Size(shape)) == SHAPES[shape]
 
 
 @pytest.mark.parametrize("shape", [shape for shape, found in SHAPES.items() if found])
 def test_there_and_back(shape):
     gradient = torch.randn(shape)
-    matrices = matrices_of(gradient)
+    matrices = matricize(gradient)
     assert tuple(matrices.shape) == SHAPES[shape]
-    assert torch.equal(gradient_of(matrices, shape), gradient)
+    assert torch.equal(unmatricize(matrices, shape), gradient)
 
 
 def test_a_convolution_that_factors_over_both_kernel_sides_has_rank_one():
     """out x height against in x width."""
     left, right = torch.randn(8, 3), torch.randn(8, 5)
     kernel = torch.einsum("oh,iw->oihw", left, right)
-    assert int(torch.linalg.matrix_rank(matrices_of(kernel)[0])) == 1
+    assert int(torch.linalg.matrix_rank(matricize(kernel)[0])) == 1
 
 
-def test_times():
+def test_thin_matmul():
     matrix, thin = torch.randn(3, 40, 30), torch.randn(3, 30, 2)
-    torch.testing.assert_close(times(matrix, thin), matrix @ thin)
-    torch.testing.assert_close(times(matrix.mT, torch.ones(3, 40, 1)), matrix.mT @ torch.ones(3, 40, 1))
+    torch.testing.assert_close(thin_matmul(matrix, thin), matrix @ thin)
+    torch.testing.assert_close(thin_matmul(matrix.mT, torch.ones(3, 40, 1)), matrix.mT @ torch.ones(3, 40, 1))
