@@ -1,3 +1,3 @@
-"""Optimizers at low rank: GaLore's projection of gradients around any of them."""
+"""Optimizers with a low-rank state: GaLore's projection of gradients around any torch optimizer."""
 
 from .low_rank_projection import LowRankProjection as LowRankProjection

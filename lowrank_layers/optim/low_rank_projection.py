@@ -1,4 +1,4 @@
-"""Any optimizer on projected gradients: its state is as small as the projection."""
+"""GaLore: any optimizer on projected gradients, with a state as small as the projection."""
 
 from __future__ import annotations
 
@@ -13,55 +13,58 @@ from torch.optim import Optimizer
 
 from ..errors import LowRankError
 from ..rank import Rank, check_rank
-from .basis import ProjectionMethod
-from .optimizer_traits import decoupled, reads_values
-from .settings import check_optimizer, check_settings, chooser
-from .shadow import FactorSource, Shadow
+from .param_groups import Decay, WrappedGroup
+from .projected_parameter import FactorSource, ProjectedParameter
+from .projectors import ProjectionMethod
+from .settings import check_optimizer, check_settings, target_filter
+from .torch_optimizers import decoupled, reads_values
 
-_OWN = ("projector", "projector_age", "projector_fits")
+_PROJECTOR_KEYS = ("projector", "projector_age", "projector_fits")
 
 
 class LowRankProjection(Optimizer):
-    r"""Puts a projection of the gradients before any optimizer, whose state is then as small as the projection.
+    r"""Wraps an optimizer so that it sees projected gradients; its state is then as small as they are (GaLore).
 
-    Of a matrix ``[n, m]`` with gradient :math:`G` the optimizer is shown :math:`P^T G` (or :math:`G P`, on the shorter
-    side), with :math:`P` orthonormal of ``rank`` columns, and its step :math:`\Delta` is taken back: :math:`W` gains
-    ``scale`` :math:`\cdot P \Delta`. Convolutions count as ``[out, rest]``. Parameters of one dimension, those whose
-    shorter side is not above ``rank`` (under a rule: 1), and what is not in ``target`` are stepped as ever.
+    For a matrix ``[n, m]`` with gradient :math:`G` the optimizer sees :math:`P^T G` (or :math:`G P`, on the shorter
+    side) with an orthonormal :math:`P` of ``rank`` columns, and its step :math:`\Delta` is projected back: :math:`W`
+    gains ``scale`` :math:`\cdot P \Delta`. Convolutions are matrices ``[out, rest]``. Parameters of one dimension,
+    those whose shorter side is at most ``rank`` (under a rule: 1), and those not in ``target`` are not projected.
 
-    The optimizer is taken over: its groups hold small parameters from now on. Use the projection in its place, for
-    schedulers, ``GradScaler``, ``zero_grad`` and checkpoints too; set ``lr`` and the rest in *its* ``param_groups``.
-    Weight decay acts on the whole weights. All processes of a ``DistributedDataParallel`` have the same gradients and
-    so the same projectors, without communication.
+    The wrapped optimizer's groups hold small parameters from now on. Use the projection in its place, for
+    schedulers, ``GradScaler``, ``zero_grad`` and checkpoints too; set ``lr`` and other settings in *its*
+    ``param_groups``. Weight decay acts on all of the weights. All processes of a ``DistributedDataParallel`` have the
+    same gradients and so the same projectors, without communication.
 
     Args:
-        optimizer: new, of torch or made like them: AdamW, Adam, SGD, RMSprop, Adafactor...
-        rank: of the projections: an integer, or a rule that looks at the singular values of each parameter's first
-            gradient that is finite and not zero; until then the parameter only decays. The rank stays.
-            ``ParameterFraction`` counts the numbers of projector and coefficients.
-        refresh: steps from one projector to the next.
-        method: ``"svd"`` fits to the gradient exactly; ``"power"`` starts from the last projector and makes two steps
-            of subspace iteration, so that ``refresh`` may be small; ``"random"`` draws.
-        scale: of the projected steps, beside the learning rate.
-        target: the parameters to project, or a function that says so; ``None`` for all that are big enough.
-        min_size: entries that a parameter needs at least.
-        rotate: which moments are taken along into the new basis: ``"first"``, ``"both"``, the squares as if
-            coefficients did not correlate, which makes longer steps in new directions, or ``"none"``, as GaLore.
-        seed: of what is drawn; the same in all processes.
-        decoupled: whether weight decay acts beside the step, as in AdamW; ``None`` where the optimizer is torch's own.
-        comm_state: of the hook that averages the gradients: its factors give the projectors of matrices, and nothing is
-            decomposed; where its rank is lower, directions of before stay beside them. A copy has none.
+        optimizer: a new optimizer, one of torch's or made like them: AdamW, Adam, SGD, RMSprop, Adafactor...
+        rank: rank of the projectors: an integer, or a rule that looks at the singular values of each parameter's first
+            gradient that is finite and not zero; until then the parameter only decays. The rank then stays.
+            ``ParameterFraction`` counts the elements of projector and projected gradient.
+        refresh: number of steps from one projector to the next.
+        method: ``"svd"`` fits the projector to the gradient exactly; ``"power"`` makes two steps of subspace iteration
+            from the last projector, so that ``refresh`` can be small; ``"random"`` draws it.
+        scale: factor on the projected steps, beside the learning rate.
+        target: the parameters to project, or a function that says whether a parameter is; ``None`` projects all that
+            are big enough.
+        min_size: number of elements that a projected parameter has at least.
+        rotate: the moments that are rotated into the basis of a new projector: ``"first"``; ``"both"``, second moments
+            as if coefficients were uncorrelated, which makes longer steps in new directions; or ``"none"``, as GaLore.
+        seed: seed of what is random; the same in all processes.
+        decoupled: whether weight decay is decoupled, as in AdamW; ``None`` where the optimizer is one of torch's.
+        comm_state: the state of the hook that averages the gradients (:class:`LowRankCommState`). Its factors give the
+            projectors of matrices, and nothing is decomposed; where its rank is lower, directions of the last
+            projector fill up. A copy of the projection has none.
 
     Raises:
-        LowRankError: for an optimizer that has begun already or cannot be used, and for other wrong arguments; nothing
-            changes then.
+        LowRankError: for an optimizer that has a state already or is not supported, and for other wrong arguments;
+            nothing changes then.
 
     Note:
         GaLore as published is ``rotate="none", scale=0.25``. ``method="power"`` with a ``refresh`` of 10 or 20 costs
         about as much as ``"svd"`` every 50 steps, and follows the gradients more closely.
 
-        SGD's step is the projection of its plain step. Adam's differs at any rank, as it scales entry by entry, in
-        the basis that it is shown.
+        The step of SGD is the projection of its unprojected step. That of Adam differs at any rank, since Adam scales
+        each entry by itself, in the basis that it sees.
 
     Examples:
         >>> model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10))
@@ -118,20 +121,20 @@ class LowRankProjection(Optimizer):
         self.rank, self.refresh, self.method, self.scale = rank, refresh, method, scale
         self.min_size, self.rotate, self.seed, self.decoupled = min_size, rotate, seed, decoupled
         self.comm_state = comm_state
-        self._chosen = chooser(target)
+        self._targets = target_filter(target)
         groups = optimizer.param_groups
         for group in groups:
             self._check_group(group)
-        self._shadows: dict[Tensor, Shadow] = {}
-        self._inner: list[tuple[list[Tensor], dict[str, Any] | None, dict[str, Any] | None]] = []
+        self._projected: dict[Tensor, ProjectedParameter] = {}
+        self._wrapped: list[WrappedGroup] = []
         optimizer.param_groups = []
         super().__init__([dict(group) for group in groups], optimizer.defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group, projected by the same rules.
+        """Adds a group of parameters, projected by the same rules.
 
         Args:
-            param_group: as for every torch optimizer.
+            param_group: a group as for every torch optimizer.
 
         Raises:
             LowRankError: for parameters that cannot be projected.
@@ -144,17 +147,11 @@ class LowRankProjection(Optimizer):
         except LowRankError:
             del self.param_groups[count:]
             raise
-        plain: list[Tensor] = []
-        small: list[Tensor] = []
         for p in group["params"]:
             if self._projects(p):
-                shadow = Shadow(p, self.rank, self.seed + 1_000_003 * len(self._shadows))
-                self._shadows[p] = shadow
-                small.append(shadow.small)
-            else:
-                plain.append(p)
-        settings = {key: value for key, value in group.items() if key not in ("params", "param_names")}
-        self._inner.append((list(group["params"]), self._join(plain, settings), self._join(small, settings)))
+                seed = self.seed + 1_000_003 * len(self._projected)
+                self._projected[p] = ProjectedParameter(p, self.rank, seed)
+        self._wrapped.append(WrappedGroup(self.optimizer, group, self._projected))
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -164,9 +161,9 @@ class LowRankProjection(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """One step of the optimizer, projected.
+        """Performs a step.
 
-        A gradient that is not finite refits no projector; the optimizer sees it, as it would without a projection.
+        A gradient that is not finite does not change the projector; the optimizer sees it as it would unprojected.
 
         Args:
             closure: evaluates the model again and returns the loss.
@@ -178,40 +175,41 @@ class LowRankProjection(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        shrinks = self._settle()
+        decays = self._sync_groups()
         values = reads_values(self.optimizer)
-        going = []
-        for p, shadow in self._shadows.items():
+        stepping = []
+        for p, projected in self._projected.items():
             if p.grad is None:
                 continue
-            decay, shrink = shrinks[p]
-            gradient = shadow.gradient(decay)
-            if not shadow.knows_rank(gradient):
-                shadow.shrunk(shrink)
+            decay = decays[p]
+            gradient = projected.gradient(decay.to_gradient)
+            if not projected.knows_rank(gradient):
+                projected.shrink_(decay.shrink)
                 continue
-            going.append((shadow, shrink))
-            if shadow.due(self.refresh):
-                factors = None if self.comm_state is None or decay else self.comm_state.factors(shadow.parameter)
-                turn = shadow.refit(gradient, self.method, factors)
-                if turn is not None and self.rotate != "none":
-                    shadow.rotate(self.optimizer.state[shadow.small], turn, self.rotate == "both")
-            shadow.project(gradient, values)
+            stepping.append((projected, decay))
+            if projected.due(self.refresh):
+                factors = None if self.comm_state is None or decay.to_gradient else self.comm_state.factors(p)
+                rotation = projected.refit(gradient, self.method, factors)
+                if rotation is not None and self.rotate != "none":
+                    state = self.optimizer.state[projected.small]
+                    projected.rotate_moments(state, rotation, second=self.rotate == "both")
+            projected.project(gradient, values)
         self.optimizer.step()
-        for shadow, shrink in going:
-            shadow.apply(shrink, self.scale)
+        for projected, decay in stepping:
+            projected.apply_step(decay.shrink, self.scale)
         return loss
 
     def projected(self) -> list[tuple[Tensor, Tensor]]:
         """The projected parameters, each with the small one that is the key of its state in ``optimizer.state``."""
-        return [(p, shadow.small) for p, shadow in self._shadows.items()]
+        return [(p, projected.small) for p, projected in self._projected.items()]
 
     def state_bytes(self) -> int:
-        """The bytes of the optimizer's state and the projectors."""
+        """Bytes of the optimizer's state and the projectors."""
         tensors = [t for state in self._merged().values() for t in state.values() if isinstance(t, Tensor)]
         return sum(t.nbytes for t in tensors)
 
     def state_dict(self) -> dict[str, Any]:
-        """As every optimizer's: ``state`` by the parameter's index, with the projectors, and ``param_groups``."""
+        """A state dict as of every torch optimizer; each parameter's ``state`` also holds its projector."""
         self.state = defaultdict(dict, self._merged())
         try:
             return super().state_dict()
@@ -219,102 +217,84 @@ class LowRankProjection(Optimizer):
             self.state = defaultdict(dict)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on from a state, to the bit.
+        """Resumes from a state dict; the run then goes on to the bit.
 
         Args:
             state_dict: what :meth:`state_dict` returned, for the same parameters, rank and optimizer.
 
         Raises:
-            LowRankError: if it belongs to something else; nothing changes then.
+            LowRankError: if it belongs to other parameters, ranks or targets; nothing changes then.
         """
-        lengths = [
-            [len(group["params"]) for group in groups] for groups in (state_dict["param_groups"], self.param_groups)
-        ]
-        if lengths[0] != lengths[1]:
-            raise LowRankError(
-                f"load_state_dict: got groups of {lengths[0]} parameters, expected {lengths[1]}; build the optimizer as"
-                " the saved one was."
-            )
-        keys = [key for group in state_dict["param_groups"] for key in group["params"]]
-        found = {p: dict(state_dict["state"].get(key, {})) for key, p in zip(keys, self._parameters(), strict=True)}
-        for p, state in found.items():
-            shadow = self._shadows.get(p)
-            got = tuple(state["projector"].shape) if "projector" in state else None
-            wanted = None if shadow is None or not state else shadow.projector_shape(got)
-            if got != wanted:
-                raise LowRankError(
-                    f"load_state_dict: got {_described(got)} for a parameter {list(p.shape)}, expected"
-                    f" {_described(wanted)}; give the rank, target and min_size of the saved run."
-                )
+        states = self._states_of(state_dict)
         super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
         self.state = defaultdict(dict)
-        for p, shadow in self._shadows.items():
-            shadow.load(found[p])
-        self._load_inner(found)
+        for p, projected in self._projected.items():
+            projected.load(states[p])
+        self._load_wrapped(states)
 
     def __getstate__(self) -> dict[str, Any]:
         # a process group cannot be copied
         return {**self.__dict__, **super().__getstate__(), "comm_state": None}
 
-    def _load_inner(self, found: dict[Tensor, dict[str, Any]]) -> None:
-        self._settle()
-        state = self.optimizer.state_dict()
-        by_key = {
-            self._shadows[p].small if p in self._shadows else p: {k: v for k, v in own.items() if k not in _OWN}
-            for p, own in found.items()
-            if own
+    def _states_of(self, state_dict: dict[str, Any]) -> dict[Tensor, dict[str, Any]]:
+        """The state of each parameter in a state dict; raises unless all of them fit."""
+        saved, own = ([len(g["params"]) for g in groups] for groups in (state_dict["param_groups"], self.param_groups))
+        if saved != own:
+            raise LowRankError(
+                f"load_state_dict: got groups of {saved} parameters, expected {own}; build the optimizer as the saved"
+                " one was."
+            )
+        keys = [key for group in state_dict["param_groups"] for key in group["params"]]
+        states = {p: dict(state_dict["state"].get(key, {})) for key, p in zip(keys, self._parameters(), strict=True)}
+        for p, state in states.items():
+            projected = self._projected.get(p)
+            got = tuple(state["projector"].shape) if "projector" in state else None
+            expected = None if projected is None or not state else projected.expected_shape(got)
+            if got != expected:
+                raise LowRankError(
+                    f"load_state_dict: got {_described(got)} for a parameter {list(p.shape)}, expected"
+                    f" {_described(expected)}; give the rank, target and min_size of the saved run."
+                )
+        return states
+
+    def _load_wrapped(self, states: dict[Tensor, dict[str, Any]]) -> None:
+        """Loads the states, without the projectors, into the wrapped optimizer."""
+        self._sync_groups()
+        wrapped_state = self.optimizer.state_dict()
+        by_parameter = {
+            self._seen(p): {key: value for key, value in state.items() if key not in _PROJECTOR_KEYS}
+            for p, state in states.items()
+            if state
         }
         order = [p for group in self.optimizer.param_groups for p in group["params"]]
-        state["state"] = {index: by_key[p] for index, p in enumerate(order) if p in by_key}
-        self.optimizer.load_state_dict(state)
-        # torch has put new dicts into its list of groups
-        fresh = iter(self.optimizer.param_groups)
-        self._inner = [
-            (params, next(fresh) if plain else None, next(fresh) if small else None)
-            for params, plain, small in self._inner
-        ]
+        wrapped_state["state"] = {index: by_parameter[p] for index, p in enumerate(order) if p in by_parameter}
+        self.optimizer.load_state_dict(wrapped_state)
+        groups = iter(self.optimizer.param_groups)
+        for wrapped in self._wrapped:
+            wrapped.reattach(groups)
 
-    def _settle(self) -> dict[Tensor, tuple[float, Any]]:
-        """Copies the groups' settings to the optimizer; says how the weights of each projected parameter decay."""
-        shrinks: dict[Tensor, tuple[float, Any]] = {}
-        for group, (params, plain, small) in zip(self.param_groups, self._inner, strict=True):
-            if list(map(id, params)) != list(map(id, group["params"])):
-                raise LowRankError(
-                    "LowRankProjection: the parameters of a group were exchanged; make a new optimizer and projection"
-                    " for the new ones."
-                )
-            settings = {key: value for key, value in group.items() if key not in ("params", "param_names")}
-            if plain is not None:
-                plain.update(settings)
-            if small is None:
-                continue
-            small.update(settings)
-            decay = settings.get("weight_decay") or 0.0
-            beside = decoupled(self.optimizer, group, self.decoupled)
-            if "weight_decay" in settings:
-                small["weight_decay"] = 0.0
-            # the optimizer turns the gradient round, not what decay adds to it
-            pull = 0.0 if beside else -decay if settings.get("maximize") else decay
-            shrink = 1 - settings["lr"] * decay if beside and decay else None
-            for p in params:
-                if p in self._shadows:
-                    self._shadows[p].check()
-                    shrinks[p] = pull, shrink
-        return shrinks
+    def _sync_groups(self) -> dict[Tensor, Decay]:
+        """Copies the groups' settings to the wrapped optimizer; returns how each projected parameter decays."""
+        decays: dict[Tensor, Decay] = {}
+        for group, wrapped in zip(self.param_groups, self._wrapped, strict=True):
+            decays |= wrapped.sync(group, self.decoupled)
+        for projected in self._projected.values():
+            projected.check_gradient()
+        return decays
 
-    def _join(self, params: list[Tensor], settings: dict[str, Any]) -> dict[str, Any] | None:
-        if not params:
-            return None
-        self.optimizer.add_param_group({"params": params, **settings})
-        return self.optimizer.param_groups[-1]
+    def _seen(self, p: Tensor) -> Tensor:
+        """The parameter that the wrapped optimizer has for this one."""
+        return self._projected[p].small if p in self._projected else p
 
     def _merged(self) -> dict[Tensor, dict[str, Any]]:
+        """The wrapped optimizer's states with the projectors, by parameter."""
         merged: dict[Tensor, dict[str, Any]] = {}
         for p in self._parameters():
-            shadow = self._shadows.get(p)
-            state = self.optimizer.state.get(p if shadow is None else shadow.small)
-            if state or (shadow is not None and shadow.basis is not None):
-                merged[p] = {**(state or {}), **({} if shadow is None else shadow.state())}
+            state = {**self.optimizer.state.get(self._seen(p), {})}
+            if p in self._projected:
+                state |= self._projected[p].state()
+            if state:
+                merged[p] = state
         return merged
 
     def _parameters(self) -> Iterator[Tensor]:
@@ -327,7 +307,7 @@ class LowRankProjection(Optimizer):
             and p.is_floating_point()
             and p.numel() >= max(self.min_size, 1)
             and min(p.shape[0], p.numel() // p.shape[0]) > (self.rank if isinstance(self.rank, int) else 1)
-            and self._chosen(p)
+            and self._targets(p)
         )
 
     def _check_group(self, group: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""The arguments of a projection: validated before anything changes."""
+"""The arguments of LowRankProjection, validated before anything changes."""
 
 from __future__ import annotations
 
@@ -9,22 +9,23 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ..checks import check_integer, is_number
 from ..errors import LowRankError
-from .optimizer_traits import check_fit
+from .torch_optimizers import check_supported
 
 _CHOICES = {"method": ("svd", "random", "power"), "rotate": ("none", "first", "both"), "decoupled": (None, True, False)}
 _LEAST = {"refresh": 1, "min_size": 0, "seed": 0}
 
 
 def check_optimizer(optimizer: object) -> None:
-    """Refuses what is no optimizer, has begun already, or cannot be used."""
+    """Raises for what is no optimizer, has a state already, or is not supported."""
     if not isinstance(optimizer, Optimizer):
         kind = optimizer if isinstance(optimizer, type) else type(optimizer)
         hint = (
             "; call it with the parameters first." if isinstance(optimizer, type) else "; give one around parameters."
         )
         raise LowRankError(f"LowRankProjection: got {kind.__name__}, expected a torch.optim.Optimizer{hint}")
-    check_fit(optimizer)
+    check_supported(optimizer)
     if optimizer.state:
         raise LowRankError(
             f"LowRankProjection: got a {type(optimizer).__name__} that has a state already, of unprojected gradients;"
@@ -32,16 +33,14 @@ def check_optimizer(optimizer: object) -> None:
         )
     if hasattr(optimizer.step, "_wrapped_by_lr_sched"):
         raise LowRankError(
-            "LowRankProjection: got an optimizer that has a scheduler; make the scheduler for the projection."
+            "LowRankProjection: got an optimizer that has a scheduler; make the scheduler for the projection instead."
         )
 
 
 def check_settings(**settings: Any) -> None:
-    """Refuses wrong numbers and unknown words."""
+    """Validates the settings that are numbers or words."""
     for name, least in _LEAST.items():
-        value = settings[name]
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise LowRankError(f"LowRankProjection: got {name}={value!r}, expected an integer of at least {least}.")
+        check_integer(settings[name], "LowRankProjection", name, least)
     for name, choices in _CHOICES.items():
         value = settings[name]
         if not any(value is choice or (isinstance(value, str) and value == choice) for choice in choices):
@@ -49,12 +48,12 @@ def check_settings(**settings: Any) -> None:
                 f"LowRankProjection: got {name}={value!r}, expected one of {', '.join(map(str, choices))}."
             )
     scale = settings["scale"]
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 < scale < math.inf:
+    if not is_number(scale) or not 0 < scale < math.inf:
         raise LowRankError(f"LowRankProjection: got scale={scale!r}, expected a positive number.")
 
 
-def chooser(target: Iterable[Tensor] | Callable[[Tensor], bool] | None) -> Callable[[Tensor], bool]:
-    """``target`` as a function of a parameter."""
+def target_filter(target: Iterable[Tensor] | Callable[[Tensor], bool] | None) -> Callable[[Tensor], bool]:
+    """``target`` as a function of a parameter that says whether it is projected."""
     if target is None:
         return lambda p: True
     if callable(target):
