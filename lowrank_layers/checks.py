@@ -31,9 +31,9 @@ def check_integer(value: object, who: str, name: str, least: int) -> None:
 
     Examples:
         >>> from lowrank_layers.checks import check_integer
-        >>> check_integer(True, "LowRankKV", "block", 1)
+        >>> check_integer(True, "KVSettings", "block", 1)
         Traceback (most recent call last):
-        lowrank_layers.errors.LowRankError: LowRankKV: got block=True, expected an integer of at least 1.
+        lowrank_layers.errors.LowRankError: KVSettings: got block=True, expected an integer of at least 1.
     """
     if not is_integer(value, least):
         raise LowRankError(f"{who}: got {name}={value!r}, expected an integer of at least {least}.")

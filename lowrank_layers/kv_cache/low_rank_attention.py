@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
+from ..rank import Rank
+from ..settings import settings_from
 from .low_rank_kv import LowRankKV
 from .rope import Rotation
 from .settings import KVSettings
@@ -16,15 +20,17 @@ class LowRankAttention(nn.Module):
     afterwards. It has no parameters; a module has one for each of its attention layers.
 
     Args:
-        settings: of the cache.
-        rotation: how queries and keys were rotated when they come (RoPE), so that it can be taken off.
+        settings: a :class:`KVSettings`, which documents the options, or a rank; ``None`` takes the defaults.
+        rotation: the rotary position embedding that queries and keys carry when they come, so that it can be taken off
+            the keys; ``None`` where there is none.
+        changes: options of :class:`KVSettings` by name; they replace those of ``settings``.
 
     Shape:
         query ``[batch, query heads, tokens, size]``, key and value ``[batch, heads, tokens, size]`` of the new tokens;
         the output is like the query.
 
     Examples:
-        >>> attention = lr.LowRankAttention(lr.KVSettings(rank=8, keep_recent=32), lr.Rotation.of(16))
+        >>> attention = lr.LowRankAttention(rank=8, keep_recent=32, rotation=lr.Rotation.of(16))
         >>> q, k, v = torch.randn(3, 1, 2, 100, 16)
         >>> exact = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
         >>> torch.allclose(attention(q, k, v), exact, atol=1e-6)  # the prompt
@@ -33,9 +39,11 @@ class LowRankAttention(nn.Module):
         (torch.Size([1, 2, 1, 16]), 101)
     """
 
-    def __init__(self, settings: KVSettings, rotation: Rotation | None = None) -> None:
+    def __init__(
+        self, settings: KVSettings | Rank | None = None, rotation: Rotation | None = None, **changes: Any
+    ) -> None:
         super().__init__()
-        self.cache = LowRankKV(settings, rotation)
+        self.cache = LowRankKV(settings_from(KVSettings, settings, changes, "LowRankAttention"), rotation)
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, scale: float | None = None

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import LowRankError
+from ..rank import Rank
+from ..settings import settings_from
 from .attend import Exact, Old, Piece, attend
 from .autocast import without_autocast
 from .compressed_tokens import Latent, grouped
@@ -27,15 +30,18 @@ class LowRankKV:
     the first tokens that are compressed and then frozen, until it fits a block much worse than those.
 
     Args:
-        settings: the ranks, how many tokens stay exact...
-        rotation: how keys were rotated when they come (RoPE), so that it can be taken off.
-        subspaces: of keys and values, with a batch of one, from calibration; ``None`` fits them to the tokens.
+        settings: a :class:`KVSettings`, which documents the options, or a rank; ``None`` takes the defaults.
+        rotation: the rotary position embedding that keys carry when they come, so that it can be taken off; ``None``
+            where there is none.
+        subspaces: a pair of subspaces from calibration, for keys and values, each with a batch of one; ``None`` fits
+            them to the tokens.
+        changes: options of :class:`KVSettings` by name; they replace those of ``settings``.
 
     Shape:
         keys and values ``[batch, heads, tokens, size]``; queries have a multiple of the heads.
 
     Examples:
-        >>> cache = lr.LowRankKV(lr.KVSettings(rank=8, keep_recent=16), lr.Rotation.of(64))
+        >>> cache = lr.LowRankKV(rank=8, keep_recent=16, rotation=lr.Rotation.of(64))
         >>> k, v = torch.randn(2, 1, 2, 600, 64)
         >>> cache.append(k, v)
         >>> exact = cache.attend(q := torch.randn(1, 8, 1, 64))
@@ -46,12 +52,13 @@ class LowRankKV:
 
     def __init__(
         self,
-        settings: KVSettings,
+        settings: KVSettings | Rank | None = None,
         rotation: Rotation | None = None,
         subspaces: tuple[Subspace, Subspace] | None = None,
+        **changes: Any,
     ) -> None:
-        self.settings = settings
-        self.rotation = rotation if settings.rope == "before" else None
+        self.settings = settings_from(KVSettings, settings, changes, "LowRankKV")
+        self.rotation = rotation if self.settings.rope == "before" else None
         self.subspaces = subspaces
         self.ranks: tuple[list[int], list[int]] | None = None
         self.waits = False  # for the other layers: see compress_together

@@ -7,31 +7,38 @@ from typing import Literal
 
 import torch
 
+from ..checks import check_integer, is_number
 from ..errors import LowRankError
 from ..rank import Rank, check_rank
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
+"""Dtypes in which coefficients can be stored."""
 
 
 @dataclass(frozen=True)
 class KVSettings:
-    """What a low-rank cache keeps exact, and how it stores the rest.
+    """Settings of a low-rank key/value cache: which tokens stay exact, and how the others are stored.
+
+    Every cache takes them as one value, ``LowRankCache(KVSettings(rank=16))``, or by name, ``LowRankCache(rank=16)``.
 
     Args:
-        rank: coefficients a token and head, of keys and of values: an integer, or a rule that looks at the spectrum.
-        value_rank: of values, where it differs.
-        keep_recent: exact tokens at the end.
-        keep_first: exact tokens at the start (attention sinks).
-        joint: whether the heads share one subspace, of as many directions as theirs would have together: as many bytes
-            a token, and better; the bases take more bytes, and decoding more arithmetic.
-        rope: ``"before"`` takes the rotation off before it compresses keys (half the rank does, and the rotation is put
-            on again tile by tile), ``"after"`` compresses them as they come (faster).
-        dtype: of the coefficients; ``None`` is that of the keys, ``torch.int8`` has a scale a token and group of heads,
-            with bases in bfloat16.
-        block: tokens that are compressed at a time.
-        refresh: fits the subspace again when a block loses more than this many times what the first fit lost; ``None``
-            never does.
-        max_length: more tokens are refused.
+        rank: number of coefficients per token and head, for keys and for values: an integer, or a rank rule that looks
+            at the spectrum.
+        value_rank: number of coefficients per token and head for values; ``None`` takes ``rank``.
+        keep_recent: number of tokens at the end that stay exact.
+        keep_first: number of tokens at the start that stay exact (attention sinks).
+        joint: whether all heads share one subspace, with as many directions as their own subspaces would have together.
+            A shared subspace takes as many bytes per token and loses less; its basis takes more bytes, and decoding
+            more arithmetic.
+        rope: ``"before"`` takes the rotary position embedding off the keys before they are compressed, and puts it on
+            again where they are read: half the rank is then enough. ``"after"`` compresses rotated keys, which is
+            faster.
+        dtype: dtype of the coefficients; ``None`` is the one in which keys and values come. ``torch.int8`` stores one
+            scale per token and group of heads beside them, and the bases in bfloat16.
+        block: number of tokens that are compressed at a time.
+        refresh: the subspace is fitted again when a block loses more than this many times what the first fit lost;
+            ``None`` never fits it again.
+        max_length: greatest number of tokens that the cache takes; ``None`` sets no limit.
 
     Raises:
         LowRankError: for a value that is out of range.
@@ -53,30 +60,36 @@ class KVSettings:
     max_length: int | None = None
 
     def __post_init__(self) -> None:
-        check_rank(self.rank, "LowRankKV")
+        check_rank(self.rank, "KVSettings")
         if self.value_rank is not None:
-            check_rank(self.value_rank, "LowRankKV")
-        for what, least in (("keep_recent", 0), ("keep_first", 0), ("block", 1)):
-            value = getattr(self, what)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise LowRankError(f"LowRankKV: got {what}={value!r}, expected an integer of at least {least}.")
-        if self.max_length is not None and (isinstance(self.max_length, bool) or self.max_length < 1):
-            raise LowRankError(f"LowRankKV: got max_length={self.max_length!r}, expected a positive number of tokens.")
+            check_rank(self.value_rank, "KVSettings")
+        for name, least in (("keep_recent", 0), ("keep_first", 0), ("block", 1)):
+            check_integer(getattr(self, name), "KVSettings", name, least)
+        if self.max_length is not None:
+            check_integer(self.max_length, "KVSettings", "max_length", 1)
         if self.rope not in ("before", "after"):
-            raise LowRankError(f"LowRankKV: got rope={self.rope!r}, expected 'before' or 'after'.")
+            raise LowRankError(f"KVSettings: got rope={self.rope!r}, expected 'before' or 'after'.")
         if self.dtype is not None and self.dtype not in DTYPES:
-            raise LowRankError(f"LowRankKV: got dtype={self.dtype!r}, expected None or one of {list(DTYPES)}.")
-        if self.refresh is not None and not self.refresh >= 1:
+            raise LowRankError(f"KVSettings: got dtype={self.dtype!r}, expected None or one of {list(DTYPES)}.")
+        if self.refresh is not None and not (is_number(self.refresh) and self.refresh >= 1):
             raise LowRankError(
-                f"LowRankKV: got refresh={self.refresh!r}, expected None (never) or how many times the error of the"
-                " first fit a block may have, at least 1."
+                f"KVSettings: got refresh={self.refresh!r}, expected None (never fit again) or how many times the error"
+                " of the first fit a block may have, at least 1."
             )
 
     def dtypes(self, dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
-        """Of bases and of coefficients, for a cache of that dtype."""
-        stored = dtype if self.dtype is None else self.dtype
-        return (torch.bfloat16, stored) if stored == torch.int8 else (stored, stored)
+        """The dtypes of bases and of coefficients.
+
+        Args:
+            dtype: dtype of the keys or values that are compressed.
+        """
+        chosen = dtype if self.dtype is None else self.dtype
+        return (torch.bfloat16, chosen) if chosen == torch.int8 else (chosen, chosen)
 
     def rank_of(self, values: bool) -> Rank:
-        """Of keys, or of values."""
+        """The rank of values, or of keys.
+
+        Args:
+            values: whether values are asked for.
+        """
         return self.value_rank if values and self.value_rank is not None else self.rank

@@ -308,26 +308,6 @@ def test_bad_tokens_are_refused_and_change_nothing(case):
     assert all(torch.equal(a, b) for a, b in zip(cache.dense(), before, strict=True))
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"rank": 0}, "rank 0"),
-        ({"rank": 0.5}, "ParameterFraction"),
-        ({"value_rank": -1}, "rank -1"),
-        ({"keep_recent": -1}, "keep_recent=-1"),
-        ({"keep_first": 1.5}, "keep_first=1.5"),
-        ({"block": 0}, "block=0"),
-        ({"rope": "during"}, "'before' or 'after'"),
-        ({"dtype": torch.int64}, "int64"),
-        ({"refresh": 0.5}, "refresh=0.5"),
-        ({"max_length": 0}, "max_length=0"),
-    ],
-)
-def test_bad_settings_are_refused(changes, message):
-    with pytest.raises(lr.LowRankError, match=message):
-        settings(**changes)
-
-
 def test_a_rank_above_the_head_and_an_empty_cache_are_refused():
     cache = lr.LowRankKV(settings(rank=SIZE + 1))
     with pytest.raises(lr.LowRankError, match="rank 17 for keys of 16"):

@@ -7,7 +7,8 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from ...errors import LowRankError
 from ...rank import Rank
+from ...settings import settings_from
 from ..budget import check_budget, compress_together
 from ..low_rank_kv import LowRankKV
 from ..rope import Rotation
@@ -47,22 +49,15 @@ class LowRankCache(DynamicCache):
     this class is looked up, so that is what comes first.
 
     Args:
-        rank: coefficients per token and head, of keys and of values: an integer or a rule.
-        value_rank: of values, where it differs.
-        keep_recent: exact tokens at the end.
-        keep_first: exact tokens at the start.
-        joint: whether the heads share one subspace.
-        rope: ``"before"`` takes the rotation off before keys are compressed, ``"after"`` compresses them as they come.
-        dtype: of the coefficients; ``None`` is that of the keys.
-        block: tokens that are compressed at a time.
-        refresh: fits a subspace again when a block loses more than this many times what the first fit lost.
-        max_length: more tokens are refused, whatever a layer keeps of them.
-        budget: in place of ranks: what the cache may take after the prompt, a part of the exact one (a float) or bytes
-            (an integer); layers, keys, values and heads share it (see :func:`compress_together`), one step later.
-        subspaces: a pair for every layer, from :func:`kv_subspaces`, in place of those of the tokens.
-        config: the model's: layers with a sliding window, and others that are no plain attention, become transformers'
-            own.
-        offloading: not offered, and refused with a reason.
+        settings: a :class:`KVSettings`, which documents the options, or a rank; ``None`` takes the defaults.
+        budget: what the cache may take after the prompt, in place of ranks: a part of the exact cache (a float) or a
+            number of bytes (an integer). Layers, keys, values and heads share it as :func:`compress_together`
+            describes, one step after the prompt.
+        subspaces: a pair of subspaces per layer, from :func:`kv_subspaces`; ``None`` fits them to the tokens.
+        config: the model's configuration: layers with a sliding window, and others that are no plain attention, become
+            transformers' own.
+        offloading: not offered; any value but ``None`` raises an error.
+        changes: options of :class:`KVSettings` by name; they replace those of ``settings``.
 
     Raises:
         LowRankError: for settings out of range; in use for no tokens, NaN, more tokens than ``max_length``, or another
@@ -82,33 +77,25 @@ class LowRankCache(DynamicCache):
 
     def __init__(
         self,
-        rank: Rank = 16,
+        settings: KVSettings | Rank | None = None,
         *,
-        value_rank: Rank | None = None,
-        keep_recent: int = 128,
-        keep_first: int = 4,
-        joint: bool = True,
-        rope: Literal["before", "after"] = "before",
-        dtype: torch.dtype | None = None,
-        block: int = 64,
-        refresh: float | None = 2.0,
-        max_length: int | None = None,
         budget: float | int | None = None,
         subspaces: Sequence[tuple[Subspace, Subspace]] | None = None,
         config: Any = None,
         offloading: bool | None = None,
+        **changes: Any,
     ) -> None:
         if offloading is not None:
             raise errors.offloading(offloading)
+        self.settings = settings_from(KVSettings, settings, changes, "LowRankCache")
         if budget is not None:
             check_budget(budget)
-            rank, value_rank = 1, None  # not used, and allowed for heads of any size
-        if budget is not None and subspaces is not None:
-            raise errors.budget_and_subspaces()
+            self.settings = replace(
+                self.settings, rank=1, value_rank=None
+            )  # not used, and allowed for heads of any size
+            if subspaces is not None:
+                raise errors.budget_and_subspaces()
         self.budget, self._subspaces = budget, None if subspaces is None else list(subspaces)
-        self.settings = KVSettings(
-            rank, value_rank, keep_recent, keep_first, joint, rope, dtype, block, refresh, max_length
-        )
         self._start(config)
 
     def _start(self, config: Any) -> None:
