@@ -290,7 +290,11 @@ class LowRankCache(DynamicCache):
             found = rotation_of(config, module, layer_idx, keys.shape[3])
         except RotationUnknown as reason:
             found = None
-            self._warn("rotation", f"LowRankCache: {reason}; rope='after' does so without this warning.")
+            self._warn(
+                "rotation",
+                f"LowRankCache: {reason}; they are compressed as they come, which takes more rank for the same error"
+                " (rope='after' does so without this warning).",
+            )
         return None if found is None else self._shared(found.to(keys.device))
 
     def _shared(self, rotation: Rotation) -> Rotation:

@@ -16,7 +16,7 @@ from ...modules.tree import check_model
 from ...rank import Rank, check_rank
 from ..subspace import Scatter, chosen_ranks
 from .latent_attention import LatentAttention, LatentProjection
-from .layouts import attentions, check_layout, output_of, turning
+from .layouts import check_layout, decoder_attentions, output_of, rotation_tried_out
 
 
 @torch.no_grad()
@@ -77,7 +77,7 @@ def factorize_kv_(
     if stats is not None and not isinstance(stats, Statistics):
         raise LowRankError(f"factorize_kv_: got stats {type(stats).__name__}, expected what lr.calibrate returns.")
     check_model(model)
-    found = dict(attentions(model))
+    found = dict(decoder_attentions(model))
     if target is not None:
         taken = select(model, target, "target")
         found = {name: module for name, module in found.items() if name in taken}
@@ -137,7 +137,7 @@ def _sides(
 
 
 def _factorized(name: str, attention: nn.Module, sides: list[_Side], reasons: dict[str, str]) -> LatentAttention:
-    how = turning(name, attention)
+    rotation, scale = rotation_tried_out(name, attention)
     keys, values = map(_pair, sides)
     output = output_of(attention)
     assert output is not None
@@ -146,7 +146,7 @@ def _factorized(name: str, attention: nn.Module, sides: list[_Side], reasons: di
     if f"{name}.{output[0]}" not in reasons and _absorbs(attention, values, output[1], size):
         output = (output[0], _absorbed(values, output[1], size))
         values = LatentProjection(values.down, [], None, values.groups)
-    return LatentAttention(attention, keys, values, output, *how)
+    return LatentAttention(attention, keys, values, output, rotation, scale)
 
 
 def _checked(label: str, linear: nn.Module, reasons: dict[str, str]) -> nn.Linear:

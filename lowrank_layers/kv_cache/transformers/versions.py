@@ -77,11 +77,6 @@ def caches_latents(module: nn.Module | None) -> bool:
     return hasattr(module, "expand_kv")
 
 
-def turned_last(config: Any) -> bool:
-    """Whether the turned entries are a head's last: MLA, whose expanded keys are cached until 5.14."""
-    return getattr(config, "qk_rope_head_dim", None) is not None
-
-
 def exact_to(layer: Any, index: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """What a file holds of one of transformers' own layers."""
     if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):

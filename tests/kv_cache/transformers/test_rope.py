@@ -135,7 +135,8 @@ def test_what_cannot_be_read_is_said_once_and_compressed_as_it_comes(broken, mon
     expected = logits(net, "eager", DynamicCache())
     code = sys.modules[type(net.model.layers[0].self_attn).__module__]
     if broken == "class":
-        monkeypatch.setattr(reader, "_rotary_class", lambda *_: lambda config: 1 / 0)
+        kind = type("LlamaRotaryEmbedding", (), {"__module__": code.__name__, "__init__": lambda *_: 1 / 0})
+        monkeypatch.setattr(code, "LlamaRotaryEmbedding", kind)
     else:
         monkeypatch.setattr(reader, "APPLY", ("rotate_half",) if broken == "function" else ())
     assert code.rotate_half is not None
