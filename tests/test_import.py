@@ -48,6 +48,7 @@ def test_a_torch_without_distributed_has_all_the_rest():
     assert set(lr.__all__) - set(names) == {
         "LowRankCommState",
         "LowRankReduceState",
+        "PowerSGDSettings",
         "attach_low_rank_reduce",
         "low_rank_hook",
         "merge_comm_states",
