@@ -144,7 +144,7 @@ class Run:
             torch.save(what, temporary)
 
 
-def main() -> None:
+def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hook", default="lowrank", choices=["none", "lowrank", "powersgd"])
     parser.add_argument("--rank", type=int, default=4)
@@ -160,10 +160,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--every", type=int, default=100, help="steps between checkpoints; 0 writes none")
     parser.add_argument("--out", type=Path, default=Path("ddp_cifar_out"))
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    join()
-    print(f"process {dist.get_rank()} has the id {os.getpid()}", flush=True)
+    return parser.parse_args(given)
+
+
+def train(args: argparse.Namespace) -> None:
+    """From the newest checkpoint to the end, in each process of a group."""
     x, y, test_x, test_y = data(args.data, args.images)
     run = Run(args)
     run.resume()
@@ -200,6 +201,14 @@ def main() -> None:
                 flush=True,
             )
             losses = []
+
+
+def main() -> None:
+    args = arguments()
+    torch.set_num_threads(1)
+    join()
+    print(f"process {dist.get_rank()} has the id {os.getpid()}", flush=True)
+    train(args)
     dist.barrier()
     dist.destroy_process_group()
 
