@@ -12,7 +12,6 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 import lowrank_layers as lr
-from lowrank_layers.distributed import fsdp_private
 
 WORLD = 4
 WHOLE = {"rank": 10**6, "saving": 1e-9}
@@ -143,7 +142,7 @@ class Cases:
         for name, settings in {"factors": WHOLE, "sent whole": {"rank": 10**6}, "late": {"start_step": 99}}.items():
             model, state = self.ours(transformer, **settings)
             learn(model, torch.optim.SGD(model.parameters(), lr=0.1), 8)
-            found[name] = (full(model), len(state.memories), apart(model, self.group))
+            found[name] = (full(model), len(state.stats()["layers"]), apart(model, self.group))
         return {"native": full(native), "ours": found}
 
     def variants(self) -> dict[str, Any]:
@@ -162,7 +161,7 @@ class Cases:
         for name, (policy, settings) in ways.items():
             model, state = self.ours(frozen_first if "frozen" in name else transformer, policy, **settings)
             losses = learn(model, torch.optim.Adam(model.parameters(), lr=5e-3), 15)
-            found[name] = (losses, apart(model, self.group), state.step, state.stats()["ratio"])
+            found[name] = (losses, apart(model, self.group), state.stats()["steps"], state.stats()["ratio"])
         return found
 
     def bytes(self) -> dict[str, Any]:
@@ -227,25 +226,26 @@ class Cases:
             x, y = task(step, dist.get_rank())
             loss = nn.functional.cross_entropy(model(x).flatten(0, 1), y.flatten())
             (loss * (float("inf") if step == 1 and self.replica == 1 else 1)).backward()
-            remembered.append({name: memory.error.clone() for name, memory in state.memories.items()})
+            remembered.append({key: tensor for key, tensor in state.state_dict().items() if "error." in key})
             gradients.append(all(bool(p.grad.to_local().isfinite().all()) for p in model.parameters()))
         return {"errors": remembered, "finite": gradients}
 
     def order(self) -> dict[str, Any]:
+        seen, reduce = [], lr.LowRankReduceState.reduce_
+
+        def watched(state: lr.LowRankReduceState, unit: Any, flat: torch.Tensor) -> None:
+            seen.append(unit.name)
+            reduce(state, unit, flat)
+
+        lr.LowRankReduceState.reduce_ = watched  # type: ignore[method-assign]
         model, state = self.ours(transformer)
-        seen, reduce = [], state._average
-
-        def watched(flat: torch.Tensor, named: Any, *rest: Any, **more: Any) -> None:
-            seen.append(",".join(name.partition(":")[0] for name, _ in named))
-            reduce(flat, named, *rest, **more)
-
-        state._average = watched  # type: ignore[method-assign]
+        lr.LowRankReduceState.reduce_ = reduce  # type: ignore[method-assign]
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         learn(model, optimizer, 2)
-        steps = [state.step]
-        state.step = 10  # as after loading
+        steps = [state.stats()["steps"]]
+        state.load_state_dict(state.state_dict() | {"step": torch.tensor(10)})
         learn(model, optimizer, 1)
-        return {"names": seen, "steps": [*steps, state.step]}
+        return {"names": seen, "steps": [*steps, state.stats()["steps"]]}
 
     def refused(self) -> dict[str, str]:
         def attach(model: nn.Module, group: Any = self.group, **more: Any) -> Any:
@@ -268,12 +268,11 @@ class Cases:
         with torch.device("meta"):
             empty = transformer()
         found["meta"] = refusal(attach(sharded(empty, self.shards)))
-        version, torch.__version__ = torch.__version__, torch.torch_version.TorchVersion("3.1.0")
-        found["version"] = refusal(attach(one))
+        version = torch.__version__
+        for age, other in {"newer": "3.1.0", "older": "2.10.0"}.items():
+            torch.__version__ = torch.torch_version.TorchVersion(other)
+            found[age] = refusal(attach(one))
         torch.__version__ = version
-        known, fsdp_private.KNOWN = fsdp_private.KNOWN, ((2, 11), (2, 12))
-        found["known"] = refusal(attach(one)) if not torch.__version__.startswith(("2.11", "2.12")) else "2.13"
-        fsdp_private.KNOWN = known
         state = attach(one)()
         found["twice"] = refusal(attach(one))
         found["ddp"] = refusal(lambda: lr.low_rank_hook(state, None))

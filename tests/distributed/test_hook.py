@@ -1,44 +1,122 @@
-"""The gradient hook between processes: what breaks torch's own, every way to train, checkpoints, lost processes."""
+"""Every way to train with DistributedDataParallel: processes stay equal, and full rank is plain DDP."""
 
-import math
-import re
-import subprocess
-import sys
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.algorithms.join import Join
 
 import lowrank_layers as lr
-from tests.processes import Hang, run_processes
+from tests.processes import run_processes
 
-from . import hook_cases, hook_worker, torch_cases
+from .cases import FULL, batches, difference, flat, layers, made, train, wrap
+from .models import Checkpointed, Experts, Net, Picture, Scaled, SparseWords, Words
 
 EXACT, TIGHT = 0.0, 1e-5
+STEPS = 25
+REPEATED = 10
 
 
-@pytest.fixture(scope="module")
-def everywhere(tmp_path_factory):
-    """What all processes saw in all cases; starting processes takes longer than a case."""
-    return run_processes(hook_worker.run_all, tmp_path_factory.mktemp("ours"), seconds=240)
+def plainly(kind: Callable[[], nn.Module], **ddp: Any) -> Callable[[int, dict[str, Any] | None], Tensor]:
+    def way(rank: int, settings: dict[str, Any] | None) -> Tensor:
+        wrapped, _ = wrap(made(kind), settings, **ddp)
+        train(wrapped, batches(rank, STEPS))
+        return flat(wrapped)
+
+    return way
 
 
-@pytest.fixture
-def seen(everywhere, request):
-    """Of the case that a test is named after."""
-    name = request.node.originalname.removeprefix("test_")
-    results = [process[name] for process in everywhere]
-    for result in results:
-        assert not (isinstance(result, dict) and "trace" in result), result["trace"]
-    return results
+def unused(rank: int, settings: dict[str, Any] | None) -> Tensor:
+    """In one process, in both, or in none."""
+    wrapped, _ = wrap(made(), settings, find_unused_parameters=True)
+    for step, pair in enumerate(batches(rank, STEPS)):
+        train(wrapped, [pair], branch=step % 4 == 0 or (step % 4 == 1 and rank == 0))
+    return flat(wrapped)
 
 
-@pytest.fixture(scope="module")
-def peer(tmp_path_factory):
-    """What torch's hook did in the same places."""
-    return run_processes(torch_cases.run_together, tmp_path_factory.mktemp("torch"))
+def joined(rank: int, settings: dict[str, Any] | None) -> Tensor:
+    wrapped, _ = wrap(made(), settings)
+    with Join([wrapped]):
+        train(wrapped, batches(rank, STEPS - 10 * rank))
+    return flat(wrapped)
 
 
-@pytest.mark.parametrize("way", hook_worker.WAYS)
+def accumulated(rank: int, settings: dict[str, Any] | None) -> Tensor:
+    wrapped, _ = wrap(made(), settings)
+    optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.02)
+    for step, (x, y) in enumerate(batches(rank, STEPS)):
+        with wrapped.no_sync() if step % 3 else contextlib.nullcontext():
+            nn.functional.mse_loss(wrapped(x), y).backward()
+        if step % 3 == 0:
+            optimizer.step()
+            optimizer.zero_grad()
+    return flat(wrapped)
+
+
+def late(rank: int, settings: dict[str, Any] | None) -> Tensor:
+    wrapped, state = wrap(made(), settings, hook=False)
+    train(wrapped, batches(rank, 5))
+    if state is not None:
+        wrapped.register_comm_hook(state, lr.low_rank_hook)
+    train(wrapped, batches(rank, STEPS - 5, 5))
+    return flat(wrapped)
+
+
+def frozen(rank: int, settings: dict[str, Any] | None) -> Tensor:
+    """A layer frozen, then trained again; buckets of another size each time; one state."""
+    model = made()
+    state = None if settings is None else lr.LowRankCommState(model=model, **settings)
+    for turn, (trains, cap) in enumerate([(True, 0.005), (False, 0.02), (True, 25)]):
+        model.middle.requires_grad_(trains)
+        wrapped, _ = wrap(model, None if state is None else {"state": state}, bucket_cap_mb=cap)
+        train(wrapped, batches(rank, 9, 9 * turn))
+    return flat(model)
+
+
+WAYS: dict[str, Callable[[int, dict[str, Any] | None], Tensor]] = {
+    "many_buckets": plainly(Net),
+    "one_bucket": plainly(Net, bucket_cap_mb=25),
+    "find_unused_parameters": unused,
+    "static_graph": plainly(Net, static_graph=True),
+    "gradient_as_bucket_view": plainly(Net, gradient_as_bucket_view=True),
+    "activation_checkpointing": plainly(Checkpointed),
+    "0_dim_parameter": plainly(Scaled),
+    "embedding": plainly(Words),
+    "sparse_gradients": plainly(SparseWords),
+    "sparse_gradients_as_bucket_view": plainly(SparseWords, gradient_as_bucket_view=True, static_graph=True),
+    "channels_last": plainly(Picture),
+    "experts": plainly(Experts),
+    "join": joined,
+    "no_sync": accumulated,
+    "late_registration": late,
+    "frozen_and_changed_buckets": frozen,
+}
+
+
+def case_ways(rank: int) -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for name, way in WAYS.items():
+        plain, low, full = way(rank, None), way(rank, {"rank": 2}), way(rank, FULL)
+        integers = way(rank, {"rank": 2, "wire": torch.int8, "error_dtype": torch.int8})
+        scale = float(plain.abs().max())
+        out[name] = {
+            "integers": difference(integers),
+            "integers_to_low": float((integers - low).abs().max()) / scale,
+            "low": difference(low),
+            "full": difference(full),
+            "to_plain": float((full - plain).abs().max()) / scale,
+            "low_to_plain": float((low - plain).abs().max()) / scale,
+        }
+    return out
+
+
+@pytest.mark.parametrize("way", WAYS)
 def test_ways(seen, way):
     for process in seen:
         assert process[way]["low"] == process[way]["full"] == process[way]["integers"] == EXACT
@@ -47,317 +125,128 @@ def test_ways(seen, way):
         assert process[way]["low_to_plain"] > 0, "nothing was compressed"
 
 
-@pytest.mark.parametrize("setting", hook_worker.SETTINGS)
-def test_settings(seen, setting):
-    # vectors have 16 bits on a wire of int8
-    lost = {"wire_bf16": 1e-2, "wire_fp16": 1e-2, "error_dtype_bf16": 1e-2, "error_dtype_int8": 5e-2}
-    lost |= {"wire_int8": 1e-4, "wire_int8_alternate": 1e-4, "fallback_fp16": 1e-2}
-    for process in seen:
-        got = process[setting]
-        assert got["difference"] == EXACT
-        assert got["loss"] < 32  # 36 at the start
-        if setting == "no_error_feedback":
-            assert got["conserved"] > 0.1
-        else:
-            assert got["conserved"] < lost.get(setting, TIGHT)
-        assert got["stats"]["steps"] == hook_worker.STEPS
-        assert got["stats"]["ratio"] > (1.0 if setting.startswith("fallback") else 1.5)
+def case_many_buckets(rank: int) -> list[float]:
+    out = []
+    for _ in range(REPEATED):
+        wrapped, _ = wrap(made(), {"rank": 2})
+        train(wrapped, batches(rank, 4))
+        out.append(difference(flat(wrapped)))
+    return out
 
 
 def test_many_buckets(seen):
-    assert seen[0] == seen[1] == [EXACT] * 20
+    assert seen[0] == seen[1] == [EXACT] * REPEATED
 
 
-def torch_breaks(case, folder):
-    """How, or None."""
-    try:
-        differences = run_processes(case, folder, seconds=15, timeout=5)
-    except Hang:
-        return "hangs"
-    except Exception as error:
-        return str(error).strip().splitlines()[-1]
-    return None if differences == [EXACT] * 2 else f"differs by {differences}"
+def case_everything_compressed(rank: int) -> dict[str, Any]:
+    """One bucket of several matrices."""
+    wrapped, state = wrap(made(), {"rank": 1}, bucket_cap_mb=25)
+    train(wrapped, batches(rank, 3))
+    return {"layers": layers(state), "difference": difference(flat(wrapped))}
 
 
-@pytest.mark.parametrize("case", [torch_cases.many_buckets, torch_cases.unused])
-def test_torch_breaks_with_buckets_on_gloo(case, tmp_path, record_property):
-    how = torch_breaks(case, tmp_path)
-    record_property("torch", how)
-    assert how is not None
-
-
-def test_everything_compressed(seen, peer):
+def test_everything_compressed(seen):
     assert seen[0]["layers"] == ["branch.weight", "first.weight", "last.weight", "middle.weight"]
     assert seen[0]["difference"] == EXACT
-    assert "AssertionError" in peer[0]["batched"]["error"]
 
 
-def test_zero_gradient(seen, peer):
-    for process in seen:
-        assert math.isfinite(process["after"])
-        assert process["after"] < process["before"]
-        assert process["difference"] == EXACT
-    assert peer[0]["zero_gradient"] is False
+def case_half_precision(rank: int) -> dict[str, Any]:
+    out = {}
+    for dtype in (torch.bfloat16, torch.float16):
+        wrapped, state = wrap(made().to(dtype), {"rank": 4})
+        train(wrapped, [(x.to(dtype), y.to(dtype)) for x, y in batches(rank, 5)])
+        left, right = state.factors(wrapped.module.middle.weight)
+        out[str(dtype)] = {
+            "dtypes": {str(left.dtype), str(right.dtype)},
+            "orthogonality": float((left.mT @ left - torch.eye(4)).abs().max()),
+            "difference": difference(flat(wrapped)),
+            "gradient": str(wrapped.module.middle.weight.grad.dtype),
+        }
+    return out
 
 
-def test_non_finite(seen, peer):
-    for process in seen:
-        assert process["skipped"]
-        assert process["scale"] == 512
-        assert process["before"].keys() == process["after"].keys() != set()
-        for name, tensors in process["before"].items():
-            assert all(torch.equal(a, b) for a, b in zip(tensors, process["after"][name], strict=True)), name
-        assert process["moved"]
-        assert process["finite"]
-        assert process["difference"] == EXACT
-    assert peer[0]["non_finite"] == [True] * 4 + [False] * 5
-
-
-def test_halved_scale(seen, peer):
-    for kept, halved in seen:
-        assert halved == pytest.approx(kept, rel=TIGHT)
-    kept, halved = peer[0]["halved_scale"]
-    assert halved > 1.5 * kept
-
-
-def test_resume(seen, peer):
-    assert all(same for process in seen for same in process.values()), seen
-    assert peer[0]["resume"] > 0.5
-    assert "Unsupported global" in peer[0]["weights_only"]["error"]
-
-
-def test_sharded_checkpoint(seen):
-    for process in seen:
-        assert process == {"own_error": True, "errors_differ": True, "same": True}
-
-
-def test_frozen_on_resume(seen, peer):
-    assert seen == [EXACT, EXACT]
-    assert "must match the size" in peer[0]["frozen_on_resume"]["error"]
-
-
-def test_refused(seen):
-    for rank, process in enumerate(seen):
-        assert "'centre.weight' is not in the model" in process["names"]
-        assert "'first.weight' is (1, 48, 32) here and (1, 48, 40)" in process["shapes"]
-        assert "has rank 2 here and rank=3" in process["ranks"]
-        assert "4 processes, expected one of 2" in process["processes"]
-        assert "lr.merge_comm_states" in process["processes"]
-        assert f"no error of process {rank}" in process["other"]
-        assert "no 'step'" in process["empty"]
-        assert "model=" in process["nameless"]
-        assert "model=" in process["save"]
-
-
-def test_merged(seen):
-    for process in seen:
-        assert process["mean"]
-        assert process["loaded"]
-        assert process["step"] == 5
-        assert "process1.error.first.weight" in process["missing"]
-
-
-@pytest.mark.parametrize("steps", [[], [1, 2], [None]])
-def test_states_that_cannot_be_merged(steps):
-    two = torch.tensor(2)
-    states = [{} if step is None else {"step": torch.tensor(step), "processes": two} for step in steps]
-    with pytest.raises(lr.LowRankError, match="merge_comm_states: got"):
-        lr.merge_comm_states(states)
-
-
-def test_half_precision(seen, peer):
+def test_half_precision(seen):
     for process in seen:
         for dtype, got in process.items():
-            assert got["dtype"] == "torch.float32"
+            assert got["dtypes"] == {"torch.float32"}
             assert got["gradient"] == dtype
             assert got["orthogonality"] < 1e-6
             assert got["difference"] == EXACT
-    assert peer[0]["half_precision"] > 1e-3
 
 
-def test_bf16_wire(seen, peer):
-    assert 0 < seen[0]["error"] < 1e-2
-    assert "BF16" in peer[0]["bf16_wire"]["error"]
-
-
-def test_scalar_parameter_breaks_torch(peer):
-    """Ours: the way 0_dim_parameter."""
-    assert "IndexError" in peer[0]["scalar_parameter"]["error"]
-
-
-@pytest.mark.parametrize("wire", [None, torch.float16, torch.bfloat16, torch.int8])
-def test_parcels(seen, wire):
-    for process in seen:
-        case = process[str(wire)]
-        factors = slice(case["factors"])
-        assert case["difference"] == EXACT
-        near = {None: 1e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2, torch.int8: 2e-2}[wire]
-        for part in (factors, slice(case["factors"], None)):
-            assert float((case["got"] - case["true"])[part].norm() / case["true"][part].norm()) < near
-        if wire in (None, torch.int8):
-            torch.testing.assert_close(case["shares"], case["got"][factors], rtol=1e-5, atol=1e-5)
-    sent = {name: case["sent"] for name, case in seen[0].items() if name != "bad"}
-    assert sent["torch.float16"] == sent["None"] / 2
-    assert sent["torch.int8"] < 0.35 * sent["None"]
-
-
-def test_parcels_tell_everywhere_what_is_not_finite_somewhere(everywhere):
-    assert [process["parcels"]["bad"] for process in everywhere] == [(False, True)] * 2
-
-
-def test_budget(seen):
-    for process in seen:
-        limits = {"4000": 4000, "tenth": 0.1 * process["tenth"]["whole"], "int8": 2000}
-        # on a wire of int8 buckets are padded, and flags have a block of their own
-        room = {"int8": 33 * 2 * 8}
-        for name, limit in limits.items():
-            assert 0.5 * limit < process[name]["step"] <= limit + room.get(name, 0)
-            assert process[name]["ranks"]
-            assert process[name]["difference"] == EXACT
-        assert len(set(process["4000"]["ranks"].values())) > 1, "one rank for all"
-        assert process["ample"]["ranks"] == {}
-        assert "the smallest options cost" in process["small"]
-        assert "the smallest options cost 580" in process["later"], "bytes were spent twice"
-        assert process["fraction later"] == ["branch.weight", "first.weight", "last.weight", "middle.weight"]
-
-
-def test_bad_settings(seen):
-    names = "rank budget of start_step refresh local_iterations wire error_dtype fallback saving scaler"
-    for process in seen:
-        assert set(process) == set(names.split())
-        assert all(re.match("(PowerSGDSettings|LowRankCommState): got", message) for message in process.values())
-        assert all("expected" in message for message in process.values())
-
-
-def test_overflowing_wire(seen):
-    for process in seen:
-        assert process["off"] < TIGHT
-        assert process["compressed"]
-
-
-def test_unused_parameter_is_owed(seen):
-    assert all(lost < TIGHT for process in seen for lost in process.values())
-
-
-def test_fallback_pays_out(seen):
-    for process in seen:
-        assert process["owed"] > 0
-        assert process["lost"] < TIGHT
-        assert process["left"] == []
-
-
-def test_full_rank_alternate(seen):
-    assert max(seen) < TIGHT
-
-
-def test_fallback_in_half(seen):
-    for process in seen:
-        assert process == {
-            "measuring": 2.0,
-            "measuring, difference": EXACT,
-            "chosen": 2.0,
-            "chosen, difference": EXACT,
-            "kept": False,
-        }
-
-
-def test_sharded_checkpoint_of_a_rule(seen):
-    assert all("this state has no ranks" in message for message in seen)
-
-
-def test_looking_changes_nothing(seen):
-    assert seen == [{"memories": True, "keys": True}] * 2
-
-
-def test_own_errors(seen):
-    assert all(len(parts) == 4 and max(parts) < TIGHT for parts in seen)
-
-
-def test_local_iterations(seen):
-    for process in seen:
-        assert len(process["0"]) == 4
-        for none, one, two in zip(*process.values(), strict=True):
-            assert two <= one < none
-
-
-def test_rules(seen):
-    for process in seen:
-        assert len(process) == 10
-        assert all(process.values()), process
-
-
-def test_units(seen):
-    """Squares of gradients of 1e18 or 1e-30 are not in fp32."""
-    for process in seen:
-        for name, got in process.items():
-            assert max(got["off"].values()) < 1e-4, (name, got)
-            assert all(got["ranks"]), (name, got)
-
-
-def test_sparse_gradients(seen):
-    sparse = ["bag.weight", "pairs.down.weight", "words.weight"]
-    for process in seen:
-        for name, got in process.items():
-            assert got["sparse"] == sparse
-            assert got["off"] < TIGHT
-            assert got["difference"] == EXACT
-            assert not set(got["compressed"]) & set(sparse)
-            assert bool(got["compressed"]) != (name == "fallback")
-            # ranks that a rule found are not in a fresh state
-            assert got["same keys"] == (name in ("rank", "start_step", "integers"))
-
-
-def test_sparse_gradients_of_one_process(tmp_path):
-    (process,) = run_processes(hook_cases.alone, tmp_path, world=1)
-    assert process["off"] == 0
-    assert process["memories"] == ["head.weight", "middle.down.weight", "middle.up.weight", "pairs.up.weight"]
-
-
-def test_a_program_that_ends_in_the_middle_of_a_job_ends_well():
-    """Python stops its threads at the end; one that is just then in torch's C++ would abort the program."""
-    program = """
-import time, torch
-from lowrank_layers.distributed.worker_thread import WorkerThread
-future = WorkerThread().submit(lambda: torch.ones(1), torch.device("cpu"))
-still_running = future.then(lambda done: time.sleep(0.05))
-future.wait()
-"""
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
+def case_foreign_parameter(rank: int) -> str:
+    wrapped, _ = wrap(made(), {"state": lr.LowRankCommState(rank=2, model=made())})
+    x, y = batches(rank, 1)[0]
+    try:
+        nn.functional.mse_loss(wrapped(x), y).backward()
+    except Exception as error:
+        return str(error)
+    return ""
 
 
 def test_foreign_parameter(seen):
     assert all("not in model=" in message for message in seen)
 
 
+def made_too_early() -> tuple[lr.LowRankCommState, list[str]]:
+    """A state without a process group, and what it says when it is asked for what it does not know."""
+    state = lr.LowRankCommState(rank=2, model=made())
+    said = []
+    for call in (state.state_dict, lambda: state.load_state_dict({})):
+        try:
+            call()
+        except lr.LowRankError as error:
+            said.append(str(error))
+    return state, said
+
+
+def early(rank: int, prepared: tuple[lr.LowRankCommState, list[str]]) -> dict[str, Any]:
+    """It then does what one that is made in time does."""
+    state, said = prepared
+    assert state.model is not None
+    first, _ = wrap(state.model, {"state": state})
+    second, other = wrap(made(), {"rank": 2})
+    for wrapped in (first, second):
+        train(wrapped, batches(rank, 5))
+    kept, expected = state.state_dict(), other.state_dict()
+    same = kept.keys() == expected.keys() and all(torch.equal(kept[key], expected[key]) for key in kept)
+    return {"said": said, "apart": float((flat(first) - flat(second)).abs().max()), "same": same}
+
+
 def test_a_state_from_before_the_process_group(tmp_path):
-    for process in run_processes(hook_cases.early, tmp_path, before=hook_cases.made_too_early):
+    for process in run_processes(early, tmp_path, before=made_too_early):
         assert len(process["said"]) == 2
         assert all("call dist.init_process_group first" in message for message in process["said"])
         assert process["apart"] == EXACT
         assert process["same"]
 
 
-def test_lost_process(tmp_path):
-    """Whoever is left raises within the timeout and says so."""
-    first, gone = run_processes(hook_cases.lost_process, tmp_path, seconds=45, together=False)
-    assert gone is None
-    for seconds, message in first:
-        assert seconds < 10
-        assert "averaging gradients failed" in message
-        assert "start again from a checkpoint" in message
-
-
-def test_three_processes(tmp_path):
-    for process in run_processes(hook_cases.three, tmp_path, world=3):
-        assert process["int8"]["difference"] == process["fp32"]["difference"] == EXACT
-        assert process["conserved"] < 1e-4
-        apart = (process["int8"]["weights"] - process["fp32"]["weights"]).norm() / process["fp32"]["weights"].norm()
-        assert 0 < apart < 0.02
+def nodes(rank: int) -> dict[str, Any]:
+    """Four processes, two nodes of two."""
+    within = [dist.new_group([0, 1]), dist.new_group([2, 3])][rank // 2]
+    across = [dist.new_group([0, 2]), dist.new_group([1, 3])][rank % 2]
+    groups = {"process_group": across, "node_group": within}
+    out = []
+    whole, _ = wrap(made(SparseWords), None)
+    parted, _ = wrap(made(SparseWords), {"rank": 2, **groups})
+    for model in (whole, parted):
+        x, y = batches(rank, 1)[0]
+        nn.functional.mse_loss(model(x), y).backward()
+    words = [model.module.words.weight.grad.to_dense() for model in (whole, parted)]
+    for settings in (None, {"rank": 2, **groups}, {**FULL, **groups}, {"rank": lr.Energy(0.9), **groups}):
+        wrapped, state = wrap(made(), settings)
+        train(wrapped, batches(rank, 20))
+        out.append((flat(wrapped), difference(flat(wrapped)), state and state.stats()["ratio"]))
+    return {
+        "differences": [difference for _, difference, _ in out],
+        "to_plain": float((out[2][0] - out[0][0]).abs().max() / out[0][0].abs().max()),
+        "ratio": out[1][2],
+        "sparse": float((words[0] - words[1]).abs().max() / words[0].abs().max()),
+    }
 
 
 def test_two_nodes_of_two(tmp_path):
-    for process in run_processes(hook_cases.nodes, tmp_path, world=4):
+    for process in run_processes(nodes, tmp_path, world=4):
         assert process["differences"] == [EXACT] * 4
         assert process["to_plain"] < TIGHT
         assert process["ratio"] > 5

@@ -1,0 +1,64 @@
+"""Lost processes, and programs that end while a bucket is averaged."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from tests.processes import run_processes
+
+from .cases import batches, caught, made, train, wrap
+
+
+def lost_process(rank: int) -> list[str]:
+    """The second process leaves out a collective, then ends: what the first one raises."""
+    messages = []
+    for trouble in ("absent", "gone"):
+        wrapped, _ = wrap(made(), {"rank": 2, "timeout": timedelta(seconds=2)})
+        train(wrapped, batches(rank, 3))
+        dist.barrier()
+        if rank == 0:
+            result = caught(lambda rank: train(wrapped, batches(rank, 3, 3)), rank)  # noqa: B023
+            messages.append(result and result["error"])
+        elif trouble == "gone":
+            os._exit(0)
+        if trouble == "absent":
+            dist.barrier()
+    return messages
+
+
+def test_a_lost_process_raises_in_the_others_within_the_timeout(tmp_path):
+    """Of the hook, 2 s; the processes' own is 45 s, and they are killed before."""
+    messages, gone = run_processes(lost_process, tmp_path, seconds=40, together=False)
+    assert gone is None
+    assert len(messages) == 2
+    for message in messages:
+        assert "averaging gradients failed" in message
+        assert "start again from a checkpoint" in message
+
+
+PROGRAM = """
+import time
+import torch, torch.distributed as dist
+import lowrank_layers as lr
+
+def hook(state, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    averaged = lr.low_rank_hook(state, bucket)
+    hook.still_running = averaged.then(lambda done: time.sleep(0.05))
+    return averaged
+
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+ddp = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(8, 8))
+ddp.register_comm_hook(lr.LowRankCommState(rank=1), hook)
+ddp(torch.ones(1, 8)).sum().backward()
+"""
+
+
+def test_a_program_that_ends_in_the_middle_of_a_job_ends_well():
+    """Python stops its threads at the end; one that is just then in torch's C++ would abort the program."""
+    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
