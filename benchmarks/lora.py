@@ -261,7 +261,7 @@ def init_rows(args: argparse.Namespace) -> list[list[object]]:
     rows: list[list[object]] = []
     for kind, rates in RATES.items():
         losses: dict[tuple[str, float], float] = {}
-        inits = ("kaiming", "olora", "pissa", "lora-ga")
+        inits = ("kaiming", "olora", "pissa", "LoRA-GA")
         for init in inits:
             same = True
             for rate in rates:
@@ -269,7 +269,8 @@ def init_rows(args: argparse.Namespace) -> list[list[object]]:
                 for seed, base, out in zip(seeds, bases, before, strict=True):
                     gradients = lr.weight_gradients(base, [(x[~odd], y[~odd])], F.cross_entropy)
                     model = copy.deepcopy(base)
-                    lr.add_lora_(model, rank=8, alpha=8, init=init, seed=seed, gradients=gradients)
+                    start = lr.LoRAGA(gradients) if init == "LoRA-GA" else init
+                    lr.add_lora_(model, rank=8, alpha=8, init=start, seed=seed)
                     optimizer = OPTIMIZERS[kind](lr.lora_parameters(model), lr=rate)
                     found.append(train(model, optimizer, x[~odd], y[~odd], 50))
                     with lr.lora_disabled(model):

@@ -90,7 +90,14 @@ from .layers import (
     layer_cost as layer_cost,
 )
 from .lora import (
+    EVA as EVA,
+    CorDA as CorDA,
     Extraction as Extraction,
+    InitContext as InitContext,
+    LoftQ as LoftQ,
+    LoRAFactors as LoRAFactors,
+    LoRAGA as LoRAGA,
+    LoRAInit as LoRAInit,
     LoraRankAllocator as LoraRankAllocator,
     add_lora_ as add_lora_,
     combine_lora_ as combine_lora_,

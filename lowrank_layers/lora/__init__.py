@@ -4,6 +4,15 @@ from .adalora import LoraRankAllocator as LoraRankAllocator
 from .combine import combine_lora_ as combine_lora_
 from .extract import Extraction as Extraction, extract_lora as extract_lora
 from .gradients import weight_gradients as weight_gradients
+from .inits import (
+    EVA as EVA,
+    CorDA as CorDA,
+    InitContext as InitContext,
+    LoftQ as LoftQ,
+    LoRAFactors as LoRAFactors,
+    LoRAGA as LoRAGA,
+    LoRAInit as LoRAInit,
+)
 from .inject import add_lora_ as add_lora_
 from .loftq import loftq_ as loftq_
 from .merge import merge_lora_ as merge_lora_, unmerge_lora_ as unmerge_lora_

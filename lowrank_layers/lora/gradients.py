@@ -23,7 +23,7 @@ def weight_gradients(
     target: Target | None = None,
     mask: MaskOf | None = None,
 ) -> dict[str, Tensor]:
-    """The gradient of the loss by every weight, averaged over batches, in fp32: for ``add_lora_(init="lora-ga")``.
+    """The gradient of the loss by every weight, averaged over batches, in fp32: for :class:`LoRAGA`.
 
     Runs the model in eval mode on its own device; the train / eval flags, ``requires_grad`` and ``.grad`` are left as
     they were. On an adapted model they are the gradients at base and adapters together.

@@ -7,9 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ..calibrate.statistics import Statistics
 from ..errors import LowRankError
 from ..modules.attention import mind_fast_paths_
 from ..modules.tree import check_model
@@ -18,9 +17,8 @@ from .adapted_weight import AdaptedWeight
 from .adapter import Adapter, adapter_dtype, check_dtype
 from .attach import attach_, freeze_
 from .checks import check_adaptable
-from .inits import INITS, Init, Start
-from .lookup import Source, tensor_for
-from .ranks import explained_ranks, moment_of, note_lowered, of_pattern, rank_for
+from .inits import InitContext, LoRAInit, find_init
+from .ranks import note_lowered, of_pattern, rank_for
 from .target import Target, targets
 from .tokens import Tokens, find_tokens
 from .whole import attach_whole_, find_whole
@@ -39,7 +37,7 @@ def add_lora_(
     modules_to_save: Iterable[str] | None = None,
     trainable_tokens: Tokens | None = None,
     dropout: float = 0.0,
-    init: Init = "kaiming",
+    init: str | LoRAInit = "kaiming",
     rank_pattern: Mapping[str, Rank] | None = None,
     alpha_pattern: Mapping[str, float] | None = None,
     rslora: bool = False,
@@ -47,9 +45,6 @@ def add_lora_(
     freeze_a: bool = False,
     bias: bool = False,
     dtype: torch.dtype | None = None,
-    stats: Statistics | None = None,
-    gradients: Mapping[str, Tensor] | None = None,
-    reference: Source | None = None,
     seed: int | None = None,
 ) -> nn.Module:
     r"""Adds :math:`\tfrac{\alpha}{r} B A` to chosen weights, in place, and freezes everything else (Hu et al., 2022).
@@ -65,16 +60,16 @@ def add_lora_(
             ``(name, module) -> bool``. ``"all-linear"`` is every linear layer; of a transformers model it leaves out
             the output head (``lm_head``, ``score``, ``classifier``), as in PEFT.
         rank: of the product: an integer, or a rank rule that reads the singular values of what the init takes its
-            directions from (the weight, for ``"eva"`` the inputs, for ``"lora-ga"`` the gradient). Where a matrix has
-            no more, an integer is lowered to what it has, with a warning that names the layers.
+            directions from (the weight, for EVA the inputs, for LoRA-GA the gradient). Where a matrix has no more, an
+            integer is lowered to what it has, with a warning that names the layers.
         alpha: the product is scaled by ``alpha / rank``; ``None`` is ``rank``, a scale of one.
         name: of the adapter; several coexist.
         dropout: on the input of ``A``, in training. Where a weight is read instead of called it cannot be applied.
         init: ``"kaiming"`` (the usual one: ``B`` is zero; of an embedding ``A``, so that only rows that occur learn),
-            ``"gaussian"``, ``"orthogonal"``, ``"pissa"``, ``"olora"``, ``"eva"`` and ``"corda"``, which look at the
-            inputs and need ``stats``, ``"lora-ga"``, which looks at the ``gradients``, and ``"loftq"``, which restores
-            what quantising took from ``reference``. PiSSA, OLoRA, CorDA and LoRA-GA start from a product that is not
-            zero, which is taken off again: the base is never touched.
+            ``"gaussian"``, ``"orthogonal"``, ``"pissa"`` or ``"olora"``; :class:`EVA` or :class:`CorDA`, which look at
+            the inputs, :class:`LoRAGA`, which looks at the gradients, or :class:`LoftQ`, which restores what quantizing
+            took; or your own :class:`LoRAInit`. PiSSA, OLoRA, CorDA and LoRA-GA start from a product that is not zero,
+            which is taken off again: the base is never touched.
         exclude: what to leave out of the target, in the same ways.
         modules_to_save: names, or ends of names, of modules that this adapter trains whole, such as a new classifier:
             it gets a copy of each, which is used, switched, saved and taken off with the adapter. The base keeps its
@@ -91,13 +86,6 @@ def add_lora_(
         bias: adds a trained bias to the output of linear layers.
         dtype: of the adapters and of modules that are trained whole; ``None`` is fp32, also on a base in half
             precision, where the outputs stay in the dtype of the base.
-        stats: what :func:`calibrate` returned for this model. With ``"eva"`` the ranks are redistributed: the
-            directions that explain most of their layer's inputs share ``rank`` times the number of layers.
-        gradients: for ``"lora-ga"``, what :func:`weight_gradients` returned for this model: by the weights' names.
-            The rank is then at most half of the smaller side (Wang et al., 2024).
-        reference: for ``"loftq"``, the model before its weights were quantised, or its state dict: the adapters start
-            at the best approximation of the difference, which stays on (Li et al., 2023). The base may be quantised in
-            place, by torchao (linear layers), or compressed.
         seed: of the initial values; ``None`` draws from the global generator.
 
     Returns:
@@ -121,8 +109,7 @@ def add_lora_(
         raise LowRankError(f"add_lora_: got name {name!r}, expected one without dots.")
     if not 0 <= dropout < 1:
         raise LowRankError(f"add_lora_: got dropout {dropout!r}, expected a number in [0, 1).")
-    if init not in INITS:
-        raise LowRankError(f"add_lora_: got init {init!r}, expected one of {list(INITS)}.")
+    start = find_init(init)
     check_rank(rank, "add_lora_")
     check_dtype(dtype, "add_lora_")
     whole = find_whole(model, modules_to_save or (), name)
@@ -133,28 +120,28 @@ def add_lora_(
     lowered: dict[str, int] = {}
     for weight in chosen:
         check_adaptable(weight, name, dora)
-    shared: dict[AdaptedWeight, int] = {}
-    if init == "eva" and isinstance(rank, int):
-        shared = explained_ranks({weight: weight.layout.limit(weight.base) for weight in chosen}, stats, rank)
-    for weight in chosen:
-        values, kind = weight.values, weight.layout
-        sources = moment_of(stats, weight), tensor_for(gradients, weight), tensor_for(reference, weight)
-        own_dtype = adapter_dtype(values, dtype)
-        seen = Start(values, kind, 1, 1.0, generator, *sources, dtype=own_dtype, lookup=weight.is_lookup)
-        asked = of_pattern(rank_pattern, weight, shared.get(weight, rank))
-        own_rank = rank_for(asked, init, seen, weight.name, lowered)
+    contexts = [InitContext(weight, generator=generator) for weight in chosen]
+    shared = start.ranks(contexts, rank) if isinstance(rank, int) else [rank] * len(contexts)
+    for context, share in zip(contexts, shared, strict=True):
+        weight, kind = context.weight, context.weight.layout
+        own_rank = rank_for(of_pattern(rank_pattern, weight, share), start, context, lowered)
         own_alpha = of_pattern(alpha_pattern, weight, float(own_rank) if alpha is None else alpha)
         scaling = own_alpha / (math.sqrt(own_rank) if rslora else own_rank)
+        context = replace(context, rank=own_rank, scaling=scaling)
+        factors = start.factors(context)
+        values = weight.values
+        own_dtype = adapter_dtype(values, dtype)
+        a, b = context.in_layout(factors, own_dtype)
+        added = 0 if factors.subtract else scaling * kind.product(a.float(), b.float())
         has_bias = bias and isinstance(weight.module, nn.Linear)
-        start = INITS[init](replace(seen, rank=own_rank, scaling=scaling))
         adapter = Adapter(
-            start.a,
-            start.b,
+            a,
+            b,
             scaling=scaling,
             dropout=dropout,
-            start=start.taken_off,
-            magnitude=kind.lengths(start.whole(values, kind, scaling)).to(own_dtype) if dora else None,
-            bias=start.a.new_zeros(kind.matrix(values).shape[-2]) if has_bias else None,
+            start=(a.clone(), b.clone()) if factors.subtract else None,
+            magnitude=kind.lengths(values.float() + added).to(own_dtype) if dora else None,
+            bias=a.new_zeros(kind.matrix(values).shape[-2]) if has_bias else None,
         )
         if freeze_a:
             (adapter.A if bool(adapter.A.any()) else adapter.B).requires_grad_(False)

@@ -1,22 +1,25 @@
-"""Quantising weights and choosing adapters together, in turns."""
+"""Quantizing weights and choosing adapters that make up for it, in turns: LoftQ, algorithm 1."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
+from ..checks import check_integer
 from ..errors import LowRankError
 from ..modules.tree import check_model
 from ..rank import Rank, check_rank
+from .adapted_weight import AdaptedWeight
 from .checks import check_adaptable
-from .inits import Start, triplets
+from .inits import InitContext, LoftQ
+from .inits.base import leading_triplets
 from .inject import DEFAULT, add_lora_
 from .merge import users_of
 from .ranks import note_lowered, rank_for
-from .target import Place, Target, targets
-from .weight_layout import Kind
+from .target import Target, targets
 
 Quantize = Callable[[Tensor], Tensor]
 
@@ -32,7 +35,7 @@ def loftq_(
     alpha: float | None = None,
     name: str = DEFAULT,
 ) -> nn.Module:
-    r"""Quantises weights and adds adapters that restore as much of them as their rank can, in place (Li et al., 2023).
+    r"""Quantizes weights and adds adapters that restore as much of them as their rank can, in place (Li et al., 2023).
 
     In turns :math:`Q = q(W - s B A)` and :math:`s B A = \mathrm{SVD}_r(W - Q)`, so that each makes up for the other.
     Rounding is no projection, and a later turn may be worse: the best of all is kept. Unlike :func:`add_lora_` this
@@ -40,19 +43,19 @@ def loftq_(
 
     Args:
         model: any model of dense weights.
-        rank: of the adapters: an integer, or a rank rule that reads the singular values of what the first rounding
+        rank: rank of the adapters: an integer, or a rank rule that reads the singular values of what the first rounding
             takes from a weight; an integer above what a matrix has is lowered, with a warning.
-        quantize: the values of a weight after quantising, as a tensor of the same shape: rounded, not packed.
-        steps: how many turns; with one, the plain weight is quantised.
-        target: what to quantise and adapt, as in :func:`add_lora_`.
-        alpha: as in :func:`add_lora_`.
-        name: of the adapter.
+        quantize: from a weight to its values after quantizing, as a tensor of the same shape: rounded, not packed.
+        steps: number of turns; with one, the plain weight is quantized.
+        target: what to quantize and adapt, as in :func:`add_lora_`.
+        alpha: scale of the adapters, as in :func:`add_lora_`.
+        name: name of the adapter.
 
     Returns:
         The model.
 
     Raises:
-        LowRankError: as :func:`add_lora_`, or if a weight is tied, factored or quantised already, or ``quantize``
+        LowRankError: as :func:`add_lora_`, or if a weight is tied, factored or quantized already, or ``quantize``
             returns another shape or NaN; the model is as it was then.
 
     Examples:
@@ -66,8 +69,7 @@ def loftq_(
     Li et al., "LoftQ: LoRA-Fine-Tuning-Aware Quantization for Large Language Models", 2023, algorithm 1.
     """
     check_model(model)
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise LowRankError(f"loftq_: got steps {steps!r}, expected an integer of at least 1.")
+    check_integer(steps, "loftq_", "steps", 1)
     places = targets(model, target)
     owners = users_of(model)
     for place in places:
@@ -75,19 +77,17 @@ def loftq_(
         check_adaptable(place, name)
     check_rank(rank, "loftq_")
     kept = {place: place.base.detach().clone() for place in places}
+    init = LoftQ({place.name: weight for place, weight in kept.items()})
     ranks: dict[str, int] = {}
     lowered: dict[str, int] = {}
-    found: dict[Place, Tensor] = {}
-    for place, weight in kept.items():
-        label, kind = place.name, place.layout
-        first = _quantized(quantize, weight, label)
-        ranks[label] = rank_for(rank, "loftq", Start(first, kind, 1, 1.0, None, reference=weight), label, lowered)
-        found[place] = _alternate(weight, first, kind, ranks[label], quantize, steps, label)
-    reference = {place.name: weight for place, weight in kept.items()}
     try:
-        for place, value in found.items():
-            place.base.detach().copy_(value)
-        add_lora_(model, target, 1, alpha, name=name, init="loftq", rank_pattern=ranks, reference=reference)
+        for place, weight in kept.items():
+            place.values.copy_(_quantized(quantize, weight, place.name))
+            context = InitContext(place)
+            context = replace(context, rank=rank_for(rank, init, context, lowered))
+            place.values.copy_(_alternate(context, weight, quantize, steps))
+            ranks[place.name] = context.rank
+        add_lora_(model, target, 1, alpha, name=name, init=init, rank_pattern=ranks)
     except BaseException:
         for place, weight in kept.items():
             place.base.detach().copy_(weight)
@@ -96,33 +96,39 @@ def loftq_(
     return model
 
 
-def _check_own(place: Place, owners: dict[int, list[tuple[str, nn.Module]]]) -> None:
-    module, label, weight = place.module, place.name, place.holder
+def _check_own(adapted: AdaptedWeight, owners: dict[int, list[tuple[str, nn.Module]]]) -> None:
+    module, label, weight = adapted.module, adapted.name, adapted.holder
     if weight is None:
         raise LowRankError(
-            f"loftq_: {label!r} is a {type(module).__name__}, whose weight is a product; quantise its factors."
+            f"loftq_: {label!r} is a {type(module).__name__}, whose weight is a product; quantize its factors."
         )
     others = [other for other, owner in owners[id(weight)] if owner is not module]
     if others:
         raise LowRankError(
-            f"loftq_: the weight of {label!r} is tied to {', '.join(map(repr, others))}, which quantising would change;"
+            f"loftq_: the weight of {label!r} is tied to {', '.join(map(repr, others))}, which quantizing would change;"
             " choose another target."
         )
 
 
-def _alternate(
-    weight: Tensor, first: Tensor, kind: Kind, rank: int, quantize: Quantize, steps: int, label: str
-) -> Tensor:
-    """The quantised weight that leaves least when its best correction is added; ``first`` is that of the weight."""
+def _alternate(context: InitContext, weight: Tensor, quantize: Quantize, steps: int) -> Tensor:
+    """The quantized weight that leaves least when its best correction is added.
+
+    Args:
+        context: the layer, whose weight is quantized already, and the rank of the correction.
+        weight: the weight before.
+        quantize: what rounds it.
+        steps: number of turns, the first included.
+    """
     wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    layout, value = context.weight.layout, context.weight.values
     correction = torch.zeros_like(wide)
     best, least = weight, float("inf")
     for step in range(steps):
-        value = _quantized(quantize, (wide - correction).to(weight.dtype), label) if step else first
-        residual = wide - value
-        up, values, down = triplets(kind.matrix(residual), rank)
-        correction = kind.product(*kind.pair(weight, down, up * values[..., None, :]))
-        left = float(torch.linalg.vector_norm(residual - correction))
+        if step:
+            value = _quantized(quantize, (wide - correction).to(weight.dtype), context.weight.name)
+        up, values, down = leading_triplets(layout.matrix(wide - value), context.rank)
+        correction = layout.product(*layout.pair(weight, down, up * values[..., None, :]))
+        left = float(torch.linalg.vector_norm(wide - value - correction))
         if left < least:
             best, least = value, left
     return best

@@ -245,7 +245,7 @@ def test_labels_without_an_attention_mask_end_a_sample_but_hide_no_prompt():
     check_same(stats, expected)
 
 
-@pytest.mark.parametrize("init", ["eva", "corda", "lora-ga"])
+@pytest.mark.parametrize("init", [lr.EVA, lr.CorDA, lr.LoRAGA])
 def test_adapters_that_start_from_data_start_the_same(init):
     model, ids = built("Bert", "ForTokenClassification", SIZES).float(), tokens()
     ones = torch.ones_like(ids)
@@ -254,11 +254,11 @@ def test_adapters_that_start_from_data_start_the_same(init):
     states = []
     for data in (batches, wide):
         adapted, loss = copy.deepcopy(model), lr.SampledCrossEntropy()
-        if init == "lora-ga":
-            known = {"gradients": lr.weight_gradients(adapted, data, loss, target=["query"])}
+        if init is lr.LoRAGA:
+            known = lr.weight_gradients(adapted, data, loss, target=["query"])
         else:
-            known = {"stats": lr.calibrate(adapted, data)}
-        lr.add_lora_(adapted, ["query"], rank=2, init=init, **known)
+            known = lr.calibrate(adapted, data)
+        lr.add_lora_(adapted, ["query"], rank=2, init=init(known))
         states.append(adapted(**batches[0]).logits)
         weights = [p for name, p in adapted.named_parameters() if p.requires_grad and p.ndim == 2 and p.abs().sum() > 0]
         states[-1] = torch.cat([(p.mT @ p).flatten() if len(p) < p.shape[1] else (p @ p.mT).flatten() for p in weights])

@@ -153,7 +153,7 @@ def test_a_compressed_transposed_convolution_gets_back_what_was_lost(family):
     model[0] = kind.from_dense(conv[0], rank=(2, 2) if method == "tucker" else 3)
     lost = (model(x) - conv(x)).norm()
     residual = (conv[0].weight - model[0].weight).detach()
-    lr.add_lora_(model, everything, rank=2, init="loftq", reference=conv)
+    lr.add_lora_(model, everything, rank=2, init=lr.LoftQ(conv))
     values = torch.linalg.svdvals(residual.flatten(1))
     assert float((conv[0].weight - model[0].weight).detach().norm()) == pytest.approx(
         float(values[2:].square().sum().sqrt()), rel=1e-4

@@ -10,35 +10,16 @@ from torch import nn
 
 import lowrank_layers as lr
 
-INITS = ["kaiming", "gaussian", "orthogonal", "pissa", "olora", "eva", "corda"]
-FROM_ZERO = ["kaiming", "gaussian", "orthogonal", "eva"]
-
 
 def model_and_stats():
     model = nn.Sequential(nn.Linear(12, 10), nn.ReLU(), nn.Linear(10, 6))
     mix = torch.randn(12, 12).triu() / 3
     batches = [torch.randn(200, 12) @ mix for _ in range(2)]
-    return model, lr.calibrate(model, batches), batches[0]
-
-
-@pytest.mark.parametrize("init", INITS)
-def test_the_model_starts_where_its_base_is_and_disabled_is_the_base(init):
-    model, stats, x = model_and_stats()
-    base = model(x)
-    lr.add_lora_(model, rank=3, alpha=5, init=init, stats=stats)
-    assert torch.allclose(model(x), base, atol=1e-6)
-    with lr.lora_disabled(model):
-        assert torch.equal(model(x), base)
-    adapter = model[0].lora_weight.adapters["default"]
-    assert bool(adapter.B.any()) != (init in FROM_ZERO)
-    assert (adapter.a0 is None) == (init in FROM_ZERO)
-    model(x).square().sum().backward()
-    assert bool(adapter.B.grad.any())
-    assert bool(adapter.A.grad.any()) != (init in FROM_ZERO)
+    return model, lr.calibrate(model, batches)
 
 
 def test_pissa_holds_the_leading_triplets():
-    model, _, _ = model_and_stats()
+    model, _ = model_and_stats()
     weight = model[0].weight.detach().clone()
     lr.add_lora_(model, ["0"], rank=3, alpha=5, init="pissa")
     adapter = model[0].lora_weight.adapters["default"]
@@ -47,7 +28,7 @@ def test_pissa_holds_the_leading_triplets():
 
 
 def test_olora_holds_leading_columns_of_q():
-    model, _, _ = model_and_stats()
+    model, _ = model_and_stats()
     weight = model[0].weight.detach().clone()
     lr.add_lora_(model, ["0"], rank=3, alpha=5, init="olora")
     adapter = model[0].lora_weight.adapters["default"]
@@ -55,18 +36,18 @@ def test_olora_holds_leading_columns_of_q():
     assert torch.allclose(adapter.scaling * adapter.B @ adapter.A, factors.Q[:, :3] @ factors.R[:3], atol=1e-5)
 
 
-@pytest.mark.parametrize("init", ["orthogonal", "eva"])
-def test_rows_of_a_are_orthonormal(init):
-    model, stats, _ = model_and_stats()
-    lr.add_lora_(model, rank=3, init=init, stats=stats)
+@pytest.mark.parametrize("make", [lambda stats: "orthogonal", lr.EVA], ids=["orthogonal", "EVA"])
+def test_rows_of_a_are_orthonormal(make):
+    model, stats = model_and_stats()
+    lr.add_lora_(model, rank=3, init=make(stats))
     for index in (0, 2):
         a = model[index].lora_weight.adapters["default"].A
         assert torch.allclose(a @ a.mT, torch.eye(len(a)), atol=1e-5)
 
 
 def test_eva_spans_the_inputs_and_shares_the_ranks_by_explained_variance():
-    model, stats, _ = model_and_stats()
-    lr.add_lora_(model, rank=3, init="eva", stats=stats)
+    model, stats = model_and_stats()
+    lr.add_lora_(model, rank=3, init=lr.EVA(stats))
     ranks = {index: len(model[index].lora_weight.adapters["default"].A) for index in (0, 2)}
     assert sum(ranks.values()) == 6
     moment = stats["0"].inputs.second.float()
@@ -77,30 +58,90 @@ def test_eva_spans_the_inputs_and_shares_the_ranks_by_explained_variance():
 
 
 def test_corda_is_the_best_on_the_inputs_not_on_the_weight():
-    model, stats, _ = model_and_stats()
+    model, stats = model_and_stats()
     weight = model[0].weight.detach().double()
     moment = stats["0"].inputs.second
 
-    def lost(init):
-        lr.add_lora_(model, ["0"], rank=2, init=init, stats=stats, name=init)
-        adapter = model[0].lora_weight.adapters[init]
+    def lost(init, name):
+        lr.add_lora_(model, ["0"], rank=2, init=init, name=name)
+        adapter = model[0].lora_weight.adapters[name]
         return float(((weight - (adapter.scaling * adapter.B @ adapter.A).detach().double()) @ moment).norm())
 
-    assert lost("corda") < 0.999 * lost("pissa")
+    assert lost(lr.CorDA(stats), "corda") < 0.999 * lost("pissa", "pissa")
 
 
-@pytest.mark.parametrize("init", ["eva", "corda"])
-def test_moments_are_asked_for(init):
-    model, _, _ = model_and_stats()
-    with pytest.raises(lr.LowRankError, match=f"{init}.*stats=calibrate"):
-        lr.add_lora_(model, init=init, rank=2)
+def test_a_layer_without_a_moment_is_named():
+    model, stats = model_and_stats()
+    wider = nn.Sequential(*model, nn.Linear(6, 6))
+    for init in (lr.EVA(stats), lr.CorDA(stats)):
+        with pytest.raises(lr.LowRankError, match=r"'3\.weight', and the statistics have none; give calibrate\("):
+            lr.add_lora_(wider, init=init, rank=2)
+    for kind in (lr.EVA, lr.CorDA):
+        with pytest.raises(lr.LowRankError, match=r"got stats of type dict, expected calibrate\("):
+            kind({})
 
 
-def test_a_seed_gives_the_same_values():
-    models = [nn.Sequential(nn.Linear(8, 8)) for _ in range(2)]
-    for model in models:
-        lr.add_lora_(model, rank=2, seed=3)
-    assert torch.equal(*[model[0].lora_weight.adapters["default"].A for model in models])
+@pytest.mark.parametrize(
+    ("init", "match"),
+    [
+        ("eva", r"'eva' needs input of its own; write init=EVA\(stats\)"),
+        ("corda", r"write init=CorDA\(stats\)"),
+        ("lora-ga", r"write init=LoRAGA\(gradients\)"),
+        ("loftq", r"write init=LoftQ\(reference\)"),
+        ("magic", r"got init 'magic', expected one of \['kaiming', .*or an init such as EVA\(stats\)"),
+        (lr.EVA, "got init <class"),
+        (None, "got init None"),
+    ],
+)
+def test_what_is_no_init_is_told_what_to_write(init, match):
+    model = nn.Sequential(nn.Linear(8, 8))
+    with pytest.raises(lr.LowRankError, match=match):
+        lr.add_lora_(model, init=init)
+    assert type(model[0]) is nn.Linear
+
+
+class Columns(lr.LoRAInit):
+    """``B`` the columns of greatest norm, ``A`` the unit vectors that choose them: a toy with all that can be said."""
+
+    def factors(self, context):
+        matrix = context.matrix
+        index = matrix.norm(dim=0).topk(context.rank).indices
+        return lr.LoRAFactors(torch.eye(matrix.shape[1])[index], matrix[:, index] / context.scaling, subtract=True)
+
+    def limit(self, context):
+        return context.matrix.shape[1]
+
+    def singular_values(self, context):
+        return context.matrix.norm(dim=0).sort(descending=True).values
+
+    def ranks(self, contexts, rank):
+        return [rank + k for k, _ in enumerate(contexts)]
+
+
+def test_an_init_of_ones_own_decides_factors_limits_and_ranks():
+    model, x = nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 4)), torch.randn(3, 8)
+    base = copy.deepcopy(model)
+    lr.add_lora_(model, rank=2, alpha=6, init=Columns())
+    first, second = (layer.lora_weight.adapters["default"] for layer in model)
+    assert (len(first.A), len(second.A)) == (2, 3)
+    assert torch.allclose(model(x), base(x), atol=1e-6)
+    chosen = first.A.argmax(1)
+    assert torch.allclose(float(first.scaling) * first.B @ first.A @ torch.eye(8)[:, chosen], base[0].weight[:, chosen])
+    ruled = lr.add_lora_(base, ["0"], rank=lr.Energy(0.5), init=Columns())
+    shares = ruled[0]._parameters["weight"].detach().norm(dim=0).square().sort(descending=True).values.cumsum(0)
+    assert len(ruled[0].lora_weight.adapters["default"].A) == int((shares < 0.5 * shares[-1]).sum()) + 1
+
+
+@pytest.mark.parametrize("factors", [{"down": torch.ones(2, 7)}, {"up": torch.ones(2, 6)}, {"up": torch.ones(6, 3)}])
+def test_factors_of_another_shape_are_refused(factors):
+    class Wrong(lr.LoRAInit):
+        def factors(self, context):
+            return lr.LoRAFactors(**factors)
+
+    model = nn.Sequential(nn.Linear(8, 6))
+    with pytest.raises(lr.LowRankError, match=r"gave a factor of shape .* for '0\.weight', expected \((2, 8|6, 2)\)"):
+        lr.add_lora_(model, rank=2, init=Wrong())
+    assert type(model[0]) is nn.Linear
 
 
 def train(model, parameters, x, y, steps, rate):

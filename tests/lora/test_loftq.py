@@ -51,7 +51,7 @@ def test_the_error_is_that_of_the_best_approximation_of_the_residual(name, scale
     x = torch.randint(14, (2, 5)) if shape is None else torch.randn(shape)
     model = coarsen(copy.deepcopy(full))
     base, quantised = model[0].weight.detach().clone(), model(x)
-    lr.add_lora_(model, everything, rank=3, init="loftq", reference=full, **scale)
+    lr.add_lora_(model, everything, rank=3, init=lr.LoftQ(full), **scale)
     assert torch.equal(model[0]._parameters["weight"], base)
     left = float((full[0].weight - model[0].weight).detach().double().norm())
     assert left == pytest.approx(tail(model[0].lora_weight.kind, (full[0].weight - base).detach(), 3), rel=1e-4)
@@ -62,13 +62,13 @@ def test_the_error_is_that_of_the_best_approximation_of_the_residual(name, scale
     model(x).square().sum().backward()
     assert all(bool(p.grad.any()) for p in lr.lora_parameters(model))
     with pytest.raises(lr.LowRankError, match="positive scaling"):
-        lr.add_lora_(model, everything, rank=3, alpha=0, init="loftq", reference=full, name="b")
+        lr.add_lora_(model, everything, rank=3, alpha=0, init=lr.LoftQ(full), name="b")
 
 
 def test_a_state_dict_is_a_reference_and_its_dtype_need_not_be_the_bases():
     full = nn.Sequential(nn.Linear(24, 20))
     model = coarsen(copy.deepcopy(full)).bfloat16()
-    lr.add_lora_(model, rank=20, init="loftq", reference=full.state_dict())
+    lr.add_lora_(model, rank=20, init=lr.LoftQ(full.state_dict()))
     adapter = model[0].lora_weight.adapters["default"]
     assert adapter.A.dtype == torch.float32
     error = (adapter.delta(model[0].lora_weight.kind) + model[0]._parameters["weight"]).float() - full[0].weight
@@ -80,7 +80,7 @@ def test_parts_of_a_fused_attention_have_their_part_as_reference():
     full = nn.ModuleDict({"a": nn.MultiheadAttention(12, 2)})
     model = coarsen(copy.deepcopy(full))
     for reference in (full, full.state_dict()):
-        lr.add_lora_(model, ["a.k_proj"], rank=12, init="loftq", reference=reference)
+        lr.add_lora_(model, ["a.k_proj"], rank=12, init=lr.LoftQ(reference))
         assert torch.allclose(model["a"].k_proj, full["a"].in_proj_weight.chunk(3)[1], atol=1e-5)
         lr.remove_lora_(model)
 
@@ -88,14 +88,14 @@ def test_parts_of_a_fused_attention_have_their_part_as_reference():
 def test_the_lengths_of_dora_are_those_of_the_restored_weight():
     full = nn.Sequential(nn.Linear(24, 20))
     model, x = coarsen(copy.deepcopy(full)), torch.randn(8, 24)
-    lr.add_lora_(model, rank=20, init="loftq", reference=full, dora=True)
+    lr.add_lora_(model, rank=20, init=lr.LoftQ(full), dora=True)
     assert torch.allclose(model(x), full(x), atol=1e-5)
 
 
 def test_what_compressing_took_comes_back_too():
     full = nn.Sequential(nn.Linear(24, 20))
     model = nn.Sequential(lr.LowRankLinear.from_dense(full[0], rank=4))
-    lr.add_lora_(model, rank=5, init="loftq", reference=full)
+    lr.add_lora_(model, rank=5, init=lr.LoftQ(full))
     assert torch.allclose(model[0].weight, lr.svd(full[0].weight, 9).to_dense(), atol=1e-5)
 
 
@@ -105,9 +105,9 @@ def test_where_nothing_was_taken_adapters_still_learn(rank):
     model, x = copy.deepcopy(full), torch.randn(8, 24)
     with torch.no_grad():
         model[0].weight[3] += 1  # a residual of rank one
-    lr.add_lora_(model, rank=rank, init="loftq", reference=full)
+    lr.add_lora_(model, rank=rank, init=lr.LoftQ(full))
     assert torch.allclose(model(x), full(x), atol=1e-5)
-    same = lr.add_lora_(copy.deepcopy(full), rank=rank, init="loftq", reference=full)
+    same = lr.add_lora_(copy.deepcopy(full), rank=rank, init=lr.LoftQ(full))
     assert torch.allclose(same(x), full(x), atol=1e-6)
     same(x).square().sum().backward()
     assert bool(same[0].lora_weight.adapters["default"].B.grad.any())
@@ -116,17 +116,17 @@ def test_where_nothing_was_taken_adapters_still_learn(rank):
 @pytest.mark.parametrize(
     ("reference", "match"),
     [
-        (None, "there is nothing; give reference="),
-        ({}, "there is nothing"),
-        (nn.Sequential(), "there is nothing"),
-        (nn.Sequential(nn.Linear(5, 20)), r"one of shape \(20, 5\)"),
+        (None, "LoftQ: got a reference of type NoneType, expected the model before"),
+        ({}, r"LoftQ got nothing for '0\.weight'.*give the model, or state dict"),
+        (nn.Sequential(), r"LoftQ got nothing for '0\.weight'"),
+        (nn.Sequential(nn.Linear(5, 20)), r"a tensor of shape \(20, 5\) for '0\.weight'"),
         ({"0.weight": torch.full((20, 24), torch.nan)}, "NaN"),
     ],
 )
 def test_references_that_do_not_fit(reference, match):
     model = nn.Sequential(nn.Linear(24, 20))
     with pytest.raises(lr.LowRankError, match=match):
-        lr.add_lora_(model, rank=2, init="loftq", reference=reference)
+        lr.add_lora_(model, rank=2, init=lr.LoftQ(reference))
     assert type(model[0]) is nn.Linear
     assert model[0].weight.requires_grad
 
@@ -165,7 +165,7 @@ def test_loftq_is_all_or_nothing():
         ({"quantize": lambda w: None}, "returned NoneType"),
         ({"alpha": -1.0}, "positive scaling"),
         ({"rank": 0}, "rank 0"),
-        ({"steps": 0}, "steps 0"),
+        ({"steps": 0}, "steps=0"),
         ({"name": "a.b"}, "without dots"),
     ):
         with pytest.raises(lr.LowRankError, match=match):
@@ -202,7 +202,7 @@ class TestTorchao:
     def test_adapters_restore_the_weight(self, models):
         full, model, x = models
         before = model(x)
-        lr.add_lora_(model, rank=4, init="loftq", reference=full)
+        lr.add_lora_(model, rank=4, init=lr.LoftQ(full))
         for index in (0, 2):
             adapter = model[index].lora_weight.adapters["default"]
             assert adapter.A.dtype == torch.float32
@@ -259,7 +259,7 @@ class TestTorchao:
     def test_adapters_of_it_are_saved_and_loaded(self, models, tmp_path):
         full, model, x = models
         fresh = copy.deepcopy(model)
-        lr.add_lora_(model, rank=2, init="loftq", reference=full)
+        lr.add_lora_(model, rank=2, init=lr.LoftQ(full))
         lr.save_lora(model, tmp_path)
         assert torch.equal(lr.load_lora(fresh, tmp_path)(x), model(x))
 

@@ -157,7 +157,7 @@ def test_the_first_step_is_along_the_best_approximation_of_twice_the_rank(name):
     base = model[0].weight.detach().clone()
     x, y = batches[0]
     out = model(x)
-    lr.add_lora_(model, everything, rank=2, alpha=6, init="lora-ga", gradients=gradients)
+    lr.add_lora_(model, everything, rank=2, alpha=6, init=lr.LoRAGA(gradients))
     assert torch.allclose(model(x), out, atol=1e-12)  # starts where the base is
     with lr.lora_disabled(model):
         assert torch.equal(model(x), out)
@@ -189,7 +189,7 @@ def test_it_starts_as_peft_does_but_for_what_peft_adds():
     )
     preprocess(theirs, config, lambda: square(theirs(x), y).backward())
     theirs = library.get_peft_model(theirs, config)
-    lr.add_lora_(model, rank=3, init="lora-ga", gradients=gradients)
+    lr.add_lora_(model, rank=3, init=lr.LoRAGA(gradients))
     for index in (0, 2):
         ours = model[index].lora_weight.adapters["default"]
         layer = theirs.base_model.model[index]
@@ -203,13 +203,13 @@ def test_it_starts_as_peft_does_but_for_what_peft_adds():
 def test_it_learns_faster_than_lora(seed):
     """On a network whose task shifts, after 30 steps of the same optimizer."""
 
-    def after(init):
+    def after(start):
         torch.manual_seed(seed)
         model, teacher = (nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 32)) for _ in range(2))
         x = torch.randn(256, 32)
         y = teacher(x).detach()
         gradients = lr.weight_gradients(model, [(x, y)], square)
-        lr.add_lora_(model, rank=4, init=init, gradients=gradients, seed=seed)
+        lr.add_lora_(model, rank=4, init=start(gradients), seed=seed)
         optimizer = torch.optim.SGD(lr.lora_parameters(model), lr=0.5)
         for _ in range(30):
             optimizer.zero_grad()
@@ -218,7 +218,7 @@ def test_it_learns_faster_than_lora(seed):
             optimizer.step()
         return loss.item()
 
-    assert after("lora-ga") < after("kaiming")
+    assert after(lr.LoRAGA) < after(lambda _: "kaiming")
 
 
 def test_parts_of_a_fused_attention_take_their_part_of_the_gradient():
@@ -226,7 +226,7 @@ def test_parts_of_a_fused_attention_take_their_part_of_the_gradient():
     model.forward = lambda x: model["a"](x, x, x, need_weights=False)[0]
     x = torch.randn(4, 5, 8)
     gradients = lr.weight_gradients(model, [(x, torch.randn(4, 5, 8))], square)
-    lr.add_lora_(model, ["a.q_proj", "a.v_proj"], rank=2, init="lora-ga", gradients=gradients)
+    lr.add_lora_(model, ["a.q_proj", "a.v_proj"], rank=2, init=lr.LoRAGA(gradients))
     for part, chunk in zip(("q", "k", "v"), gradients["a.in_proj_weight"].chunk(3), strict=True):
         if part != "k":
             a = getattr(model["a"], f"lora_{part}_proj").adapters["default"].A.detach()
@@ -238,9 +238,9 @@ def test_parts_of_a_fused_attention_take_their_part_of_the_gradient():
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        (lambda g: None, "there is nothing; give gradients=weight_gradients"),
-        (lambda g: {"0.weight": g["0.weight"]}, "there is nothing"),
-        (lambda g: {k: v.mT for k, v in g.items()}, r"one of shape \(8, 12\)"),
+        (lambda g: None, r"LoRAGA: got gradients of type NoneType, expected weight_gradients\("),
+        (lambda g: {"0.weight": g["0.weight"]}, r"LoRAGA got nothing for '\d\.weight'.*give weight_gradients\("),
+        (lambda g: {k: v.mT for k, v in g.items()}, r"a tensor of shape \(8, 12\) for '0\.weight'"),
         (lambda g: {k: v * torch.nan for k, v in g.items()}, "NaN"),
     ],
 )
@@ -249,7 +249,7 @@ def test_gradients_that_are_missing_or_do_not_fit(change, match):
     gradients = lr.weight_gradients(model, batches, F.cross_entropy)
     keys = list(model.state_dict())
     with pytest.raises(lr.LowRankError, match=match):
-        lr.add_lora_(model, rank=2, init="lora-ga", gradients=change(gradients))
+        lr.add_lora_(model, rank=2, init=lr.LoRAGA(change(gradients)))
     assert list(model.state_dict()) == keys
     assert all(p.requires_grad for p in model.parameters())
 
@@ -258,14 +258,29 @@ def test_the_rank_is_at_most_half_of_the_smaller_side():
     model, batches = classifier()
     gradients = lr.weight_gradients(model, batches, F.cross_entropy)
     with pytest.warns(UserWarning, match=r"'4\.weight' to 2"):
-        lr.add_lora_(model, rank=3, init="lora-ga", gradients=gradients)
+        lr.add_lora_(model, rank=3, init=lr.LoRAGA(gradients))
     assert len(model[4].lora_weight.adapters["default"].A) == 2
     narrow = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 1))
     narrow_gradients = {"0.weight": torch.randn(8, 8), "1.weight": torch.randn(1, 8)}
     with pytest.raises(lr.LowRankError, match=r"2 x 1 directions.*exclude="):
-        lr.add_lora_(narrow, rank=2, init="lora-ga", gradients=narrow_gradients)
-    lr.add_lora_(narrow, rank=2, init="lora-ga", gradients=narrow_gradients, exclude=["1"])
+        lr.add_lora_(narrow, rank=2, init=lr.LoRAGA(narrow_gradients))
+    lr.add_lora_(narrow, rank=2, init=lr.LoRAGA(narrow_gradients), exclude=["1"])
     assert type(narrow[1]) is nn.Linear
+
+
+@pytest.mark.parametrize("gamma", [0, -1.0, float("nan"), True, "16"])
+def test_a_gamma_that_is_no_positive_number_is_refused(gamma):
+    with pytest.raises(lr.LowRankError, match=r"gamma=.*positive number"):
+        lr.LoRAGA({}, gamma=gamma)
+
+
+def test_both_factors_shrink_with_the_root_of_gamma():
+    model, batches = classifier()
+    gradients, other = lr.weight_gradients(model, batches, F.cross_entropy), copy.deepcopy(model)
+    lr.add_lora_(model, rank=2, init=lr.LoRAGA(gradients))
+    lr.add_lora_(other, rank=2, init=lr.LoRAGA(gradients, gamma=4 * GAMMA))
+    for large, small in zip(lr.lora_parameters(model), lr.lora_parameters(other), strict=True):
+        assert torch.allclose(small, large / 2)
 
 
 def test_a_saved_adapter_fits_the_untouched_base(tmp_path):
@@ -273,7 +288,7 @@ def test_a_saved_adapter_fits_the_untouched_base(tmp_path):
     model.eval()
     fresh = copy.deepcopy(model)
     gradients = lr.weight_gradients(model, batches, F.cross_entropy)
-    lr.add_lora_(model, rank=2, init="lora-ga", gradients=gradients)
+    lr.add_lora_(model, rank=2, init=lr.LoRAGA(gradients))
     with torch.no_grad():
         for parameter in lr.lora_parameters(model):
             parameter.add_(torch.randn_like(parameter))

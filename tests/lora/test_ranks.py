@@ -127,13 +127,13 @@ def test_a_rule_reads_what_the_init_takes_its_directions_from():
     rule = lr.RelativeError(1e-2)
     stats = lr.calibrate(model, [x])
     fresh = copy.deepcopy(model)
-    assert ranks_of(lr.add_lora_(fresh, ["0"], rank=rule, init="eva", stats=stats)) == {"0": 4}
+    assert ranks_of(lr.add_lora_(fresh, ["0"], rank=rule, init=lr.EVA(stats))) == {"0": 4}
     gradients = {"0.weight": low(12, 12, 2, 1), "1.weight": low(12, 12, 5, 2)}
     fresh = copy.deepcopy(model)
-    assert ranks_of(lr.add_lora_(fresh, rank=rule, init="lora-ga", gradients=gradients)) == {"0": 2, "1": 5}
+    assert ranks_of(lr.add_lora_(fresh, rank=rule, init=lr.LoRAGA(gradients))) == {"0": 2, "1": 5}
     reference = {"0.weight": model[0].weight.detach() + low(12, 12, 3, 3), "1.weight": model[1].weight.detach() + 1}
     fresh = copy.deepcopy(model)
-    lr.add_lora_(fresh, rank=rule, init="loftq", reference=reference)
+    lr.add_lora_(fresh, rank=rule, init=lr.LoftQ(reference))
     assert ranks_of(fresh) == {"0": 3, "1": 1}
     assert torch.allclose(fresh[0].weight, reference["0.weight"], atol=1e-4)
 
@@ -142,7 +142,7 @@ def test_corda_with_a_rule_reads_weight_times_moment():
     model, x = nn.Sequential(nn.Linear(12, 12)), torch.randn(256, 12)
     with torch.no_grad():
         model[0].weight.copy_(low(12, 12, 4, 0))
-    lr.add_lora_(model, rank=lr.RelativeError(1e-4), init="corda", stats=lr.calibrate(model, [x]))
+    lr.add_lora_(model, rank=lr.RelativeError(1e-4), init=lr.CorDA(lr.calibrate(model, [x])))
     assert ranks_of(model) == {"0": 4}
 
 
@@ -185,7 +185,7 @@ def test_loftq_takes_rules_and_lowers_ranks():
 
 def test_eva_gives_no_layer_more_than_it_has():
     model, x = nn.Sequential(nn.Linear(12, 12), nn.Linear(12, 2)), torch.randn(64, 12)
-    lr.add_lora_(model, rank=4, init="eva", stats=lr.calibrate(model, [x]))
+    lr.add_lora_(model, rank=4, init=lr.EVA(lr.calibrate(model, [x])))
     ranks = ranks_of(model)
     assert ranks["1"] <= 2
     assert sum(ranks.values()) == 8
