@@ -5,23 +5,25 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
+from ..checks import check_integer, is_number
 from ..errors import LowRankError
 from ..linalg import exact_svd
 from .adapter import Adapter, Bank
 from .attach import banks, check_name
 from .mixed_groups import MixedGroups
 from .switching import check_unmerged, use_adapter
-from .task_vectors import Seed, combined
+from .task_vectors import PrunedSum
 from .tokens import TokenRows
 from .weight_layout import Kernel, Kind
 from .whole import attach_whole_, copies_of
 
-How = Literal[
+Combination = Literal[
     "svd",
     "cat",
     "concatenation",
@@ -36,8 +38,9 @@ How = Literal[
     "dare_ties_svd",
     "magnitude_prune_svd",
 ]
+"""The ways to combine adapters, under the names that PEFT has for them."""
+
 _SHORT = {"concatenation": "cat", "dare": "dare_linear"}
-_Parts = list[tuple[float, Adapter]]
 
 
 @torch.no_grad()
@@ -46,12 +49,12 @@ def combine_lora_(
     weights: Mapping[str, float],
     name: str,
     *,
-    how: How = "svd",
+    how: Combination = "svd",
     rank: int | None = None,
     density: float = 0.2,
     seed: int = 0,
 ) -> nn.Module:
-    r"""Adds one more adapter, the weighted sum of others, in place; they stay, and only the new one is in use.
+    r"""Adds one more adapter that is the weighted sum of others, in place; they stay, and only the new one is in use.
 
     Every ``how`` gives the delta that PEFT's ``add_weighted_adapter`` gives under the same name. Biases of the adapters
     are summed with their weights, and so are the rows of trained tokens, whatever ``how`` is; a module that one of them
@@ -60,7 +63,7 @@ def combine_lora_(
     Args:
         model: an adapted model.
         weights: a number of either sign for each adapter. A single adapter is only scaled, whatever ``how`` is.
-        name: of the new adapter.
+        name: name of the new adapter.
         how: ``"svd"`` (the best approximation of the sum of rank ``rank``, by QR of the factors: the deltas are never
             formed), ``"cat"`` or ``"concatenation"`` (exact, ranks add up) or ``"linear"`` (sums ``A`` and ``B`` apart,
             for equal ranks). Three more prune the factors before they are summed apart: ``"magnitude_prune"`` keeps the
@@ -68,9 +71,9 @@ def combine_lora_(
             others (Yadav et al., 2023), ``"dare_linear"`` or ``"dare"`` drops entries at random and scales the others
             up (Yu et al., 2024), and ``"dare_ties"`` does both. With ``_svd`` behind the name they prune the deltas
             themselves, and the sum is approximated at rank ``rank``.
-        rank: of the result, for ``"svd"`` and the names that end so; by default the largest of the ranks.
-        density: the part of the entries that pruning keeps, in (0, 1].
-        seed: of what DARE drops.
+        rank: rank of the result, for ``"svd"`` and the names that end in it; by default the largest of the ranks.
+        density: fraction of the entries that pruning keeps, in (0, 1].
+        seed: seed of what DARE drops.
 
     Returns:
         The model.
@@ -86,20 +89,27 @@ def combine_lora_(
         ['a', 'b', 'both']
     """
     check_unmerged(model, "combine_lora_")
-    _check(model, weights, name, how, rank, density)
+    if rank is not None:
+        check_integer(rank, "combine_lora_", "rank", 1)
+    if how not in get_args(Combination):
+        raise LowRankError(f"combine_lora_: got how={how!r}, expected one of {list(get_args(Combination))}.")
+    if not is_number(density) or not 0 < density <= 1:
+        raise LowRankError(f"combine_lora_: got density={density!r}, expected a number in (0, 1].")
+    _check_adapters(model, weights, name)
     method = _SHORT.get(how, how)
     if len(weights) == 1 and (rank is None or not method.endswith("svd")):
         method = "cat"
-    draws = Seed(seed)
+    pruned_sum = PrunedSum(method.removesuffix("_svd"), density, seed)
     shared: dict[tuple[int, ...], TokenRows] = {}
     made: list[tuple[Bank, Adapter]] = []
     for bank in banks(model):
         parts = [(weight, adapter) for own, weight in weights.items() for adapter in bank.named(own)]
         if parts and all(isinstance(adapter, TokenRows) for _, adapter in parts):
-            made.append((bank, _rows_of_sum(parts, shared)))
+            made.append((bank, _sum_of_rows(parts, shared)))
         elif parts:
-            a, b = _factors_of_sum(parts, bank.kind, method, rank, density, draws)
-            made.append((bank, Adapter(a, b, scaling=1.0, bias=_bias_of_sum(parts))))
+            terms = _Terms(parts, bank.kind)
+            a, b = terms.factors_of_sum(method, rank, pruned_sum)
+            made.append((bank, Adapter(a, b, scaling=1.0, bias=terms.bias)))
     for bank, adapter in made:
         bank.add(name, adapter.train(bank.training))
     for owner, copies in copies_of(model).items():
@@ -108,23 +118,16 @@ def combine_lora_(
     return use_adapter(model, name)
 
 
-def _check(
-    model: nn.Module, weights: Mapping[str, float], name: str, how: str, rank: int | None, density: float
-) -> None:
+def _check_adapters(model: nn.Module, weights: Mapping[str, float], name: str) -> None:
+    """Raises if the adapters cannot be summed, or the name of the sum is taken."""
     if not weights:
         raise LowRankError("combine_lora_: got no weights, expected a number for at least one adapter.")
     for each, weight in weights.items():
         check_name(model, each)
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
+        if not is_number(weight) or not math.isfinite(weight):
             raise LowRankError(f"combine_lora_: got the weight {weight!r} for {each!r}, expected a finite number.")
     if not name or "." in name:
         raise LowRankError(f"combine_lora_: got name {name!r}, expected one without dots.")
-    if how not in get_args(How):
-        raise LowRankError(f"combine_lora_: got how={how!r}, expected one of {list(get_args(How))}.")
-    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
-        raise LowRankError(f"combine_lora_: got rank {rank!r}, expected an integer of at least 1.")
-    if not 0 < density <= 1:
-        raise LowRankError(f"combine_lora_: got density {density!r}, expected a number in (0, 1].")
     for owner, copies in copies_of(model).items():
         several = [own for own in weights if own in copies]
         if len(several) > 1:
@@ -146,45 +149,66 @@ def _check(
             )
 
 
-def _factors_of_sum(
-    parts: _Parts, kind: Kind, method: str, rank: int | None, density: float, draws: Seed
-) -> tuple[Tensor, Tensor]:
-    if method == "cat":
-        return _concatenated(parts, kind)
-    if method == "svd":
-        a, b = _concatenated(parts, kind)
-        return _truncated(a, b, kind, rank or _largest(parts, kind))
-    if method.endswith("_svd"):
-        deltas = [adapter.delta(kind) for _, adapter in parts]
-        weights = [weight for weight, _ in parts]
-        total = combined(deltas, weights, method.removesuffix("_svd"), density, draws)
-        return _best_factors(total, kind, rank or _largest(parts, kind))
-    if any(adapter.a0 is not None for _, adapter in parts):
-        raise LowRankError(f"combine_lora_: {method!r} sums factors apart, which a frozen start forbids; use 'svd'.")
-    if len({adapter.A.shape for _, adapter in parts}) > 1:
-        raise LowRankError(f"combine_lora_: {method!r} needs equal ranks; use 'svd' or 'cat'.")
-    sizes = [weight * float(adapter.scaling) for weight, adapter in parts]
-    roots = [abs(size) ** 0.5 for size in sizes]
-    signed = [math.copysign(root, size) for root, size in zip(roots, sizes, strict=True)]
-    a = combined([adapter.A for _, adapter in parts], signed, method, density, draws)
-    b = combined([adapter.B for _, adapter in parts], roots, method, density, draws)
-    return a, b
+@dataclass(frozen=True)
+class _Terms:
+    """The adapters of one weight that are summed, each with its number, and the layout of the weight."""
 
+    parts: list[tuple[float, Adapter]]
+    layout: Kind
 
-def _concatenated(parts: _Parts, kind: Kind) -> tuple[Tensor, Tensor]:
-    """``[A_1; A_2; ...]`` and ``[s_1 B_1, s_2 B_2, ...]``, frozen starts with the opposite sign."""
-    below, beside = [], []
-    for weight, adapter in parts:
-        size = weight * float(adapter.scaling)
-        pairs: list[tuple[Tensor, Tensor]] = [(adapter.A, adapter.B * size)]
-        if adapter.a0 is not None and adapter.b0 is not None:
-            pairs.append((adapter.a0, adapter.b0 * -size))
-        for pair in pairs:
-            a, b = kind.directions(*pair)
-            below.append(a)
-            beside.append(b)
-    a, b = kind.joined(torch.cat(below), torch.cat(beside))
-    return a.contiguous(), b.contiguous()
+    def factors_of_sum(self, method: str, rank: int | None, pruned_sum: PrunedSum) -> tuple[Tensor, Tensor]:
+        """``A`` and ``B`` of the sum.
+
+        Args:
+            method: one of :data:`Combination`.
+            rank: rank of the result where it is approximated; ``None`` for the largest of the ranks.
+            pruned_sum: how tensors are summed where factors or deltas are.
+        """
+        if method == "cat":
+            return self._concatenated()
+        if method == "svd":
+            return _truncated(*self._concatenated(), self.layout, rank or self._largest_rank)
+        weights, adapters = zip(*self.parts, strict=True)
+        if method.endswith("_svd"):
+            total = pruned_sum([adapter.delta(self.layout) for adapter in adapters], weights)
+            return _best_factors(total, self.layout, rank or self._largest_rank)
+        if any(adapter.a0 is not None for adapter in adapters):
+            raise LowRankError(
+                f"combine_lora_: {method!r} sums factors apart, which a frozen start forbids; use 'svd'."
+            )
+        if len({adapter.A.shape for adapter in adapters}) > 1:
+            raise LowRankError(f"combine_lora_: {method!r} needs equal ranks; use 'svd' or 'cat'.")
+        sizes = [weight * float(adapter.scaling) for weight, adapter in self.parts]
+        roots = [abs(size) ** 0.5 for size in sizes]
+        signed = [math.copysign(root, size) for root, size in zip(roots, sizes, strict=True)]
+        a = pruned_sum([adapter.A for adapter in adapters], signed)
+        b = pruned_sum([adapter.B for adapter in adapters], roots)
+        return a, b
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The weighted sum of the adapters' biases, or ``None`` where they have none."""
+        biases = [weight * adapter.bias for weight, adapter in self.parts if adapter.bias is not None]
+        return torch.stack(biases).sum(0) if biases else None
+
+    @property
+    def _largest_rank(self) -> int:
+        return max(len(self.layout.directions(adapter.A, adapter.B)[0]) for _, adapter in self.parts)
+
+    def _concatenated(self) -> tuple[Tensor, Tensor]:
+        """``[A_1; A_2; ...]`` and ``[s_1 B_1, s_2 B_2, ...]``, frozen starts with the opposite sign."""
+        below, beside = [], []
+        for weight, adapter in self.parts:
+            size = weight * float(adapter.scaling)
+            pairs: list[tuple[Tensor, Tensor]] = [(adapter.A, adapter.B * size)]
+            if adapter.a0 is not None and adapter.b0 is not None:
+                pairs.append((adapter.a0, adapter.b0 * -size))
+            for pair in pairs:
+                a, b = self.layout.directions(*pair)
+                below.append(a)
+                beside.append(b)
+        a, b = self.layout.joined(torch.cat(below), torch.cat(beside))
+        return a.contiguous(), b.contiguous()
 
 
 def _truncated(a: Tensor, b: Tensor, kind: Kind, rank: int) -> tuple[Tensor, Tensor]:
@@ -217,16 +241,7 @@ def _in_layout(down: Tensor, up: Tensor, kind: Kind, like: Tensor) -> tuple[Tens
     return a.contiguous(), b.contiguous()
 
 
-def _largest(parts: _Parts, kind: Kind) -> int:
-    return max(len(kind.directions(adapter.A, adapter.B)[0]) for _, adapter in parts)
-
-
-def _bias_of_sum(parts: _Parts) -> Tensor | None:
-    biases = [weight * adapter.bias for weight, adapter in parts if adapter.bias is not None]
-    return torch.stack(biases).sum(0) if biases else None
-
-
-def _rows_of_sum(parts: _Parts, shared: dict[tuple[int, ...], TokenRows]) -> TokenRows:
+def _sum_of_rows(parts: list[tuple[float, Adapter]], shared: dict[tuple[int, ...], TokenRows]) -> TokenRows:
     """The rows of all tokens that one of the adapters trains; tied layers share them."""
     given = [(weight, adapter) for weight, adapter in parts if isinstance(adapter, TokenRows)]
     key = tuple(id(adapter.rows) for _, adapter in given)

@@ -1,60 +1,54 @@
-"""Sums of changes that were trained apart: entries are pruned, and where signs disagree one of them wins."""
+"""Sums of what was learned apart (task vectors): TIES, DARE and magnitude pruning, as PEFT computes them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 
-def combined(tensors: Sequence[Tensor], weights: Sequence[float], how: str, density: float, seed: Seed) -> Tensor:
-    """One tensor from several of one shape, as PEFT's ``merge_utils`` computes it.
+@dataclass(frozen=True)
+class PrunedSum:
+    """A weighted sum of tensors of one shape, whose entries are pruned first.
 
     Args:
-        tensors: the changes.
-        weights: what each is multiplied by, of either sign.
-        how: ``"linear"``, ``"ties"``, ``"magnitude_prune"``, ``"dare_linear"`` or ``"dare_ties"``.
-        density: the part of the entries that is kept, in (0, 1].
-        seed: of what DARE drops.
+        how: ``"linear"`` (nothing is pruned), ``"magnitude_prune"``, ``"ties"``, ``"dare_linear"`` or ``"dare_ties"``.
+        density: fraction of the entries that is kept, in (0, 1].
+        seed: seed of what DARE drops. The draws of all sums on one device are one sequence.
     """
-    if density < 1 and how.startswith("dare"):
-        tensors = [_dropped(tensor, density, seed) for tensor in tensors]
-    elif density < 1 and how != "linear":
-        tensors = [_largest_entries(tensor, density) for tensor in tensors]
-    stack = torch.stack(list(tensors))
-    factors = torch.tensor(list(weights), dtype=stack.dtype, device=stack.device)
-    weighted = stack * factors.view(-1, *[1] * (stack.ndim - 1))
-    if not how.endswith("ties"):
-        return weighted.sum(0)
-    # the sign is elected before the weights: a negative weight takes the change off, it does not vote against it
-    agree = stack.sign() == torch.where(stack.sum(0) >= 0, 1, -1)
-    return (weighted * agree).sum(0) / agree.sum(0).clamp_min(1)
 
+    how: str
+    density: float
+    seed: int
+    _generators: dict[torch.device, torch.Generator] = field(default_factory=dict, init=False, repr=False)
 
-class Seed:
-    """A generator for each device, all of one seed: the draws of a model on one device are one sequence."""
+    def __call__(self, tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+        """The sum of the tensors, each with a weight of either sign."""
+        if self.density < 1 and self.how != "linear":
+            prune = self._random_entries if self.how.startswith("dare") else self._largest_entries
+            tensors = [prune(tensor) for tensor in tensors]
+        stack = torch.stack(list(tensors))
+        factors = torch.tensor(list(weights), dtype=stack.dtype, device=stack.device)
+        weighted = stack * factors.view(-1, *[1] * (stack.ndim - 1))
+        if not self.how.endswith("ties"):
+            return weighted.sum(0)
+        # the sign is elected before the weights: a negative weight takes the change off, it does not vote against it
+        agree = stack.sign() == torch.where(stack.sum(0) >= 0, 1, -1)
+        return (weighted * agree).sum(0) / agree.sum(0).clamp_min(1)
 
-    def __init__(self, seed: int) -> None:
-        self.seed = seed
-        self.generators: dict[torch.device, torch.Generator] = {}
+    def _largest_entries(self, tensor: Tensor) -> Tensor:
+        """The entries of largest magnitude, the others zero (TIES; Yadav et al., 2023)."""
+        flat = tensor.flatten()
+        kept = flat.abs().topk(int(self.density * len(flat))).indices
+        mask = torch.zeros_like(flat).index_fill_(0, kept, 1)
+        return (flat * mask).view_as(tensor)
 
-    def on(self, device: torch.device) -> torch.Generator:
-        """The generator of a device."""
-        if device not in self.generators:
-            self.generators[device] = torch.Generator(device).manual_seed(self.seed)
-        return self.generators[device]
-
-
-def _largest_entries(tensor: Tensor, density: float) -> Tensor:
-    """The entries of largest magnitude, the others zero (TIES; Yadav et al., 2023)."""
-    flat = tensor.flatten()
-    kept = flat.abs().topk(int(density * len(flat))).indices
-    mask = torch.zeros_like(flat).index_fill_(0, kept, 1)
-    return (flat * mask).view_as(tensor)
-
-
-def _dropped(tensor: Tensor, density: float, seed: Seed) -> Tensor:
-    """Entries dropped at random, the others scaled up, so that the mean stays (DARE; Yu et al., 2024)."""
-    kept = torch.bernoulli(torch.full_like(tensor, density), generator=seed.on(tensor.device))
-    return tensor * kept / density
+    def _random_entries(self, tensor: Tensor) -> Tensor:
+        """Random entries, scaled up so that the mean stays, the others zero (DARE; Yu et al., 2024)."""
+        device = tensor.device
+        if device not in self._generators:
+            self._generators[device] = torch.Generator(device).manual_seed(self.seed)
+        kept = torch.bernoulli(torch.full_like(tensor, self.density), generator=self._generators[device])
+        return tensor * kept / self.density
