@@ -1,4 +1,4 @@
-"""Ranks: rules for one matrix (a spectrum or the sizes of the candidates in, a rank out), a budget for many."""
+"""Rank rules, which choose the rank of one matrix from its spectrum, and budgets, which choose those of many layers."""
 
 from .budget import Budget as Budget, as_budget as as_budget
 from .elbow import Elbow as Elbow

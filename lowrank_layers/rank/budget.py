@@ -1,10 +1,11 @@
-"""How small the model shall become."""
+"""Budgets on model size or compute."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
 
+from ..checks import is_number
 from ..cost import Cost
 from ..errors import BudgetError, LowRankError
 
@@ -17,10 +18,11 @@ class Budget:
 
     Args:
         params: a float in (0, 1] is a fraction of what the model has now, an integer is a count.
-        macs: likewise for multiply-accumulates a sample; needs calibration statistics, which know the sizes.
-        bytes: likewise for the bytes of all parameters, or for what a step sends (:class:`LowRankCommState`).
-        of: what the limit counts: ``"model"``, the whole model, or ``"planned"``, only the layers that
-            :func:`make_plan` may change, without those that are skipped and without what no method takes.
+        macs: likewise for multiply-accumulates per sample; needs calibration statistics, which know the sizes.
+        bytes: likewise for the bytes of all parameters, or of what one training step sends
+            (:class:`LowRankCommState`).
+        of: ``"model"`` limits the whole model, ``"planned"`` only the layers that :func:`make_plan` may change, without
+            those that are skipped or that no method takes.
 
     Raises:
         BudgetError: unless exactly one limit is given, and is a fraction in (0, 1] or a positive integer.
@@ -49,8 +51,7 @@ class Budget:
                 " as in Budget(params=0.3)."
             )
         value = getattr(self, given[0])
-        good = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not good or not (0 < value <= 1 if isinstance(value, float) else value >= 1):
+        if not is_number(value) or not (0 < value <= 1 if isinstance(value, float) else value >= 1):
             raise BudgetError(
                 f"Budget: got {given[0]}={value!r}, expected a fraction in (0, 1] (a float)"
                 " or a positive count (an integer)."
@@ -60,17 +61,21 @@ class Budget:
 
     @property
     def unit(self) -> str:
-        """What is limited."""
+        """The field of :class:`Cost` that is limited."""
         return next(unit for unit in _UNITS if getattr(self, unit) is not None)
 
     def limit(self, total: Cost) -> int:
-        """The count that the limit means where all that it counts has that cost."""
+        """The limit as a count.
+
+        Args:
+            total: cost of everything that the limit counts, as it is now.
+        """
         value = getattr(self, self.unit)
         return int(value * getattr(total, self.unit)) if isinstance(value, float) else value
 
 
 def as_budget(budget: object) -> Budget:
-    """Refuses anything but a :class:`Budget`."""
+    """Raises for anything but a :class:`Budget`, and returns it."""
     if not isinstance(budget, Budget):
         raise LowRankError(f"make_plan: got budget {budget!r}, expected a Budget; write Budget(params={budget!r}).")
     return budget

@@ -9,7 +9,7 @@ from .rule import Spectrum
 
 @dataclass(frozen=True)
 class Elbow:
-    """The rank before the elbow: the singular value furthest below the chord from the first to the last one.
+    """The rank before the elbow of the spectrum: the value furthest below the chord from the first to the last one.
 
     Examples:
         >>> lr.Elbow()(lr.Spectrum(torch.tensor([9.0, 8.0, 0.5, 0.4, 0.3]), (5, 5), [10, 20, 30, 40, 50], 25))

@@ -1,4 +1,4 @@
-"""Rules on the energy (sum of squared singular values) that is kept or lost."""
+"""Rules on the energy, the sum of squared singular values, that is kept or lost."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ class Energy:
     """The least rank that keeps ``fraction`` of the energy: ``sum_{i<=r} s_i^2 >= fraction * sum s_i^2``.
 
     Args:
-        fraction: in (0, 1].
+        fraction: fraction of the energy to keep, in (0, 1].
 
     Examples:
         >>> lr.Energy(0.9)(lr.Spectrum(torch.tensor([3.0, 1.0, 0.1]), (3, 3), [6, 12, 18], 9))
@@ -33,7 +33,7 @@ class RelativeError:
     """The least rank whose relative Frobenius error is at most ``bound``.
 
     Args:
-        bound: in (0, 1).
+        bound: largest relative error allowed, in (0, 1).
 
     Examples:
         >>> lr.RelativeError(0.5)(lr.Spectrum(torch.tensor([3.0, 1.0, 0.1]), (3, 3), [6, 12, 18], 9))

@@ -11,10 +11,10 @@ from .rule import Spectrum
 
 @dataclass(frozen=True)
 class EVBMF:
-    """The rank of the global analytic solution of empirical variational Bayes, noise level estimated.
+    """The rank that empirical variational Bayesian matrix factorization finds; the noise level is estimated.
 
-    With ``a = m / n <= 1``, ``tau = 2.5129 sqrt(a)`` and ``x = (1 + tau)(1 + a / tau)``, keeps
-    ``s > sqrt(n v x)`` where the noise variance ``v`` minimises the free energy
+    With ``a = m / n <= 1``, ``tau = 2.5129 sqrt(a)`` and ``x = (1 + tau)(1 + a / tau)``, it keeps
+    ``s > sqrt(n v x)``, where the noise variance ``v`` minimises the free energy
     (Nakajima, Sugiyama, Babacan and Tomioka, JMLR 2013, theorem 2 and corollary 3).
     On weights without structure the answer would be 0; a layer needs at least 1.
 

@@ -1,4 +1,4 @@
-"""The optimal hard threshold."""
+"""The optimal hard threshold of Gavish and Donoho."""
 
 from dataclasses import dataclass
 

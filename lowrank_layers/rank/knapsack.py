@@ -1,4 +1,4 @@
-"""The exact choice of one option a layer under a budget (the multiple-choice knapsack problem)."""
+"""The exact choice of one option per layer under a budget: the multiple-choice knapsack problem."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..errors import BudgetError
 
 
 @dataclass(frozen=True)
-class _Front:
+class _Frontier:
     """Pareto-optimal options of one layer: costs rising, losses falling, indices of the caller."""
 
     costs: Tensor
@@ -21,13 +21,30 @@ class _Front:
     index: Tensor
 
 
-def allocate(costs: Sequence[Sequence[int]], losses: Sequence[Sequence[float]], capacity: int) -> list[int]:
-    """Picks one option a layer with the least total loss whose total cost is at most ``capacity``.
+@dataclass(frozen=True)
+class _Edges:
+    """Edges of the lower convex hulls of several layers, steepest first: one tensor entry per edge.
 
-    Exact. The linear relaxation (each layer's lower convex hull, steepest descents first) gives a price, a bound and
-    a feasible choice; options whose reduced cost exceeds the gap between the two cannot be part of a better one and
-    are dropped (Sinha and Zoltners, 1979); what is left is solved by merging Pareto fronts layer by layer, each state
-    pruned by the relaxation of the layers that follow.
+    Args:
+        extra: cost that an edge adds.
+        gain: loss that it saves.
+        layer: position of its layer.
+        reached: position on the layer's frontier at which it ends.
+    """
+
+    extra: Tensor
+    gain: Tensor
+    layer: Tensor
+    reached: Tensor
+
+
+def allocate(costs: Sequence[Sequence[int]], losses: Sequence[Sequence[float]], capacity: int) -> list[int]:
+    """Picks one option per layer with the least total loss whose total cost is at most ``capacity``.
+
+    The choice is exact. The linear relaxation (each layer's lower convex hull, steepest descents first) gives a price,
+    a bound and a feasible choice. Options whose reduced cost exceeds the gap between the two cannot be part of a better
+    one and are dropped (Sinha and Zoltners, 1979). What is left is solved by merging Pareto frontiers layer by layer,
+    each state pruned by the relaxation of the layers that follow.
 
     Args:
         costs: for each layer, the cost of each option.
@@ -44,103 +61,108 @@ def allocate(costs: Sequence[Sequence[int]], losses: Sequence[Sequence[float]], 
         >>> allocate([[1, 5], [2, 6]], [[3.0, 0.0], [10.0, 0.0]], capacity=7)
         [0, 1]
     """
-    fronts = [_front(c, v) for c, v in zip(costs, losses, strict=True)]
-    least = sum(int(front.costs[0]) for front in fronts)
+    frontiers = [_frontier(c, v) for c, v in zip(costs, losses, strict=True)]
+    least = sum(int(frontier.costs[0]) for frontier in frontiers)
     if least > capacity:
         raise BudgetError(f"the smallest options cost {least:,} together, but only {capacity:,} are left for them.")
-    if not fronts:
+    if not frontiers:
         return []
-    price, picks = _relax(fronts, capacity)
-    incumbent = _total(fronts, picks)
-    bound = sum(float((f.losses + price * f.costs).min()) for f in fronts) - price * capacity
+    price, picks = _relax(frontiers, capacity)
+    incumbent = sum(float(frontier.losses[k]) for frontier, k in zip(frontiers, picks, strict=True))
+    bound = sum(float((f.losses + price * f.costs).min()) for f in frontiers) - price * capacity
     # rounding must not cut the incumbent itself away
     slack = 1e-9 * (incumbent + price * capacity) + 1e-300
-    fronts = [_drop(front, price, incumbent - bound + slack) for front in fronts]
-    return _merge(fronts, capacity, incumbent + slack)
+    frontiers = [_drop(frontier, price, incumbent - bound + slack) for frontier in frontiers]
+    return _merge(frontiers, capacity, incumbent + slack)
 
 
-def _front(costs: Sequence[int], losses: Sequence[float]) -> _Front:
+def _frontier(costs: Sequence[int], losses: Sequence[float]) -> _Frontier:
     c = torch.tensor(costs, dtype=torch.float64)
     v = torch.tensor(losses, dtype=torch.float64)
-    order = v.argsort(stable=True)
-    order = order[c[order].argsort(stable=True)]
-    c, v = c[order], v[order]
-    better = torch.ones(len(v), dtype=torch.bool)
-    better[1:] = v[1:] < v.cummin(0).values[:-1]
-    return _Front(c[better], v[better], order[better])
+    order = _undominated(c, v)
+    return _Frontier(c[order], v[order], order)
 
 
-def _hull(front: _Front) -> list[int]:
+def _undominated(costs: Tensor, losses: Tensor) -> Tensor:
+    """Positions of the options that no other one beats in both cost and loss, the cheapest first."""
+    order = losses.argsort(stable=True)
+    order = order[costs[order].argsort(stable=True)]
+    sorted_losses = losses[order]
+    better = torch.ones(len(order), dtype=torch.bool)
+    better[1:] = sorted_losses[1:] < sorted_losses.cummin(0).values[:-1]
+    return order[better]
+
+
+def _hull(costs: list[float], losses: list[float]) -> list[int]:
     """Positions on the lower convex hull."""
     hull: list[int] = []
-    points = list(zip(front.costs.tolist(), front.losses.tolist(), strict=True))
-    for k, (x, y) in enumerate(points):
+    for k, (x, y) in enumerate(zip(costs, losses, strict=True)):
         while len(hull) > 1:
-            (x0, y0), (x1, y1) = points[hull[-2]], points[hull[-1]]
-            if (y1 - y0) * (x - x0) < (y - y0) * (x1 - x0):
+            a, b = hull[-2], hull[-1]
+            if (losses[b] - losses[a]) * (x - costs[a]) < (y - losses[a]) * (costs[b] - costs[a]):
                 break
             hull.pop()
         hull.append(k)
     return hull
 
 
-def _steps(fronts: Sequence[_Front]) -> list[tuple[float, float, float, int, int]]:
-    """All hull edges, steepest first: (slope, extra cost, gained loss, layer, position reached)."""
-    steps = []
-    for layer, front in enumerate(fronts):
-        hull = _hull(front)
-        for a, b in pairwise(hull):
-            extra = float(front.costs[b] - front.costs[a])
-            gain = float(front.losses[a] - front.losses[b])
-            steps.append((-gain / extra, extra, gain, layer, b))
-    return sorted(steps, key=lambda step: step[0])
+def _edges(frontiers: Sequence[_Frontier]) -> _Edges:
+    edges = []
+    for layer, frontier in enumerate(frontiers):
+        costs, losses = frontier.costs.tolist(), frontier.losses.tolist()
+        edges += [(costs[b] - costs[a], losses[a] - losses[b], layer, b) for a, b in pairwise(_hull(costs, losses))]
+    edges.sort(key=lambda edge: -edge[1] / edge[0])
+    extra, gain, layers, reached = zip(*edges, strict=True) if edges else ((), (), (), ())
+    return _Edges(
+        torch.tensor(extra, dtype=torch.float64),
+        torch.tensor(gain, dtype=torch.float64),
+        torch.tensor(layers, dtype=torch.int64),
+        torch.tensor(reached, dtype=torch.int64),
+    )
 
 
-def _relax(fronts: Sequence[_Front], capacity: int) -> tuple[float, list[int]]:
-    """The price at which the relaxation breaks, and a feasible choice: every hull step that still fits."""
-    picks = [0] * len(fronts)
-    left = capacity - sum(float(front.costs[0]) for front in fronts)
+def _relax(frontiers: Sequence[_Frontier], capacity: int) -> tuple[float, list[int]]:
+    """The price at which the relaxation breaks, and a feasible choice: every hull edge that still fits."""
+    edges = _edges(frontiers)
+    picks = [0] * len(frontiers)
+    left = capacity - sum(float(frontier.costs[0]) for frontier in frontiers)
     price, blocked = 0.0, set()
-    for slope, extra, _, layer, position in _steps(fronts):
+    columns = (edges.extra.tolist(), edges.gain.tolist(), edges.layer.tolist(), edges.reached.tolist())
+    for extra, gain, layer, position in zip(*columns, strict=True):
         if layer in blocked:
             continue
         if extra <= left:
             left -= extra
             picks[layer] = position
         else:
-            price = price or -slope
+            price = price or gain / extra
             blocked.add(layer)
     return price, picks
 
 
-def _total(fronts: Sequence[_Front], picks: Sequence[int]) -> float:
-    return sum(float(front.losses[k]) for front, k in zip(fronts, picks, strict=True))
-
-
-def _drop(front: _Front, price: float, gap: float) -> _Front:
-    reduced = front.losses + price * front.costs
+def _drop(frontier: _Frontier, price: float, gap: float) -> _Frontier:
+    reduced = frontier.losses + price * frontier.costs
     keep = reduced - reduced.min() <= gap
-    return _Front(front.costs[keep], front.losses[keep], front.index[keep])
+    return _Frontier(frontier.costs[keep], frontier.losses[keep], frontier.index[keep])
 
 
-def _merge(fronts: Sequence[_Front], capacity: int, best: float) -> list[int]:
+def _merge(frontiers: Sequence[_Frontier], capacity: int, best: float) -> list[int]:
     cost = torch.zeros(1, dtype=torch.float64)
     loss = torch.zeros(1, dtype=torch.float64)
+    edges = _edges(frontiers)
+    firsts = torch.stack([torch.stack([frontier.costs[0], frontier.losses[0]]) for frontier in frontiers])
+    rest = firsts.sum(0) - firsts.cumsum(0)  # the cheapest options of the layers that follow
     history: list[tuple[Tensor, Tensor]] = []
-    for layer, front in enumerate(fronts):
-        rest = fronts[layer + 1 :]
-        c = (cost[:, None] + front.costs[None]).flatten()
-        v = (loss[:, None] + front.losses[None]).flatten()
-        parent = torch.arange(len(cost)).repeat_interleave(len(front.costs))
-        choice = front.index.repeat(len(cost))
-        alive = (v + _bound(rest, capacity - c) <= best).nonzero().flatten()
-        order = alive[v[alive].argsort(stable=True)]
-        order = order[c[order].argsort(stable=True)]
-        better = torch.ones(len(order), dtype=torch.bool)
-        better[1:] = v[order][1:] < v[order].cummin(0).values[:-1]
-        order = order[better]
+    for layer, frontier in enumerate(frontiers):
+        c = (cost[:, None] + frontier.costs[None]).flatten()
+        v = (loss[:, None] + frontier.losses[None]).flatten()
+        later = edges.layer > layer
+        corners = torch.cat([rest[layer, :1], edges.extra[later]]).cumsum(0)
+        relaxed = torch.cat([rest[layer, 1:], -edges.gain[later]]).cumsum(0)
+        alive = (v + _bound(corners, relaxed, capacity - c) <= best).nonzero().flatten()
+        order = alive[_undominated(c[alive], v[alive])]
         cost, loss = c[order], v[order]
-        history.append((parent[order], choice[order]))
+        history.append((order // len(frontier.costs), frontier.index[order % len(frontier.costs)]))
     state, picks = int(loss.argmin()), []
     for parent, choice in reversed(history):
         picks.append(int(choice[state]))
@@ -148,18 +170,18 @@ def _merge(fronts: Sequence[_Front], capacity: int, best: float) -> list[int]:
     return picks[::-1]
 
 
-def _bound(fronts: Sequence[_Front], left: Tensor) -> Tensor:
-    """The relaxation's value for every amount of capacity left; infinite where nothing fits."""
-    cost = sum(float(front.costs[0]) for front in fronts)
-    value = sum(float(front.losses[0]) for front in fronts)
-    steps = _steps(fronts)
-    costs = torch.tensor([cost] + [step[1] for step in steps], dtype=torch.float64).cumsum(0)
-    values = torch.tensor([value] + [-step[2] for step in steps], dtype=torch.float64).cumsum(0)
-    right = torch.searchsorted(costs, left).clamp(1, len(costs)) if len(costs) > 1 else torch.ones_like(left).long()
+def _bound(costs: Tensor, losses: Tensor, left: Tensor) -> Tensor:
+    """The relaxation's loss for every amount of capacity left; infinite where nothing fits.
+
+    Args:
+        costs: corners of the relaxation's curve, rising.
+        losses: its values there, falling.
+        left: the amounts.
+    """
     if len(costs) == 1:
-        result = values[0].expand_as(left)
+        found = losses.expand_as(left)
     else:
-        right = right.clamp(max=len(costs) - 1)
+        right = torch.searchsorted(costs, left).clamp(1, len(costs) - 1)
         part = ((left - costs[right - 1]) / (costs[right] - costs[right - 1])).clamp(0, 1)
-        result = values[right - 1] + part * (values[right] - values[right - 1])
-    return torch.where(left < cost, torch.inf, result)
+        found = losses[right - 1] + part * (losses[right] - losses[right - 1])
+    return torch.where(left < costs[0], torch.inf, found)

@@ -1,4 +1,4 @@
-"""What a rank rule is, and how a ``rank=`` argument becomes an integer."""
+"""Rank rules, and how a ``rank=`` argument becomes an integer."""
 
 from __future__ import annotations
 
@@ -8,20 +8,21 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
+from ..checks import is_integer, is_number
 from ..errors import LowRankError
 from ..linalg import scaled_to_unit
 
 
 @dataclass(frozen=True)
 class Spectrum:
-    """What a rule may look at.
+    """The spectrum and the sizes that a rank rule chooses by.
 
     Args:
         values: singular values, largest first; ``None`` where the factorization has none (CP).
         shape: rows and columns of the matrix that they belong to.
         sizes: numbers stored at rank 1, 2, ...
         dense: numbers stored when dense.
-        owner: who asks, for messages.
+        owner: name of the function or layer that asks, for messages.
     """
 
     values: Tensor | None
@@ -56,7 +57,7 @@ Rank = int | RankRule
 
 
 def check_rank(rank: object, who: str) -> None:
-    """Refuses what is neither an integer of at least 1 nor a rule."""
+    """Raises for what is neither an integer of at least 1 nor a rule."""
     if isinstance(rank, bool) or not isinstance(rank, int):
         if callable(rank) and not isinstance(rank, type):
             return
@@ -75,22 +76,21 @@ def check_rank(rank: object, who: str) -> None:
 
 
 def choose_rank(rank: Rank, spectrum: Spectrum, limit: int) -> int:
-    """The integer that ``rank`` means here, clamped to ``limit`` (more changes nothing)."""
+    """The integer that ``rank`` means for this spectrum, at most ``limit``."""
     check_rank(rank, spectrum.owner)
     chosen = rank if isinstance(rank, int) else rank(spectrum)
-    if isinstance(chosen, bool) or not isinstance(chosen, int) or chosen < 1:
+    if not is_integer(chosen, 1):
         raise LowRankError(f"{spectrum.owner}: the rule {rank} returned {chosen!r}, expected an integer of at least 1.")
     return min(chosen, limit)
 
 
 def pair_spectrum(rows: int, columns: int, values: Tensor | None, owner: str) -> Spectrum:
-    """What a rank rule sees of a matrix that becomes a pair."""
+    """The spectrum of a matrix that becomes a pair of factors, for a rank rule."""
     sizes = range(rows + columns, (rows + columns) * min(rows, columns) + 1, rows + columns)
     return Spectrum(values, (rows, columns), sizes, rows * columns, owner)
 
 
 def check_fraction(value: object, who: str, *, closed: bool) -> None:
-    """Refuses what is not a number in (0, 1], or in (0, 1) when not ``closed``."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not (0 < value < 1 or (closed and value == 1)):  # type: ignore[operator]
+    """Raises for what is no number in (0, 1], or in (0, 1) unless ``closed``."""
+    if not is_number(value) or not (0 < value < 1 or (closed and value == 1)):
         raise LowRankError(f"{who}: got {value!r}, expected a number in (0, 1{']' if closed else ')'}.")

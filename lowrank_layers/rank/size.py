@@ -1,4 +1,4 @@
-"""Rules that look at how much is stored."""
+"""Rules on the number of parameters."""
 
 import bisect
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ class ParameterFraction:
     For a matrix ``[m, n]`` that is ``floor(fraction * m * n / (m + n))``, and at least 1.
 
     Args:
-        fraction: in (0, 1].
+        fraction: fraction of the dense weight's parameters, in (0, 1].
 
     Examples:
         >>> lr.LowRankLinear.from_dense(nn.Linear(256, 120), rank=lr.ParameterFraction(0.5)).rank
