@@ -16,13 +16,24 @@ from torch import Tensor, nn
 
 from .errors import CheckpointError, LowRankError
 from .files import replacing
-from .layers import FACTORED_LAYERS, FactoredModule, is_factored
+from .layers import FACTORED_LAYERS, FactoredModule, LowRankMultiheadAttention, is_factored
 from .layers.config import describe
-from .modules.attention import attentions, unfuse_, unfused, unfused_names
-from .modules.materialize import check_can_be_filled, fill_, tied_names
-from .modules.replace import replace_
-from .modules.storage import separate, shared_names
-from .modules.tree import check_factors, check_model, module_aliases, reason_to_keep, walk_layers
+from .modules import (
+    check_can_be_filled,
+    check_factors,
+    check_model,
+    fill_,
+    module_aliases,
+    open_attentions,
+    openable_attentions,
+    opened_attentions,
+    reason_to_keep,
+    replace_,
+    separate,
+    shared_names,
+    tied_names,
+    walk_layers,
+)
 
 KEY = "lowrank_layers"
 """The entry of the file's metadata that holds the ranks."""
@@ -72,7 +83,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
             )
     shared = shared_names(state)
     tensors = separate({name: tensor.detach() for name, tensor in state.items() if name not in shared})
-    body = {"version": VERSION, "layers": _layers(model), "unfused": unfused_names(model), "shared": shared}
+    body = {"version": VERSION, "layers": _layers(model), "unfused": list(open_attentions(model)), "shared": shared}
     if not path.parent.is_dir():
         raise CheckpointError(f"save: the folder {path.parent} does not exist.")
     with replacing(path) as temporary:
@@ -100,7 +111,7 @@ def load(path: str | os.PathLike[str], into: nn.Module) -> nn.Module:
     model = check_model(into)
     body, tensors = _read(Path(path))
     _check_attentions(model, body["unfused"], path)
-    with unfused(model, only=body["unfused"]):
+    with opened_attentions(model, only=body["unfused"]):
         built = _build(model, body["layers"], path)
         state = _expected_state(model, built)
     for alias, name in body["shared"].items():
@@ -109,7 +120,9 @@ def load(path: str | os.PathLike[str], into: nn.Module) -> nn.Module:
         tensors[alias] = tensors[name]
     _compare(state, tensors, path)
     check_can_be_filled(model, state, path)
-    unfuse_(model, body["unfused"])
+    found = openable_attentions(model)
+    names = [name for name in body["unfused"] if name in found]
+    replace_(model, {name: LowRankMultiheadAttention.from_dense(found[name], rank=None) for name in names})
     replace_(model, built)
     fill_(model, tensors, body["shared"])
     complete: OrderedDict[str, Tensor] = OrderedDict(tensors)
@@ -120,7 +133,7 @@ def load(path: str | os.PathLike[str], into: nn.Module) -> nn.Module:
 
 def _check_attentions(model: nn.Module, names: Collection[str], path: object) -> None:
     """Raises where an attention has to be opened and cannot be."""
-    closed = set(names) - set(attentions(model))
+    closed = set(names) - set(openable_attentions(model))
     for name, module in model.named_modules(remove_duplicate=False):
         for part in module.modules() if name in closed and isinstance(module, nn.MultiheadAttention) else ():
             reason = reason_to_keep(part)

@@ -23,8 +23,7 @@ from ..layers import (
     weight_of,
 )
 from ..layers.patches import output_rows
-from ..modules.attention import unfused
-from ..modules.tree import check_model, walk_layers
+from ..modules import check_model, opened_attentions, walk_layers
 from .fisher import SampledCrossEntropy
 from .masks import Kept, data_rows
 from .moments import Moments
@@ -147,7 +146,7 @@ class Calibration:
         self._open: AbstractContextManager[None] = nullcontext()
 
     def __enter__(self) -> Statistics:
-        self._open = unfused(self._model)
+        self._open = opened_attentions(self._model)
         self._open.__enter__()
         self.padding.__enter__()
         self._hooks.append(self._model.register_forward_pre_hook(self._count_samples, with_kwargs=True))

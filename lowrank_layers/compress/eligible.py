@@ -9,8 +9,7 @@ from torch import nn
 from ..calibrate.statistics import Statistics
 from ..errors import LowRankError
 from ..layers import is_derived, is_factored
-from ..modules.replace import reasons_to_stay
-from ..modules.tree import walk_layers
+from ..modules import reasons_to_keep, walk_layers
 from .candidates import Candidate
 from .methods import METHODS
 from .request import Request
@@ -30,7 +29,7 @@ def eligible_layers(
         skipped_names: names of the layers that are to be left alone.
     """
     stats = request.stats
-    reasons = reasons_to_stay(model)
+    reasons = reasons_to_keep(model)
     idle = set() if stats is None else without_gradient(stats)
     found: dict[str, Candidate] = {}
     skipped: dict[str, str] = {}

@@ -17,9 +17,17 @@ from ..errors import LowRankError
 from ..layers import FactoredModule, is_embedding, is_factored, weight_from_matrices, weight_of
 from ..layers.config import describe
 from ..linalg import check_tensor, full_precision
-from ..modules.attention import fuse_, mind_fast_paths_, unfuse_, unfused
-from ..modules.replace import reasons_to_stay, remap_optimizer_, replace_
-from ..modules.tree import check_factors, check_model, check_removable, walk_layers
+from ..modules import (
+    check_densifiable,
+    check_factors,
+    check_model,
+    check_optimizer,
+    open_attentions,
+    opened_attentions,
+    reasons_to_keep,
+    replace_,
+    walk_layers,
+)
 from .candidates import Candidate
 from .damping import Damping
 from .entry import Entry
@@ -66,9 +74,8 @@ def factorize_(
         'LowRankLinear'
     """
     check_model(model)
-    if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
-        raise LowRankError(f"factorize_: got optimizer of type {type(optimizer).__name__}, expected a torch.optim one.")
-    with unfused(model):
+    check_optimizer(optimizer, "factorize_")
+    with opened_attentions(model):
         _check_plan(model, plan, stats)
         refits: dict[str, tuple[Tensor, Tensor | None]] = {}
         if data is None:
@@ -81,13 +88,9 @@ def factorize_(
             built, refits = _in_sequence(model, plan, stats or calibrate(model, batches), batches, progress)
         for name, (weight, bias) in refits.items():
             _write(model.get_submodule(name), weight, bias)
-    opened = unfuse_(model, {name.rpartition(".")[0] for name in built})
-    replaced = [(model.get_submodule(name), new) for name, new in built.items()]
-    for old, new in replaced:
-        new.train(old.training)  # they were built in eval mode
-    replace_(model, built)
-    if optimizer is not None:
-        remap_optimizer_(optimizer, [*opened, *replaced])
+        for name, new in built.items():
+            new.train(model.get_submodule(name).training)  # they were built in eval mode
+    replace_(model, built, optimizer)
     return model
 
 
@@ -109,15 +112,13 @@ def densify_(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -
         )
     """
     check_model(model)
+    check_optimizer(optimizer, "densify_")
     check_factors(model)
-    check_removable(model)
+    check_densifiable(model)
     factored = {name: module for name, module in walk_layers(model) if isinstance(module, FactoredModule)}
-    dense = {name: module.to_dense() for name, module in factored.items()}
-    replace_(model, dense)
-    fused = fuse_(model)
-    mind_fast_paths_(model)
-    if optimizer is not None:
-        remap_optimizer_(optimizer, [*((factored[name], dense[name]) for name in factored), *fused])
+    replace_(model, {name: module.to_dense() for name, module in factored.items()}, optimizer)
+    opened = {name: attention for name, attention in open_attentions(model).items() if not any(attention.rank)}
+    replace_(model, {name: attention.to_dense() for name, attention in opened.items()}, optimizer)
     return model
 
 
@@ -198,7 +199,7 @@ def _check_plan(model: nn.Module, plan: Plan, stats: Statistics | None) -> None:
     if stats is not None and not isinstance(stats, Statistics):
         raise LowRankError(f"factorize_: got stats of type {type(stats).__name__}, expected what calibrate returned.")
     layers = dict(walk_layers(model))
-    reasons = reasons_to_stay(model)
+    reasons = reasons_to_keep(model)
     for entry in plan:
         module = layers.get(entry.name)
         if module is None:

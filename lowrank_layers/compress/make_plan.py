@@ -13,9 +13,7 @@ from ..cost import Cost
 from ..errors import BudgetError, LowRankError
 from ..layers import linear_shape, weight_of
 from ..linalg import full_precision
-from ..modules.attention import unfused
-from ..modules.replace import Selector, select
-from ..modules.tree import check_model, walk_layers
+from ..modules import Selector, check_model, opened_attentions, select, walk_layers
 from ..rank import Budget, Rank, as_budget, check_rank
 from .allocation import Allocation, Offer, entry_for, offers_for
 from .candidates import Candidate
@@ -104,7 +102,7 @@ def make_plan(
             "a budget of MACs needs to know the sizes of the inputs: pass stats=calibrate(model, batches)."
         )
     closed = list(walk_layers(model))
-    with unfused(model):
+    with opened_attentions(model):
         skipped_names = select(model, skip, "skip", closed)
         if stats is not None:
             _check_stats(model, stats)

@@ -16,7 +16,7 @@ from ..errors import LowRankError
 from ..files import replacing
 from ..layers import FactoredModule, is_factored, layer_cost
 from ..layers.config import blank, describe
-from ..modules.tree import check_factors, check_model, walk_layers
+from ..modules import check_factors, check_model, walk_layers
 from .candidates import Candidate
 from .damping import Damping
 from .entry import Entry, read_entry

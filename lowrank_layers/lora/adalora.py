@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import LowRankError
-from ..modules.attention import mind_fast_paths_
-from ..modules.tree import check_model
+from ..modules import check_model, update_shortcuts_
 from .adapted_weight import adapted_weights
 from .attach import choose_name, detach_
 from .cutting import Swap, check_optimizer, cut_, gone, swap_
@@ -186,7 +185,7 @@ class LoraRankAllocator:
         if optimizer is not None:
             swap_(optimizer, swaps)
         self._finished = True
-        mind_fast_paths_(self.model)
+        update_shortcuts_(self.model)
         return self.model
 
     def state_dict(self) -> dict[str, Tensor]:

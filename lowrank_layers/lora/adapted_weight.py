@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from ..layers import FactoredModule, is_factored
-from ..modules.tree import is_quantized, walk_layers
+from ..modules import is_quantized, walk_layers
 from .adapter import Adapter, Bank
 from .forward import fast_call
 from .weight_layout import SLICES, Kind, dense_weight, is_lookup, kind_of, parameter_of

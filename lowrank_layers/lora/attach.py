@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import LowRankError
-from ..modules.attention import mind_fast_paths_
+from ..modules import update_shortcuts_
 from .adapted import adapted_class, change_class_
 from .adapted_weight import BANK, AdaptedWeight, adapted_weights
 from .adapter import Adapter, Bank
@@ -50,7 +50,7 @@ def strip_(model: nn.Module, name: str | None = None) -> None:
         for own, parameter in model.named_parameters():
             if own in learned:
                 parameter.requires_grad_(learned[own])
-    mind_fast_paths_(model)
+    update_shortcuts_(model)
 
 
 def banks(model: nn.Module) -> list[Bank]:

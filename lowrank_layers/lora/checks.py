@@ -6,7 +6,7 @@ from torch import nn
 
 from ..errors import LowRankError, UnsupportedLayerError
 from ..layers import FactoredModule, is_derived
-from ..modules.tree import is_quantized
+from ..modules import is_quantized
 from .adapted_weight import AdaptedWeight, bank_of
 from .weight_layout import SLICES
 from .whole import TrainedWhole

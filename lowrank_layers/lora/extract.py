@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from ..decompose import svd
 from ..errors import LowRankError
-from ..modules.attention import mind_fast_paths_
-from ..modules.tree import check_model
+from ..modules import check_model, update_shortcuts_
 from ..rank import Energy, Rank, Spectrum, choose_rank
 from .adapted_weight import AdaptedWeight
 from .adapter import Adapter, adapter_dtype
@@ -67,7 +66,7 @@ class Extraction(dict[tuple[str, str], Extracted]):
         for weight, found in made.items():
             # copies: an extraction may be applied to several models, which are trained apart
             attach_(weight, name, Adapter(found.a.clone(), found.b.clone(), scaling=1.0))
-        mind_fast_paths_(model)
+        update_shortcuts_(model)
         return model
 
     def __str__(self) -> str:

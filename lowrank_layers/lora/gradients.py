@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..calibrate import Loss, MaskOf, Padding, batch_loss, check_batches, check_mask, fitting_scale, frozen, quiet_eval
 from ..errors import LowRankError
-from ..modules.tree import check_model, is_quantized
+from ..modules import check_model, is_quantized
 from .target import Target, targets
 
 

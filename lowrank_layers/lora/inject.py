@@ -10,8 +10,7 @@ import torch
 from torch import nn
 
 from ..errors import LowRankError
-from ..modules.attention import mind_fast_paths_
-from ..modules.tree import check_model
+from ..modules import check_model, update_shortcuts_
 from ..rank import Rank, check_rank
 from .adapted_weight import AdaptedWeight
 from .adapter import Adapter, adapter_dtype, check_dtype
@@ -157,6 +156,6 @@ def add_lora_(
         attach_(weight, name, adapter)
     for module in whole.values():
         attach_whole_(module, name, dtype=dtype)
-    mind_fast_paths_(model)
+    update_shortcuts_(model)
     note_lowered(lowered, "add_lora_", 2)
     return model

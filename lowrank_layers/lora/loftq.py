@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..checks import check_integer
 from ..errors import LowRankError
-from ..modules.tree import check_model
+from ..modules import check_model
 from ..rank import Rank, check_rank
 from .adapted_weight import AdaptedWeight
 from .checks import check_adaptable

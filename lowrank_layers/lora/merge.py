@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import LowRankError
-from ..modules.tree import is_quantized
+from ..modules import is_quantized
 from .adapted_weight import AdaptedWeight, adapted_weights
 from .attach import strip_
 from .whole import adopt_whole_, copies_of

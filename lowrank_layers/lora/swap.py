@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import LowRankError
-from ..modules.tree import check_model
+from ..modules import check_model
 from .adapted_weight import AdaptedWeight, adapted_weights, bank_of
 from .adapter import Adapter
 from .attach import choose_name

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..errors import LowRankError
 from ..layers import LowRankLinear, is_factored
-from ..modules.tree import module_aliases, walk_layers
+from ..modules import module_aliases, walk_layers
 from .adapted_weight import AdaptedWeight
 from .weight_layout import SLICES, is_conv1d
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import LowRankError
 from ..layers import is_embedding
-from ..modules.tree import walk_layers
+from ..modules import walk_layers
 from .adapted_weight import AdaptedWeight, base_weight
 from .adapter import Adapter
 from .checks import check_adaptable

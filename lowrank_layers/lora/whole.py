@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map
 
 from ..errors import LowRankError
 from ..layers.computed import computed
-from ..modules.tree import walk_layers
+from ..modules import walk_layers
 from .adapted import read_by_fsdp, refuse_scripting, replaceable
 from .adapter import Bank, adapter_dtype
 from .learning import let_learn_

@@ -1,37 +1,30 @@
-"""Opening modules that hide several matrices, so that each can be planned, calibrated and replaced on its own."""
+"""Opening ``nn.MultiheadAttention`` into its four projections, so that each can be planned and replaced on its own."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 from torch import nn
 
-from ..layers import FactoredModule, LowRankMultiheadAttention
-from .resize_embeddings import mind_resizing_
-from .tree import module_aliases, put_, reason_to_keep, walk_layers
-
-_FAST_PATHS: dict[type[nn.Module], tuple[str, Any]] = {
-    # in eval mode torch's layer reads the weights of its children and skips their forward, unless this says no
-    nn.TransformerEncoderLayer: ("activation_relu_or_gelu", 0),
-    nn.TransformerEncoder: ("use_nested_tensor", False),
-}
-_MEMORY = "_fast_path_of_dense"
+from ..layers import LowRankMultiheadAttention
+from .reasons import reason_to_keep
+from .shortcuts import update_shortcuts_
+from .tree import module_aliases, walk_layers
 
 
-def attentions(model: nn.Module) -> dict[str, nn.MultiheadAttention]:
-    """Every ``nn.MultiheadAttention`` below the model that can be opened.
+def openable_attentions(model: nn.Module) -> dict[str, nn.MultiheadAttention]:
+    """Returns every ``nn.MultiheadAttention`` below the model that can be opened, by its first name.
 
-    That is no subclass, none with a computed weight, a hook or a forward of its own, and none that shares a parameter
-    with another module.
+    Subclasses cannot, nor can one with a computed weight, a hook or a forward of its own, nor one that shares a
+    parameter with another module.
     """
     users: dict[int, set[str]] = defaultdict(set)
-    for name, module in model.named_modules(remove_duplicate=False):
-        for parameter in module.parameters(recurse=False):
-            users[id(parameter)].add(name)
     aliases = module_aliases(model)
+    for module, names in aliases.items():
+        for parameter in module.parameters(recurse=False):
+            users[id(parameter)].update(names)
     found = {}
     for name, module in walk_layers(model):
         if not name or type(module) is not nn.MultiheadAttention:
@@ -43,62 +36,42 @@ def attentions(model: nn.Module) -> dict[str, nn.MultiheadAttention]:
     return found
 
 
+def open_attentions(model: nn.Module) -> dict[str, LowRankMultiheadAttention]:
+    """Returns the attentions of a model that stand open, by their first name."""
+    return {name: module for name, module in walk_layers(model) if isinstance(module, LowRankMultiheadAttention)}
+
+
 @contextmanager
-def unfused(model: nn.Module, only: Collection[str] | None = None) -> Iterator[None]:
-    """Inside, every attention stands open: four ``nn.Linear`` that share its memory. Afterwards all is as it was.
+def opened_attentions(model: nn.Module, only: Collection[str] | None = None) -> Iterator[None]:
+    """Replaces attentions by four ``nn.Linear`` views of their weights inside, and puts them back afterwards.
 
     Args:
         model: changed in place, and back.
         only: names of the attentions to open; by default all that can be.
     """
-    dense = {name: module for name, module in attentions(model).items() if only is None or name in only}
-    put_(model, {name: LowRankMultiheadAttention.over(module) for name, module in dense.items()})
-    mind_fast_paths_(model)
+    closed = {name: module for name, module in openable_attentions(model).items() if only is None or name in only}
+    put_(model, {name: LowRankMultiheadAttention.over(module) for name, module in closed.items()})
+    update_shortcuts_(model)
     try:
         yield
     finally:
-        put_(model, dense)
-        mind_fast_paths_(model)
+        put_(model, closed)
+        update_shortcuts_(model)
 
 
-def unfuse_(model: nn.Module, names: Iterable[str]) -> list[tuple[nn.Module, nn.Module]]:
-    """Opens attentions for good; returns pairs of the old and the new module."""
-    found = attentions(model)
-    new = {name: LowRankMultiheadAttention.from_dense(found[name], rank=None) for name in names if name in found}
-    put_(model, new)
-    return [(found[name], module) for name, module in new.items()]
+def put_(model: nn.Module, replacements: Mapping[str, nn.Module]) -> None:
+    """Puts modules in the place of those of the given names, under all the names that those have, and does no more.
 
-
-def fuse_(model: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
-    """Closes every open attention whose projections are all dense; returns pairs of the old and the new module."""
-    opened = {
-        name: module
-        for name, module in walk_layers(model)
-        if name and isinstance(module, LowRankMultiheadAttention) and not any(module.rank)
-    }
-    closed = {name: module.to_dense() for name, module in opened.items()}
-    put_(model, closed)
-    return [(opened[name], module) for name, module in closed.items()]
-
-
-def unfused_names(model: nn.Module) -> list[str]:
-    """The attentions that stand open."""
-    return [name for name, module in walk_layers(model) if isinstance(module, LowRankMultiheadAttention)]
-
-
-def mind_fast_paths_(model: nn.Module) -> None:
-    """Switches torch's fast paths off where a layer below is low-rank, open or trained whole, else on again."""
-    for module in model.modules():
-        for kind, (flag, off) in _FAST_PATHS.items():
-            if not isinstance(module, kind):
-                continue
-            factored = any(
-                isinstance(m, (FactoredModule, LowRankMultiheadAttention)) or hasattr(m, "skipped_by_fast_paths")
-                for m in module.modules()
-            )
-            if factored and _MEMORY not in module.__dict__:
-                module.__dict__[_MEMORY] = getattr(module, flag)
-                setattr(module, flag, off)
-            elif not factored and _MEMORY in module.__dict__:
-                setattr(module, flag, module.__dict__.pop(_MEMORY))
-    mind_resizing_(model)
+    Callers outside of this package want :func:`replace_`.
+    """
+    if not replacements:
+        return
+    aliases = module_aliases(model)
+    # resolve every place first: an alias may lie below another replaced name
+    places = [
+        (model.get_submodule(alias.rpartition(".")[0]), alias.rpartition(".")[2], new)
+        for name, new in replacements.items()
+        for alias in aliases[model.get_submodule(name)]
+    ]
+    for parent, attribute, new in places:
+        parent._modules[attribute] = new

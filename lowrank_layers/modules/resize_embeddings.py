@@ -23,7 +23,7 @@ class Resizable(Protocol):
         """The plain layer that holds the rows of the vocabulary, and the way back from the resized one."""
 
 
-def mind_resizing_(model: nn.Module) -> None:
+def update_resizing_(model: nn.Module) -> None:
     """Lets ``resize_token_embeddings`` see plain layers, on every transformers model whose embedding or head is not.
 
     The method itself would leave an adapter behind or take a product of factors for a weight. On models without such

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import lowrank_layers as lr
-from lowrank_layers.modules.replace import reasons_to_stay, remap_optimizer_, replace_, select
+from lowrank_layers.modules import reasons_to_keep, replace_, select
 
 
 def test_a_shared_module_is_replaced_in_all_its_parents():
@@ -36,7 +36,7 @@ def test_an_attention_that_cannot_be_opened_stays_dense_with_a_reason():
 
     model = nn.ModuleDict({"own": Own(16, 2), "hooked": nn.MultiheadAttention(16, 2), "fc": nn.Linear(16, 16)})
     model["hooked"].register_forward_hook(lambda *_: None)
-    assert set(reasons_to_stay(model)) == {"own.out_proj", "hooked", "hooked.out_proj"}
+    assert set(reasons_to_keep(model)) == {"own.out_proj", "hooked", "hooked.out_proj"}
     plan = lr.make_plan(model, rank=2)
     assert [entry.name for entry in plan] == ["fc"]
     assert "a subclass of nn.MultiheadAttention" in plan.skipped["own"]
@@ -120,7 +120,7 @@ def test_weights_and_biases_in_two_groups_stay_there(build, back):
 
 
 def test_remap_leaves_frozen_parameters_out():
-    old, new = nn.Linear(4, 4), lr.LowRankLinear(4, 4, rank=1)
+    model = nn.Sequential(nn.Linear(4, 4))
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))])
-    remap_optimizer_(optimizer, [(old, new)])
+    replace_(model, {"0": lr.LowRankLinear(4, 4, rank=1)}, optimizer)
     assert len(optimizer.param_groups[0]["params"]) == 1

@@ -11,8 +11,7 @@ from torch import nn
 from ...calibrate.moments import Moments
 from ...calibrate.statistics import Statistics
 from ...errors import LowRankError, UnsupportedLayerError
-from ...modules.replace import Selector, reasons_to_stay, replace_, select
-from ...modules.tree import check_model
+from ...modules import Selector, check_model, reasons_to_keep, replace_, select
 from ...rank import Rank, check_rank
 from ..subspace import Scatter, chosen_ranks
 from .latent_attention import LatentAttention, LatentProjection
@@ -86,7 +85,7 @@ def factorize_kv_(
             "factorize_kv_: found no attention with k_proj and v_proj, expected a decoder of transformers"
             f"{'' if target is None else ' and a target= that names its attentions'}; see the list in the docstring."
         )
-    reasons = reasons_to_stay(model)
+    reasons = reasons_to_keep(model)
     sides = {name: _sides(name, each, stats, ranks, joint, reasons) for name, each in found.items()}
     replace_(model, {name: _factorized(name, each, sides[name], reasons) for name, each in found.items()})
     return model

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import LowRankError, UnsupportedLayerError
-from ...modules.tree import check_model
+from ...modules import check_model
 from ..attend import attend
 from ..masks import is_causal
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ...layers import LowRankLinear, is_factored
-from ...modules.tree import walk_layers
+from ...modules import walk_layers
 from ..adapted_weight import base_weight
 from ..adapter import Adapter, Bank
 from ..mixed_groups import MixedGroups

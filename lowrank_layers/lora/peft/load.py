@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from ...errors import CheckpointError, LowRankError
 from ...layers import is_derived, is_factored
-from ...modules.attention import mind_fast_paths_
-from ...modules.tree import check_model, module_aliases
+from ...modules import check_model, module_aliases, update_shortcuts_
 from ..adapted_weight import AdaptedWeight, bank_of
 from ..adapter import Adapter, adapter_dtype, check_dtype
 from ..attach import attach_, freeze_
@@ -128,7 +127,7 @@ def load_lora(
         attach_(weight, name, rows.requires_grad_(trainable))
     for owner, module in modules.items():
         attach_whole_(module, name, copies[owner].requires_grad_(trainable))
-    mind_fast_paths_(model)
+    update_shortcuts_(model)
     return model
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ...errors import CheckpointError, LowRankError, UnsupportedLayerError
 from ...files import replacing
 from ...layers import ConvNd, is_factored
-from ...modules.tree import check_model, module_aliases
+from ...modules import check_model, module_aliases
 from ..adapted_weight import AdaptedWeight, banks_of
 from ..adapter import Adapter
 from ..attach import choose_name
