@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import LowRankError
-from ..modules import check_model, update_shortcuts_
+from ..modules import Succession, check_model, remap_optimizer_, update_shortcuts_
 from .adapted_weight import adapted_weights
 from .attach import choose_name, detach_
-from .cutting import Swap, check_optimizer, cut_, gone, swap_
+from .cutting import check_optimizer, cut_, gone
 from .importance import Watched
 from .tokens import TokenRows
 
@@ -165,7 +165,7 @@ class LoraRankAllocator:
             )
         if optimizer is not None:
             check_optimizer(optimizer, [p for each in self._watched.values() for p in each.adapter.parameters()])
-        swaps: list[Swap] = []
+        successions: list[Succession] = []
         empty: set[int] = set()
         for each in self._watched.values():
             each.mask_()
@@ -174,16 +174,16 @@ class LoraRankAllocator:
             if len(index) == len(each.kept):
                 continue
             if len(index) or adapter.magnitude is not None or adapter.bias is not None:
-                swaps += cut_(adapter, each.bank.kind, index if len(index) else torch.zeros(1, dtype=torch.long))
+                successions += cut_(adapter, each.bank.kind, index if len(index) else torch.zeros(1, dtype=torch.long))
             else:
-                swaps += gone(adapter)
+                successions += gone(adapter)
                 each.bank.drop(self.name)
                 empty.add(id(each.bank))
         for weight in adapted_weights(self.model):
             if id(weight.bank) in empty and not weight.bank.names:
                 detach_(weight)
         if optimizer is not None:
-            swap_(optimizer, swaps)
+            remap_optimizer_(optimizer, successions)
         self._finished = True
         update_shortcuts_(self.model)
         return self.model

@@ -3,26 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import LowRankError
+from ..modules import Succession
 from .adapter import Adapter
 from .weight_layout import Kind
 
 
-class Swap(NamedTuple):
-    """A parameter, the one in its place (``None``: it is gone), and what cuts a tensor of the old shape likewise."""
-
-    old: nn.Parameter
-    new: nn.Parameter | None
-    cut: Callable[[Tensor], Tensor]
-
-
 @torch.no_grad()
-def cut_(adapter: Adapter, kind: Kind, index: Tensor) -> list[Swap]:
+def cut_(adapter: Adapter, kind: Kind, index: Tensor) -> list[Succession]:
     """Leaves the directions of that index, in place; the scaling stays.
 
     The parameters are new ones: autograd remembers the shape of a leaf for as long as a graph that used it lives.
@@ -44,12 +36,15 @@ def cut_(adapter: Adapter, kind: Kind, index: Tensor) -> list[Swap]:
     adapter.A, adapter.B = _thinner(a, cut_a), _thinner(b, cut_b)
     if adapter.a0 is not None and adapter.b0 is not None:
         adapter.a0, adapter.b0 = cut_a(adapter.a0), cut_b(adapter.b0)
-    return [Swap(a, adapter.A, cut_a), Swap(b, adapter.B, cut_b)]
+    return [
+        Succession({"A": a}, {"A": adapter.A}, lambda state: [cut_a(tensor) for tensor in state]),
+        Succession({"B": b}, {"B": adapter.B}, lambda state: [cut_b(tensor) for tensor in state]),
+    ]
 
 
-def gone(adapter: Adapter) -> list[Swap]:
+def gone(adapter: Adapter) -> list[Succession]:
     """The parameters of an adapter that is taken off."""
-    return [Swap(parameter, None, torch.clone) for parameter in adapter.parameters()]
+    return [Succession({name: parameter}, {}) for name, parameter in adapter.named_parameters()]
 
 
 def check_optimizer(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter]) -> None:
@@ -66,24 +61,6 @@ def check_optimizer(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Pa
                     f" parameter of shape {tuple(p.shape)}, expected equal shapes; call finish() without the optimizer"
                     " and make a new one."
                 )
-
-
-def swap_(optimizer: torch.optim.Optimizer, swaps: Iterable[Swap]) -> None:
-    """Puts the new parameters where the old ones were, with their state cut likewise."""
-    by_id = {id(swap.old): swap for swap in swaps}
-    for group in optimizer.param_groups:
-        now = [by_id[id(p)].new if id(p) in by_id else p for p in group["params"]]
-        group["params"] = [p for p in now if p is not None]
-        if "param_names" in group:
-            names = zip(group["param_names"], now, strict=True)
-            group["param_names"] = [name for name, p in names if p is not None]
-    for swap in by_id.values():
-        state: dict[str, Any] | None = optimizer.state.pop(swap.old, None)
-        if swap.new is not None and state:
-            optimizer.state[swap.new] = {
-                key: swap.cut(value) if isinstance(value, Tensor) and value.shape == swap.old.shape else value
-                for key, value in state.items()
-            }
 
 
 def _thinner(parameter: nn.Parameter, cut: Callable[[Tensor], Tensor]) -> nn.Parameter:
