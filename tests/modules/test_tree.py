@@ -24,7 +24,7 @@ def prepared(linear: nn.Linear) -> nn.Linear:
     return linear
 
 
-@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated")
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated", "ignore:torch.quantize_per_tensor")
 @pytest.mark.parametrize("how", CHANGED)
 def test_factors_that_are_no_parameters_are_refused_by_name(how, tmp_path):
     model = factored()
