@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import OrderedDict
-from collections.abc import Collection
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,28 +16,23 @@ from torch import Tensor, nn
 
 from .errors import CheckpointError, LowRankError
 from .files import replacing
-from .layers import FACTORED_LAYERS, FactoredModule, LowRankMultiheadAttention, is_factored
-from .layers.config import describe
 from .modules import (
+    ModelDescription,
     check_can_be_filled,
     check_factors,
     check_model,
     fill_,
     module_aliases,
-    open_attentions,
-    openable_attentions,
-    opened_attentions,
-    reason_to_keep,
     replace_,
     separate,
     shared_names,
     tied_names,
-    walk_layers,
 )
 
 KEY = "lowrank_layers"
 """The entry of the file's metadata that holds the ranks."""
 VERSION = 1
+_HEADER = {"layers": dict, "unfused": list, "shared": dict}
 
 
 def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -83,11 +78,11 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
             )
     shared = shared_names(state)
     tensors = separate({name: tensor.detach() for name, tensor in state.items() if name not in shared})
-    body = {"version": VERSION, "layers": _layers(model), "unfused": list(open_attentions(model)), "shared": shared}
+    header = {"version": VERSION, **ModelDescription.of(model).to_json(), "shared": shared}
     if not path.parent.is_dir():
         raise CheckpointError(f"save: the folder {path.parent} does not exist.")
     with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata={"format": "pt", KEY: json.dumps(body)})
+        save_file(tensors, temporary, metadata={"format": "pt", KEY: json.dumps(header)})
 
 
 def load(path: str | os.PathLike[str], into: nn.Module) -> nn.Module:
@@ -109,51 +104,24 @@ def load(path: str | os.PathLike[str], into: nn.Module) -> nn.Module:
             device that no file holds, such as non-persistent buffers.
     """
     model = check_model(into)
-    body, tensors = _read(Path(path))
-    _check_attentions(model, body["unfused"], path)
-    with opened_attentions(model, only=body["unfused"]):
-        built = _build(model, body["layers"], path)
-        state = _expected_state(model, built)
-    for alias, name in body["shared"].items():
+    header, tensors = _read(Path(path))
+    try:
+        built = ModelDescription.from_json(header).build(model)
+    except LowRankError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    state = _expected_state(model, built)
+    for alias, name in header["shared"].items():
         if name not in tensors:
             raise CheckpointError(f"{path}: {alias!r} refers to {name!r}, which is not there; the file is damaged.")
         tensors[alias] = tensors[name]
     _compare(state, tensors, path)
     check_can_be_filled(model, state, path)
-    found = openable_attentions(model)
-    names = [name for name in body["unfused"] if name in found]
-    replace_(model, {name: LowRankMultiheadAttention.from_dense(found[name], rank=None) for name in names})
     replace_(model, built)
-    fill_(model, tensors, body["shared"])
+    fill_(model, tensors, header["shared"])
     complete: OrderedDict[str, Tensor] = OrderedDict(tensors)
     complete._metadata = model.state_dict()._metadata  # type: ignore[attr-defined]
     model.load_state_dict(complete, strict=True)
     return model
-
-
-def _check_attentions(model: nn.Module, names: Collection[str], path: object) -> None:
-    """Raises where an attention has to be opened and cannot be."""
-    closed = set(names) - set(openable_attentions(model))
-    for name, module in model.named_modules(remove_duplicate=False):
-        for part in module.modules() if name in closed and isinstance(module, nn.MultiheadAttention) else ():
-            reason = reason_to_keep(part)
-            if reason is not None:
-                raise CheckpointError(f"{path}: {name!r} cannot be opened: {reason}.")
-
-
-def _layers(model: nn.Module) -> dict[str, Any]:
-    """Name to kind, rank, bias and the dense layer's settings."""
-    layers = {}
-    for name, module in walk_layers(model):
-        if isinstance(module, FactoredModule):
-            layers[name] = {
-                "type": type(module).__name__,
-                "rank": module.rank,
-                "bias": module.bias is not None,
-                "form": module.form,
-                "dense": describe(module.dense_twin()),
-            }
-    return layers
 
 
 def _may_be_stored(tensor: Tensor) -> bool:
@@ -178,67 +146,36 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             " load it with safetensors.torch.load_model."
         )
     try:
-        body = json.loads(metadata[KEY])
-        version, layers, shared = body["version"], body["layers"], body["shared"]
-        body.setdefault("unfused", [])
+        header = json.loads(metadata[KEY])
+        version = header["version"]
+        damaged = [key for key, kind in _HEADER.items() if not isinstance(header[key], kind)]
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: its metadata is damaged: {type(error).__name__}: {error}") from None
-    if version != VERSION or not isinstance(layers, dict) or not isinstance(shared, dict):
+    if version != VERSION:
         raise CheckpointError(f"{path}: has format version {version!r}, expected {VERSION}; update the package.")
-    return body, tensors
-
-
-def _build(model: nn.Module, layers: dict[str, Any], path: object) -> dict[str, nn.Module]:
-    """The factored modules that the file asks for, uninitialized; none where the model has them already."""
-    modules = dict(model.named_modules(remove_duplicate=False))
-    built: dict[str, nn.Module] = {}
-    for name, wanted in layers.items():
-        module = modules.get(name)
-        if module is None:
-            raise CheckpointError(f"{path}: has a layer {name!r}, but the model has not; it is for another model.")
-        try:
-            kind = FACTORED_LAYERS[wanted["type"]]
-            rank, bias, dense, form = wanted["rank"], wanted["bias"], wanted["dense"], dict(wanted.get("form", {}))
-        except (KeyError, TypeError, ValueError):
-            raise CheckpointError(f"{path}: {name!r}: its description {wanted!r} is damaged or newer.") from None
-        rank = tuple(rank) if isinstance(rank, list) else rank
-        if is_factored(module):
-            if type(module) is not kind or (module.rank, module.form) != (rank, form):
-                raise CheckpointError(
-                    f"{path}: {name!r} is {wanted['type']} of rank {rank}, but the model has {type(module).__name__}"
-                    f" of rank {module.rank}; load into the dense model."
-                )
-            continue
-        if not kind.stands_for(module):
-            raise CheckpointError(
-                f"{path}: {name!r} replaces {kind.dense_name()}, but the model has a"
-                f" {type(module).__name__}; it is for another model."
-            )
-        reason = reason_to_keep(module)
-        if reason is not None:
-            raise CheckpointError(f"{path}: {name!r} cannot be replaced by the low-rank layer: {reason}.")
-        ours = describe(module)
-        different = {k: (v, ours.get(k)) for k, v in dense.items() if ours.get(k) != v and k != "bias"}
-        if different:
-            text = ", ".join(f"{k} {saved!r} (the model: {own!r})" for k, (saved, own) in different.items())
-            raise CheckpointError(f"{path}: {name!r} was saved with {text}; it is for another model.")
-        try:
-            built[name] = kind.like(module, rank=rank, bias=bias, **form)
-        except (LowRankError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{path}: {name!r}: {error}") from None
-    return built
+    if damaged:
+        raise CheckpointError(f"{path}: its metadata is damaged in {', '.join(damaged)}.")
+    return header, tensors
 
 
 def _expected_state(model: nn.Module, built: dict[str, nn.Module]) -> dict[str, Tensor]:
     """The state dict that the model will have once ``built`` is in place."""
-    aliases = {name: names for names in module_aliases(model).values() for name in names}
-    places = {alias: new for name, new in built.items() for alias in aliases[name]}
-    inside = tuple(f"{place}." for place in places)
-    kept = model.state_dict(keep_vars=True)
-    state = {name: tensor for name, tensor in kept.items() if not (inside and name.startswith(inside))}
+    aliases = module_aliases(model)
+    places = {alias: new for name, new in built.items() for alias in aliases[model.get_submodule(name)]}
+    state: dict[str, Tensor] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if not any(parent in places for parent in _parents(name)):
+            state[name] = tensor
     for place, new in places.items():
         state.update({f"{place}.{key}": tensor for key, tensor in new.state_dict(keep_vars=True).items()})
     return state
+
+
+def _parents(name: str) -> Iterator[str]:
+    """``a.b.c`` lies in ``a.b`` and in ``a``."""
+    while "." in name:
+        name = name.rpartition(".")[0]
+        yield name
 
 
 def _compare(state: dict[str, Tensor], tensors: dict[str, Tensor], path: object) -> None:

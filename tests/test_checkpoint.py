@@ -146,6 +146,12 @@ BAD_FILES = {
     "foreign": (lambda p: save_file(load_file(p), p, metadata={"format": "pt"}), build, "was not written by"),
     "newer": (lambda p: metadata(p, lambda b: b.update(version=7)), build, "version 7"),
     "metadata torn": (lambda p: metadata(p, lambda b: b.pop("layers")), build, "damaged"),
+    "attentions torn": (lambda p: metadata(p, lambda b: b.pop("unfused")), build, "damaged"),
+    "shared torn": (lambda p: metadata(p, lambda b: b.update(shared=[])), build, "damaged in shared"),
+    "form missing": (lambda p: metadata(p, lambda b: b["layers"]["4"].pop("form")), build, "'4'.*damaged"),
+    "more in a layer": (lambda p: metadata(p, lambda b: b["layers"]["4"].update(more=1)), build, "'4'.*newer"),
+    "open attention": (lambda p: metadata(p, lambda b: b["unfused"].append("1")), build, "'1'.*a BatchNorm2d there"),
+    "attention nowhere": (lambda p: metadata(p, lambda b: b["unfused"].append("9")), build, "'9'.*no such module"),
     "unknown layer type": (lambda p: metadata(p, lambda b: b["layers"]["4"].update(type="Magic")), build, "'4'"),
     "rank missing": (lambda p: metadata(p, lambda b: b["layers"]["4"].pop("rank")), build, "'4'"),
     "rank wrong": (lambda p: metadata(p, lambda b: b["layers"]["4"].update(rank=1)), build, "shape"),
@@ -173,6 +179,32 @@ def test_bad_files_are_refused_by_name_and_the_model_is_untouched(path, case):
     assert "small.safetensors" in str(caught.value)
     assert [type(m) for m in model.modules()] == kinds
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+
+
+class Counted(nn.Sequential):
+    """Counts how often its modules are walked over."""
+
+    walks = 0
+
+    def named_modules(self, *args, **kwargs):
+        Counted.walks += 1
+        return super().named_modules(*args, **kwargs)
+
+
+def test_loading_walks_over_a_deep_model_as_often_as_over_a_flat_one(tmp_path):
+    def build(depth: int) -> nn.Module:
+        return Counted(*[nn.TransformerEncoderLayer(8, 2, 8) for _ in range(depth)])
+
+    walks = []
+    for depth in (1, 12):
+        model = build(depth)
+        lr.factorize_(model, lr.make_plan(model, rank=2))
+        lr.save(model, tmp_path / "deep.safetensors")
+        fresh, Counted.walks = build(depth), 0
+        lr.load(tmp_path / "deep.safetensors", into=fresh)
+        walks.append(Counted.walks)
+        assert same_state(fresh, model)
+    assert walks[0] == walks[1]
 
 
 def test_a_failed_save_leaves_the_old_file(small, path, monkeypatch):

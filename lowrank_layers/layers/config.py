@@ -1,14 +1,15 @@
-"""A dense layer described in plain values, so that a plan can name it, check it and price it without the model."""
+"""Layers described in plain values, as files hold them: enough to compare, price and build them without the model."""
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..errors import LowRankError, MissingExtraError
-from . import LowRankTransposedLinear, weight_of
+from . import FACTORED_LAYERS, FactoredModule, LowRankTransposedLinear, weight_of
 
 _CONV = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
 _SETTINGS: dict[str, tuple[str, ...]] = {
@@ -22,10 +23,11 @@ _SETTINGS: dict[str, tuple[str, ...]] = {
 _NO_BIAS_ARGUMENT = ("Embedding", "EmbeddingBag", "Conv1D")
 
 Spec = dict[str, Any]
+"""The settings of a dense layer: ``{"type": "Linear", "in_features": ..., "bias": True, "dtype": "float32"}``."""
 
 
 def describe(module: nn.Module) -> Spec:
-    """``{"type": "Linear", "in_features": ..., "bias": True, "dtype": "float32"}``."""
+    """Returns the settings of a dense layer that can be factorized."""
     kind = type(module).__name__
     spec: Spec = {"type": kind}
     for name in _SETTINGS[kind]:
@@ -38,7 +40,11 @@ def describe(module: nn.Module) -> Spec:
 
 
 def blank(spec: Spec) -> nn.Module:
-    """The described layer on the meta device."""
+    """Returns the described layer on the meta device.
+
+    Raises:
+        LowRankError: for an unknown type, or settings that torch refuses.
+    """
     settings = {k: tuple(v) if isinstance(v, list) else v for k, v in spec.items() if k not in ("type", "dtype")}
     dtype = getattr(torch, str(spec.get("dtype")), None)
     if spec.get("type") not in _SETTINGS or not isinstance(dtype, torch.dtype):
@@ -52,3 +58,73 @@ def blank(spec: Spec) -> nn.Module:
     except (TypeError, ValueError, KeyError) as error:
         raise LowRankError(f"got the layer description {spec!r}, which torch.nn refuses: {error}") from None
     return module
+
+
+@dataclass(frozen=True)
+class FactoredSpec:
+    """A factored layer in plain values.
+
+    Args:
+        type: name of its class.
+        rank: its rank.
+        bias: whether it has a bias.
+        form: what tells it from other layers of its class beside the rank; see :attr:`FactoredModule.form`.
+        dense: the settings of the dense layer that it stands for.
+    """
+
+    type: str
+    rank: Any
+    bias: bool
+    form: dict[str, Any]
+    dense: Spec
+
+    @classmethod
+    def of(cls, layer: FactoredModule) -> FactoredSpec:
+        """Returns the description of a layer."""
+        bias = layer.bias is not None
+        return cls(type(layer).__name__, layer.rank, bias, dict(layer.form), describe(layer.dense_twin()))
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the fields by name."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: Any) -> FactoredSpec:
+        """Inverse of :meth:`to_json`, after a file has turned tuples into lists.
+
+        Raises:
+            LowRankError: if a field is missing or unknown, or the class is.
+        """
+        try:
+            spec = cls(**values)
+            rank = tuple(spec.rank) if isinstance(spec.rank, list) else spec.rank
+            known = cls(spec.type, rank, spec.bias, dict(spec.form), dict(spec.dense))
+            FACTORED_LAYERS[spec.type]
+        except (KeyError, TypeError, ValueError):
+            raise LowRankError(f"its description {values!r} is damaged or newer.") from None
+        return known
+
+    def check_fits(self, dense: nn.Module) -> None:
+        """Raises if the dense layer is another one than the described layer stands for."""
+        kind = FACTORED_LAYERS[self.type]
+        if not kind.stands_for(dense):
+            raise LowRankError(
+                f"replaces {kind.dense_name()}, but the model has a {type(dense).__name__}; it is for another model."
+            )
+        own = describe(dense)
+        different = [
+            f"{key} {value!r} (the model: {own.get(key)!r})"
+            for key, value in self.dense.items()
+            if own.get(key) != value and key != "bias"
+        ]
+        if different:
+            raise LowRankError(f"was saved with {', '.join(different)}; it is for another model.")
+
+    def like(self, dense: nn.Module) -> FactoredModule:
+        """Returns the described layer in the place of ``dense``, on its device, uninitialized."""
+        kind: Any = FACTORED_LAYERS[self.type]
+        try:
+            layer: FactoredModule = kind.like(dense, rank=self.rank, bias=self.bias, **self.form)
+        except (LowRankError, TypeError, ValueError) as error:
+            raise LowRankError(str(error)) from None
+        return layer

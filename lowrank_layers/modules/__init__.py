@@ -10,6 +10,7 @@
 
 from .attention import open_attentions, openable_attentions, opened_attentions
 from .check_model import check_densifiable, check_factors, check_model, is_quantized
+from .description import ModelDescription
 from .materialize import check_can_be_filled, fill_, tied_names
 from .optimizer import Succession, check_optimizer, remap_optimizer_
 from .reasons import reason_to_keep, reasons_to_keep
@@ -20,6 +21,7 @@ from .storage import separate, shared_names
 from .tree import module_aliases, walk_layers
 
 __all__ = [
+    "ModelDescription",
     "Selector",
     "Succession",
     "check_can_be_filled",
