@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any, Literal, overload
 
 import torch
@@ -17,9 +17,8 @@ from .param_groups import Decay, WrappedGroup
 from .projected_parameter import FactorSource, ProjectedParameter
 from .projectors import ProjectionMethod
 from .settings import check_optimizer, check_settings, target_filter
+from .state_dict import checked_states, load_wrapped, merged_states
 from .torch_optimizers import decoupled, reads_values
-
-_PROJECTOR_KEYS = ("projector", "projector_age", "projector_fits")
 
 
 class LowRankProjection(Optimizer):
@@ -225,53 +224,20 @@ class LowRankProjection(Optimizer):
         Raises:
             LowRankError: if it belongs to other parameters, ranks or targets; nothing changes then.
         """
-        states = self._states_of(state_dict)
+        states = checked_states(state_dict, self.param_groups, self._projected)
         super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
         self.state = defaultdict(dict)
         for p, projected in self._projected.items():
             projected.load(states[p])
-        self._load_wrapped(states)
+        self._sync_groups()
+        load_wrapped(self.optimizer, states, self._projected)
+        groups = iter(self.optimizer.param_groups)
+        for wrapped in self._wrapped:
+            wrapped.reattach(groups)
 
     def __getstate__(self) -> dict[str, Any]:
         # a process group cannot be copied
         return {**self.__dict__, **super().__getstate__(), "comm_state": None}
-
-    def _states_of(self, state_dict: dict[str, Any]) -> dict[Tensor, dict[str, Any]]:
-        """The state of each parameter in a state dict; raises unless all of them fit."""
-        saved, own = ([len(g["params"]) for g in groups] for groups in (state_dict["param_groups"], self.param_groups))
-        if saved != own:
-            raise LowRankError(
-                f"load_state_dict: got groups of {saved} parameters, expected {own}; build the optimizer as the saved"
-                " one was."
-            )
-        keys = [key for group in state_dict["param_groups"] for key in group["params"]]
-        states = {p: dict(state_dict["state"].get(key, {})) for key, p in zip(keys, self._parameters(), strict=True)}
-        for p, state in states.items():
-            projected = self._projected.get(p)
-            got = tuple(state["projector"].shape) if "projector" in state else None
-            expected = None if projected is None or not state else projected.expected_shape(got)
-            if got != expected:
-                raise LowRankError(
-                    f"load_state_dict: got {_described(got)} for a parameter {list(p.shape)}, expected"
-                    f" {_described(expected)}; give the rank, target and min_size of the saved run."
-                )
-        return states
-
-    def _load_wrapped(self, states: dict[Tensor, dict[str, Any]]) -> None:
-        """Loads the states, without the projectors, into the wrapped optimizer."""
-        self._sync_groups()
-        wrapped_state = self.optimizer.state_dict()
-        by_parameter = {
-            self._seen(p): {key: value for key, value in state.items() if key not in _PROJECTOR_KEYS}
-            for p, state in states.items()
-            if state
-        }
-        order = [p for group in self.optimizer.param_groups for p in group["params"]]
-        wrapped_state["state"] = {index: by_parameter[p] for index, p in enumerate(order) if p in by_parameter}
-        self.optimizer.load_state_dict(wrapped_state)
-        groups = iter(self.optimizer.param_groups)
-        for wrapped in self._wrapped:
-            wrapped.reattach(groups)
 
     def _sync_groups(self) -> dict[Tensor, Decay]:
         """Copies the groups' settings to the wrapped optimizer; returns how each projected parameter decays."""
@@ -282,24 +248,9 @@ class LowRankProjection(Optimizer):
             projected.check_gradient()
         return decays
 
-    def _seen(self, p: Tensor) -> Tensor:
-        """The parameter that the wrapped optimizer has for this one."""
-        return self._projected[p].small if p in self._projected else p
-
     def _merged(self) -> dict[Tensor, dict[str, Any]]:
-        """The wrapped optimizer's states with the projectors, by parameter."""
-        merged: dict[Tensor, dict[str, Any]] = {}
-        for p in self._parameters():
-            state = {**self.optimizer.state.get(self._seen(p), {})}
-            if p in self._projected:
-                state |= self._projected[p].state()
-            if state:
-                merged[p] = state
-        return merged
-
-    def _parameters(self) -> Iterator[Tensor]:
-        for group in self.param_groups:
-            yield from group["params"]
+        parameters = (p for group in self.param_groups for p in group["params"])
+        return merged_states(self.optimizer, parameters, self._projected)
 
     def _projects(self, p: Tensor) -> bool:
         return (
@@ -322,7 +273,3 @@ class LowRankProjection(Optimizer):
                     " DistributedDataParallel instead of fully_shard, or leave it out of target."
                 )
         decoupled(self.optimizer, group, self.decoupled)
-
-
-def _described(shape: tuple[int, ...] | None) -> str:
-    return "no projector" if shape is None else f"a projector {list(shape)}"

@@ -18,7 +18,7 @@ _LEAST = {"refresh": 1, "min_size": 0, "seed": 0}
 
 
 def check_optimizer(optimizer: object) -> None:
-    """Raises for what is no optimizer, has a state already, or is not supported."""
+    """Raises unless this is a supported optimizer without state and scheduler."""
     if not isinstance(optimizer, Optimizer):
         kind = optimizer if isinstance(optimizer, type) else type(optimizer)
         hint = (
@@ -38,7 +38,11 @@ def check_optimizer(optimizer: object) -> None:
 
 
 def check_settings(**settings: Any) -> None:
-    """Validates the settings that are numbers or words."""
+    """Validates the settings that are numbers or strings.
+
+    Args:
+        **settings: ``refresh``, ``method``, ``scale``, ``min_size``, ``rotate``, ``seed`` and ``decoupled``.
+    """
     for name, least in _LEAST.items():
         check_integer(settings[name], "LowRankProjection", name, least)
     for name, choices in _CHOICES.items():
@@ -53,7 +57,7 @@ def check_settings(**settings: Any) -> None:
 
 
 def target_filter(target: Iterable[Tensor] | Callable[[Tensor], bool] | None) -> Callable[[Tensor], bool]:
-    """``target`` as a function of a parameter that says whether it is projected."""
+    """A function that says whether a parameter is projected, from the argument ``target``."""
     if target is None:
         return lambda p: True
     if callable(target):

@@ -1,4 +1,4 @@
-"""What is known of torch's optimizers: how they decay weights, whether they read them, and where moments are."""
+"""Properties of torch's optimizers: their weight decay, whether a step depends on the weights, their moments."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq", "square_avg")
 
 
 def check_supported(optimizer: optim.Optimizer) -> None:
-    """Raises for an optimizer whose step is not one of each parameter by its dense gradient."""
+    """Raises unless the optimizer steps each parameter by itself, from its dense gradient."""
     for kind, why in _UNSUPPORTED.items():
         if isinstance(optimizer, kind):
             raise LowRankError(
@@ -33,12 +33,12 @@ def check_supported(optimizer: optim.Optimizer) -> None:
 
 
 def decoupled(optimizer: optim.Optimizer, group: Mapping[str, Any], given: bool | None) -> bool:
-    """Whether weight decay is decoupled (AdamW), not added to the gradient (SGD).
+    """Whether weight decay is decoupled, as in AdamW, rather than added to the gradient, as in SGD.
 
     Args:
         optimizer: the optimizer.
         group: a parameter group of it.
-        given: what the user says; ``None`` asks the optimizer, which has to be one of torch's.
+        given: the user's own answer; ``None`` needs one of torch's optimizers.
     """
     if given is not None or not group.get("weight_decay"):
         return bool(given)
@@ -55,6 +55,6 @@ def decoupled(optimizer: optim.Optimizer, group: Mapping[str, Any], given: bool 
 def reads_values(optimizer: optim.Optimizer) -> bool:
     """Whether a step may depend on the parameter's value beyond weight decay, as that of Adafactor does.
 
-    Where it does not, the small parameter can be zero, which saves a product and keeps every digit of the step.
+    If it does not, the small parameter is zero during a step, which saves a product and keeps every digit of the step.
     """
     return not isinstance(optimizer, (*_COUPLED, *_BY_FLAG, optim.Muon, optim.Rprop))
