@@ -14,9 +14,9 @@ from .inits import (
     LoRAInit as LoRAInit,
 )
 from .inject import add_lora_ as add_lora_
+from .load import load_lora as load_lora
 from .loftq import loftq_ as loftq_
 from .merge import merge_lora_ as merge_lora_, unmerge_lora_ as unmerge_lora_
-from .peft.load import load_lora as load_lora
 from .peft.save import save_lora as save_lora
 from .remove import remove_lora_ as remove_lora_
 from .swap import swap_lora_ as swap_lora_

@@ -11,6 +11,7 @@ from ..layers import FactoredModule, is_factored
 from ..modules import is_quantized, walk_layers
 from .adapter import Adapter, Bank
 from .forward import fast_call
+from .module_copies import Copies
 from .weight_layout import SLICES, Kind, dense_weight, is_lookup, kind_of, parameter_of
 
 BANK = "lora_{}"
@@ -132,7 +133,15 @@ def adapted_weights(model: nn.Module, name: str | None = None) -> list[AdaptedWe
 
 def base_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Every module of the base by its first name: no adapters, no copies of modules, no parts of factored layers."""
-    return {name: module for name, module in walk_layers(model) if ".lora_" not in f".{name}."}
+    found: dict[str, nn.Module] = {}
+    inside: str | None = None  # what comes right after adapters or copies is their inside
+    for name, module in walk_layers(model):
+        if inside is not None and name.startswith(inside):
+            continue
+        inside = f"{name}." if isinstance(module, (Bank, Copies)) else None
+        if inside is None:
+            found[name] = module
+    return found
 
 
 def bank_of(module: nn.Module, name: str) -> Bank | None:

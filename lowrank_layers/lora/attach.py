@@ -11,7 +11,8 @@ from ..modules import update_shortcuts_
 from .adapted import adapted_class, change_class_
 from .adapted_weight import BANK, AdaptedWeight, adapted_weights
 from .adapter import Adapter, Bank
-from .whole import copies_of, drop_whole_
+from .module_copies import copies_of
+from .modules_to_save import drop_whole_
 
 _LEARNED = "_learned_before_lora"
 

@@ -8,8 +8,8 @@ from ..errors import LowRankError, UnsupportedLayerError
 from ..layers import FactoredModule, is_derived
 from ..modules import is_quantized
 from .adapted_weight import AdaptedWeight, bank_of
+from .trained_whole import TrainedWhole
 from .weight_layout import SLICES
-from .whole import TrainedWhole
 
 
 def check_adaptable(weight: AdaptedWeight, name: str | None, dora: bool = False) -> None:

@@ -15,13 +15,14 @@ from ..checks import check_integer, is_number
 from ..errors import LowRankError
 from ..linalg import exact_svd
 from .adapter import Adapter, Bank
-from .attach import banks, check_name
+from .attach import adapter_names, banks, check_name
 from .mixed_groups import MixedGroups
+from .module_copies import copies_of, trained_whole_by
+from .modules_to_save import attach_whole_
 from .switching import check_unmerged, use_adapter
 from .task_vectors import PrunedSum
 from .tokens import TokenRows
 from .weight_layout import Kernel, Kind
-from .whole import attach_whole_, copies_of
 
 Combination = Literal[
     "svd",
@@ -128,18 +129,15 @@ def _check_adapters(model: nn.Module, weights: Mapping[str, float], name: str) -
             raise LowRankError(f"combine_lora_: got the weight {weight!r} for {each!r}, expected a finite number.")
     if not name or "." in name:
         raise LowRankError(f"combine_lora_: got name {name!r}, expected one without dots.")
-    for owner, copies in copies_of(model).items():
-        several = [own for own in weights if own in copies]
-        if len(several) > 1:
-            raise LowRankError(
-                f"combine_lora_: {owner!r} is trained whole by each of the adapters {several}, and such copies do not"
-                " add up; combine adapters of which at most one trains it."
-            )
-        if name in copies:
-            raise LowRankError(f"combine_lora_: there is an adapter {name!r} already; give another name.")
+    shared = trained_whole_by(model, weights)
+    if shared is not None:
+        raise LowRankError(
+            f"combine_lora_: {shared[0]!r} is trained whole by each of the adapters {shared[1]}, and such copies do not"
+            " add up; combine adapters of which at most one trains it."
+        )
+    if name in adapter_names(model):
+        raise LowRankError(f"combine_lora_: there is an adapter {name!r} already; give another name.")
     for bank in banks(model):
-        if name in bank.names:
-            raise LowRankError(f"combine_lora_: there is an adapter {name!r} already; give another name.")
         if any(adapter.magnitude is not None for each in weights for adapter in bank.named(each)):
             raise LowRankError("combine_lora_: DoRA's lengths do not add up; merge such adapters into the weight.")
         if any(isinstance(adapter, MixedGroups) for each in weights for adapter in bank.named(each)):

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError
 from ..layers import is_factored
+from .adapted_weight import AdaptedWeight, base_modules
+from .adapter_file import AdapterFile, LoadedAdapter, all_finite, refuse
 from .peft.config import Config, config_of
-from .peft.keys import Slot, modules_of
-from .peft.read import Read, Whole, refuse
+from .peft.tensors import file_shapes
 from .stable_diffusion import original_names
 from .weight_layout import Kernel
 
@@ -87,7 +88,7 @@ def find_diffusion(
     rank: int | None = None,
     alpha: float | None = None,
     prefix: str | None = None,
-) -> tuple[list[Read], Whole, dict[str, Tensor]]:
+) -> AdapterFile:
     """The adapters of such a file that belong to a model.
 
     Args:
@@ -122,7 +123,7 @@ def find_diffusion(
     found, wrong = tried[fitting[0]] if fitting else next(iter(tried.values()))
     if wrong:
         refuse(path, wrong)
-    return found, Whole({}), tensors
+    return AdapterFile(found, tensors)
 
 
 def _components(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Component], list[str]]:
@@ -149,7 +150,7 @@ def _components(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Component], li
 
 def _names(model: nn.Module) -> dict[str, tuple[str, nn.Module]]:
     """Modules with a weight by all the names that files have for them, flat ones too."""
-    names = {name: (name, module) for name, module in modules_of(model).items() if name and _has_matrix(module)}
+    names = {name: (name, module) for name, module in base_modules(model).items() if name and _has_matrix(module)}
     for original, name in original_names(list(names)).items():
         names.setdefault(original, names[name])
     flat: dict[str, list[tuple[str, nn.Module]]] = defaultdict(list)
@@ -166,10 +167,10 @@ def _has_matrix(module: nn.Module) -> bool:
 
 def _read(
     component: Component, names: Mapping[str, tuple[str, nn.Module]], path: Path, alpha: float | None
-) -> tuple[list[Read], list[str]]:
-    """The adapters of one model, and what does not fit."""
+) -> tuple[list[LoadedAdapter], list[str]]:
+    """The adapters of one model, and what does not fit, in words."""
     config, problems = _settings(path, component.prefix)
-    found: dict[str, Read] = {}
+    found: dict[str, LoadedAdapter] = {}
     separator = "_" if component.flat else "."
     for name, part in component.parts.items():
         own = next((names[each] for each in _spellings(component.prefix, name, separator) if each in names), None)
@@ -179,11 +180,11 @@ def _read(
         if own[0] in found:
             problems.append(f"two adapters of {own[0]!r}")
             continue
-        read = _adapter(own[0], own[1], part, alpha, config)
-        if isinstance(read, str):
-            problems.append(read)
+        loaded = _adapter(AdaptedWeight(own[0], "weight", own[1]), part, alpha, config)
+        if isinstance(loaded, str):
+            problems.append(loaded)
         else:
-            found[own[0]] = read
+            found[own[0]] = loaded
     return list(found.values()), problems
 
 
@@ -215,18 +216,18 @@ def _layout(name: str) -> str:
 
 
 def _adapter(
-    name: str, module: nn.Module, part: Mapping[str, Tensor], alpha: float | None, config: Config | None
-) -> Read | str:
-    """One adapter, or what is wrong with it."""
+    weight: AdaptedWeight, part: Mapping[str, Tensor], alpha: float | None, config: Config | None
+) -> LoadedAdapter | str:
+    """The adapter of a weight, or what is wrong with it, in words."""
+    name, layout = weight.owner, weight.layout
     if not {"a", "b"} <= part.keys():
         return f"{name!r} lacks its factor {'down (A)' if 'b' in part else 'up (B)'}"
-    slot = Slot(name, "weight", module, name, name)
-    if isinstance(slot.kind, Kernel) and (slot.kind.transposed or slot.kind.groups > 1):
+    if isinstance(layout, Kernel) and (layout.transposed or layout.groups > 1):
         return f"{name!r} is a convolution that is transposed or has groups, whose adapters these files do not define"
-    if not all(t.is_floating_point() and bool(torch.isfinite(t).all()) for t in part.values()):
+    if not all_finite(part):
         return f"{name!r} has entries that are no finite floating point numbers"
     rank = part["a"].shape[0] if part["a"].ndim else 0
-    shapes = slot.shapes(rank)
+    shapes = file_shapes(weight, rank)
     given = {}
     for key in ("a", "b"):
         # a pointwise convolution's factors may lie as matrices, and a linear layer's as pointwise convolutions
@@ -254,7 +255,7 @@ def _adapter(
         scaling = config.scaling(name)
     else:
         scaling = 1.0 if alpha is None else float(alpha) / rank
-    return Read(slot, given["a"], given["b"], scaling, magnitude=magnitude)
+    return LoadedAdapter(weight, given["a"], given["b"], scaling, magnitude=magnitude)
 
 
 def _trimmed(shape: tuple[int, ...]) -> tuple[int, ...]:

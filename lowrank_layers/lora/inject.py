@@ -17,10 +17,10 @@ from .adapter import Adapter, adapter_dtype, check_dtype
 from .attach import attach_, freeze_
 from .checks import check_adaptable
 from .inits import InitContext, LoRAInit, find_init
+from .modules_to_save import attach_whole_, find_whole
 from .ranks import note_lowered, of_pattern, rank_for
 from .target import Target, targets
 from .tokens import Tokens, find_tokens
-from .whole import attach_whole_, find_whole
 
 DEFAULT = "default"
 

@@ -14,7 +14,8 @@ from ..errors import LowRankError
 from ..modules import is_quantized
 from .adapted_weight import AdaptedWeight, adapted_weights
 from .attach import strip_
-from .whole import adopt_whole_, copies_of
+from .module_copies import copies_of
+from .modules_to_save import adopt_whole_
 
 Ties = Literal["refuse", "untie"]
 Users = dict[int, list[tuple[str, nn.Module]]]

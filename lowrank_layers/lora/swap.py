@@ -9,17 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import LowRankError
-from ..modules import check_model
-from .adapted_weight import AdaptedWeight, adapted_weights, bank_of
+from ..modules import check_model, named_tensors
+from .adapted_weight import AdaptedWeight, adapted_weights
 from .adapter import Adapter
+from .adapter_file import AdapterFile, LoadedAdapter, refuse
 from .attach import choose_name
+from .load import read_adapter_file
 from .mixed_groups import MixedGroups
-from .peft.keys import own_tensors
-from .peft.load import find_adapters
-from .peft.read import Read, Whole, refuse
+from .module_copies import copied_tensors
 from .tokens import TokenRows
 from .weight_layout import Kind
-from .whole import copies_of
 
 
 @torch.no_grad()
@@ -72,11 +71,11 @@ def swap_lora_(
     if any(weight.bank.merged is not None for weight in own):
         raise LowRankError("swap_lora_: the adapters are merged; call unmerge_lora_ first.")
     path = Path(folder)
-    found, whole, tensors = find_adapters(inner, path, None, rank, alpha, prefix)
-    reads = {AdaptedWeight(read.slot.owner, read.slot.parameter, read.slot.module): read for read in found}
-    problems = [trouble for read in found if (trouble := _trouble(read, name))]
-    problems += _trouble_whole(inner, name, whole, tensors)
-    problems += [trouble for weight, rows in whole.tokens.items() if (trouble := _trouble_tokens(weight, rows, name))]
+    file = read_adapter_file(inner, path, None, rank=rank, alpha=alpha, prefix=prefix)
+    values = {loaded.weight: loaded for loaded in file.adapters}
+    problems = [trouble for loaded in file.adapters if (trouble := _trouble(loaded, name))]
+    problems += _trouble_beside(inner, name, file)
+    problems += [trouble for weight, rows in file.tokens.items() if (trouble := _trouble_tokens(weight, rows, name))]
     if problems:
         refuse(path, problems)
     for weight in own:
@@ -84,44 +83,38 @@ def swap_lora_(
         assert adapter is not None
         if isinstance(adapter, TokenRows):
             adapter.rows.zero_()
-        elif weight in reads:
-            _fill(adapter, weight.layout, reads[weight])
+        elif weight in values:
+            _fill(adapter, values[weight])
         else:
             _empty(adapter, weight)
-    for weight, rows in whole.tokens.items():
-        _rows_there(weight, name).rows.copy_(rows.rows)
-    targets = _copied(inner, name)
-    for key, copied in whole.copied.items():
-        targets[copied].copy_(tensors[key])
+    for weight, rows in file.tokens.items():
+        own_rows = weight.adapter(name)
+        assert isinstance(own_rows, TokenRows)
+        own_rows.rows.copy_(rows.rows)
+    copies = copied_tensors(inner, name)
+    for key, copied in file.copied.items():
+        copies[copied].copy_(file.tensors[key])
     return model
 
 
-def _trouble(read: Read, name: str) -> str | None:
-    """Why the values do not fit the adapter that is there."""
-    slot = read.slot
-    bank = bank_of(slot.module, slot.parameter)
-    label = f"{slot.owner}.{slot.parameter}"
-    adapter = None if bank is None else bank.adapters._modules.get(name)
-    if read.mixed or isinstance(adapter, MixedGroups):
+def _trouble(loaded: LoadedAdapter, name: str) -> str | None:
+    """Why the values do not fit the adapter that is there, in words."""
+    weight = loaded.weight
+    adapter, label = weight.adapter(name), weight.name
+    if loaded.mixes_groups or isinstance(adapter, MixedGroups):
         return f"{label!r} is a convolution with an adapter that mixes its groups, whose values cannot be swapped"
-    if not isinstance(adapter, Adapter) or isinstance(adapter, TokenRows):
+    if adapter is None or isinstance(adapter, TokenRows):
         return f"it adapts {label!r}, where the model has no adapter {name!r}"
-    room = sum(len(a) for a, _ in _rooms(adapter, slot.kind))
-    rank = len(slot.kind.directions(read.a, read.b)[0])
+    room = sum(len(a) for a, _ in _rooms(adapter, weight.layout))
+    rank = len(weight.layout.directions(loaded.a, loaded.b)[0])
     if rank > room:
         return f"its rank is {rank} for {label!r}, above the adapter's {room}; make that with the greatest rank of all"
-    for what, ours, theirs in (("DoRA", adapter.magnitude, read.magnitude), ("a bias", adapter.bias, read.bias)):
+    for what, ours, theirs in (("DoRA", adapter.magnitude, loaded.magnitude), ("a bias", adapter.bias, loaded.bias)):
         if theirs is not None and ours is None:
             return f"it has {what} for {label!r}, and the adapter {name!r} has none"
-    if adapter.magnitude is not None and read.magnitude is None:
+    if adapter.magnitude is not None and loaded.magnitude is None:
         return f"it has no DoRA for {label!r}, and the adapter {name!r} has"
     return None
-
-
-def _rows_there(weight: AdaptedWeight, name: str) -> TokenRows:
-    rows = weight.adapter(name)
-    assert isinstance(rows, TokenRows)
-    return rows
 
 
 def _trouble_tokens(weight: AdaptedWeight, rows: TokenRows, name: str) -> str | None:
@@ -133,28 +126,19 @@ def _trouble_tokens(weight: AdaptedWeight, rows: TokenRows, name: str) -> str | 
     return f"it trains the tokens {rows.tokens.tolist()} of {weight.owner!r}, and the adapter {name!r} has {there}"
 
 
-def _trouble_whole(model: nn.Module, name: str, whole: Whole, tensors: dict[str, Tensor]) -> list[str]:
-    """What the file holds whole and the adapter has no copy of, and the other way round."""
-    own, base = _copied(model, name), own_tensors(model)
-    problems = [f"it trains {place!r} of the base, which a swap must not change" for place in whole.base.values()]
+def _trouble_beside(model: nn.Module, name: str, file: AdapterFile) -> list[str]:
+    """What the file holds beside low-rank adapters that the model has no place for, and the other way round."""
+    own, base = copied_tensors(model, name), named_tensors(model)
+    problems = [f"it trains {place!r} of the base, which a swap must not change" for place in file.base.values()]
     problems += [
         f"it brings other values of {place!r}, which belongs to the base"
-        for key, place in whole.embeddings.items()
-        if not torch.equal(base[place].detach().cpu(), tensors[key].to(base[place].dtype))
+        for key, place in file.embeddings.items()
+        if not torch.equal(base[place].detach().cpu(), file.tensors[key].to(base[place].dtype))
     ]
-    places = set(whole.copied.values())
+    places = set(file.copied.values())
     problems += [f"it has {place!r} whole, of which the adapter has no copy" for place in sorted(places - own.keys())]
     problems += [f"it lacks {place!r}, which the adapter trains whole" for place in sorted(own.keys() - places)]
     return problems
-
-
-def _copied(model: nn.Module, name: str) -> dict[str, Tensor]:
-    """The parameters and buffers of an adapter's copies, by their names in the base."""
-    found: dict[str, Tensor] = {}
-    for owner, copies in copies_of(model).items():
-        if name in copies:
-            found |= {f"{owner}.{key}": tensor for key, tensor in own_tensors(copies[name]).items()}
-    return found
 
 
 def _rooms(adapter: Adapter, kind: Kind) -> list[tuple[Tensor, Tensor]]:
@@ -165,20 +149,22 @@ def _rooms(adapter: Adapter, kind: Kind) -> list[tuple[Tensor, Tensor]]:
     return rooms
 
 
-def _fill(adapter: Adapter, kind: Kind, read: Read) -> None:
-    a, b = kind.directions(read.a, read.b)
-    for sign, (own_a, own_b) in zip((1, -1), _rooms(adapter, kind), strict=False):
+def _fill(adapter: Adapter, loaded: LoadedAdapter) -> None:
+    """Writes the values of a file into an adapter, in place; what its rank leaves of the factors is zero."""
+    layout = loaded.weight.layout
+    a, b = layout.directions(loaded.a, loaded.b)
+    for sign, (own_a, own_b) in zip((1, -1), _rooms(adapter, layout), strict=False):
         count = min(len(own_a), len(a))
         own_a.zero_()
         own_b.zero_()
         own_a[:count].copy_(a[:count])
         own_b[:count].copy_(sign * b[:count])
         a, b = a[count:], b[count:]
-    adapter.scaling.fill_(read.scaling)
-    if adapter.magnitude is not None and read.magnitude is not None:
-        adapter.magnitude.copy_(read.magnitude)
+    adapter.scaling.fill_(loaded.scaling)
+    if adapter.magnitude is not None and loaded.magnitude is not None:
+        adapter.magnitude.copy_(loaded.magnitude)
     if adapter.bias is not None:
-        adapter.bias.zero_() if read.bias is None else adapter.bias.copy_(read.bias)
+        adapter.bias.zero_() if loaded.bias is None else adapter.bias.copy_(loaded.bias)
 
 
 def _empty(adapter: Adapter, weight: AdaptedWeight) -> None:

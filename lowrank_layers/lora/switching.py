@@ -13,7 +13,7 @@ from ..errors import LowRankError
 from .attach import banks, check_name
 from .learning import learned
 from .merge import unmerged
-from .whole import check_choice, copies_of
+from .module_copies import copies_of, trained_whole_by
 
 
 def use_adapter(model: nn.Module, name: str | Iterable[str] | None) -> nn.Module:
@@ -44,7 +44,12 @@ def use_adapter(model: nn.Module, name: str | Iterable[str] | None) -> nn.Module
     adapters = [(own, adapter) for bank in banks(model) for own, adapter in zip(bank.names, bank, strict=True)]
     if any(adapter.in_use != (own in wanted) for own, adapter in adapters):
         check_unmerged(model, "use_adapter")
-    check_choice(model, wanted)
+    shared = trained_whole_by(model, wanted)
+    if shared is not None:
+        raise LowRankError(
+            f"use_adapter: {shared[0]!r} is trained whole by each of the adapters {shared[1]}, and only one of these"
+            " copies can be used; choose one of the adapters."
+        )
     for copies in copies_of(model).values():
         copies.choose(wanted)
     for own, adapter in adapters:

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import LowRankError
 from ..layers import is_embedding
-from ..modules import walk_layers
-from .adapted_weight import AdaptedWeight, base_weight
+from .adapted_weight import AdaptedWeight, base_modules, base_weight
 from .adapter import Adapter
 from .checks import check_adaptable
 from .weight_layout import Kind, Matrix, is_conv1d
@@ -88,8 +87,8 @@ def find_tokens(
     found: dict[str, list[int]] = {}
     layers = {
         owner: module
-        for owner, module in walk_layers(model)
-        if ".lora_" not in f".{owner}." and (is_embedding(module) or isinstance(module, nn.Linear) or is_conv1d(module))
+        for owner, module in base_modules(model).items()
+        if is_embedding(module) or isinstance(module, nn.Linear) or is_conv1d(module)
     }
     for key, indices in _by_name(model, layers, wanted).items():
         own = [owner for owner in layers if owner == key or owner.endswith(f".{key}")]

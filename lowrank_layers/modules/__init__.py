@@ -18,7 +18,7 @@ from .replace import replace_
 from .select import Selector, select
 from .shortcuts import update_shortcuts_
 from .storage import separate, shared_names
-from .tree import module_aliases, walk_layers
+from .tree import module_aliases, named_tensors, walk_layers
 
 __all__ = [
     "ModelDescription",
@@ -32,6 +32,7 @@ __all__ = [
     "fill_",
     "is_quantized",
     "module_aliases",
+    "named_tensors",
     "open_attentions",
     "openable_attentions",
     "opened_attentions",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..layers import is_factored
 
@@ -26,3 +26,9 @@ def module_aliases(model: nn.Module) -> dict[nn.Module, list[str]]:
     for name, module in model.named_modules(remove_duplicate=False):
         names[module].append(name)
     return dict(names)
+
+
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Returns parameters and buffers by all their names."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    return {**parameters, **dict(model.named_buffers(remove_duplicate=False))}

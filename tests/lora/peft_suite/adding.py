@@ -10,9 +10,8 @@ import lowrank_layers as lr
 from lowrank_layers.lora.adapted import Adapted
 from lowrank_layers.lora.adapted_weight import banks_of, base_weight
 from lowrank_layers.lora.peft.config import config_of
-from lowrank_layers.lora.peft.keys import find_slots
+from lowrank_layers.lora.peft.target_modules import find_weights
 from lowrank_layers.lora.tokens import TokenRows
-from lowrank_layers.lora.weight_layout import kind_of
 
 from .layers import is_embedding
 
@@ -24,15 +23,15 @@ def add_lora(model, name, config, dtype=None):
     """One of PEFT's configs as a call of :func:`lowrank_layers.add_lora_`."""
     settings, problems = config_of(json.loads(json.dumps(config.to_dict(), default=list)))
     problems = [each for each in problems if not each.startswith(("init_lora_weights", "target_modules is missing"))]
-    slots, _, more = find_slots(model, settings)
+    found, _, more = find_weights(model, settings)
     if problems + more:
         raise ValueError("; ".join(problems + more))
     # PEFT takes any rank; where a layer is narrower ours is told the layer's own, at PEFT's scaling
-    limits = {slot.owner: kind_of(slot.module, slot.parameter).limit(slot.weight) for slot in slots}
-    ranks = {slot.owner: min(settings.rank(slot.label), limits[slot.owner]) for slot in slots}
-    alphas = {slot.owner: settings.scaling(slot.label) * ranks[slot.owner] for slot in slots}
-    places = [f"{slot.owner}.{slot.parameter}" for slot in slots]
-    chosen = {id(slot.module) for slot in slots}
+    limits = {each.weight.owner: each.weight.layout.limit(each.weight.base) for each in found}
+    ranks = {each.weight.owner: min(settings.rank(each.label), limits[each.weight.owner]) for each in found}
+    alphas = {each.weight.owner: settings.scaling(each.label) * ranks[each.weight.owner] for each in found}
+    places = [each.weight.name for each in found]
+    chosen = {id(each.weight.module) for each in found}
     everything = "all-linear" if settings.target_modules == "all-linear" else None
     lr.add_lora_(
         model,

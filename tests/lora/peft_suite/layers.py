@@ -9,9 +9,10 @@ from torch import nn
 
 from lowrank_layers.lora.adapted import Adapted
 from lowrank_layers.lora.adapted_weight import banks_of, base_weight
+from lowrank_layers.lora.module_copies import COPIES
 from lowrank_layers.lora.tokens import TokenRows
+from lowrank_layers.lora.trained_whole import TrainedWhole
 from lowrank_layers.lora.weight_layout import Matrix, is_conv1d
-from lowrank_layers.lora.whole import WHOLE_COPIES, TrainedWhole
 
 NAMES = ["lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector"]
 
@@ -21,7 +22,7 @@ def install():
     LoraLayer.register(Adapted)
     for name, read in VIEWS.items():
         setattr(Adapted, name, property(read))
-    TrainedWhole.modules_to_save = property(lambda self: self._modules[WHOLE_COPIES])
+    TrainedWhole.modules_to_save = property(lambda self: self._modules[COPIES])
     TrainedWhole.original_module = property(lambda self: Base(self, self._parameters))
     TrainedWhole.active_adapters = property(whole_active)
     TrainedWhole.adapter_layer_names = ["modules_to_save"]
@@ -35,7 +36,7 @@ def install():
 
 
 def whole_active(module):
-    copies = module._modules[WHOLE_COPIES]
+    copies = module._modules[COPIES]
     return [name for name in copies if name == copies.active]
 
 

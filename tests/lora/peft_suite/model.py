@@ -14,7 +14,8 @@ import lowrank_layers as lr
 from lowrank_layers.lora.adapted import Adapted
 from lowrank_layers.lora.adapted_weight import banks_of
 from lowrank_layers.lora.attach import banks
-from lowrank_layers.lora.whole import TrainedWhole, copies_of
+from lowrank_layers.lora.module_copies import copies_of
+from lowrank_layers.lora.trained_whole import TrainedWhole
 
 from .adding import add_lora
 from .names import translations

@@ -2,7 +2,8 @@
 
 from lowrank_layers.lora.adapted import Adapted
 from lowrank_layers.lora.adapted_weight import banks_of
-from lowrank_layers.lora.whole import WHOLE_COPIES, TrainedWhole
+from lowrank_layers.lora.module_copies import COPIES
+from lowrank_layers.lora.trained_whole import TrainedWhole
 
 from .layers import is_embedding
 
@@ -22,7 +23,7 @@ def translations(model):
                 found[f"{ours}magnitude"] = f"{owner}.lora_magnitude_vector.{name}.weight"
                 found[f"{ours}bias"] = f"{owner}.lora_B.{name}.bias"
         if isinstance(module, TrainedWhole):
-            copies = f"{owner}.{WHOLE_COPIES}."
+            copies = f"{owner}.{COPIES}."
             found |= {name: f"{owner}.modules_to_save.{name.removeprefix(copies)}" for name in _names(module, copies)}
             found |= {f"{owner}.{name}": f"{owner}.original_module.{name}" for name in _own_names(module)}
         if isinstance(module, Adapted):
@@ -32,8 +33,8 @@ def translations(model):
 
 
 def _names(module, prefix):
-    return [prefix + key for key in module._modules[WHOLE_COPIES].state_dict()]
+    return [prefix + key for key in module._modules[COPIES].state_dict()]
 
 
 def _own_names(module):
-    return [key for key in module.state_dict() if not key.startswith(WHOLE_COPIES)]
+    return [key for key in module.state_dict() if not key.startswith(COPIES)]
