@@ -3,8 +3,9 @@
 from .candidates import Candidate as Candidate
 from .cost_model import CostModel as CostModel, CountedCost as CountedCost
 from .damping import Damping as Damping
+from .densify import densify_ as densify_
 from .entry import Entry as Entry
-from .factorize import densify_ as densify_, factorize_ as factorize_
+from .factorize import factorize_ as factorize_
 from .make_plan import make_plan as make_plan
 from .methods import (
     METHODS as METHODS,

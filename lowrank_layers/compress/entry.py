@@ -1,4 +1,4 @@
-"""One line of a plan: what a layer becomes, and what that costs."""
+"""One entry of a plan: what a layer becomes, and what that costs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MACS_PER_VALUE = 150
 
 @dataclass(frozen=True)
 class Entry:
-    """One layer's line.
+    """What one layer becomes.
 
     Args:
         name: the layer's name in the model.
@@ -49,11 +49,16 @@ class Entry:
     settings: dict[str, Any] = field(default_factory=dict)
 
     def built_by(self) -> Method:
-        """The method that builds the layer, with its settings."""
+        """Returns the method that builds the layer, with its settings."""
         return with_settings(self.method, self.settings)
 
     def with_rank(self, method: str, rank: Any) -> Entry:
-        """The same layer at another rank, priced by count; another method has the settings it is registered with."""
+        """Returns the same layer at another rank, priced by count.
+
+        Args:
+            method: name of the method that will build it; another one has the settings it is registered with.
+            rank: what the method takes.
+        """
         settings = self.settings if method == self.method else settings_of(METHODS[method])
         meta = factored_like(with_settings(method, settings), blank(self.layer), rank, self.bias)
         cost = layer_cost(meta, self.input_shape)
@@ -61,7 +66,7 @@ class Entry:
         return replace(self, method=method, rank=meta.rank, after=after, error=None, settings=settings)
 
     def time(self) -> tuple[float, float] | None:
-        """Estimated time of the dense and of the planned layer, in multiply-accumulates; ``None`` without statistics.
+        """Returns the estimated times of the dense and of the planned layer, in MACs; ``None`` without statistics.
 
         A layer writes its output to memory whatever its rank, and a chain of thin layers does so several times.
         """
@@ -75,7 +80,7 @@ class Entry:
 
 
 def read_entry(raw: dict[str, Any]) -> Entry:
-    """The entry that a plan's file holds as plain values."""
+    """Returns the entry that a plan's file holds as plain values."""
     shape = raw["input_shape"]
     values = {
         **raw,
@@ -83,7 +88,7 @@ def read_entry(raw: dict[str, Any]) -> Entry:
         "before": Cost(**raw["before"]),
         "after": Cost(**raw["after"]),
         "input_shape": None if shape is None else tuple(shape),
-        "settings": as_tuples(raw.get("settings", {})),  # older files have none
+        "settings": as_tuples(raw["settings"]),
     }
     if raw["method"] != DENSE and raw["method"] not in METHODS:
         raise LowRankError(f"{raw['name']!r}: got method {raw['method']!r}, expected one of {list(METHODS)}.")

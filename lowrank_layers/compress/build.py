@@ -1,0 +1,47 @@
+"""Building the layer that one line of a plan asks for."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from ..calibrate.statistics import LayerStats
+from ..errors import LowRankError
+from ..layers import FactoredModule, weight_from_matrices, weight_of
+from ..linalg import full_precision
+from .candidates import Candidate
+from .damping import Damping
+from .entry import Entry
+from .regression import joint_bias
+
+
+@full_precision
+def build_layer(dense: nn.Module, entry: Entry, stats: LayerStats | None, damping: Damping) -> FactoredModule:
+    """Returns the factored layer of an entry; with statistics the one that minimises the weighted error."""
+    if stats is not None:
+        stats = replace(stats, free_bias=entry.bias)  # a plan made without statistics counts no new biases
+    try:
+        return entry.built_by().build(Candidate(dense, stats, damping=damping), entry.rank)
+    except LowRankError as error:
+        raise type(error)(f"{entry.name!r}: {error}") from None
+
+
+@full_precision
+def refit(dense: nn.Module, stats: LayerStats, damping: Damping) -> tuple[Tensor, Tensor | None]:
+    """Returns the dense layer's best weight and bias on the inputs that a compressed prefix delivers.
+
+    Without a bias the map goes through the origin.
+    """
+    problems = Candidate(dense, replace(stats, free_bias=False), damping=damping).problems
+    fulls = [problem.full for problem in problems]
+    return weight_from_matrices(dense, torch.stack(fulls)), joint_bias(problems, fulls)
+
+
+@torch.no_grad()
+def write_(layer: nn.Module, weight: Tensor, bias: Tensor | None) -> None:
+    """Gives a dense layer these values, in place."""
+    weight_of(layer).copy_(weight)
+    if bias is not None:
+        layer.get_parameter("bias").copy_(bias)

@@ -1,0 +1,49 @@
+"""Undoing a factorization."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ..layers import FactoredModule
+from ..linalg import full_precision
+from ..modules import (
+    check_densifiable,
+    check_factors,
+    check_model,
+    check_optimizer,
+    open_attentions,
+    replace_,
+    walk_layers,
+)
+
+
+@full_precision
+def densify_(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> nn.Module:
+    """Multiplies the factors out: every factored layer becomes the torch layer that computes the same, in place.
+
+    Args:
+        model: a model with factored layers; one without comes back as it is.
+        optimizer: the optimizer of the model; it is given the new parameters in the place of the old ones.
+
+    Returns:
+        The model.
+
+    Raises:
+        LowRankError: if a factored layer carries hooks or a forward of its own; nothing is changed then.
+
+    Examples:
+        >>> lr.densify_(nn.Sequential(lr.LowRankLinear(8, 4, rank=2)))
+        Sequential(
+          (0): Linear(in_features=8, out_features=4, bias=True)
+        )
+    """
+    check_model(model)
+    check_optimizer(optimizer, "densify_")
+    check_factors(model)
+    check_densifiable(model)
+    factored = {name: module for name, module in walk_layers(model) if isinstance(module, FactoredModule)}
+    replace_(model, {name: module.to_dense() for name, module in factored.items()}, optimizer)
+    opened = {name: attention for name, attention in open_attentions(model).items() if not any(attention.rank)}
+    replace_(model, {name: attention.to_dense() for name, attention in opened.items()}, optimizer)
+    return model

@@ -1,0 +1,116 @@
+"""The lines of a plan and what they cost: as much of a plan as it takes to print and to apply it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from ..cost import Cost
+from ..errors import LowRankError
+from .damping import Damping
+from .entry import Entry
+from .methods.registry import DENSE
+
+_HEAD = ("layer", "method", "rank", "params", "", "MACs", "", "error")
+
+
+class PlannedLayers:
+    """What every layer of a model becomes, and what that costs; :class:`Plan` can be edited, stored and applied.
+
+    Args:
+        entries: one entry per layer that a method matches; those left dense have the method ``"dense"``.
+        skipped: name to reason, for layers with a weight that no method touches.
+        notes: name to remark, for layers whose entry needs one.
+        total: cost of the whole dense model.
+        settings: how the plan was made.
+    """
+
+    def __init__(
+        self,
+        entries: list[Entry],
+        *,
+        skipped: dict[str, str] | None = None,
+        notes: dict[str, str] | None = None,
+        total: Cost | None = None,
+        settings: dict[str, Any] | None = None,
+    ) -> None:
+        self._entries = {entry.name: entry for entry in entries}
+        self.skipped = dict(skipped or {})
+        self.notes = dict(notes or {})
+        self.total = total or sum((entry.before for entry in entries), Cost())
+        self.settings = dict(settings or {})
+
+    def __iter__(self) -> Iterator[Entry]:
+        return iter(self._entries.values())
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __getitem__(self, name: str) -> Entry:
+        if name not in self._entries:
+            reason = f"; it was skipped: {self.skipped[name]}" if name in self.skipped else ""
+            raise LowRankError(f"the plan has no layer {name!r}{reason}. It has {', '.join(self._entries)}.")
+        return self._entries[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+    @property
+    def after(self) -> Cost:
+        """Cost of the whole model once the plan is applied."""
+        return sum((entry.after - entry.before for entry in self), self.total)
+
+    @property
+    def damping(self) -> Damping:
+        """Ridges on the moments in the statistics: those that it was made with, and that :func:`factorize_` uses."""
+        return Damping(**self.settings.get("damping", {}))
+
+    @property
+    def time_ratio(self) -> float | None:
+        """Estimated time of the planned layers over that of the dense ones; ``None`` where no sizes are known.
+
+        Counts multiply-accumulates and values written, so that it is a warning, not a measurement.
+        """
+        times = [time for entry in self if (time := entry.time()) is not None]
+        dense, planned = (sum(side) for side in zip(*times, strict=True)) if times else (0.0, 0.0)
+        return planned / dense if dense else None
+
+    def __str__(self) -> str:
+        after = self.after
+        kept = f"{after.params / self.total.params:.1%} kept" if self.total.params else ""
+        rows = [_HEAD, *map(_row, self), ("whole model", "", "", *_costs(self.total, after), kept)]
+        lines = _aligned(rows)
+        rule = "-" * max(map(len, lines))
+        lines = [lines[0], rule, *lines[1:-1], rule, lines[-1]]
+        if (ratio := self.time_ratio) is not None and ratio > 1:
+            lines.append(
+                f"warning: these layers are estimated to take {ratio:.1f} times the time of the dense ones; measure, or"
+                " plan with fewer methods, as in methods=[lr.SVDMethod()]"
+            )
+        lines += [f"{name}: {note}" for name, note in self.notes.items()]
+        lines += [f"{name}: left alone, {reason}" for name, reason in self.skipped.items()]
+        return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        factored = sum(entry.method != DENSE for entry in self)
+        sizes = f"{self.total.params:,} -> {self.after.params:,} parameters"
+        return f"{type(self).__name__}({factored} of {len(self)} layers factored, {sizes})"
+
+
+def _row(entry: Entry) -> tuple[str, ...]:
+    rank = "x".join(map(str, entry.rank)) if isinstance(entry.rank, tuple) else str(entry.rank or "")
+    error = "" if entry.error is None else f"{entry.error:.1%}"
+    return entry.name, entry.method, rank, *_costs(entry.before, entry.after), error
+
+
+def _costs(before: Cost, after: Cost) -> tuple[str, ...]:
+    """Parameters, and MACs where they are known."""
+    macs = (f"{before.macs:,}", f"-> {after.macs:,}") if before.macs else ("", "")
+    return f"{before.params:,}", f"-> {after.params:,}", *macs
+
+
+def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """The rows as lines: the first two columns to the left, numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    template = "  ".join(f"{{:{'<' if k < 2 else '>'}{width}}}" for k, width in enumerate(widths))
+    return [template.format(*row).rstrip() for row in rows]
