@@ -53,7 +53,7 @@ class LowRankReducer:
         LowRankError: for a scaler that is none.
     """
 
-    fallback: Fallback | None = None
+    fallback: Fallback | None = None  # set where the state of a hook was asked for it
 
     def __init__(
         self, settings: PowerSGDSettings, collectives: Collectives, model: nn.Module | None, scaler: Any

@@ -21,7 +21,13 @@ def svd_projector(matrix: Tensor, rank: int) -> Tensor:
 
 
 def random_projector(matrix: Tensor, rank: int, seed: int) -> Tensor:
-    """A uniformly random basis, the same in every process; the global generator is not used."""
+    """A uniformly random basis, the same in every process; the global generator is not used.
+
+    Args:
+        matrix: gradient ``[short, long]``, which gives the number of rows, dtype and device.
+        rank: number of columns.
+        seed: seed of the generator.
+    """
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randn(matrix.shape[0], rank, generator=generator, dtype=torch.float64)
     basis: Tensor = torch.linalg.qr(drawn).Q
