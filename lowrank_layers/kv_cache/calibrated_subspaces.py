@@ -86,8 +86,7 @@ def _subspace(
     covariance = weight @ inputs.covariance().to(weight) @ weight.mT
     together = heads if settings.joint else 1
     scatter = Scatter(inputs.rows, *_by_group(mean, covariance, together * head_size))
-    rank = settings.rank_of(values)
-    ranks = [rank * together] if isinstance(rank, int) else chosen_ranks(rank, scatter, "kv_subspaces")
+    ranks = chosen_ranks(settings.rank_of(values), scatter, together, "kv_subspaces")
     return scatter.fit(max(ranks), torch.float32)
 
 

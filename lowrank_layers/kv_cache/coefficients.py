@@ -1,8 +1,14 @@
-"""The coefficients of old tokens: what grows with every token."""
+"""The coefficients of old tokens in their subspace, which grow with every token, and the ways of storing them.
+
+:class:`Coefficients` is where fitting, storing and attending meet, and so where another cache algorithm comes in: see
+its docstring for the two methods that a way of storing has.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -11,50 +17,81 @@ RUN = 4096
 """Tokens that are converted to another dtype at a time: the converted ones stay in a processor's cache."""
 
 
-MOST = {torch.float16: 2.0**12, torch.int8: 2.0**12}
-"""Greatest coefficients of a first fit, by dtype: read in fp16, whose largest number is sixteen times as great."""
+class Coefficients(ABC):
+    """Coefficients ``[batch, groups, rank, tokens]`` of old tokens, stored in some number of bits.
 
-
-class Coefficients:
-    """``[batch, groups, rank, tokens]`` in a floating dtype, or in int8 with an fp16 scale a token and group.
+    A way of storing them is a subclass with two methods, :meth:`encode` and :meth:`decode`, and one line in
+    :func:`coefficients_for`. Growing, attention over the coefficients, cropping, selecting rows of the batch, counting
+    bytes and saving are inherited. A subclass may override :meth:`scores` and :meth:`mixed` with something faster than
+    decoding, and :attr:`largest` if it can store only numbers up to some size. Which directions are kept, and how
+    many, is decided before, in ``fit.py``.
 
     The tokens come last: a query times the coefficients is then a product of thin and long matrices that both are read
     row by row.
 
     Args:
-        values: the first tokens', in fp32.
-        dtype: to be stored in.
+        dtype: dtype of the stored numbers.
+        codes: what :meth:`encode` gives for the first tokens; ``None`` for no tokens yet.
     """
 
-    def __init__(self, values: Tensor, dtype: torch.dtype) -> None:
+    def __init__(self, dtype: torch.dtype, codes: Mapping[str, Tensor] | None = None) -> None:
         self.dtype = dtype
-        self.values, self.scales = self._stored(values)
+        self.codes = {name: _growing(code) for name, code in (codes or {}).items()}
+
+    @abstractmethod
+    def encode(self, values: Tensor) -> dict[str, Tensor]:
+        """Coefficients as they are stored.
+
+        Args:
+            values: ``[batch, groups, rank, tokens]`` in fp32.
+
+        Returns:
+            Tensors by name, each with the batch as its first dimension and the tokens as its last.
+        """
+
+    @abstractmethod
+    def decode(self, codes: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+        """The inverse of :meth:`encode`, up to rounding.
+
+        Args:
+            codes: what :meth:`encode` gave, possibly for some of the tokens only.
+            dtype: dtype of the result.
+        """
 
     @property
-    def rank(self) -> int:
-        """Of each group."""
-        return self.values.shape[2]
+    def largest(self) -> float:
+        """Greatest coefficient that a fit may hand over: the basis is made longer for it."""
+        return math.inf
+
+    def empty(self) -> Coefficients:
+        """A store of the same kind without tokens."""
+        return type(self)(self.dtype)
 
     @property
     def tokens(self) -> int:
-        """How many are held."""
-        return self.values.shape[3]
+        """Number of tokens."""
+        return next((code.shape[-1] for code in self.codes.values()), 0)
 
     def append(self, values: Tensor) -> None:
-        """More tokens, in fp32."""
-        more, scales = self._stored(values)
-        self.values = _growing(torch.cat([self.values, more], -1))
-        if self.scales is not None and scales is not None:
-            self.scales = _growing(torch.cat([self.scales, scales], -1))
+        """Stores more tokens.
+
+        Args:
+            values: ``[batch, groups, rank, tokens]`` in fp32.
+        """
+        for name, code in self.encode(values).items():
+            self.codes[name] = _growing(torch.cat([self.codes[name], code], -1) if name in self.codes else code)
 
     def read(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-        """``[batch, groups, rank, stop - start]``."""
+        """The coefficients of a range of tokens, ``[batch, groups, rank, stop - start]``.
+
+        Args:
+            start: index of the first token.
+            stop: index after the last one.
+            dtype: dtype of the result.
+        """
         whole = start == 0 and stop == self.tokens
-        values = (self.values if whole else self.values[..., start:stop]).to(dtype)
-        if self.scales is None:
-            return values
-        scales = self.scales if whole else self.scales[..., start:stop]
-        return values.mul_(scales[:, :, None].to(dtype))
+        codes = self.codes if whole else {name: code[..., start:stop] for name, code in self.codes.items()}
+        return self.decode(codes, dtype)
 
     def scores(self, rows: Tensor, shift: Tensor) -> Tensor:
         """``rows c + shift``, ``[batch, groups, rows, tokens]``.
@@ -63,56 +100,122 @@ class Coefficients:
             rows: ``[batch, groups, rows, rank]``.
             shift: ``[batch, groups, rows, 1]``.
         """
-        if self.scales is None and self.dtype == rows.dtype:
-            flat = (t.flatten(0, 1) for t in (shift, rows, self.values))
-            whole: Tensor = torch.baddbmm(*flat).unflatten(0, rows.shape[:2])
-            return whole
-        found = []
-        for start, stop in self._runs(rows.dtype):
-            inner = rows @ self.values[..., start:stop].to(rows.dtype)
-            # a scale a token: it weighs the few rows instead of all coefficients
-            scales = None if self.scales is None else self.scales[:, :, None, start:stop].to(rows.dtype)
-            found.append(inner + shift if scales is None else torch.addcmul(shift, inner, scales))
-        return found[0] if len(found) == 1 else torch.cat(found, -1)
+        return _joined([rows @ self.read(*run, rows.dtype) + shift for run in self._runs(rows.dtype)])
 
     def mixed(self, weights: Tensor) -> Tensor:
-        """``weights c^T``, ``[batch, groups, rows, rank]``; ``weights`` are ``[batch, groups, rows, tokens]``."""
-        found = []
-        for start, stop in self._runs(weights.dtype):
-            part = weights[..., start:stop]
-            if self.scales is not None:
-                part = part * self.scales[:, :, None, start:stop].to(part.dtype)
-            found.append(part @ self.values[..., start:stop].to(part.dtype).mT)
-        return found[0] if len(found) == 1 else torch.stack(found).sum(0)
+        """``weights c^T``, ``[batch, groups, rows, rank]``.
+
+        Args:
+            weights: ``[batch, groups, rows, tokens]``.
+        """
+        runs = self._runs(weights.dtype)
+        return _summed([weights[..., a:b] @ self.read(a, b, weights.dtype).mT for a, b in runs])
 
     def truncate(self, tokens: int) -> None:
-        """Leaves the first ones."""
-        self.apply(lambda t: t[..., :tokens].contiguous())
+        """Keeps the first tokens.
+
+        Args:
+            tokens: how many.
+        """
+        self.apply(lambda code: code[..., :tokens].contiguous())
 
     def apply(self, change: Callable[[Tensor], Tensor]) -> None:
-        """Replaces every tensor."""
-        self.values = _growing(change(self.values))
-        self.scales = None if self.scales is None else _growing(change(self.scales))
+        """Replaces every stored tensor.
+
+        Args:
+            change: gives the new tensor for an old one.
+        """
+        self.codes = {name: _growing(change(code)) for name, code in self.codes.items()}
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """What is stored, by name."""
-        yield "values", self.values
-        if self.scales is not None:
-            yield "scales", self.scales
+        """Names and tensors of everything that is stored."""
+        yield from self.codes.items()
 
     def _runs(self, dtype: torch.dtype) -> list[tuple[int, int]]:
         """All tokens, at once where nothing is converted."""
-        if self.dtype == dtype or self.values.device.type != "cpu" or torch.compiler.is_compiling():
+        on_cpu = all(code.device.type == "cpu" for code in self.codes.values())
+        if self.dtype == dtype or not on_cpu or torch.compiler.is_compiling():
             return [(0, self.tokens)]
         return [(start, min(start + RUN, self.tokens)) for start in range(0, max(1, self.tokens), RUN)]
 
-    def _stored(self, values: Tensor) -> tuple[Tensor, Tensor | None]:
-        if self.dtype != torch.int8:
-            return _growing(values.to(self.dtype).contiguous()), None
+
+class FloatCoefficients(Coefficients):
+    """Coefficients in a floating dtype."""
+
+    @property
+    def largest(self) -> float:
+        """In fp16 a sixteenth of the largest number, so that later tokens fit in."""
+        return 2.0**12 if self.dtype == torch.float16 else math.inf
+
+    def encode(self, values: Tensor) -> dict[str, Tensor]:
+        """The values themselves."""
+        return {"values": values.to(self.dtype).contiguous()}
+
+    def decode(self, codes: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+        """The values themselves."""
+        return codes["values"].to(dtype)
+
+    def scores(self, rows: Tensor, shift: Tensor) -> Tensor:
+        """``rows c + shift``, in one product where nothing is converted."""
+        if self.dtype != rows.dtype:
+            return super().scores(rows, shift)
+        flat = (t.flatten(0, 1) for t in (shift, rows, self.codes["values"]))
+        whole: Tensor = torch.baddbmm(*flat).unflatten(0, rows.shape[:2])
+        return whole
+
+
+class Int8Coefficients(Coefficients):
+    """Coefficients in int8, with one fp16 scale per token and group."""
+
+    @property
+    def largest(self) -> float:
+        """As in fp16, in which they may be read."""
+        return 2.0**12
+
+    def encode(self, values: Tensor) -> dict[str, Tensor]:
+        """Rounded to 255 levels between the extremes of a token."""
         # rounding is against the scale as it is stored; its least value keeps rows of zeros from dividing by zero
         scales = (values.abs().amax(2) / 127).clamp_min(2.0**-24).half()
-        codes = (values / scales[:, :, None].float()).round().clamp(-127, 127)
-        return _growing(codes.to(torch.int8).contiguous()), _growing(scales)
+        levels = (values / scales[:, :, None].float()).round().clamp(-127, 127)
+        return {"values": levels.to(torch.int8).contiguous(), "scales": scales}
+
+    def decode(self, codes: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+        """Levels times scales."""
+        return codes["values"].to(dtype).mul_(codes["scales"][:, :, None].to(dtype))
+
+    def scores(self, rows: Tensor, shift: Tensor) -> Tensor:
+        """``rows c + shift``: a token's scale weighs its few scores instead of all of its coefficients."""
+        found = []
+        for start, stop in self._runs(rows.dtype):
+            inner = rows @ self.codes["values"][..., start:stop].to(rows.dtype)
+            scales = self.codes["scales"][:, :, None, start:stop].to(rows.dtype)
+            found.append(torch.addcmul(shift, inner, scales))
+        return _joined(found)
+
+    def mixed(self, weights: Tensor) -> Tensor:
+        """``weights c^T``, likewise."""
+        found = []
+        for start, stop in self._runs(weights.dtype):
+            part = weights[..., start:stop] * self.codes["scales"][:, :, None, start:stop].to(weights.dtype)
+            found.append(part @ self.codes["values"][..., start:stop].to(weights.dtype).mT)
+        return _summed(found)
+
+
+def coefficients_for(dtype: torch.dtype) -> Coefficients:
+    """An empty store for the dtype that a user chose.
+
+    Args:
+        dtype: a floating dtype or ``torch.int8``.
+    """
+    return Int8Coefficients(dtype) if dtype == torch.int8 else FloatCoefficients(dtype)
+
+
+def _joined(found: list[Tensor]) -> Tensor:
+    return found[0] if len(found) == 1 else torch.cat(found, -1)
+
+
+def _summed(found: list[Tensor]) -> Tensor:
+    return found[0] if len(found) == 1 else torch.stack(found).sum(0)
 
 
 def _growing(x: Tensor) -> Tensor:

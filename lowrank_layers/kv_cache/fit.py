@@ -1,67 +1,69 @@
-"""From the first old tokens to subspaces and coefficients."""
+"""The first fit: from the first old tokens of a layer to subspaces and coefficients.
+
+Which directions are kept is decided here, how their coefficients are stored in ``coefficients.py``.
+"""
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..rank import Rank
-from .coefficients import MOST, Coefficients
-from .compressed_tokens import Heads, Latent, Part, grouped
-from .settings import KVSettings
+from .coefficients import coefficients_for
+from .compressed_tokens import CompressedTokens, HeadGroups, Heads, grouped
 from .subspace import Scatter, Subspace, chosen_ranks
 
 
-def fit_latent(
-    x: Tensor,
-    settings: KVSettings,
-    dtype: torch.dtype,
-    given: Subspace | None = None,
-    ranks: list[int] | None = None,
-    *,
-    values: bool,
-) -> Latent:
-    """Keys or values ``[batch, heads, tokens, size]`` at the rank that was asked for.
+@dataclass(frozen=True)
+class Fit:
+    """How the keys, or the values, of a layer are compressed.
 
     Args:
-        x: in fp32, keys without their rotation.
-        settings: the rank and the dtypes.
-        dtype: of the cache.
-        given: a subspace that is fixed already.
-        ranks: of every group, where they are chosen already.
-        values: whether these are values.
+        rank: a rank per head, a rule, or the rank of every group of heads.
+        joint: whether all heads share one subspace.
+        basis_dtype: dtype of the bases.
+        dtype: dtype of the coefficients.
+        subspace: a subspace that is fixed already; ``None`` fits one per group of heads.
     """
-    heads, size = x.shape[1], x.shape[3]
-    together = heads if settings.joint else 1
-    in_bases, in_coefficients = settings.dtypes(dtype)
-    if given is not None:
-        chosen: list[tuple[Heads, Subspace]] = [(slice(None), given.to(x.device, in_bases))]
-        together = given.mean.shape[2] // size
-    else:
-        scatter = Scatter.of(grouped(x, together))
-        chosen = _by_rank(scatter, ranks or _ranks(settings.rank_of(values), scatter, together), in_bases)
-    parts, left = [], 0.0
-    for which, subspace in chosen:
-        rows = grouped(x[:, which], together)
-        subspace, coefficients = subspace.within(subspace.coefficients(rows), MOST.get(in_coefficients, math.inf))
-        parts.append(Part(which, size, subspace, Coefficients(coefficients, in_coefficients)))
-        # looking at the error breaks a compiled graph; without it the subspace is never fitted again
-        left = float("inf") if torch.compiler.is_compiling() else max(left, subspace.discarded(rows))
-    return Latent(parts, left)
 
+    rank: Rank | list[int]
+    joint: bool
+    basis_dtype: torch.dtype
+    dtype: torch.dtype
+    subspace: Subspace | None = None
 
-def _ranks(rank: Rank, scatter: Scatter, together: int) -> list[int]:
-    """Of every group; an integer is meant a head."""
-    if isinstance(rank, int):
-        return [rank * together] * scatter.mean.shape[1]
-    return chosen_ranks(rank, scatter, "LowRankKV")
+    def __call__(self, x: Tensor) -> CompressedTokens:
+        """Compresses the first old tokens.
+
+        Args:
+            x: keys (without their rotation) or values, ``[batch, heads, tokens, size]`` in fp32.
+        """
+        heads, size = x.shape[1], x.shape[3]
+        together = heads if self.joint else 1
+        if self.subspace is not None:
+            chosen: list[tuple[Heads, Subspace]] = [(slice(None), self.subspace.to(x.device, self.basis_dtype))]
+            together = self.subspace.mean.shape[2] // size
+        else:
+            scatter = Scatter.of(grouped(x, together))
+            rank = self.rank
+            ranks = rank if isinstance(rank, list) else chosen_ranks(rank, scatter, together, "LowRankKV")
+            chosen = _by_rank(scatter, ranks, self.basis_dtype)
+        parts, discarded = [], 0.0
+        for which, subspace in chosen:
+            rows, store = grouped(x[:, which], together), coefficients_for(self.dtype)
+            subspace, found = subspace.within(subspace.coefficients(rows), store.largest)
+            store.append(found)
+            parts.append(HeadGroups(which, size, subspace, store))
+            # looking at the error breaks a compiled graph; without it the subspace is never fitted again
+            discarded = float("inf") if torch.compiler.is_compiling() else max(discarded, subspace.discarded(rows))
+        return CompressedTokens(parts, discarded)
 
 
 def _by_rank(scatter: Scatter, ranks: list[int], dtype: torch.dtype) -> list[tuple[Heads, Subspace]]:
-    """One subspace for all groups of a rank."""
+    """One subspace for all groups of heads that have the same rank."""
     if len(set(ranks)) == 1:
         return [(slice(None), scatter.fit(ranks[0], dtype))]
     groups: dict[int, list[int]] = defaultdict(list)

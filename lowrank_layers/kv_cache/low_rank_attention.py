@@ -23,7 +23,7 @@ class LowRankAttention(nn.Module):
         settings: a :class:`KVSettings`, which documents the options, or a rank; ``None`` takes the defaults.
         rotation: the rotary position embedding that queries and keys carry when they come, so that it can be taken off
             the keys; ``None`` where there is none.
-        changes: options of :class:`KVSettings` by name; they replace those of ``settings``.
+        **changes: options of :class:`KVSettings` by name; they replace those of ``settings``.
 
     Shape:
         query ``[batch, query heads, tokens, size]``, key and value ``[batch, heads, tokens, size]`` of the new tokens;

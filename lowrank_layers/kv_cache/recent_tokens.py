@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 
-class Tail:
-    """Keys or values, ``[batch, heads, tokens, size]``, with room for more.
+class RecentTokens:
+    """Keys or values ``[batch, heads, tokens, size]``, with room for more.
 
     Args:
         like: a tensor with the batch, heads, size, dtype and device.
-        room: for how many tokens.
+        room: number of tokens that the buffer is made for.
     """
 
     def __init__(self, like: Tensor, room: int) -> None:
@@ -21,7 +21,11 @@ class Tail:
         self.buffer = like.new_empty(*like.shape[:2], room, like.shape[3])
 
     def append(self, x: Tensor) -> None:
-        """More tokens; beyond the room the buffer becomes as long as need be."""
+        """Adds tokens; beyond the room the buffer becomes as long as need be.
+
+        Args:
+            x: ``[batch, heads, tokens, size]``.
+        """
         stop = self.tokens + x.shape[2]
         if stop > self.buffer.shape[2] or x.requires_grad or self.buffer.requires_grad or self._is_frozen():
             self.buffer = torch.cat([self.read(), x], 2)
@@ -39,16 +43,28 @@ class Tail:
         return self.buffer[:, :, : self.tokens]
 
     def drop(self, first: int) -> None:
-        """Lets go of the first tokens."""
+        """Removes the first tokens.
+
+        Args:
+            first: how many.
+        """
         rest = self.buffer[:, :, first : self.tokens]
-        fresh = Tail(rest, max(self.room, rest.shape[2]))
+        fresh = RecentTokens(rest, max(self.room, rest.shape[2]))
         fresh.append(rest)
         self.buffer, self.tokens = fresh.buffer, fresh.tokens
 
     def truncate(self, tokens: int) -> None:
-        """Leaves the first ones."""
+        """Keeps the first tokens.
+
+        Args:
+            tokens: how many.
+        """
         self.tokens = tokens
 
     def over_batch(self, change: Callable[[Tensor], Tensor]) -> None:
-        """Replaces the rows of the batch."""
+        """Replaces the buffer by rows of itself.
+
+        Args:
+            change: gives the new tensor for the old one.
+        """
         self.buffer = change(self.buffer)

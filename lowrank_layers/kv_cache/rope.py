@@ -1,4 +1,4 @@
-"""Rotary position embedding: taken off before keys are compressed, put on again where they are read."""
+"""Rotary position embedding (RoPE): taken off before keys are compressed, put on again where they are read."""
 
 from __future__ import annotations
 
@@ -11,20 +11,21 @@ from torch import Tensor
 from ..errors import LowRankError
 
 TILE = 256
-"""Tokens that are turned at a time."""
+"""Tokens that are rotated at a time."""
 
 
 @dataclass(frozen=True, eq=False)
 class Rotation:
-    r"""RoPE by a token's index in the cache (Su et al., 2021): pair ``j`` turns by :math:`i \theta_j`.
+    r"""Rotary position embedding: pair ``j`` of a key's entries is rotated by :math:`i \theta_j`.
 
-    Keys lie in few directions before they are turned, and in many after. Since only differences of positions count, the
-    index in the cache serves for a row with padding on the left too: its keys keep one constant rotation.
+    Here :math:`i` is the index of the token in the cache. Since only differences of positions count, it serves for a
+    row with padding on the left too: its keys keep one constant rotation. Keys lie in few directions before they are
+    rotated, and in many after.
 
     Args:
-        frequencies: :math:`\theta`, ``[pairs]``.
+        frequencies: the angle per position of each pair, :math:`\theta`, ``[pairs]``.
         interleaved: whether a pair is ``(2j, 2j + 1)``; otherwise it is ``(j, j + pairs)``.
-        start: the first entry of a head that is turned; those outside ``start ... start + 2 pairs`` stay.
+        start: the first entry of a head that is rotated; those outside ``start ... start + 2 pairs`` stay.
 
     Examples:
         >>> rotation = lr.Rotation.of(64)
@@ -32,6 +33,8 @@ class Rotation:
         >>> turned = rotation.turn(keys, torch.arange(10))
         >>> torch.allclose(rotation.turn(turned, -torch.arange(10)), keys, atol=1e-5)
         True
+
+    Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding", 2021.
     """
 
     frequencies: Tensor
@@ -40,42 +43,74 @@ class Rotation:
 
     @classmethod
     def of(cls, size: int, *, base: float = 10000.0, interleaved: bool = False, start: int = 0) -> Rotation:
-        """The usual frequencies ``base^(-2j / size)`` for ``size`` turned entries."""
+        """The rotation with the usual frequencies ``base^(-2j / size)``.
+
+        Args:
+            size: number of entries that are rotated.
+            base: base of the frequencies, called ``rope_theta`` by transformers.
+            interleaved: whether a pair is ``(2j, 2j + 1)``; otherwise it is ``(j, j + size / 2)``.
+            start: the first entry of a head that is rotated.
+
+        Raises:
+            LowRankError: for a size that is not even.
+        """
         if size < 2 or size % 2:
-            raise LowRankError(f"Rotation: got size {size!r}, expected an even number of turned entries.")
+            raise LowRankError(f"Rotation: got size {size!r}, expected an even number of rotated entries.")
         return cls(base ** (-torch.arange(0, size, 2, dtype=torch.float32) / size), interleaved, start)
 
     def turn(self, x: Tensor, positions: Tensor) -> Tensor:
-        """``[..., tokens, head]`` turned, each token by its position; negative ones turn back."""
-        cos, sin = self.table(positions)
-        return self.apply(x, cos.to(x.dtype), sin.to(x.dtype))
+        """Rotates each token by its position.
+
+        Args:
+            x: queries or keys, ``[..., tokens, size]``.
+            positions: ``[tokens]``; negative ones rotate back.
+        """
+        cos, sin = self._cos_sin(positions)
+        return self._apply(x, cos.to(x.dtype), sin.to(x.dtype))
 
     def turn_tile(self, x: Tensor) -> Tensor:
-        """At most ``TILE`` tokens, turned by 0, 1, 2..."""
+        """Rotates tokens by 0, 1, 2..., with cosines that are kept.
+
+        Args:
+            x: ``[..., tokens, size]``, of at most ``TILE`` tokens.
+        """
         cos, sin = (t[: x.shape[-2]].to(x.dtype) for t in self._tile)
-        return self.apply(x, cos, sin)
+        return self._apply(x, cos, sin)
 
     def to(self, device: torch.device) -> Rotation:
-        """With its tables on that device."""
+        """The same rotation on another device.
+
+        Args:
+            device: where its frequencies go.
+        """
         if self.frequencies.device == device:
             return self
         return Rotation(self.frequencies.to(device), self.interleaved, self.start)
 
+    def equals(self, other: Rotation) -> bool:
+        """Whether two rotations are one, on one device.
+
+        Args:
+            other: another rotation.
+        """
+        alike = (self.interleaved, self.start) == (other.interleaved, other.start)
+        here = self.frequencies.device == other.frequencies.device
+        return alike and here and torch.equal(self.frequencies, other.frequencies)
+
     def nbytes(self) -> int:
-        """Of the table, which all layers share."""
+        """Bytes of the cosines and sines that are kept, which all layers share."""
         return sum(t.nbytes for t in self._tile)
 
     @cached_property
     def _tile(self) -> tuple[Tensor, Tensor]:
-        return self.table(torch.arange(TILE, device=self.frequencies.device))
+        return self._cos_sin(torch.arange(TILE, device=self.frequencies.device))
 
-    def table(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+    def _cos_sin(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines, ``[tokens, pairs]``."""
         angles = positions[:, None].float() * self.frequencies.to(positions.device)
         return angles.cos(), angles.sin()
 
-    def apply(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Turns by given cosines and sines."""
+    def _apply(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         size = 2 * cos.shape[-1]
         part = x[..., self.start : self.start + size]
         left, right = (part[..., 0::2], part[..., 1::2]) if self.interleaved else part.chunk(2, -1)

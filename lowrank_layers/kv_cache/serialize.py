@@ -1,4 +1,4 @@
-"""A layer's cache as names and tensors, and back."""
+"""A layer's cache as a body for json and named tensors, and back."""
 
 from __future__ import annotations
 
@@ -11,46 +11,62 @@ from torch import Tensor
 
 from .. import rank as rules
 from ..errors import CheckpointError, LowRankError
-from .coefficients import Coefficients
-from .compressed_tokens import Latent, Part
-from .low_rank_kv import LowRankKV
-from .recent_tokens import Tail
+from .coefficients import Coefficients, coefficients_for
+from .compressed_tokens import CompressedTokens, HeadGroups
+from .low_rank_kv import SIDES, LowRankKV
+from .recent_tokens import RecentTokens
 from .rope import Rotation
 from .settings import KVSettings
 from .subspace import Subspace
 
-SIDES = ("keys", "values")
 
+def settings_to_json(settings: KVSettings) -> dict[str, Any]:
+    """The settings as json knows them.
 
-def settings_to(settings: KVSettings) -> dict[str, Any]:
-    """The settings as json knows them."""
+    Args:
+        settings: the settings of a cache.
+    """
     body = {field.name: getattr(settings, field.name) for field in fields(settings)}
-    body["dtype"] = None if settings.dtype is None else str(settings.dtype).removeprefix("torch.")
-    return body | {name: _rule_to(body[name]) for name in ("rank", "value_rank")}
+    body["dtype"] = None if settings.dtype is None else _dtype_to_json(settings.dtype)
+    return body | {name: _rank_to_json(body[name]) for name in ("rank", "value_rank")}
 
 
-def settings_from(body: dict[str, Any]) -> KVSettings:
-    """The settings from json."""
-    given = body | {name: _rule_from(body[name]) for name in ("rank", "value_rank")}
+def settings_from_json(body: dict[str, Any]) -> KVSettings:
+    """Inverse of :func:`settings_to_json`.
+
+    Args:
+        body: what it returned.
+    """
+    given = body | {name: _rank_from_json(body[name]) for name in ("rank", "value_rank")}
     given["dtype"] = None if body["dtype"] is None else getattr(torch, body["dtype"])
     return KVSettings(**given)
 
 
-def layer_to(kv: LowRankKV) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What json can say about a layer, and its tensors; the room for more tokens is left out."""
+def layer_to_tensors(kv: LowRankKV) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """A layer's cache as a body for json and named tensors; the room for more tokens is left out.
+
+    Args:
+        kv: the cache of the layer.
+    """
     tensors = {name: tensor.contiguous() for name, tensor in kv.tensors() if not name.endswith(".tail")}
-    if kv.tail is not None:
-        tensors |= {f"{side}.tail": tail.read().contiguous() for side, tail in zip(SIDES, kv.tail, strict=True)}
+    if kv.recent is not None:
+        tensors |= {f"{side}.tail": recent.read().contiguous() for side, recent in zip(SIDES, kv.recent, strict=True)}
     body: dict[str, Any] = {"tokens": len(kv)}
     if kv.old is not None:
-        body["old"] = [_latent_to(latent) for latent in kv.old]
+        body["old"] = [_side_to_json(side) for side in kv.old]
     return body, tensors
 
 
-def layer_from(
+def layer_from_tensors(
     body: dict[str, Any], tensors: Mapping[str, Tensor], settings: KVSettings, rotation: Rotation | None
 ) -> LowRankKV:
-    """The layer again.
+    """Inverse of :func:`layer_to_tensors`.
+
+    Args:
+        body: the body that it returned.
+        tensors: the tensors that it returned.
+        settings: settings of the cache.
+        rotation: the rotation of its keys.
 
     Raises:
         CheckpointError: if tensors are missing, too many, or do not fit each other.
@@ -60,15 +76,15 @@ def layer_from(
     if body["tokens"]:
         keys, values = (left.pop(f"{side}.tail") for side in SIDES)
         room = settings.keep_recent + settings.block
-        kv.tail = Tail(keys, max(room, keys.shape[2])), Tail(values, max(room, values.shape[2]))
-        for tail, x in zip(kv.tail, (keys, values), strict=True):
-            tail.append(x)
+        kv.recent = RecentTokens(keys, max(room, keys.shape[2])), RecentTokens(values, max(room, values.shape[2]))
+        for recent, x in zip(kv.recent, (keys, values), strict=True):
+            recent.append(x)
         if "keys.first" in left:
             kv.first = left.pop("keys.first"), left.pop("values.first")
     if "old" in body:
-        old = [_latent_from(part, side, left) for part, side in zip(body["old"], SIDES, strict=True)]
+        old = [_side_from_json(part, side, left) for part, side in zip(body["old"], SIDES, strict=True)]
         kv.old = old[0], old[1]
-        if {latent.tokens for latent in old} != {kv.compressed}:
+        if {side.tokens for side in old} != {kv.compressed}:
             raise CheckpointError("keys and values have different lengths")
     if left or len(kv) != body["tokens"]:
         raise CheckpointError(f"got {len(kv)} of {body['tokens']} tokens, and beside them {sorted(left)}")
@@ -77,37 +93,48 @@ def layer_from(
     return kv
 
 
-def _latent_to(latent: Latent) -> dict[str, Any]:
+def _side_to_json(side: CompressedTokens) -> dict[str, Any]:
     parts = [
         {
             "heads": part.heads if isinstance(part.heads, list) else None,
             "size": part.size,
-            "dtype": str(part.coefficients.dtype).removeprefix("torch."),
+            "dtype": _dtype_to_json(part.coefficients.dtype),
         }
-        for part in latent.parts
+        for part in side.parts
     ]
-    return {"discarded": latent.discarded, "parts": parts}
+    return {"discarded": side.discarded, "parts": parts}
 
 
-def _latent_from(body: dict[str, Any], side: str, left: dict[str, Tensor]) -> Latent:
+def _side_from_json(body: dict[str, Any], side: str, left: dict[str, Tensor]) -> CompressedTokens:
+    """Takes the tensors of keys or of values out of those that are left."""
     parts = []
     for index, part in enumerate(body["parts"]):
-        take = f"{side}.{index}."
-        subspace = Subspace(left.pop(f"{take}basis"), left.pop(f"{take}mean"))
-        coefficients = Coefficients.__new__(Coefficients)
-        coefficients.dtype = getattr(torch, part["dtype"])
-        coefficients.values, coefficients.scales = left.pop(f"{take}values"), left.pop(f"{take}scales", None)
-        coefficients.apply(lambda t: t)
+        prefix = f"{side}.{index}."
+        subspace = Subspace(left.pop(f"{prefix}basis"), left.pop(f"{prefix}mean"))
+        codes = {name.removeprefix(prefix): left.pop(name) for name in list(left) if name.startswith(prefix)}
+        coefficients = _store(getattr(torch, part["dtype"]), codes)
         wide, rank = subspace.basis.shape[2:]
-        if wide % part["size"] or rank != coefficients.rank or subspace.mean.shape[2] != wide:
-            raise CheckpointError(f"the bases of {take} do not fit their coefficients")
-        parts.append(
-            Part(slice(None) if part["heads"] is None else part["heads"], part["size"], subspace, coefficients)
-        )
-    return Latent(parts, body["discarded"])
+        held = coefficients.read(0, 1, torch.float32).shape[2]
+        if wide % part["size"] or rank != held or subspace.mean.shape[2] != wide:
+            raise CheckpointError(f"the bases of {prefix} do not fit their coefficients")
+        heads = slice(None) if part["heads"] is None else part["heads"]
+        parts.append(HeadGroups(heads, part["size"], subspace, coefficients))
+    return CompressedTokens(parts, body["discarded"])
 
 
-def _rule_to(rank: object) -> Any:
+def _store(dtype: torch.dtype, codes: dict[str, Tensor]) -> Coefficients:
+    empty = coefficients_for(dtype)
+    names = set(empty.encode(torch.zeros(1, 1, 1, 1)))
+    if set(codes) != names or len({code.shape[-1] for code in codes.values()}) != 1:
+        raise CheckpointError(f"coefficients in {dtype} are {sorted(codes)}, expected {sorted(names)} of one length")
+    return type(empty)(dtype, codes)
+
+
+def _dtype_to_json(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _rank_to_json(rank: object) -> Any:
     if rank is None or isinstance(rank, int):
         return rank
     name = type(rank).__name__
@@ -116,5 +143,5 @@ def _rule_to(rank: object) -> Any:
     return [name, {field.name: getattr(rank, field.name) for field in fields(rank)}]
 
 
-def _rule_from(body: Any) -> Any:
+def _rank_from_json(body: Any) -> Any:
     return getattr(rules, body[0])(**body[1]) if isinstance(body, list) else body

@@ -14,7 +14,7 @@ from transformers.masking_utils import sdpa_mask
 
 from ...errors import LowRankError
 from ..masks import biased, causal_mask, is_causal, selected
-from .lazy_kv import stored
+from .lazy_kv import cache_behind
 from .versions import query_length
 
 NAME = "lowrank"
@@ -41,7 +41,7 @@ def lowrank_attention(
             f"LowRankCache: got block_indices from {type(module).__name__}, which picks blocks of tokens in a way that"
             " the attention 'lowrank' does not know; call model.set_attn_implementation('sdpa')."
         )
-    kv = stored(key, value)
+    kv = cache_behind(key, value)
     causal = is_causal(module, kwargs.pop("is_causal", None))
     tokens = key.shape[2] if kv is None else len(kv)
     if attention_mask is not None and kv is not None:

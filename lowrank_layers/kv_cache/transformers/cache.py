@@ -18,16 +18,15 @@ from ...errors import LowRankError
 from ...rank import Rank
 from ...settings import settings_from
 from ..budget import check_budget, compress_together
-from ..low_rank_kv import LowRankKV
-from ..rope import Rotation
 from ..settings import KVSettings
 from ..subspace import Subspace
 from . import cache_file, errors
 from .attention import NAME
-from .calling_model import calling_module, crosses, depth_of, text_config
+from .cache_file import CacheContents
+from .calling_model import calling_module, depth_of, is_cross_attention, text_config
 from .layer import LowRankLayer
-from .rope import RotationUnknown, rotation_of
-from .versions import caches_latents, forget, own_layers, plain_layer
+from .layer_factory import LayerFactory
+from .versions import caches_latents, forget, layers_of_config, plain_layer
 
 _NONE_YET = sys.maxsize
 
@@ -57,7 +56,7 @@ class LowRankCache(DynamicCache):
         config: the model's configuration: layers with a sliding window, and others that are no plain attention, become
             transformers' own.
         offloading: not offered; any value but ``None`` raises an error.
-        changes: options of :class:`KVSettings` by name; they replace those of ``settings``.
+        **changes: options of :class:`KVSettings` by name; they replace those of ``settings``.
 
     Raises:
         LowRankError: for settings out of range; in use for no tokens, NaN, more tokens than ``max_length``, or another
@@ -90,37 +89,33 @@ class LowRankCache(DynamicCache):
         self.settings = settings_from(KVSettings, settings, changes, "LowRankCache")
         if budget is not None:
             check_budget(budget)
-            self.settings = replace(
-                self.settings, rank=1, value_rank=None
-            )  # not used, and allowed for heads of any size
             if subspaces is not None:
                 raise errors.budget_and_subspaces()
-        self.budget, self._subspaces = budget, None if subspaces is None else list(subspaces)
-        self._start(config)
-
-    def _start(self, config: Any) -> None:
+            # the rank is not used, and one is allowed for heads of any size
+            self.settings = replace(self.settings, rank=1, value_rank=None)
+        self.budget = budget
+        self._new = LayerFactory(self.settings, subspaces, waits_for_budget=budget is not None)
         self._config = None if config is None else text_config(config)
-        made = [] if config is None else own_layers(config)
+        made = [] if config is None else layers_of_config(config)
         Cache.__init__(self, layers=[LowRankLayer() if layer is None else layer for layer in made])
         self._given = bool(made)
         self.depth: int | None = None
         self._latest = _NONE_YET
         self._before = 0
-        self._warned: set[str] = set()
-        self.rotations: dict[Any, Rotation] = {}
+        self._warned = False
 
     # mypy reads the signature of the newest version
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """More tokens of a layer.
+        """Adds tokens to a layer.
 
         Args:
             key_states: ``[batch, heads, tokens, size]``, rotated.
-            value_states: likewise.
-            layer_idx: which layer.
-            args: of older versions; not looked at.
-            kwargs: likewise.
+            value_states: ``[batch, heads, tokens, size]``, possibly of another size.
+            layer_idx: index of the layer.
+            *args: arguments of older versions, handed on to layers of transformers.
+            **kwargs: likewise.
 
         Returns:
             All keys and values: as tensors, or as what the attention ``"lowrank"`` reads coefficients from.
@@ -131,7 +126,7 @@ class LowRankCache(DynamicCache):
             return self._update(self.layers[layer_idx], key_states, value_states, *args, **kwargs)
         begins, frame = layer_idx <= self._latest, sys._getframe(1)
         module = calling_module(frame) if begins or not self._has(layer_idx) else None
-        cross = crosses(self, module, frame)
+        cross = is_cross_attention(self, module, frame)
         try:
             if cross and super().get_seq_length(layer_idx):
                 raise errors.alone(module)
@@ -142,14 +137,19 @@ class LowRankCache(DynamicCache):
             self._latest = layer_idx
             layer = self._layer(layer_idx, module)
             if isinstance(layer, LowRankLayer) and layer.kv is None:
-                layer.kv = self._make(layer_idx, key_states, module, cross=cross)
+                new = self._new
+                layer.kv = new.of_encoder() if cross else new.of_decoder(layer_idx, key_states, module, self._config)
             return self._update(layer, key_states, value_states, *args, **kwargs)
         except LowRankError:
             self._undo()
             raise
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Tokens so far."""
+        """Number of tokens so far.
+
+        Args:
+            layer_idx: index of the layer.
+        """
         found = int(super().get_seq_length(layer_idx))
         if not found and not torch.compiler.is_compiling():
             errors.check_not_alone(self, sys._getframe(1))
@@ -161,13 +161,13 @@ class LowRankCache(DynamicCache):
         return len(self.layers) >= (self.depth or 1) and bool(lengths) and min(lengths) > 0
 
     def nbytes(self) -> int:
-        """All that is stored, room for more included; the table of a rotation that layers share counts once."""
+        """Bytes of all that is stored, including room for more tokens; what layers share counts once."""
         return sum(tensor.nbytes for _, tensor in self.tensors()) + sum(
-            rotation.nbytes() for rotation in self.rotations.values()
+            rotation.nbytes() for rotation in self._new.rotations
         )
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """What is stored, by name."""
+        """Names and tensors of all that is stored."""
         for index, layer in enumerate(self.layers):
             if not isinstance(layer, LowRankLayer):
                 for name in ("keys", "values"):
@@ -178,7 +178,7 @@ class LowRankCache(DynamicCache):
                     yield f"{index}.{name}", tensor
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the cache as safetensors: a long prompt need not be read again.
+        """Writes the cache into a safetensors file, so that a long prompt need not be read again.
 
         Args:
             path: the file, usually ``*.safetensors``.
@@ -186,15 +186,15 @@ class LowRankCache(DynamicCache):
         Raises:
             CheckpointError: for layers other than attention, and folders that do not exist.
         """
-        cache_file.save(self, path)
+        cache_file.save(CacheContents(self.settings, list(self.layers), self._new.rotations, self.depth), path)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> LowRankCache:
-        """What :meth:`save` wrote; generation goes on as it would have.
+        """Reads a cache that :meth:`save` wrote; generation goes on as it would have.
 
         Args:
             path: the file.
-            device: where to put it.
+            device: the device on which its tensors are put.
 
         Raises:
             CheckpointError: for a file that is torn or foreign.
@@ -208,21 +208,17 @@ class LowRankCache(DynamicCache):
             >>> lr.LowRankCache.load(path).get_seq_length()
             200
         """
-        made = cls()
-        cache_file.load_into(made, path, torch.device(device))
+        held = cache_file.load(path, torch.device(device))
+        made = cls(held.settings)
+        made.layers, made.depth = held.layers, held.depth
+        made._new.rotations.extend(held.rotations)
         return made
-
-    def fill(self, settings: KVSettings, layers: list[Any], rotations: list[Rotation], depth: int | None) -> None:
-        """Takes what a file held."""
-        self.settings, self.layers, self.depth = settings, layers, depth
-        for rotation in rotations:
-            self._shared(rotation)
 
     def reset(self) -> None:
         """Forgets all tokens."""
         for layer in self.layers:
             forget(layer)
-        self.rotations.clear()
+        self._new.rotations.clear()
         self._latest, self.depth = _NONE_YET, None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LowRankCache:
@@ -247,59 +243,26 @@ class LowRankCache(DynamicCache):
         if not learning and getattr(self._config, "_attn_implementation", None) == NAME:
             return layer.update_lazily(keys, values)
         if layer.compressed and not torch.compiler.is_compiling():
-            self._warn(
-                "rebuilding",
-                "LowRankCache: this attention needs whole keys and values, which are rebuilt at every step; call"
-                f' model.set_attn_implementation("{NAME}") to attend without.',
-            )
+            self._warn_of_rebuilding()
         return layer.update(keys, values)
 
-    def _warn(self, topic: str, text: str) -> None:
-        """Once a cache."""
-        if topic not in self._warned:
-            self._warned.add(topic)
-            warnings.warn(text, stacklevel=4)
-
-    def _make(self, layer_idx: int, keys: Tensor, module: nn.Module | None, *, cross: bool) -> LowRankKV:
-        """A layer's cache, when its first tokens come."""
-        if cross and self.budget is not None:
-            raise errors.budget_for_encoder()
-        given = self._subspaces
-        if given is not None and layer_idx >= len(given):
-            raise errors.few_subspaces(len(given), layer_idx)
-        pair = None if given is None else given[layer_idx]
-        # an encoder's keys are not rotated by the decoder's positions
-        made = LowRankKV(self.settings, None if cross else self._rotation(layer_idx, keys, module), pair)
-        made.waits = self.budget is not None
-        return made
+    def _warn_of_rebuilding(self) -> None:
+        """Once per cache."""
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                "LowRankCache: this attention needs whole keys and values, which are rebuilt at every step; call"
+                f' model.set_attn_implementation("{NAME}") to attend without.',
+                stacklevel=4,
+            )
 
     def _share_budget(self) -> None:
         """Once all layers have the prompt."""
         if self.budget is None or not self.is_filled():
             return
         waiting = [layer.kv for layer in self.layers if isinstance(layer, LowRankLayer) and layer.kv is not None]
-        if waiting and all(kv.waits for kv in waiting):
+        if waiting and all(kv.waits_for_budget for kv in waiting):
             compress_together(waiting, self.budget)
-
-    def _rotation(self, layer_idx: int, keys: Tensor, module: nn.Module | None) -> Rotation | None:
-        config = getattr(module, "config", None) if module is not None else None
-        config = self._config if config is None else config
-        if self.settings.rope == "after" or config is None or keys.ndim != 4:
-            return None
-        try:
-            found = rotation_of(config, module, layer_idx, keys.shape[3])
-        except RotationUnknown as reason:
-            found = None
-            self._warn(
-                "rotation",
-                f"LowRankCache: {reason}; they are compressed as they come, which takes more rank for the same error"
-                " (rope='after' does so without this warning).",
-            )
-        return None if found is None else self._shared(found.to(keys.device))
-
-    def _shared(self, rotation: Rotation) -> Rotation:
-        key = (rotation.frequencies.device, rotation.interleaved, rotation.start, *rotation.frequencies.tolist())
-        return self.rotations.setdefault(key, rotation)
 
     def _bind(self, module: nn.Module | None) -> None:
         config = getattr(module, "config", None)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,47 +16,76 @@ from torch import Tensor
 from ...errors import CheckpointError, LowRankError
 from ...files import replacing
 from ..rope import Rotation
-from ..serialize import layer_from, layer_to, settings_from, settings_to
+from ..serialize import layer_from_tensors, layer_to_tensors, settings_from_json, settings_to_json
+from ..settings import KVSettings
 from .layer import LowRankLayer
-from .versions import exact_from, exact_to
-
-if TYPE_CHECKING:
-    from .cache import LowRankCache
+from .versions import exact_layer_from_tensors, exact_layer_to_tensors
 
 KEY = "lowrank_layers.cache"
 VERSION = 1
 
 
-def save(cache: LowRankCache, path: str | os.PathLike[str]) -> None:
-    """Settings, lengths and rotations into the metadata, everything else as tensors."""
+@dataclass(frozen=True)
+class CacheContents:
+    """What a file holds of a cache.
+
+    Args:
+        settings: settings of the low-rank layers.
+        layers: all layers, also those that transformers itself makes.
+        rotations: the rotations that layers share.
+        depth: number of layers of the model, if it is known.
+    """
+
+    settings: KVSettings
+    layers: list[Any]
+    rotations: list[Rotation]
+    depth: int | None
+
+
+def save(contents: CacheContents, path: str | os.PathLike[str]) -> None:
+    """Writes settings, lengths and rotations into the metadata, everything else as tensors.
+
+    Args:
+        contents: what is written.
+        path: the file.
+
+    Raises:
+        CheckpointError: for a folder that does not exist, and layers that cannot be saved.
+    """
     path = Path(path)
     if not path.parent.is_dir():
         raise CheckpointError(f"save: the folder {path.parent} does not exist.")
-    if any(isinstance(layer, LowRankLayer) and layer.kv is not None and layer.kv.waits for layer in cache.layers):
-        raise CheckpointError("save: the budget is not shared yet, as there is only a prompt; generate a token first.")
-    rotations = list(cache.rotations.values())
+    rotations = contents.rotations
     layers, tensors = [], {f"rotations.{i}": rotation.frequencies for i, rotation in enumerate(rotations)}
-    for index, layer in enumerate(cache.layers):
-        body, own = _layer_to(layer, rotations, index)
+    for index, layer in enumerate(contents.layers):
+        body, own = _layer_to_tensors(layer, rotations, index)
         layers.append(body)
         tensors |= {f"{index}.{name}": tensor for name, tensor in own.items()}
-    settings = settings_to(cache.settings)
+    settings = settings_to_json(contents.settings)
     turned = [[rotation.interleaved, rotation.start] for rotation in rotations]
-    body = {"version": VERSION, "settings": settings, "rotations": turned, "layers": layers, "depth": cache.depth}
+    body = {"version": VERSION, "settings": settings, "rotations": turned, "layers": layers, "depth": contents.depth}
     # safetensors refuses tensors that share memory, as rows of one buffer may
     owned = {name: tensor.clone().contiguous() for name, tensor in tensors.items()}
     with replacing(path) as temporary:
         save_file(owned, temporary, metadata={"format": "pt", KEY: json.dumps(body)})
 
 
-def load_into(cache: LowRankCache, path: str | os.PathLike[str], device: torch.device) -> None:
-    """Fills a new cache."""
+def load(path: str | os.PathLike[str], device: torch.device) -> CacheContents:
+    """Inverse of :func:`save`.
+
+    Args:
+        path: the file.
+        device: where its tensors go.
+
+    Raises:
+        CheckpointError: for a file that is missing, torn or foreign.
+    """
     path = Path(path)
     body, tensors = _read(path, device)
     try:
         if body["version"] != VERSION:
             raise CheckpointError(f"format version {body['version']!r}, expected {VERSION}; update the package")
-        settings = settings_from(body["settings"])
+        settings = settings_from_json(body["settings"])
         rotations = [
             Rotation(tensors.pop(f"rotations.{index}"), *turned) for index, turned in enumerate(body["rotations"])
         ]
@@ -63,13 +93,13 @@ def load_into(cache: LowRankCache, path: str | os.PathLike[str], device: torch.d
         for index, layer in enumerate(body["layers"]):
             prefix = f"{index}."
             own = {name.removeprefix(prefix): tensors.pop(name) for name in list(tensors) if name.startswith(prefix)}
-            layers.append(_layer_from(layer, own, settings, rotations))
+            layers.append(_layer_from_tensors(layer, own, settings, rotations))
         if tensors:
             raise CheckpointError(f"tensors {sorted(tensors)} that belong to no layer")
     except (LowRankError, AttributeError, KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:
         what = str(error) if isinstance(error, LowRankError) else f"{type(error).__name__}: {error}"
         raise CheckpointError(f"{path}: is damaged, or not a cache: {what}.") from None
-    cache.fill(settings, layers, rotations, body["depth"])
+    return CacheContents(settings, layers, rotations, body["depth"])
 
 
 def _read(path: Path, device: torch.device) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -88,22 +118,26 @@ def _read(path: Path, device: torch.device) -> tuple[dict[str, Any], dict[str, T
         raise CheckpointError(f"{path}: is torn or no safetensors file: {error}") from None
 
 
-def _layer_to(layer: Any, rotations: list[Rotation], index: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _layer_to_tensors(layer: Any, rotations: list[Rotation], index: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if not isinstance(layer, LowRankLayer):
-        return exact_to(layer, index)
+        return exact_layer_to_tensors(layer, index)
     if layer.kv is None:
         return {"tokens": 0}, {}
-    body, tensors = layer_to(layer.kv)
+    if layer.kv.waits_for_budget:
+        raise CheckpointError("save: the budget is not shared yet, as there is only a prompt; generate a token first.")
+    body, tensors = layer_to_tensors(layer.kv)
     turned = layer.kv.rotation
     return body | {"rotation": None if turned is None else rotations.index(turned)}, tensors
 
 
-def _layer_from(body: dict[str, Any], tensors: dict[str, Tensor], settings: Any, rotations: list[Rotation]) -> Any:
+def _layer_from_tensors(
+    body: dict[str, Any], tensors: dict[str, Tensor], settings: KVSettings, rotations: list[Rotation]
+) -> Any:
     if "exact" in body:
-        return exact_from(body, tensors)
+        return exact_layer_from_tensors(body, tensors)
     layer = LowRankLayer()
     if "rotation" in body:
         turned = body["rotation"]
-        layer.kv = layer_from(body, tensors, settings, None if turned is None else rotations[turned])
+        layer.kv = layer_from_tensors(body, tensors, settings, None if turned is None else rotations[turned])
         layer.is_initialized = True
     return layer

@@ -22,7 +22,7 @@ def calling_module(frame: FrameType | None) -> nn.Module | None:
     return None
 
 
-def crosses(cache: Any, module: nn.Module | None, frame: FrameType | None) -> bool:
+def is_cross_attention(cache: Any, module: nn.Module | None, frame: FrameType | None) -> bool:
     """Whether a cache is being asked on behalf of an attention to what an encoder gave.
 
     Args:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from ...errors import LowRankError
-from .calling_model import crosses
+from .calling_model import is_cross_attention
 
 
 def offloading(given: bool) -> LowRankError:
@@ -81,5 +81,7 @@ def check_not_alone(cache: Any, frame: FrameType) -> None:
     Such a model would append the encoder's keys to its own, or take a new ``DynamicCache`` without a word (Whisper).
     """
     owner = frame.f_locals.get("self")
-    if frame.f_locals.get("past_key_values") is cache and isinstance(owner, nn.Module) and crosses(cache, owner, frame):
+    if frame.f_locals.get("past_key_values") is not cache or not isinstance(owner, nn.Module):
+        return
+    if is_cross_attention(cache, owner, frame):
         raise alone(owner)

@@ -97,14 +97,16 @@ class _Side:
 
     Args:
         linear: the projection.
-        inputs: their moments.
-        width: outputs of the heads that share a subspace.
-        rank: of the subspace.
+        inputs: moments of its inputs.
+        size: number of outputs of a head.
+        heads: number of heads that share a subspace.
+        rank: rank per head, or a rule.
     """
 
     linear: nn.Linear
     inputs: Moments | None
-    width: int
+    size: int
+    heads: int
     rank: Rank
 
 
@@ -131,7 +133,7 @@ def _sides(
             )
         heads = linear.out_features // size if joint else 1
         inputs = _inputs(label, linear, stats)
-        sides.append(_Side(linear, inputs, heads * size, rank * heads if isinstance(rank, int) else rank))
+        sides.append(_Side(linear, inputs, size, heads, rank))
     return sides
 
 
@@ -181,21 +183,18 @@ def _inputs(label: str, linear: nn.Linear, stats: Statistics | None) -> Moments 
 
 
 def _pair(side: _Side) -> LatentProjection:
-    r"""The best pair for every ``width`` outputs.
+    r"""The best pair of projections for the heads that share a subspace.
 
     :math:`U` has the leading eigenvectors of :math:`W X W^T`, which are the left singular vectors of
     :math:`W X^{1/2}`, and :math:`D = U^T W`: then :math:`U D X^{1/2}` is the truncated SVD of :math:`W X^{1/2}`.
     """
-    linear, inputs, rank = side.linear, side.inputs, side.rank
+    linear, inputs = side.linear, side.inputs
     device = torch.device("cpu") if linear.weight.device.type == "mps" else linear.weight.device
-    weight = linear.weight.detach().to(device, torch.float64).unflatten(0, (-1, side.width))
+    weight = linear.weight.detach().to(device, torch.float64).unflatten(0, (-1, side.heads * side.size))
     seen = weight if inputs is None else weight @ inputs.covariance().to(weight)
     mean = weight.new_zeros(weight.shape[:2]) if inputs is None else weight @ inputs.mean.to(weight)
     scatter = Scatter(linear.in_features, mean[None], (seen @ weight.mT)[None])
-    if isinstance(rank, int):
-        ranks = [min(rank, linear.in_features)] * len(weight)
-    else:
-        ranks = chosen_ranks(rank, scatter, "factorize_kv_")
+    ranks = [min(each, linear.in_features) for each in chosen_ranks(side.rank, scatter, side.heads, "factorize_kv_")]
     bases = [
         each[:, :count] for each, count in zip(scatter.fit(max(ranks), torch.float64).basis[0], ranks, strict=True)
     ]

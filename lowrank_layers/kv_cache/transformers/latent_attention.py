@@ -10,12 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...errors import LowRankError
-from ..attend import Exact, Old, Piece, attend
-from ..compressed_tokens import Heads, Latent, Part
+from ..attend import attend
+from ..coefficients import FloatCoefficients
+from ..compressed_tokens import CompressedTokens, HeadGroups, Heads
 from ..masks import is_causal
 from ..rope import Rotation
+from ..segments import CompressedSegment, ExactSegment, Segment
 from ..subspace import Subspace
-from .latent_tokens import Borrowed, Normed, Unlifted
+from .latent_tokens import NormedKeys, UnliftedValues
 
 
 class LatentProjection(nn.Module):
@@ -52,8 +54,13 @@ class LatentProjection(nn.Module):
         out: Tensor = self.down(input)
         return out
 
-    def parts(self, latents: Tensor, size: int) -> list[Part]:
-        """What the core needs, of cached latents ``[batch, 1, tokens, all ranks]`` and heads of that size."""
+    def parts(self, latents: Tensor, size: int) -> list[HeadGroups]:
+        """Cached latents as the groups of heads that attention reads.
+
+        Args:
+            latents: ``[batch, 1, tokens, all ranks]``.
+            size: number of entries of a head.
+        """
         ranks = [up.shape[0] * up.shape[2] for up in self.up]
         widths = [up.shape[0] * up.shape[1] for up in self.up]
         means = [None] * len(widths) if self.bias is None else self.bias.split(widths)
@@ -63,7 +70,9 @@ class LatentProjection(nn.Module):
             basis = up[None]
             middle = basis.new_zeros(1, groups, width) if mean is None else mean.view(1, groups, width)
             heads: Heads = slice(None) if len(ranks) == 1 else [index]
-            found.append(Part(heads, size, Subspace(basis, middle), Borrowed(by_group(rows, groups))))
+            # a view: the cache of transformers owns the latents
+            coefficients = FloatCoefficients(rows.dtype, {"values": by_group(rows, groups)})
+            found.append(HeadGroups(heads, size, Subspace(basis, middle), coefficients))
         return found
 
 
@@ -138,7 +147,7 @@ class LatentAttention(nn.Module):
             query = self._turned(query, torch.arange(tokens - count, tokens, device=query.device))
         out = attend(
             query,
-            [self._piece(keys, values, whole=2 * count > tokens)],
+            [self._segment(keys, values, whole=2 * count > tokens)],
             mask=check_mask(attention_mask, tokens),
             scale=getattr(self, "scaling", None),
             causal=is_causal(self, kwargs.get("is_causal")),
@@ -150,23 +159,25 @@ class LatentAttention(nn.Module):
         projected: Tensor = self.get_submodule(self.output_name)(out.transpose(1, 2).reshape(batch, count, -1))
         return projected, None
 
-    def _piece(self, keys: Tensor, values: Tensor, *, whole: bool) -> Piece:
+    def _segment(self, keys: Tensor, values: Tensor, *, whole: bool) -> Segment:
         """All tokens; rebuilt as a whole where most are new, since a prompt goes through one fused attention then."""
-        old = self._old(keys, values)
+        old = self._compressed(keys, values)
         if not whole:
             return old
         dense_keys, dense_values = old.dense_keys(keys.dtype), old.dense_values(keys.dtype)
         # fused attention takes values as wide as the keys, and as many heads
         share = dense_keys.shape[1] // dense_values.shape[1]
         dense_values = F.pad(dense_values, (0, self.head_dim - dense_values.shape[3])).repeat_interleave(share, 1)
-        return Exact(dense_keys, dense_values)
+        return ExactSegment(dense_keys, dense_values)
 
-    def _old(self, keys: Tensor, values: Tensor) -> Old:
-        key_parts, norm = self.k_proj.parts(keys, self.head_dim), norm_of(self, "k")
-        old_keys = Latent(key_parts, 0.0) if norm is None else Normed(key_parts, 0.0, norm)
+    def _compressed(self, keys: Tensor, values: Tensor) -> CompressedSegment:
+        plain, norm = CompressedTokens(self.k_proj.parts(keys, self.head_dim), 0.0), norm_of(self, "k")
+        old_keys = plain if norm is None else NormedKeys(plain, norm)
         if len(self.v_proj.up):
-            return Old(old_keys, Latent(self.v_proj.parts(values, self.head_dim), 0.0), self.rotation, 0)
-        return Old(old_keys, Unlifted([], 0.0, by_group(values[:, 0], self.v_proj.groups)), self.rotation, 0)
+            lifted = CompressedTokens(self.v_proj.parts(values, self.head_dim), 0.0)
+            return CompressedSegment(old_keys, lifted, self.rotation, 0)
+        latents = by_group(values[:, 0], self.v_proj.groups)
+        return CompressedSegment(old_keys, UnliftedValues(latents), self.rotation, 0)
 
     def _turned(self, query: Tensor, index: Tensor) -> Tensor:
         assert self.rotation is not None

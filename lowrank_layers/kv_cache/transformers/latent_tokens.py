@@ -1,4 +1,4 @@
-"""Latents as an ordinary cache holds them, in the form in which the core attends over old tokens."""
+"""Latents as an ordinary cache holds them, in the form in which attention reads old tokens."""
 
 from __future__ import annotations
 
@@ -8,61 +8,81 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..coefficients import Coefficients
-from ..compressed_tokens import Latent
+from ..compressed_tokens import CompressedTokens
 from ..rope import TILE
 
 
-class Borrowed(Coefficients):
-    """Coefficients that a cache of transformers owns: read, never stored again.
-
-    Args:
-        values: ``[batch, groups, rank, tokens]``, a view of what is cached.
-    """
-
-    def __init__(self, values: Tensor) -> None:
-        self.dtype, self.values, self.scales = values.dtype, values, None
-
-
-@dataclass(eq=False)
-class Normed(Latent):
+@dataclass(frozen=True, eq=False)
+class NormedKeys:
     """Keys with a norm over each head between the up-projection and the rotation.
 
     A norm is not linear: no query can be brought into the subspace, and keys are always rebuilt tile by tile.
 
     Args:
-        norm: over the last dimension.
+        keys: the keys before the norm.
+        norm: the norm over the last dimension.
     """
 
+    keys: CompressedTokens
     norm: Callable[[Tensor], Tensor]
 
+    @property
+    def heads(self) -> int:
+        """Number of heads."""
+        return self.keys.heads
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens."""
+        return self.keys.tokens
+
     def scores(self, rows: Tensor) -> Tensor:
-        """See :meth:`Part.scores`."""
-        ends = [(at, min(at + TILE, self.tokens)) for at in range(0, self.tokens, TILE)]
+        """The product of every row with every key, ``[batch, heads, q, tokens]``.
+
+        Args:
+            rows: ``[batch, heads, q, size]``.
+        """
+        ends = [(start, min(start + TILE, self.tokens)) for start in range(0, self.tokens, TILE)]
         return torch.cat([rows @ self.rebuilt(*each, rows.dtype).mT for each in ends], -1)
 
     def rebuilt(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-        """``[batch, heads, stop - start, size]``."""
-        return self.norm(super().rebuilt(start, stop, dtype)).to(dtype)
+        """A range of keys, ``[batch, heads, stop - start, size]``.
+
+        Args:
+            start: index of the first token.
+            stop: index after the last one.
+            dtype: dtype of the result.
+        """
+        return self.norm(self.keys.rebuilt(start, stop, dtype)).to(dtype)
 
 
-@dataclass(eq=False)
-class Unlifted(Latent):
-    """Values whose up-projection is left to the output projection: weighted sums are sums of coefficients.
+@dataclass(frozen=True, eq=False)
+class UnliftedValues:
+    """Values whose up-projection is left to the output projection: weighted sums are sums of latents.
 
     Args:
-        coefficients: ``[batch, groups, rank, tokens]``.
+        latents: ``[batch, groups, rank, tokens]``.
     """
 
-    coefficients: Tensor
+    latents: Tensor
 
     def mixed(self, weights: Tensor) -> Tensor:
-        """``[batch, heads, q, rank]``."""
-        split = weights.unflatten(1, (self.coefficients.shape[1], -1))
-        summed: Tensor = split.flatten(2, 3) @ self.coefficients.mT.to(weights.dtype)
+        """Weighted sums of latents, ``[batch, heads, q, rank]``.
+
+        Args:
+            weights: ``[batch, heads, q, tokens]``.
+        """
+        split = weights.unflatten(1, (self.latents.shape[1], -1))
+        summed: Tensor = split.flatten(2, 3) @ self.latents.mT.to(weights.dtype)
         found: Tensor = summed.unflatten(2, split.shape[2:4]).flatten(1, 2)
         return found
 
     def rebuilt(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-        """The coefficients, ``[batch, groups, stop - start, rank]``."""
-        return self.coefficients[..., start:stop].mT.to(dtype)
+        """A range of latents, ``[batch, groups, stop - start, rank]``.
+
+        Args:
+            start: index of the first token.
+            stop: index after the last one.
+            dtype: dtype of the result.
+        """
+        return self.latents[..., start:stop].mT.to(dtype)

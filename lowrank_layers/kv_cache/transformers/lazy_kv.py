@@ -25,8 +25,7 @@ class Handle:
 
     def shape_of(self, side: int) -> torch.Size:
         """Of keys (0) or values (1)."""
-        assert self.kv.tail is not None
-        batch, heads, _, size = self.kv.tail[side].buffer.shape
+        batch, heads, _, size = self.kv.like(side).shape
         return torch.Size([batch, heads, len(self.kv), size])
 
     def dense(self, side: int) -> Tensor:
@@ -49,8 +48,7 @@ class LazyKV(torch.Tensor):
     @staticmethod
     def of(handle: Handle, side: int) -> LazyKV:
         """Keys (``side`` 0) or values (1)."""
-        assert handle.kv.tail is not None
-        like, shape = handle.kv.tail[side].buffer, handle.shape_of(side)
+        like, shape = handle.kv.like(side), handle.shape_of(side)
         found: LazyKV = torch.Tensor._make_wrapper_subclass(LazyKV, shape, dtype=like.dtype, device=like.device)
         found.handle, found.side = handle, side
         return found
@@ -66,8 +64,13 @@ class LazyKV(torch.Tensor):
         return func(*tree_map(_plain, args), **tree_map(_plain, kwargs or {}))
 
 
-def stored(keys: object, values: object) -> LowRankKV | None:
-    """Whose keys and values these are; ``None`` if they are plain tensors."""
+def cache_behind(keys: object, values: object) -> LowRankKV | None:
+    """The cache whose keys and values these are; ``None`` if they are plain tensors.
+
+    Args:
+        keys: what an attention got as its keys.
+        values: what it got as its values.
+    """
     if isinstance(keys, Handle):
         return keys.kv
     if isinstance(keys, LazyKV) and isinstance(values, LazyKV) and keys.handle.kv is values.handle.kv:

@@ -19,8 +19,8 @@ NAME = "lowrank_mla"
 
 
 @dataclass(frozen=True, eq=False)
-class Shared:
-    r"""Tokens as one latent and one turned key for all heads: :math:`k = (W_k c, r)` and :math:`v = W_v c`.
+class SharedLatentSegment:
+    r"""Tokens as one latent and one rotated key for all heads: :math:`k = (W_k c, r)` and :math:`v = W_v c`.
 
     Args:
         keys: :math:`W_k`, ``[heads, size, rank]``.
@@ -36,16 +36,16 @@ class Shared:
 
     @property
     def heads(self) -> int:
-        """Of keys and values."""
+        """Number of heads of keys and values."""
         return self.keys.shape[0]
 
     @property
     def tokens(self) -> int:
-        """How many."""
+        """Number of tokens."""
         return self.latents.shape[2]
 
     def scores(self, rows: Tensor) -> Tensor:
-        """Every row times every key, the rows brought into the subspace."""
+        """As :meth:`Segment.scores`, with the rows brought into the subspace."""
         dtype, size = rows.dtype, self.keys.shape[1]
         inner = (rows[..., :size] @ self.keys.to(dtype)).flatten(1, 2)
         found = inner @ self.latents[:, 0].to(dtype).mT
@@ -54,18 +54,18 @@ class Shared:
         return split
 
     def mixed(self, weights: Tensor) -> Tensor:
-        """Values weighted and summed, lifted afterwards."""
+        """As :meth:`Segment.mixed`, with sums of latents lifted afterwards."""
         summed = weights.flatten(1, 2) @ self.latents[:, 0].to(weights.dtype)
         found: Tensor = summed.unflatten(1, weights.shape[1:3]) @ self.values.to(weights.dtype).mT
         return found
 
     def dense_keys(self, dtype: torch.dtype) -> Tensor:
-        """Keys."""
+        """As :meth:`Segment.dense_keys`."""
         lifted = self.latents.to(dtype) @ self.keys.to(dtype).mT
         return torch.cat([lifted, self.turned.to(dtype).expand(-1, self.heads, -1, -1)], -1)
 
     def dense_values(self, dtype: torch.dtype) -> Tensor:
-        """Values."""
+        """As :meth:`Segment.dense_values`."""
         return self.latents.to(dtype) @ self.values.to(dtype).mT
 
 
@@ -216,7 +216,7 @@ def _attention(
     keys, values = weight.split([module.qk_nope_head_dim, module.v_head_dim], 1)
     mask = None if attention_mask is None else attention_mask[..., : key.shape[2]]
     causal = is_causal(module, kwargs.get("is_causal"))
-    out = attend(query, [Shared(keys, values, key, value)], mask=mask, scale=scaling, causal=causal)
+    out = attend(query, [SharedLatentSegment(keys, values, key, value)], mask=mask, scale=scaling, causal=causal)
     return out.transpose(1, 2).contiguous(), None
 
 

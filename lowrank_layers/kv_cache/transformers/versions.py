@@ -54,8 +54,12 @@ def cropped_length(amount: int | Tensor, length: int) -> int:
     return min(length, amount) if amount > 0 else max(0, length + amount)
 
 
-def own_layers(config: Any) -> list[Any]:
-    """The layers that transformers itself makes for a model; ``None`` for each that is plain attention."""
+def layers_of_config(config: Any) -> list[Any]:
+    """The layers that transformers itself makes for a model; ``None`` for each that is plain attention.
+
+    Args:
+        config: configuration of the model.
+    """
     return [None if type(layer) is DynamicLayer else layer for layer in DynamicCache(config=config).layers]
 
 
@@ -77,8 +81,16 @@ def caches_latents(module: nn.Module | None) -> bool:
     return hasattr(module, "expand_kv")
 
 
-def exact_to(layer: Any, index: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What a file holds of one of transformers' own layers."""
+def exact_layer_to_tensors(layer: Any, index: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """One of transformers' own layers as a body for json and named tensors.
+
+    Args:
+        layer: the layer.
+        index: its index, for messages.
+
+    Raises:
+        CheckpointError: for a layer that is no attention.
+    """
     if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
         raise CheckpointError(
             f"save: layer {index} is a {type(layer).__name__}, expected attention; it cannot be saved."
@@ -91,8 +103,13 @@ def exact_to(layer: Any, index: int) -> tuple[dict[str, Any], dict[str, Tensor]]
     return body, {} if layer.keys is None else {"keys": layer.keys, "values": layer.values}
 
 
-def exact_from(body: dict[str, Any], tensors: dict[str, Tensor]) -> Any:
-    """The layer again."""
+def exact_layer_from_tensors(body: dict[str, Any], tensors: dict[str, Tensor]) -> Any:
+    """Inverse of :func:`exact_layer_to_tensors`.
+
+    Args:
+        body: the body that it returned.
+        tensors: the tensors that it returned.
+    """
     window = body["window"]
     layer = DynamicLayer() if window is None else DynamicSlidingWindowLayer(sliding_window=window)
     if tensors:

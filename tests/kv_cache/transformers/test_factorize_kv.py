@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import lowrank_layers as lr
 from lowrank_layers.kv_cache import LatentAttention
-from lowrank_layers.kv_cache.compressed_tokens import Part
+from lowrank_layers.kv_cache.compressed_tokens import HeadGroups
 
 from .tiny_models import SIZE, cached, generated, logits, prompts, tiny, transformers
 
@@ -155,7 +155,7 @@ def test_rank_rules_give_every_head_its_own():
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "opt"])
 def test_steps_are_the_whole(kind, monkeypatch):
     """A prompt in pieces gives what it gives at once, over several tiles of rebuilt keys."""
-    for module in ("attend", "rope", "transformers.latent_tokens"):
+    for module in ("segments", "rope", "transformers.latent_tokens"):
         monkeypatch.setattr(import_module(f"lowrank_layers.kv_cache.{module}"), "TILE", 5)
     model = lr.factorize_kv_(tiny(kind), rank=6)
     ids = torch.randint(3, 97, (2, 17))
@@ -167,10 +167,14 @@ def test_steps_are_the_whole(kind, monkeypatch):
 
 
 def test_what_is_cached_is_never_rebuilt_whole(monkeypatch):
-    sizes = []
-    plain = Part.rebuilt
-    monkeypatch.setattr(import_module("lowrank_layers.kv_cache.attend"), "TILE", 4)
-    monkeypatch.setattr(Part, "rebuilt", lambda self, a, b, dtype: (sizes.append(b - a), plain(self, a, b, dtype))[1])
+    sizes, rebuilt = [], HeadGroups.rebuilt
+
+    def counted(part, start, stop, dtype):
+        sizes.append(stop - start)
+        return rebuilt(part, start, stop, dtype)
+
+    monkeypatch.setattr(import_module("lowrank_layers.kv_cache.segments"), "TILE", 4)
+    monkeypatch.setattr(HeadGroups, "rebuilt", counted)
     model = lr.factorize_kv_(tiny("llama"), rank=6)
     past = transformers.DynamicCache()
     with torch.no_grad():

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import lowrank_layers as lr
-from lowrank_layers.kv_cache.transformers.mla import Shared
+from lowrank_layers.kv_cache.transformers.mla import SharedLatentSegment
 
 from .tiny_models import cached, generated, logits, prompts, tiny, transformers
 
@@ -89,7 +89,7 @@ def test_many_new_tokens_run_as_before():
 
 def test_a_piece_of_shared_latents_is_what_it_expands_to():
     keys, values = torch.randn(3, 5, 4), torch.randn(3, 6, 4)
-    piece = Shared(keys, values, torch.randn(2, 1, 9, 4), torch.randn(2, 1, 9, 2))
+    piece = SharedLatentSegment(keys, values, torch.randn(2, 1, 9, 4), torch.randn(2, 1, 9, 2))
     dense = piece.dense_keys(torch.float32), piece.dense_values(torch.float32)
     rows, weights = torch.randn(2, 3, 7, 7), torch.rand(2, 3, 7, 9)
     torch.testing.assert_close(piece.scores(rows), rows @ dense[0].mT, atol=1e-5, rtol=1e-5)

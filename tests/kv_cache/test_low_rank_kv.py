@@ -73,8 +73,8 @@ def test_at_full_rank_it_is_plain_attention(joint, rotation, rope):
         torch.testing.assert_close(keys, every_key[:, :, :done], atol=2e-5, rtol=1e-4)
         torch.testing.assert_close(values, every_value[:, :, :done], atol=2e-5, rtol=1e-4)
     assert len(cache) == done
-    assert cache.compressed == done - 3 - 8 - (cache.tail[0].tokens - 8)
-    assert cache.tail[0].tokens < 8 + 16
+    assert cache.compressed == done - 3 - 8 - (cache.recent[0].tokens - 8)
+    assert cache.recent[0].tokens < 8 + 16
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
@@ -177,12 +177,12 @@ def test_int8_is_off_by_at_most_half_a_step():
     for cache in (exact, small):
         filled(cache)
     part = small.old[1].parts[0]
-    steps = part.coefficients.scales.float()[:, :, None]
+    steps = part.coefficients.codes["scales"].float()[:, :, None]
     rows = tokens(200)[1][:, :, 3:-8]
     target = part.subspace.coefficients(rows)
     read = part.coefficients.read(0, part.coefficients.tokens, torch.float32)
     assert bool(((read - target).abs() <= steps * 0.501).all())
-    assert part.coefficients.values.dtype == torch.int8
+    assert part.coefficients.dtype == torch.int8
     assert small.nbytes() < exact.nbytes()
 
 
@@ -262,7 +262,7 @@ def test_scatters_add_up_to_that_of_all_rows():
     torch.testing.assert_close(parts.mean, whole.mean)
     torch.testing.assert_close(parts.second, whole.second, atol=1e-4, rtol=1e-4)
     fit = whole.fit(8, torch.float32)
-    latent = Scatter.of_latent(fit, fit.coefficients(rows))
+    latent = Scatter.of_coefficients(fit, fit.coefficients(rows))
     torch.testing.assert_close(latent.second, whole.second, atol=1e-3, rtol=1e-3)
     torch.testing.assert_close(latent.mean, whole.mean, atol=1e-5, rtol=1e-5)
 
