@@ -1,4 +1,4 @@
-"""Making adapters thinner: the directions of an index stay, in the factors and in the optimizer."""
+"""Making adapters thinner: some directions stay, in the factors and in the optimizer's state."""
 
 from __future__ import annotations
 
@@ -14,15 +14,18 @@ from .weight_layout import Kind
 
 
 @torch.no_grad()
-def cut_(adapter: Adapter, kind: Kind, index: Tensor) -> list[Succession]:
-    """Leaves the directions of that index, in place; the scaling stays.
+def thinned_(adapter: Adapter, kind: Kind, index: Tensor) -> list[Succession]:
+    """Keeps only some directions of an adapter, in place; the scaling stays.
 
     The parameters are new ones: autograd remembers the shape of a leaf for as long as a graph that used it lives.
 
     Args:
-        adapter: changed in place.
-        kind: its layout.
-        index: of the directions, ascending.
+        adapter: the adapter, changed in place.
+        kind: layout of its weight.
+        index: indices of the directions that are kept, ascending.
+
+    Returns:
+        Which parameters take the place of which.
     """
     a, b = adapter.A, adapter.B
     index = index.to(a.device)
@@ -42,13 +45,13 @@ def cut_(adapter: Adapter, kind: Kind, index: Tensor) -> list[Succession]:
     ]
 
 
-def gone(adapter: Adapter) -> list[Succession]:
-    """The parameters of an adapter that is taken off."""
+def removed(adapter: Adapter) -> list[Succession]:
+    """The parameters of an adapter that is taken off: none take their place."""
     return [Succession({name: parameter}, {}) for name, parameter in adapter.named_parameters()]
 
 
 def check_optimizer(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter]) -> None:
-    """Refuses an optimizer that has nothing to do with the parameters, or a state that cannot be cut."""
+    """Raises if the optimizer has none of the parameters, or a state that cannot be cut with them."""
     known = {id(p) for group in optimizer.param_groups for p in group["params"]}
     found = [p for p in parameters if id(p) in known]
     if not found:
