@@ -23,6 +23,18 @@ def test_spectra_mark_the_chosen_rank():
     values = torch.linalg.svdvals(model[0].weight.detach())
     assert mark.get_ydata()[0] == pytest.approx(float(values[4:].norm() / values.norm()), rel=1e-4)
     assert len(line.get_xdata()) == 11
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["0 (rank 4)"]
+
+
+def test_spectra_name_tucker_ranks_and_layers_that_stay_dense():
+    model = nn.Sequential(nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(8, 2))
+    plan = lr.make_plan(model, rank=3, methods=[lr.TuckerMethod()])
+    plan.set_rank("0", (5, 3))
+    axes = plot.spectra(model, plan)
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["0 (rank 5x3)"]
+    assert axes.get_lines()[1].get_xdata()[0] == pytest.approx(5 / 8)
+    plan = lr.make_plan(model, lr.Budget(params=1.0))
+    assert all(line.get_label().endswith("(dense)") for line in plot.spectra(model, plan).get_lines())
 
 
 def test_accuracy_against_size_and_saving(tmp_path):
@@ -32,6 +44,15 @@ def test_accuracy_against_size_and_saving(tmp_path):
     plot.save_figure(right, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").read_bytes()[:4] == b"\x89PNG"
     assert left.figure is right.figure
+    assert [text.get_text() for text in right.get_legend().get_texts()] == ["ours", "dense"]
+
+
+def test_losses_are_drawn_by_step():
+    axes = plot.losses({"a": [3.0, 2.0], "b": [5.0, 1.0]})
+    assert [list(line.get_xdata()) for line in axes.get_lines()] == [[1, 2], [1, 2]]
+    assert list(axes.get_lines()[1].get_ydata()) == [5.0, 1.0]
+    assert plot.losses({"c": [1.0]}, ax=axes) is axes
+    assert len(axes.get_lines()) == 3
 
 
 def test_perplexity_against_bytes():
