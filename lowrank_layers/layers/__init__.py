@@ -22,6 +22,7 @@ from .cp_conv import (
 )
 from .embedding import LowRankEmbedding as LowRankEmbedding
 from .embedding_bag import LowRankEmbeddingBag as LowRankEmbeddingBag
+from .instance_checks import peculiarity as peculiarity
 from .kernel import ConvNd as ConvNd
 from .linear import LowRankLinear as LowRankLinear, LowRankTransposedLinear as LowRankTransposedLinear
 from .low_rank_conv import (
@@ -41,7 +42,6 @@ from .matrix import (
     takes_bias as takes_bias,
     weight_from_matrices as weight_from_matrices,
 )
-from .plain import peculiarity as peculiarity
 from .tt_embedding import TensorizedEmbedding as TensorizedEmbedding
 from .tucker_conv import (
     TuckerConv as TuckerConv,

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from ..errors import LowRankError, UnsupportedLayerError
 from ..rank import Rank
 from .base import bias_of, carry_attributes, is_derived, refuse_scripting, return_attributes, weight_of
+from .instance_checks import peculiarity
 from .linear import LowRankLinear
-from .plain import peculiarity
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import LowRankError
 from ..factors import Factorization
-from .computed import computed
+from .computed_weight import computed
 
 FACTORED_LAYERS: dict[str, type[FactoredModule]] = {}
 """Every factored layer by its class name: what a checkpoint may name."""

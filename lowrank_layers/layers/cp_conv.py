@@ -14,8 +14,8 @@ from ..factors import CP, Blocks
 from ..rank import Rank, Spectrum, choose_rank
 from .base import bias_of, fill
 from .conv_base import FactoredConv, TransposedConv
+from .instance_checks import check_dense
 from .kernel import kernel_of
-from .plain import check_dense
 
 Conv = TypeVar("Conv", bound="CPConv")
 AXES = {1: ("horizontal",), 2: ("vertical", "horizontal"), 3: ("depth", "vertical", "horizontal")}

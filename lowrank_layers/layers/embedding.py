@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from ..factors import SVD
 from ..rank import Rank, choose_rank
 from .base import FactoredModule, adopt, adopt_dense, fill, weight_of
+from .instance_checks import check_dense
 from .linear import pair_factors, pair_spectrum, truncated_pair
-from .plain import check_dense
 
 Table = TypeVar("Table", bound="ThinEmbedding")
 

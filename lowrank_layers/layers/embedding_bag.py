@@ -11,8 +11,8 @@ from ..errors import UnsupportedLayerError
 from ..rank import Rank, choose_rank
 from .base import adopt, adopt_dense
 from .embedding import ThinEmbedding
+from .instance_checks import check_dense
 from .linear import pair_spectrum, truncated_pair
-from .plain import check_dense
 
 
 class LowRankEmbeddingBag(ThinEmbedding):

@@ -14,7 +14,7 @@ from ..linalg import exact_svd, working_dtype
 from ..rank import Rank, choose_rank, pair_spectrum as pair_spectrum
 from .base import FactoredModule, adopt, adopt_dense, bias_of, fill, reset_chain, weight_of
 from .conv1d import is_conv1d_class
-from .plain import check_dense
+from .instance_checks import check_dense
 
 
 class LowRankLinear(FactoredModule):

@@ -13,9 +13,9 @@ from ..factors import SVD, Blocks
 from ..rank import Rank, choose_rank
 from .base import bias_of, fill, meta_twin
 from .conv_base import FactoredConv, PaddingMode, Size, TransposedConv
+from .instance_checks import check_dense
 from .kernel import factors_of_pair, kernel_of, kernel_of_matrix, matrix_of, pair_kernels, weight_of_kernel
 from .linear import pair_factors, pair_spectrum, truncated_pair
-from .plain import check_dense
 
 Mode = Literal["channel", "spatial"]
 Pair = TypeVar("Pair", bound="PairConv")

@@ -16,7 +16,7 @@ from ..errors import LowRankError, UnsupportedLayerError
 from ..factors import BlockTT
 from ..linalg import full_precision, train_product
 from .base import FactoredModule, adopt, adopt_dense, fill, weight_of
-from .plain import check_dense
+from .instance_checks import check_dense
 
 
 class TensorizedEmbedding(FactoredModule):

@@ -16,8 +16,8 @@ from ..factors import Blocks, Tucker
 from ..rank import ParameterFraction, RankRule, Spectrum, check_rank, choose_rank
 from .base import bias_of, fill, weight_of
 from .conv_base import FactoredConv, TransposedConv
+from .instance_checks import check_dense
 from .kernel import kernel_of, weight_of_kernel
-from .plain import check_dense
 
 TuckerRank = int | RankRule | Sequence[int | RankRule]
 Conv = TypeVar("Conv", bound="TuckerConv")

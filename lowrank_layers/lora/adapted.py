@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import LowRankError
 from ..layers import FactoredModule
-from ..layers.computed import computed
+from ..layers.computed_weight import computed
 from .adapted_weight import BANK, bank_of, banks_of, base_weight, values_of
 from .forward import WITH_MORE, Fast, add_biases, fast_forward
 from .mixed_groups import mixed_forward, mixes_groups

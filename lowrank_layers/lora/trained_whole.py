@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from ..errors import LowRankError
-from ..layers.computed import computed
+from ..layers.computed_weight import computed
 from .adapted import read_by_fsdp, refuse_scripting, replaceable
 from .module_copies import COPIES, Copies, copies_in
 from .weight_layout import parameter_of

@@ -10,7 +10,7 @@ from torch import nn
 
 import lowrank_layers as lr
 from benchmarks.vision import import_torchvision
-from lowrank_layers.layers.plain import peculiarity
+from lowrank_layers.layers.instance_checks import peculiarity
 
 from .tables import LAYERS
 

@@ -69,7 +69,7 @@ def computed(weight: Tensor, remedy: str) -> Tensor:
         remedy: the message of the error that a write raises.
 
     Examples:
-        >>> from lowrank_layers.layers.computed import computed
+        >>> from lowrank_layers.layers.computed_weight import computed
         >>> weight = computed(torch.ones(2, 2), "it is computed")
         >>> weight.sum()
         tensor(4.)

@@ -41,7 +41,7 @@ def peculiarity(module: nn.Module) -> str | None:
     """What this instance does or holds that its class does not, in words; ``None`` where it is as its class says.
 
     Examples:
-        >>> from lowrank_layers.layers.plain import peculiarity
+        >>> from lowrank_layers.layers.instance_checks import peculiarity
         >>> linear = nn.Linear(8, 8)
         >>> linear.forward = lambda x: 2 * x
         >>> peculiarity(linear)
