@@ -26,7 +26,7 @@ from ..layers import (
     bias_of,
     weight_of,
 )
-from ..layers.base import fill
+from ..layers.conversion import fill
 from ..layers.cp_conv import cp_limit
 from ..layers.kernel import CONVS, kernel_of
 from ..layers.tucker_conv import tucker_limits

@@ -1,14 +1,11 @@
-"""Drop-in ``nn.Module``s whose weight is stored in factors. Their children are ordinary torch modules."""
+"""Drop-in replacements of torch's layers whose weight is stored in factors, held by ordinary torch modules."""
 
 from .attention import PROJECTIONS as PROJECTIONS, LowRankMultiheadAttention as LowRankMultiheadAttention
 from .base import (
     FACTORED_LAYERS as FACTORED_LAYERS,
     FactoredModule as FactoredModule,
-    bias_of as bias_of,
     is_derived as is_derived,
     is_factored as is_factored,
-    meta_twin as meta_twin,
-    weight_of as weight_of,
 )
 from .cost import layer_cost as layer_cost, layer_writes as layer_writes
 from .cp_conv import (
@@ -52,3 +49,4 @@ from .tucker_conv import (
     TuckerConvTranspose2d as TuckerConvTranspose2d,
     TuckerConvTranspose3d as TuckerConvTranspose3d,
 )
+from .weights import bias_of as bias_of, meta_twin as meta_twin, weight_of as weight_of

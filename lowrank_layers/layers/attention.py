@@ -11,9 +11,11 @@ from torch import Tensor, nn
 
 from ..errors import LowRankError, UnsupportedLayerError
 from ..rank import Rank
-from .base import bias_of, carry_attributes, is_derived, refuse_scripting, return_attributes, weight_of
+from .base import is_derived, refuse_scripting
+from .conversion import carry_attributes, return_attributes
 from .instance_checks import peculiarity
 from .linear import LowRankLinear
+from .weights import bias_of, weight_of
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
 

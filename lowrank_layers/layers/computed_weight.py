@@ -1,4 +1,4 @@
-"""A weight that is computed from others: it can be read as any tensor, and refuses to be written to."""
+"""Weights that are computed from others, such as a product of factors: tensors that can only be read."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ _WRITES = {"__setitem__", "__set__", "__delete__", "register_hook", *(f"__i{name
 
 
 class ComputedWeight(Tensor):
-    """What ``layer.weight`` gives where it is a product of factors or a weight with adapters in it.
+    """A read-only tensor, for ``layer.weight`` where that is a product of factors or includes adapters.
 
-    It was multiplied out for whoever reads it: a write would change that copy and never the layer, so every write
-    raises, also through ``.data``, ``.detach()`` and other views. What is computed from it is an ordinary tensor.
+    A write would change this copy and never the layer, so every write raises, also through ``.data``, ``.detach()`` and
+    other views. Results computed from it are ordinary tensors.
     """
 
     _remedy: str
@@ -60,13 +60,13 @@ class ComputedWeight(Tensor):
 
 
 def computed(weight: Tensor, remedy: str) -> Tensor:
-    """The same values, which cannot be written to.
+    """Returns the same values as a tensor that cannot be written to.
 
-    Compilers and exporters, vmap and other transformations get the tensor as it is.
+    Under compilers, exporters, vmap and other transformations the tensor is returned as it is.
 
     Args:
-        weight: computed for the one who reads it.
-        remedy: the message of the error that a write raises.
+        weight: the computed weight.
+        remedy: message of the error that a write raises.
 
     Examples:
         >>> from lowrank_layers.layers.computed_weight import computed
@@ -87,7 +87,7 @@ def computed(weight: Tensor, remedy: str) -> Tensor:
 
 
 def _written(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> ComputedWeight | None:
-    """The computed weight that a call would write to, if it would."""
+    """Returns the computed weight that a call would write to, or ``None``."""
     out = kwargs.get("out")
     targets = list(out) if isinstance(out, (tuple, list)) else [out]
     if name in _WRITES or (name.endswith("_") and not name.endswith("__")):
@@ -97,7 +97,7 @@ def _written(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Com
 
 
 def _views(result: Any, source: ComputedWeight) -> Any:
-    """The result, in which what shares the memory of the computed weight cannot be written to either."""
+    """Makes those tensors of a result that share memory with the computed weight read-only as well."""
     if isinstance(result, (tuple, list)):
         return type(result)(_views(each, source) for each in result) if type(result) in (tuple, list) else result
     if type(result) is not Tensor or result.is_meta or result.layout is not torch.strided:

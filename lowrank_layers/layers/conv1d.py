@@ -1,4 +1,4 @@
-"""transformers' ``Conv1D``, told by its name, since transformers is an extra."""
+"""transformers' ``Conv1D``, recognized by name, since transformers is an optional dependency."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ from torch import nn
 
 
 def is_conv1d_class(cls: type[nn.Module]) -> bool:
-    """Whether this very class is transformers' ``Conv1D``, a linear layer whose weight is stored as ``[in, out]``."""
+    """Returns whether a class is transformers' ``Conv1D``, a linear layer whose weight is stored as ``[in, out]``."""
     return (cls.__module__, cls.__name__) == ("transformers.pytorch_utils", "Conv1D")

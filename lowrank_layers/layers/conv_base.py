@@ -1,4 +1,4 @@
-"""What the factored convolutions share: torch.nn's settings, and the way to and from the dense layer."""
+"""Base classes of factored convolutions: torch.nn's settings, and conversion from and to the dense layer."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import LowRankError
-from .base import FactoredModule, adopt, adopt_dense, bias_of, reset_chain
+from .base import FactoredModule
+from .conversion import adopt, adopt_dense
+from .initialization import reset_chain
 from .kernel import CONVS, ConvNd, weight_of_kernel
+from .weights import bias_of
 
 Size = int | tuple[int, ...]
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
@@ -18,9 +21,9 @@ Conv = TypeVar("Conv", bound="FactoredConv")
 
 
 class FactoredConv(FactoredModule):
-    """A chain of thin convolutions in the place of one, of any dimension; groups are factorized one by one.
+    """A chain of thin convolutions in place of one, in 1 to 3 dimensions; each group is factorized on its own.
 
-    A subclass builds its children in ``_build`` and says which kernel they make in ``kernel``.
+    A subclass builds its children in ``_build`` and multiplies them out in ``kernel``.
     """
 
     def __init__(
@@ -47,7 +50,7 @@ class FactoredConv(FactoredModule):
         self.reset_parameters()
 
     def _take(self, *settings: Any) -> None:
-        """Lets torch check the settings; nothing is allocated on the meta device."""
+        """Lets torch check the settings on the meta device, and keeps what it makes of them."""
         try:
             dense = self.dense_type(*settings)
         except (ValueError, RuntimeError) as error:
@@ -65,35 +68,42 @@ class FactoredConv(FactoredModule):
         self.transposed: bool = dense.transposed
 
     def _build(self, rank: Any, bias: bool, factory: dict[str, Any]) -> None:
+        """Creates the children.
+
+        Args:
+            rank: rank argument of the constructor.
+            bias: whether the last child has a bias.
+            factory: device and dtype of the parameters.
+        """
         raise NotImplementedError
 
     def kernel(self) -> Tensor:
-        """The dense kernel that the children make, ``[groups, out / groups, in / groups, *k]``."""
+        """Multiplies out the dense kernel ``[groups, out / groups, in / groups, *k]``."""
         raise NotImplementedError
 
     @property
     def kernel_shape(self) -> tuple[int, ...]:
-        """Shape of one group's kernel, ``[out / groups, in / groups, *k]``."""
+        """Shape of the kernel of one group, ``[out / groups, in / groups, *k]``."""
         return self.out_channels // self.groups, self.in_channels // self.groups, *self.kernel_size
 
     def product(self) -> Tensor:
-        """The dense weight, multiplied out, differentiable."""
+        """Multiplies out the dense weight, differentiably."""
         return weight_of_kernel(self.kernel(), transposed=self.transposed)
 
     def reset_parameters(self) -> None:
-        """Draws new weights with the output variance of a fresh dense layer."""
+        """Draws new weights such that outputs have the variance that those of a new dense layer have."""
         out, into, *k = self.kernel_shape
         reset_chain(self, torch.Size([out if self.transposed else into, *k]).numel())
 
     def forward(self, input: Tensor) -> Tensor:
-        """``[N, in_channels, ...]`` to ``[N, out_channels, ...]``, as the dense layer."""
+        """Maps ``[N, in_channels, ...]`` to ``[N, out_channels, ...]``, as the dense layer does."""
         for child in self.parts:
             input = child(input)
         return input
 
     @classmethod
     def like(cls: type[Conv], dense: nn.Module, *, rank: Any, bias: bool | None = None, **form: Any) -> Conv:
-        """A layer with the settings, device and dtype of ``dense``, uninitialized."""
+        """Builds an uninitialized layer with the settings, device and dtype of ``dense``."""
         assert isinstance(dense, ConvNd)
         with_bias = dense.bias is not None if bias is None else bias
         device, dtype = dense.weight.device, dense.weight.dtype
@@ -101,7 +111,7 @@ class FactoredConv(FactoredModule):
         return adopt(layer.to_empty(device=device), dense)
 
     def to_dense(self) -> nn.Module:
-        """The torch layer that computes the same."""
+        """Multiplies the factors out into the torch layer that computes the same."""
         bias = bias_of(self.last)
         weight = self.weight.detach()
         dense: nn.Module = nn.utils.skip_init(
@@ -115,7 +125,7 @@ class FactoredConv(FactoredModule):
         return dense
 
     def extra_repr(self) -> str:
-        """The settings, as printed."""
+        """The settings, for ``repr``."""
         text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"
         if isinstance(self.padding, str) or any(self.padding):
             text += f", padding={self.padding}"
@@ -131,26 +141,23 @@ class FactoredConv(FactoredModule):
             text += f", padding_mode={self.padding_mode}"
         return "".join([text, f", rank={self.rank}", *(f", {key}={value!r}" for key, value in self.form.items())])
 
-    def _pointwise(self, into: int, out: int, factory: dict[str, Any], *, bias: bool = False) -> nn.Module:
-        """A 1 x 1 convolution within the groups."""
-        conv = CONVS[len(self.kernel_size)]
-        return conv(into, out, 1, groups=self.groups, bias=bias, **factory)
+    def _pointwise(self, into: int, out: int, **more: Any) -> nn.Module:
+        """Creates a convolution with kernel size 1, by default in the same groups and without a bias."""
+        return CONVS[len(self.kernel_size)](into, out, 1, **{"groups": self.groups, "bias": False, **more})
 
-    def _spatial(
-        self,
-        into: int,
-        out: int,
-        factory: dict[str, Any],
-        *,
-        axes: Sequence[int] | None = None,
-        groups: int | None = None,
-        bias: bool = False,
-    ) -> nn.Module:
-        """The convolution itself between other channels, or what it does along some axes only (none: pointwise)."""
+    def _spatial(self, into: int, out: int, *, axes: Sequence[int] | None = None, **more: Any) -> nn.Module:
+        """Creates a convolution with the settings of this one, by default in the same groups and without a bias.
+
+        Args:
+            into: number of input channels.
+            out: number of output channels.
+            axes: the axes along which it runs; by default all. Without any axis it is pointwise.
+            more: other arguments of torch's constructor.
+        """
         dims = len(self.kernel_size)
         taken = range(dims) if axes is None else axes
         if not taken:
-            return self._pointwise(into, out, factory, bias=bias)
+            return self._pointwise(into, out, **more)
 
         def only(value: Any, neutral: int) -> Any:
             if isinstance(value, str):
@@ -158,6 +165,8 @@ class FactoredConv(FactoredModule):
             return tuple(value[axis] if axis in taken else neutral for axis in range(dims))
 
         settings = {
+            "groups": self.groups,
+            "bias": False,
             "kernel_size": only(self.kernel_size, 1),
             "stride": only(self.stride, 1),
             "padding": only(self.padding, 0),
@@ -166,11 +175,11 @@ class FactoredConv(FactoredModule):
         }
         if self.transposed:
             settings["output_padding"] = only(self.output_padding, 0)
-        return self.dense_type(into, out, groups=groups or self.groups, bias=bias, **settings, **factory)
+        return self.dense_type(into, out, **{**settings, **more})
 
 
 class TransposedConv(FactoredConv):
-    """The same for transposed convolutions, whose constructor and forward have another signature."""
+    """Base class of factored transposed convolutions, whose constructor and forward have another signature."""
 
     def __init__(
         self,
@@ -208,14 +217,19 @@ class TransposedConv(FactoredConv):
         self.reset_parameters()
 
     def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
-        """``[N, in_channels, ...]`` to ``[N, out_channels, ...]``; ``output_size`` settles the strides' ambiguity."""
+        """Maps ``[N, in_channels, ...]`` to ``[N, out_channels, ...]``, as the dense layer does.
+
+        Args:
+            input: the input.
+            output_size: which of the output sizes that a stride allows.
+        """
         dims = len(self.kernel_size)
         spatial = [child for child in self.parts if getattr(child, "transposed", False)]
         for child in self.parts:
             if output_size is None or child not in spatial:
                 input = child(input)
                 continue
-            # the only one runs along all axes, else the k-th one along the k-th
+            # a single transposed child runs along all axes; of several, the k-th runs along the k-th axis
             axes = range(dims) if len(spatial) == 1 else [spatial.index(child)]
             size = [output_size[axis - dims] if axis in axes else input.shape[axis - dims] for axis in range(dims)]
             input = child(input, size)
@@ -223,6 +237,7 @@ class TransposedConv(FactoredConv):
 
 
 def _settings(conv: Any) -> dict[str, Any]:
+    """Arguments of torch's constructor, read from a dense or factored convolution."""
     names = ["in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode"]
     if conv.transposed:
         names.append("output_padding")

@@ -1,20 +1,21 @@
-"""What a layer costs, counted on its children."""
+"""Cost of a layer, summed over its children."""
 
 import math
 
 from torch import nn
 
 from ..cost import Cost
-from .base import FactoredModule, weight_of
+from .base import FactoredModule
 from .linear import LowRankTransposedLinear
+from .weights import weight_of
 
 
 def layer_cost(module: nn.Module, input_shape: tuple[int, ...] | None = None) -> Cost:
-    """Parameters, bytes and multiply-accumulates of one dense or factored layer.
+    """Counts parameters, bytes and multiply-accumulates of a dense or factored layer.
 
     Args:
-        module: Linear, convolution, Embedding, EmbeddingBag or one of our layers.
-        input_shape: shape of one sample without the batch; without it MACs are counted as 0.
+        module: a linear layer, convolution, embedding or embedding bag of torch, or a layer of this library.
+        input_shape: shape of one sample without the batch dimension; by default MACs are counted as 0.
 
     Examples:
         >>> lr.layer_cost(nn.Conv2d(3, 8, 3, bias=False), (3, 10, 10))
@@ -31,11 +32,11 @@ def layer_cost(module: nn.Module, input_shape: tuple[int, ...] | None = None) ->
 
 
 def layer_writes(module: nn.Module, input_shape: tuple[int, ...]) -> int:
-    """Number of values that one dense or factored layer writes per sample, those between its parts included.
+    """Counts the values that a dense or factored layer writes per sample, including those between its children.
 
     Args:
-        module: Linear, convolution, Embedding, EmbeddingBag or one of our layers.
-        input_shape: shape of one sample without the batch.
+        module: a linear layer, convolution, embedding or embedding bag of torch, or a layer of this library.
+        input_shape: shape of one sample without the batch dimension.
     """
     total, shape = 0, input_shape
     for child in module.parts if isinstance(module, FactoredModule) else [module]:
@@ -48,7 +49,7 @@ def layer_writes(module: nn.Module, input_shape: tuple[int, ...]) -> int:
 
 
 def _forward(module: nn.Module, shape: tuple[int, ...] | None) -> tuple[int, tuple[int, ...] | None]:
-    """MACs of one torch layer on one sample, and the shape that leaves it."""
+    """Returns the multiply-accumulates per sample of one torch layer, and the shape of its output."""
     if shape is None:
         return 0, None
     weight = weight_of(module)
@@ -69,7 +70,7 @@ def _forward(module: nn.Module, shape: tuple[int, ...] | None) -> tuple[int, tup
 
 
 def conv_output_size(conv: nn.modules.conv._ConvNd, size: tuple[int, ...]) -> tuple[int, ...]:
-    """Height and width (whatever the dimensions) that leave a convolution, by torch.nn's own formula."""
+    """Returns the spatial size of a convolution's output, by torch.nn's formula."""
     result = []
     for axis, n in enumerate(size):
         d, k, s = conv.dilation[axis], conv.kernel_size[axis], conv.stride[axis]
@@ -79,7 +80,7 @@ def conv_output_size(conv: nn.modules.conv._ConvNd, size: tuple[int, ...]) -> tu
 
 
 def transposed_output_size(conv: nn.modules.conv._ConvTransposeNd, size: tuple[int, ...]) -> tuple[int, ...]:
-    """The same for a transposed convolution."""
+    """Returns the spatial size of a transposed convolution's output, by torch.nn's formula."""
     result = []
     for axis, n in enumerate(size):
         s, p, d, k = (int(v[axis]) for v in (conv.stride, conv.padding, conv.dilation, conv.kernel_size))

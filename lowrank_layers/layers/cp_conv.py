@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from ..decompose import cp
 from ..factors import CP, Blocks
 from ..rank import Rank, Spectrum, choose_rank
-from .base import bias_of, fill
 from .conv_base import FactoredConv, TransposedConv
+from .conversion import fill
 from .instance_checks import check_dense
 from .kernel import kernel_of
+from .weights import bias_of
 
 Conv = TypeVar("Conv", bound="CPConv")
 AXES = {1: ("horizontal",), 2: ("vertical", "horizontal"), 3: ("depth", "vertical", "horizontal")}
@@ -28,10 +29,10 @@ class CPConv(FactoredConv):
 
     def _build(self, rank: Any, bias: bool, factory: dict[str, Any]) -> None:
         inner = self.groups * choose_cp_rank(rank, self.kernel_shape, type(self).__name__)
-        self.reduce = self._pointwise(self.in_channels, inner, factory)
+        self.reduce = self._pointwise(self.in_channels, inner, **factory)
         for axis, name in enumerate(AXES[len(self.kernel_size)]):
-            setattr(self, name, self._spatial(inner, inner, factory, axes=(axis,), groups=inner))
-        self.expand = self._pointwise(inner, self.out_channels, factory, bias=bias)
+            setattr(self, name, self._spatial(inner, inner, axes=(axis,), groups=inner, **factory))
+        self.expand = self._pointwise(inner, self.out_channels, bias=bias, **factory)
 
     @property
     def rank(self) -> int:

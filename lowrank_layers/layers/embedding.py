@@ -11,9 +11,11 @@ from torch import Tensor, nn
 
 from ..factors import SVD
 from ..rank import Rank, choose_rank
-from .base import FactoredModule, adopt, adopt_dense, fill, weight_of
+from .base import FactoredModule
+from .conversion import adopt, adopt_dense, fill
 from .instance_checks import check_dense
 from .linear import pair_factors, pair_spectrum, truncated_pair
+from .weights import weight_of
 
 Table = TypeVar("Table", bound="ThinEmbedding")
 

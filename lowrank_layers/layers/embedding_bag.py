@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..errors import UnsupportedLayerError
 from ..rank import Rank, choose_rank
-from .base import adopt, adopt_dense
+from .conversion import adopt, adopt_dense
 from .embedding import ThinEmbedding
 from .instance_checks import check_dense
 from .linear import pair_spectrum, truncated_pair

@@ -1,4 +1,4 @@
-"""Whether an instance is what its class says, so that a layer of another class can stand in for it."""
+"""Checks that an instance does what its class says, so that a layer of another class can replace it."""
 
 from __future__ import annotations
 
@@ -9,15 +9,21 @@ from torch import Tensor, nn
 
 from ..errors import LowRankError, UnsupportedLayerError
 from ..linalg import check_tensor
-from .base import FACTORED_LAYERS, FactoredModule, is_derived, is_factored, meta_twin, own_attributes, weight_of
+from .base import FACTORED_LAYERS, FactoredModule, is_derived, is_factored
+from .conversion import own_attributes
+from .weights import meta_twin, weight_of
 
 _COMPILED = "_compiled_call_impl"  # set by ``module.compile()``
 
 
 def check_dense(cls: type[FactoredModule], dense: nn.Module) -> Tensor:
-    """The weight of ``dense``, detached; refuses what ``cls`` cannot stand in for.
+    """Returns the detached weight of a dense layer, or raises if ``cls`` cannot replace it.
 
-    Subclasses are refused, and instances with a forward of their own: they may do something else.
+    Subclasses, and instances with a forward of their own, may compute something else and are refused.
+
+    Raises:
+        UnsupportedLayerError: if ``cls`` cannot replace the layer.
+        LowRankError: for NaN, Inf, integer or meta weights.
     """
     who = f"{cls.__name__}.from_dense"
     if isinstance(getattr(dense, "weight", None), nn.parameter.UninitializedParameter):
@@ -38,7 +44,7 @@ def check_dense(cls: type[FactoredModule], dense: nn.Module) -> Tensor:
 
 
 def peculiarity(module: nn.Module) -> str | None:
-    """What this instance does or holds that its class does not, in words; ``None`` where it is as its class says.
+    """Describes what an instance does or holds that its class does not, or returns ``None``.
 
     Examples:
         >>> from lowrank_layers.layers.instance_checks import peculiarity
@@ -67,12 +73,12 @@ def peculiarity(module: nn.Module) -> str | None:
 
 
 def _is_bound(value: Any, module: nn.Module, function: Any) -> bool:
-    """Whether it is the class' own method, as accelerate leaves it behind when a hook is removed."""
+    """Returns whether a value is the class's own method, as accelerate leaves it behind when it removes a hook."""
     return getattr(value, "__self__", None) is module and getattr(value, "__func__", None) is function
 
 
 def _unlike_fresh(module: nn.Module) -> str | None:
-    """Where a layer that can be replaced differs from a new one that is given the same settings."""
+    """Describes how a layer that can be replaced differs from a new one with the same settings."""
     kind = next((cls for cls in FACTORED_LAYERS.values() if cls.stands_for(module)), None)
     if kind is None or "weight" not in module._parameters:
         return None
@@ -80,7 +86,7 @@ def _unlike_fresh(module: nn.Module) -> str | None:
     try:
         fresh = kind.like(meta_twin(module), rank=1).dense_twin()
     except (LowRankError, ValueError, TypeError, RuntimeError):
-        return None  # whoever builds the layer says what is wrong with the settings
+        return None  # building the layer will raise, and say what is wrong with the settings
     for key in _held(module):
         if key not in fresh._parameters:
             return _more(key, name)
@@ -96,7 +102,7 @@ def _unlike_fresh(module: nn.Module) -> str | None:
 
 
 def _held(module: nn.Module) -> list[str]:
-    """The names of its own parameters, buffers and children."""
+    """Names of a module's own parameters, buffers and children."""
     return [*module._parameters, *module._buffers, *module._modules]
 
 

@@ -1,4 +1,4 @@
-"""Kernels of convolutions of any dimension and direction in one layout: ``[groups, out, in, *k]``."""
+"""Kernels of plain and transposed convolutions in one layout, ``[groups, out, in, *k]``, and as matrices."""
 
 from __future__ import annotations
 
@@ -7,31 +7,31 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from .base import weight_of
+from .weights import weight_of
 
 ConvNd = nn.modules.conv._ConvNd
 CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
-"""The plain convolutions by their number of spatial dimensions."""
+"""Torch's convolutions by number of spatial dimensions."""
 
 
 def kernel_of(conv: nn.Module) -> Tensor:
-    """The weight of any convolution as ``[groups, out / groups, in / groups, *k]``."""
+    """Returns the weight of a convolution as ``[groups, out / groups, in / groups, *k]``."""
     assert isinstance(conv, ConvNd)
     weight: Tensor = weight_of(conv).unflatten(0, (conv.groups, -1))
     return weight.transpose(1, 2) if conv.transposed else weight
 
 
 def weight_of_kernel(kernel: Tensor, *, transposed: bool) -> Tensor:
-    """The way back: torch.nn's ``[out, in / groups, *k]``, or ``[in, out / groups, *k]`` of a transposed one."""
+    """Inverse of :func:`kernel_of`: ``[out, in / groups, *k]``, or ``[in, out / groups, *k]`` if transposed."""
     return (kernel.transpose(1, 2) if transposed else kernel).flatten(0, 1)
 
 
 def matrix_of(kernel: Tensor, first: Sequence[int]) -> Tensor:
-    """The kernel as a matrix from what a first convolution sees to what a second one makes of it.
+    """Matricizes a kernel: columns run over (in, axes of the first convolution), rows over (out, axes of the second).
 
     Args:
         kernel: ``[groups, out, in, *k]``.
-        first: the spatial axes that belong to the first one.
+        first: the spatial axes of the first convolution.
 
     Shape:
         ``[groups, out * (axes of the second), in * (axes of the first)]``.
@@ -43,7 +43,13 @@ def matrix_of(kernel: Tensor, first: Sequence[int]) -> Tensor:
 
 
 def kernel_of_matrix(matrix: Tensor, shape: Sequence[int], first: Sequence[int]) -> Tensor:
-    """Undoes :func:`matrix_of`; ``shape`` is the kernel's."""
+    """Inverse of :func:`matrix_of`.
+
+    Args:
+        matrix: ``[groups, rows, columns]``.
+        shape: shape of the kernel.
+        first: the spatial axes of the first convolution.
+    """
     second = [axis for axis in range(len(shape) - 3) if axis not in first]
     order = [0, 1, *(axis + 3 for axis in second), 2, *(axis + 3 for axis in first)]
     kernel = matrix.reshape([matrix.shape[0], *(shape[axis] for axis in order[1:])])
@@ -51,16 +57,16 @@ def kernel_of_matrix(matrix: Tensor, shape: Sequence[int], first: Sequence[int])
 
 
 def pair_kernels(last: Tensor, first: Tensor, shape: Sequence[int], axes: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """The kernels of the second and the first convolution of a pair.
+    """Kernels of the two convolutions of a pair, the second one first.
 
     Args:
-        last: ``[groups, rows, r]``, rows as :func:`matrix_of` has them.
+        last: ``[groups, rows, r]``, with rows as in :func:`matrix_of`.
         first: ``[groups, r, columns]``.
         shape: shape of the whole kernel.
-        axes: the spatial axes that belong to the first one.
+        axes: the spatial axes of the first convolution.
 
     Shape:
-        ``[groups, out, r, *k]`` and ``[groups, r, in, *k]``, with 1 on the axes of the other.
+        ``[groups, out, r, *k]`` and ``[groups, r, in, *k]``, of size 1 along the axes of the other.
     """
     g, out, into, *k = shape
     rank = first.shape[1]
@@ -70,22 +76,22 @@ def pair_kernels(last: Tensor, first: Tensor, shape: Sequence[int], axes: Sequen
 
 
 def factors_of_pair(last: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
-    """Undoes :func:`pair_kernels`: ``[groups, rows, r]`` and ``[groups, r, columns]``."""
+    """Inverse of :func:`pair_kernels`: ``[groups, rows, r]`` and ``[groups, r, columns]``."""
     return last.movedim(2, -1).flatten(1, -2), first.flatten(2)
 
 
 def linear_axes(conv: nn.Module) -> tuple[int, ...]:
-    """How a convolution is a linear layer: on patches of its input; a transposed one, to patches of its output."""
+    """Axes that make a convolution a linear map: of patches of its input, or if transposed to patches of its output."""
     assert isinstance(conv, ConvNd)
     return () if conv.transposed else tuple(range(len(conv.kernel_size)))
 
 
 def kernel_size_of(conv: nn.Module) -> tuple[int, ...]:
-    """The size of its kernel along each axis."""
+    """Returns the kernel size of a convolution along each axis."""
     assert isinstance(conv, ConvNd)
     return conv.kernel_size
 
 
 def kernel_area(conv: nn.Module) -> int:
-    """Positions of a kernel."""
+    """Number of positions in the kernel of a convolution."""
     return math.prod(kernel_size_of(conv))

@@ -12,9 +12,12 @@ from ..errors import MissingExtraError
 from ..factors import SVD
 from ..linalg import exact_svd, working_dtype
 from ..rank import Rank, choose_rank, pair_spectrum as pair_spectrum
-from .base import FactoredModule, adopt, adopt_dense, bias_of, fill, reset_chain, weight_of
+from .base import FactoredModule
 from .conv1d import is_conv1d_class
+from .conversion import adopt, adopt_dense, fill
+from .initialization import reset_chain
 from .instance_checks import check_dense
+from .weights import bias_of, weight_of
 
 
 class LowRankLinear(FactoredModule):

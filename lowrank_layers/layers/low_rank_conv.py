@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from ..errors import LowRankError
 from ..factors import SVD, Blocks
 from ..rank import Rank, choose_rank
-from .base import bias_of, fill, meta_twin
 from .conv_base import FactoredConv, PaddingMode, Size, TransposedConv
+from .conversion import fill
 from .instance_checks import check_dense
 from .kernel import factors_of_pair, kernel_of, kernel_of_matrix, matrix_of, pair_kernels, weight_of_kernel
 from .linear import pair_factors, pair_spectrum, truncated_pair
+from .weights import bias_of, meta_twin
 
 Mode = Literal["channel", "spatial"]
 Pair = TypeVar("Pair", bound="PairConv")
@@ -34,8 +35,8 @@ class PairConv(FactoredConv):
         spectrum = pair_spectrum(rows, columns, None, type(self).__name__)
         inner = self.groups * choose_rank(rank, spectrum, min(rows, columns))
         second = [axis for axis in axes if axis not in self.first_axes]
-        self.down = self._spatial(self.in_channels, inner, factory, axes=self.first_axes)
-        self.up = self._spatial(inner, self.out_channels, factory, axes=second, bias=bias)
+        self.down = self._spatial(self.in_channels, inner, axes=self.first_axes, **factory)
+        self.up = self._spatial(inner, self.out_channels, axes=second, bias=bias, **factory)
 
     def _first_axes(self) -> tuple[int, ...]:
         """All of them; the adjoint, a transposed convolution, runs the other way round."""

@@ -1,4 +1,4 @@
-"""Every dense layer as a stack of matrices, one a group: what a linear method factorizes."""
+"""Dense layers as linear maps: their weight as a stack of matrices, one per group."""
 
 from __future__ import annotations
 
@@ -7,30 +7,34 @@ import math
 from torch import Tensor, nn
 
 from ..linalg import check_tensor
-from .base import weight_of
 from .kernel import ConvNd, kernel_of, kernel_of_matrix, linear_axes, matrix_of, weight_of_kernel
 from .linear import LowRankTransposedLinear
+from .weights import weight_of
 
 
 def is_embedding(module: nn.Module) -> bool:
-    """Whether rows are looked up: its inputs are one-hot, so their moments are diagonal and nothing is centred."""
+    """Returns whether a layer looks up rows of its weight.
+
+    Its inputs are one-hot, so their second moments are diagonal and are not centred.
+    """
     return isinstance(module, (nn.Embedding, nn.EmbeddingBag))
 
 
 def is_transposed(module: nn.Module) -> bool:
-    """Whether this is a transposed convolution: its matrix makes patches that overlap and are summed."""
+    """Returns whether a layer is a transposed convolution, whose output patches overlap and are summed."""
     return isinstance(module, ConvNd) and module.transposed
 
 
 def takes_bias(module: nn.Module) -> bool:
-    """Whether the mean of what its matrix makes can be corrected by a bias."""
+    """Returns whether a bias can correct the mean output of the layer's matrix."""
     return not is_embedding(module) and not is_transposed(module)
 
 
 def matrices_of(module: nn.Module) -> Tensor:
-    """The weight as ``[groups, out, in]``: a table transposed, a kernel flattened.
+    """Returns the weight of a dense layer as ``[groups, out, in]``.
 
-    A convolution is a linear map of patches of its input, a transposed one a map to patches of its output.
+    The weight of an embedding is transposed, the kernel of a convolution flattened. A convolution is a linear map of
+    patches of its input, a transposed one a map to patches of its output.
     """
     weight = check_tensor(weight_of(module), type(module).__name__)
     if isinstance(module, ConvNd):
@@ -39,7 +43,7 @@ def matrices_of(module: nn.Module) -> Tensor:
 
 
 def weight_from_matrices(module: nn.Module, matrices: Tensor) -> Tensor:
-    """The way back: the weight of ``module`` as torch lays it out."""
+    """Inverse of :func:`matrices_of`: the weight in the layout of ``module``."""
     if isinstance(module, ConvNd):
         kernel = kernel_of_matrix(matrices, kernel_of(module).shape, linear_axes(module))
         return weight_of_kernel(kernel, transposed=module.transposed)
@@ -48,7 +52,7 @@ def weight_from_matrices(module: nn.Module, matrices: Tensor) -> Tensor:
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int, int]:
-    """``(groups, out, in)`` of :func:`matrices_of`, without looking at the values."""
+    """Returns the shape ``(groups, out, in)`` of :func:`matrices_of`, without reading the weight."""
     if isinstance(module, ConvNd):
         groups, out, into, *k = kernel_of(module).shape
         area = math.prod(k)

@@ -1,4 +1,4 @@
-"""Inputs and outputs of layers as rows of their weight matrix: a convolution's patches."""
+"""Inputs and outputs of layers as rows of matrices; for convolutions these are patches."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from torch import Tensor, nn
 from .kernel import ConvNd
 
 _CHUNK = 2**24
-"""Most patch entries formed at once (64 MiB in fp32)."""
+"""Largest number of patch entries formed at once (64 MiB in fp32)."""
 
 
 def input_rows(module: nn.Module, x: Tensor, keep: Tensor | None = None) -> Iterator[Tensor]:
-    """The inputs as rows of the layer's matrix: a convolution's patches, in chunks.
+    """Yields the inputs of a layer's matrix as rows, in chunks; for a convolution these are patches.
 
     Args:
         module: a layer.
-        x: its batched input.
-        keep: boolean, ``[N, *positions]``: which rows to take; by default all.
+        x: batched input of the layer.
+        keep: boolean mask ``[N, *positions]`` of the rows to take; by default all.
 
     Shape:
         ``[count, in]``; with groups ``[groups, count, in / groups]``.
@@ -47,7 +47,12 @@ def _taken(rows: Tensor, keep: Tensor | None) -> Tensor:
 
 
 def output_rows(module: nn.Module, y: Tensor, keep: Tensor | None = None) -> Tensor:
-    """The gradients at the output as rows of what the layer's matrix makes: a transposed convolution's patches.
+    """Returns gradients at the output of a layer's matrix as rows; for a transposed convolution these are patches.
+
+    Args:
+        module: a layer.
+        y: gradients at the layer's output, batched.
+        keep: boolean mask ``[N, *positions]`` of the rows to take; by default all.
 
     Shape:
         ``[count, out]``; with groups ``[groups, count, out / groups]``.
@@ -71,7 +76,7 @@ def output_rows(module: nn.Module, y: Tensor, keep: Tensor | None = None) -> Ten
 
 
 def _patches(x: Tensor, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int], groups: int) -> Tensor:
-    """``[N, C, ...]`` as rows of patches, channels slowest, group by group."""
+    """Cuts ``[N, C, ...]`` into patches and returns them as rows, channels slowest, per group."""
     dims = len(kernel)
     for axis, (k, s, d) in enumerate(zip(kernel, stride, dilation, strict=True)):
         x = x.unfold(2 + axis, d * (k - 1) + 1, s)[..., ::d]
@@ -83,7 +88,7 @@ def _patches(x: Tensor, kernel: Sequence[int], stride: Sequence[int], dilation: 
 
 
 def paddings(conv: ConvNd) -> list[tuple[int, int]]:
-    """How far a convolution pads each axis, before and after."""
+    """Returns the padding of a convolution before and after, per axis."""
     if not isinstance(conv.padding, str):
         return [(int(p), int(p)) for p in conv.padding]
     totals = [
@@ -93,6 +98,6 @@ def paddings(conv: ConvNd) -> list[tuple[int, int]]:
 
 
 def pad_input(conv: ConvNd, x: Tensor) -> Tensor:
-    """What the convolution sees: its input padded by its own numbers and mode."""
+    """Pads the input of a convolution as the convolution does."""
     mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
     return F.pad(x, [n for side in reversed(paddings(conv)) for n in side], mode=mode)

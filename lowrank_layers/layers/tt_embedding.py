@@ -15,8 +15,10 @@ from ..decompose.digits import Split, check_split, split_digits
 from ..errors import LowRankError, UnsupportedLayerError
 from ..factors import BlockTT
 from ..linalg import full_precision, train_product
-from .base import FactoredModule, adopt, adopt_dense, fill, weight_of
+from .base import FactoredModule
+from .conversion import adopt, adopt_dense, fill
 from .instance_checks import check_dense
+from .weights import weight_of
 
 
 class TensorizedEmbedding(FactoredModule):

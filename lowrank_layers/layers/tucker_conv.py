@@ -14,10 +14,11 @@ from ..decompose.tucker import tucker_spectrum
 from ..errors import LowRankError
 from ..factors import Blocks, Tucker
 from ..rank import ParameterFraction, RankRule, Spectrum, check_rank, choose_rank
-from .base import bias_of, fill, weight_of
 from .conv_base import FactoredConv, TransposedConv
+from .conversion import fill
 from .instance_checks import check_dense
 from .kernel import kernel_of, weight_of_kernel
+from .weights import bias_of, weight_of
 
 TuckerRank = int | RankRule | Sequence[int | RankRule]
 Conv = TypeVar("Conv", bound="TuckerConv")
@@ -29,9 +30,9 @@ class TuckerConv(FactoredConv):
     def _build(self, rank: Any, bias: bool, factory: dict[str, Any]) -> None:
         out, into = choose_tucker_rank(rank, self.kernel_shape, None, type(self).__name__)
         out, into = out * self.groups, into * self.groups
-        self.reduce = self._pointwise(self.in_channels, into, factory)
-        self.core = self._spatial(into, out, factory)
-        self.expand = self._pointwise(out, self.out_channels, factory, bias=bias)
+        self.reduce = self._pointwise(self.in_channels, into, **factory)
+        self.core = self._spatial(into, out, **factory)
+        self.expand = self._pointwise(out, self.out_channels, bias=bias, **factory)
 
     @property
     def rank(self) -> tuple[int, int]:

@@ -22,7 +22,7 @@ from ...layers import (
     PairConv,
     linear_shape,
 )
-from ...layers.base import fill
+from ...layers.conversion import fill
 from ...layers.linear import pair_spectrum
 from ...rank import choose_rank
 from ..candidates import Candidate
