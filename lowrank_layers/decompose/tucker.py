@@ -9,7 +9,7 @@ from torch import Tensor
 from ..factors import Tucker
 from ..linalg import check_tensor, full_precision, mode_product, narrowed, scaled_to_unit, unfold, working_dtype
 from ..rank import Rank, RankRule
-from .ranks import mode_ranks
+from .tucker_ranks import mode_ranks
 
 
 @full_precision
@@ -108,12 +108,3 @@ def _project(tensor: Tensor, factors: dict[int, Tensor]) -> Tensor:
     for mode in sorted(factors, key=lambda k: factors[k].shape[1] / factors[k].shape[0]):
         tensor = mode_product(tensor, factors[mode].mT, mode)
     return tensor
-
-
-@full_precision
-def tucker_spectrum(tensor: Tensor, mode: int) -> Tensor:
-    """Singular values of one unfolding, largest first, in fp64."""
-    matrix, scale = scaled_to_unit(unfold(tensor, mode).double())
-    gram = matrix @ matrix.mT if matrix.shape[0] <= matrix.shape[1] else matrix.mT @ matrix
-    values: Tensor = torch.linalg.eigvalsh(gram)
-    return values.flip(0).clamp_min(0).sqrt() * scale

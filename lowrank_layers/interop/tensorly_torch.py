@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..decompose import svd
+from ..decompose.ranks import cp_limit
+from ..decompose.tucker_ranks import tucker_limits
 from ..errors import LowRankError, MissingExtraError, UnsupportedLayerError
 from ..layers import (
     CPConv,
@@ -27,9 +29,7 @@ from ..layers import (
     weight_of,
 )
 from ..layers.conversion import fill
-from ..layers.cp_conv import cp_limit
 from ..layers.kernel import CONVS, kernel_of
-from ..layers.tucker_conv import tucker_limits
 from ..linalg import mode_product
 
 _CP: dict[int, type[CPConv]] = {1: CPConv1d, 2: CPConv2d, 3: CPConv3d}

@@ -29,7 +29,6 @@ from .low_rank_conv import (
     LowRankConvTranspose1d as LowRankConvTranspose1d,
     LowRankConvTranspose2d as LowRankConvTranspose2d,
     LowRankConvTranspose3d as LowRankConvTranspose3d,
-    PairConv as PairConv,
 )
 from .matrix import (
     is_embedding as is_embedding,
@@ -39,6 +38,7 @@ from .matrix import (
     takes_bias as takes_bias,
     weight_from_matrices as weight_from_matrices,
 )
+from .pair_conv import PairConv as PairConv
 from .tt_embedding import TensorizedEmbedding as TensorizedEmbedding
 from .tucker_conv import (
     TuckerConv as TuckerConv,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -10,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ..decompose import cp
+from ..decompose.ranks import cp_rank
 from ..factors import CP, Blocks
-from ..rank import Rank, Spectrum, choose_rank
+from ..rank import Rank
 from .conv_base import FactoredConv, TransposedConv
 from .conversion import fill
 from .instance_checks import check_dense
@@ -28,7 +28,7 @@ class CPConv(FactoredConv):
     """Reduce the channels, one depthwise convolution along each axis, expand; every group on its own."""
 
     def _build(self, rank: Any, bias: bool, factory: dict[str, Any]) -> None:
-        inner = self.groups * choose_cp_rank(rank, self.kernel_shape, type(self).__name__)
+        inner = self.groups * cp_rank(rank, self.kernel_shape, type(self).__name__)
         self.reduce = self._pointwise(self.in_channels, inner, **factory)
         for axis, name in enumerate(AXES[len(self.kernel_size)]):
             setattr(self, name, self._spatial(inner, inner, axes=(axis,), groups=inner, **factory))
@@ -53,7 +53,7 @@ class CPConv(FactoredConv):
         """
         check_dense(cls, conv)
         kernels = kernel_of(conv).detach()
-        chosen = choose_cp_rank(rank, tuple(kernels.shape[1:]), cls.__name__)
+        chosen = cp_rank(rank, tuple(kernels.shape[1:]), cls.__name__)
         return cls.from_parts(conv, [cp(kernel, chosen) for kernel in kernels])
 
     @classmethod
@@ -263,15 +263,3 @@ device, dtype: those of ``nn.ConvTranspose3d``.
     """
 
     dense_type = nn.ConvTranspose3d
-
-
-def cp_limit(shape: tuple[int, ...]) -> int:
-    """No tensor of this shape needs more components: the product of all modes but the largest."""
-    return math.prod(shape) // max(shape)
-
-
-def choose_cp_rank(rank: Any, shape: tuple[int, ...], owner: str) -> int:
-    """The number of components that ``rank`` means for a kernel."""
-    limit = cp_limit(shape)
-    sizes = range(sum(shape), sum(shape) * limit + 1, sum(shape))
-    return choose_rank(rank, Spectrum(None, (shape[0], shape[1]), sizes, math.prod(shape), owner), limit)

@@ -1,118 +1,18 @@
-"""Convolutions as pairs: to fewer channels with the kernel, then 1 x 1; or k x 1, then 1 x k."""
+"""Convolutions as pairs: one to few channels and a 1 x 1, or a k x 1 and a 1 x k."""
 
 from __future__ import annotations
 
-import math
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..errors import LowRankError
-from ..factors import SVD, Blocks
-from ..rank import Rank, choose_rank
-from .conv_base import FactoredConv, PaddingMode, Size, TransposedConv
-from .conversion import fill
-from .instance_checks import check_dense
-from .kernel import factors_of_pair, kernel_of, kernel_of_matrix, matrix_of, pair_kernels, weight_of_kernel
-from .linear import pair_factors, pair_spectrum, truncated_pair
-from .weights import bias_of, meta_twin
+from ..rank import Rank
+from .conv_base import PaddingMode, Size, TransposedConv
+from .pair_conv import PairConv
 
 Mode = Literal["channel", "spatial"]
-Pair = TypeVar("Pair", bound="PairConv")
-
-
-class PairConv(FactoredConv):
-    """A convolution as two: the kernel as a matrix from what the first one sees to what the second makes of it."""
-
-    first_axes: tuple[int, ...]
-    """The spatial axes of the first one; the second one has the others."""
-
-    def _build(self, rank: Any, bias: bool, factory: dict[str, Any]) -> None:
-        axes = tuple(range(len(self.kernel_size)))
-        self.first_axes = self._first_axes()
-        rows, columns = self._matrix_shape()
-        spectrum = pair_spectrum(rows, columns, None, type(self).__name__)
-        inner = self.groups * choose_rank(rank, spectrum, min(rows, columns))
-        second = [axis for axis in axes if axis not in self.first_axes]
-        self.down = self._spatial(self.in_channels, inner, axes=self.first_axes, **factory)
-        self.up = self._spatial(inner, self.out_channels, axes=second, bias=bias, **factory)
-
-    def _first_axes(self) -> tuple[int, ...]:
-        """All of them; the adjoint, a transposed convolution, runs the other way round."""
-        return () if self.transposed else tuple(range(len(self.kernel_size)))
-
-    def _matrix_shape(self) -> tuple[int, int]:
-        out, into, *k = self.kernel_shape
-        inner = math.prod(k[axis] for axis in self.first_axes)
-        return out * math.prod(k) // inner, into * inner
-
-    @property
-    def rank(self) -> int:
-        """Number of inner channels a group."""
-        channels: int = self.down.out_channels  # type: ignore[assignment]
-        return channels // self.groups
-
-    @classmethod
-    def from_dense(cls: type[Pair], conv: nn.Module, *, rank: Rank, **form: Any) -> Pair:
-        """The best pair of that rank for a trained convolution: the SVD of its kernel as a matrix, group by group.
-
-        Args:
-            conv: the dense convolution.
-            rank: an integer or a rank rule, which sees the root mean square of the groups' singular values.
-            form: ``mode`` where the constructor takes it.
-
-        Raises:
-            UnsupportedLayerError: if it is anything but that plain torch layer.
-            LowRankError: for NaN, Inf, integer or meta weights and bad ranks.
-        """
-        check_dense(cls, conv)
-        axes = cls.like(meta_twin(conv), rank=1, **form).first_axes
-        matrix = matrix_of(kernel_of(conv).detach(), axes)
-        lasts, firsts = grouped_pairs(matrix, rank, cls.__name__)
-        return cls.from_pairs(conv, lasts, firsts, bias_of(conv), **form)
-
-    @classmethod
-    def from_pairs(
-        cls: type[Pair], conv: nn.Module, lasts: Tensor, firsts: Tensor, bias: Tensor | None, **form: Any
-    ) -> Pair:
-        """The layer with the settings of ``conv`` and the given ``[groups, rows, r]`` and ``[groups, r, columns]``."""
-        layer = cls.like(conv, rank=firsts.shape[1], bias=bias is not None, **form)
-        shape = (layer.groups, *layer.kernel_shape)
-        last, first = pair_kernels(lasts, firsts, shape, layer.first_axes)
-        children = zip(layer.parts, (first, last), strict=True)
-        weights = [weight_of_kernel(k, transposed=child.transposed) for child, k in children]  # type: ignore[arg-type]
-        return fill(layer, weights, bias)
-
-    def _pairs(self) -> tuple[Tensor, Tensor]:
-        return factors_of_pair(kernel_of(self.up), kernel_of(self.down))
-
-    def kernel(self) -> Tensor:
-        """The dense kernel, ``[groups, out / groups, in / groups, *k]``."""
-        last, first = self._pairs()
-        return kernel_of_matrix(last @ first, (self.groups, *self.kernel_shape), self.first_axes)
-
-    def factors(self) -> SVD | Blocks:
-        """The matrix that the pair makes as an SVD; with groups, one below the other.
-
-        It is the weight flattened to ``[out, in*area]`` (transposed: ``[in, out*area]``); in spatial mode, which no
-        flattening gives, it is ``[out*kw, in*kh]``.
-        """
-        lasts, firsts = self._pairs()
-        if self.transposed:
-            lasts, firsts = firsts.mT, lasts.mT
-        parts = [pair_factors(last, first) for last, first in zip(lasts, firsts, strict=True)]
-        return parts[0] if len(parts) == 1 else Blocks(tuple(parts))
-
-
-def grouped_pairs(matrix: Tensor, rank: Rank, owner: str) -> tuple[Tensor, Tensor]:
-    """The pairs of a stack of matrices ``[groups, rows, columns]`` at one rank for all."""
-    if len(matrix) > 1 and not isinstance(rank, int):
-        values = torch.linalg.svdvals(matrix.double()).square().mean(0).sqrt()
-        rows, columns = matrix.shape[1:]
-        rank = choose_rank(rank, pair_spectrum(rows, columns, values, owner), min(rows, columns))
-    lasts, firsts = zip(*(truncated_pair(each, rank, owner) for each in matrix), strict=True)
-    return torch.stack(lasts), torch.stack(firsts)
 
 
 class LowRankConv1d(PairConv):

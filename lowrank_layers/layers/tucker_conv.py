@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -10,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from ..decompose import tucker
-from ..decompose.tucker import tucker_spectrum
+from ..decompose.tucker_ranks import choose_tucker_rank
 from ..errors import LowRankError
 from ..factors import Blocks, Tucker
-from ..rank import ParameterFraction, RankRule, Spectrum, check_rank, choose_rank
+from ..rank import RankRule
 from .conv_base import FactoredConv, TransposedConv
 from .conversion import fill
 from .instance_checks import check_dense
@@ -267,45 +266,3 @@ device, dtype: those of ``nn.ConvTranspose3d``.
     """
 
     dense_type = nn.ConvTranspose3d
-
-
-def tucker_limits(shape: Sequence[int]) -> tuple[int, int]:
-    """The largest ranks that the two channel modes of a kernel ``[out, in, *k]`` can have."""
-    out, in_, area = shape[0], shape[1], math.prod(shape[2:])
-    return min(out, in_ * area), min(in_, out * area)
-
-
-def choose_tucker_rank(rank: Any, shape: tuple[int, ...], kernels: Tensor | None, owner: str) -> tuple[int, int]:
-    """``(rank_out, rank_in)`` that ``rank`` means for kernels of that shape; ``kernels`` has one a group."""
-    both = tuple(rank) if isinstance(rank, Sequence) and not isinstance(rank, str) else (rank, rank)
-    if len(both) != 2:
-        raise LowRankError(f"{owner}: got rank {rank!r}, expected (rank_out, rank_in), one integer or one rule.")
-    for each in both:
-        check_rank(each, owner)
-    path = _proportional_path(shape)
-    dense = math.prod(shape)
-    limits = tucker_limits(shape)
-    chosen = []
-    for mode, (each, limit) in enumerate(zip(both, limits, strict=True)):
-        if isinstance(each, ParameterFraction):
-            sizes = [size for _, size in path]
-            chosen.append(path[each(Spectrum(None, (shape[0], shape[1]), sizes, dense, owner)) - 1][0][mode])
-            continue
-        values = _spectrum(kernels, mode) if kernels is not None and not isinstance(each, int) else None
-        columns = dense // shape[mode]
-        chosen.append(choose_rank(each, Spectrum(values, (shape[mode], columns), (), dense, owner), limit))
-    return chosen[0], chosen[1]
-
-
-def _spectrum(kernels: Tensor, mode: int) -> Tensor:
-    """Singular values of one mode's unfolding, the root mean square over the groups."""
-    return torch.stack([tucker_spectrum(kernel, mode) for kernel in kernels]).square().mean(0).sqrt()
-
-
-def _proportional_path(shape: tuple[int, ...]) -> list[tuple[tuple[int, int], int]]:
-    """Rank pairs in proportion to the channels, from small to large, with the parameters each one takes."""
-    out, in_, area = shape[0], shape[1], math.prod(shape[2:])
-    top = tucker_limits(shape)
-    steps = max(top)
-    pairs = [tuple(max(1, round(limit * step / steps)) for limit in top) for step in range(1, steps + 1)]
-    return [((a, b), a * out + b * in_ + a * b * area) for a, b in pairs]

@@ -22,7 +22,7 @@ from ...layers import (
     FactoredModule,
     is_transposed,
 )
-from ...layers.cp_conv import choose_cp_rank, cp_limit
+from ...decompose.ranks import cp_limit, cp_rank
 from ...layers.kernel import kernel_area, kernel_of
 from ...linalg import khatri_rao
 from ..candidates import Candidate
@@ -81,7 +81,7 @@ class CPMethod:
         """The rank that an integer or a rule on sizes means."""
         cls = layer_for(self, layer.module)
         assert cls is not None
-        return choose_cp_rank(rank, tuple(kernel_of(layer.module).shape[1:]), cls.__name__)
+        return cp_rank(rank, tuple(kernel_of(layer.module).shape[1:]), cls.__name__)
 
     def build(self, layer: Candidate, rank: int) -> FactoredModule:
         """The factored layer; with statistics the one that minimises the weighted error."""

@@ -21,7 +21,7 @@ from ...layers import (
     is_transposed,
 )
 from ...layers.kernel import kernel_area, kernel_of
-from ...layers.tucker_conv import choose_tucker_rank, tucker_limits
+from ...decompose.tucker_ranks import choose_tucker_rank, tucker_limits
 from ...linalg import Root, exact_svd, leading_eigenvectors, mode_product, unfold
 from ..candidates import Candidate
 from ..regression import FirstStage, joint_bias
