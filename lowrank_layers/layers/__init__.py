@@ -1,6 +1,6 @@
 """Drop-in replacements of torch's layers whose weight is stored in factors, held by ordinary torch modules."""
 
-from .attention import PROJECTIONS as PROJECTIONS, LowRankMultiheadAttention as LowRankMultiheadAttention
+from .attention import LowRankMultiheadAttention as LowRankMultiheadAttention
 from .base import (
     FACTORED_LAYERS as FACTORED_LAYERS,
     FactoredModule as FactoredModule,
@@ -21,7 +21,7 @@ from .embedding import LowRankEmbedding as LowRankEmbedding
 from .embedding_bag import LowRankEmbeddingBag as LowRankEmbeddingBag
 from .instance_checks import peculiarity as peculiarity
 from .kernel import ConvNd as ConvNd
-from .linear import LowRankLinear as LowRankLinear, LowRankTransposedLinear as LowRankTransposedLinear
+from .linear import LowRankLinear as LowRankLinear
 from .low_rank_conv import (
     LowRankConv1d as LowRankConv1d,
     LowRankConv2d as LowRankConv2d,
@@ -39,6 +39,7 @@ from .matrix import (
     weight_from_matrices as weight_from_matrices,
 )
 from .pair_conv import PairConv as PairConv
+from .transposed_linear import LowRankTransposedLinear as LowRankTransposedLinear
 from .tt_embedding import TensorizedEmbedding as TensorizedEmbedding
 from .tucker_conv import (
     TuckerConv as TuckerConv,
@@ -49,4 +50,5 @@ from .tucker_conv import (
     TuckerConvTranspose2d as TuckerConvTranspose2d,
     TuckerConvTranspose3d as TuckerConvTranspose3d,
 )
+from .unfused_attention import PROJECTIONS as PROJECTIONS
 from .weights import bias_of as bias_of, meta_twin as meta_twin, weight_of as weight_of

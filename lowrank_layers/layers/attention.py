@@ -1,4 +1,4 @@
-"""nn.MultiheadAttention with its four projections as layers of their own, which can then be low-rank."""
+"""Multi-head attention with low-rank projections, and its conversion from and to ``nn.MultiheadAttention``."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from ..errors import LowRankError, UnsupportedLayerError
 from ..rank import Rank
@@ -15,31 +14,30 @@ from .base import is_derived, refuse_scripting
 from .conversion import carry_attributes, return_attributes
 from .instance_checks import peculiarity
 from .linear import LowRankLinear
+from .unfused_attention import PROJECTIONS, UnfusedAttention
 from .weights import bias_of, weight_of
 
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
 
+class LowRankMultiheadAttention(UnfusedAttention):
+    r"""Multi-head attention (Vaswani et al., 2017) whose query, key, value and output projections are low-rank layers.
 
-class LowRankMultiheadAttention(nn.Module):
-    r"""Multi-head attention (Vaswani et al., 2017) whose query, key, value and output projections are pairs.
-
-    Torch's own module reads its weights itself, fused where it can, and skips its children in eval mode; this one calls
-    them. A projection may also stay an ``nn.Linear``.
+    Torch's own module reads the weights of its projections itself; this one calls them as modules. A projection may
+    also stay an ``nn.Linear``.
 
     Args:
-        embed_dim: size of the model.
+        embed_dim: size of the model's vectors.
         num_heads: number of heads.
-        dropout: on the attention weights, in training.
+        dropout: probability of dropping an attention weight in training.
         bias: whether the projections have a bias.
-        add_bias_kv: adds a learned key and value.
-        add_zero_attn: adds a key and a value of zeros.
-        kdim: size of the keys; ``None`` is ``embed_dim``.
-        vdim: size of the values; ``None`` is ``embed_dim``.
-        batch_first: ``[N, L, E]`` in the place of ``[L, N, E]``.
+        add_bias_kv: whether to add a learned key and value to each sequence.
+        add_zero_attn: whether to add a key and a value of zeros to each sequence.
+        kdim: size of the keys; by default ``embed_dim``.
+        vdim: size of the values; by default ``embed_dim``.
+        batch_first: whether inputs are ``[N, L, E]`` in place of ``[L, N, E]``.
         device: device of the parameters.
         dtype: dtype of the parameters.
-        rank: an integer or a rule for all projections, or four of them for query, key, value and output, where ``None``
-            is an ``nn.Linear``.
+        rank: an integer or a rule for all projections, or four for query, key, value and output; ``None`` makes a
+            projection an ``nn.Linear``.
 
     Shape:
         ``[L, N, E]`` (or ``[N, L, E]``, or ``[L, E]``) and keys, values of length ``S``, to the output of the same
@@ -52,7 +50,7 @@ class LowRankMultiheadAttention(nn.Module):
         out_proj: ``LowRankLinear(embed_dim, embed_dim)``.
 
     Raises:
-        LowRankError: for bad ranks, and sizes that the heads do not divide.
+        LowRankError: for bad ranks, and sizes that the number of heads does not divide.
 
     Examples:
         >>> attention = lr.LowRankMultiheadAttention(64, 4, batch_first=True, rank=16)
@@ -64,18 +62,6 @@ class LowRankMultiheadAttention(nn.Module):
         >>> torch.allclose(full(x, x, x)[0], dense(x, x, x)[0], atol=1e-5)
         True
     """
-
-    _qkv_same_embed_dim = False
-    in_proj_weight = None
-    in_proj_bias = None
-    """What torch's transformer layers look at before they leave the path through ``forward``."""
-
-    q_proj: nn.Module
-    k_proj: nn.Module
-    v_proj: nn.Module
-    out_proj: nn.Module
-    bias_k: nn.Parameter | None
-    bias_v: nn.Parameter | None
 
     def __init__(
         self,
@@ -109,7 +95,7 @@ class LowRankMultiheadAttention(nn.Module):
         self.add_zero_attn = add_zero_attn
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         widths = (embed_dim, self.kdim, self.vdim, embed_dim)
-        for name, width, each in zip(PROJECTIONS, widths, four_ranks(rank), strict=True):
+        for name, width, each in zip(PROJECTIONS, widths, _four_ranks(rank), strict=True):
             projection: nn.Module
             if each is None:
                 projection = nn.Linear(width, embed_dim, bias, **factory)
@@ -128,74 +114,25 @@ class LowRankMultiheadAttention(nn.Module):
 
     @property
     def rank(self) -> tuple[int | None, ...]:
-        """Those of query, key, value and output; ``None`` where a projection is dense."""
+        """Ranks of the query, key, value and output projections; ``None`` where one is dense."""
         return tuple(getattr(getattr(self, name), "rank", None) for name in PROJECTIONS)
-
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        key_padding_mask: Tensor | None = None,
-        need_weights: bool = True,
-        attn_mask: Tensor | None = None,
-        average_attn_weights: bool = True,
-        is_causal: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
-        """What ``nn.MultiheadAttention.forward`` takes and returns; nested tensors are not taken."""
-        if query.is_nested or key.is_nested or value.is_nested:
-            raise LowRankError("LowRankMultiheadAttention: got a nested tensor; pass padded ones and key_padding_mask.")
-        if is_causal and attn_mask is None:
-            raise LowRankError("LowRankMultiheadAttention: is_causal is a hint for attn_mask, which is missing.")
-        batched = query.ndim == 3
-        if not batched:
-            query, key, value = query[None], key[None], value[None]
-            key_padding_mask = None if key_padding_mask is None else key_padding_mask[None]
-        elif not self.batch_first:
-            query, key, value = query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1)
-        q, k, v = self._project(query, key, value)
-        plain = self.bias_k is None and not self.add_zero_attn
-        causal = is_causal and key_padding_mask is None and not need_weights and plain
-        mask = None if causal else _join_masks(attn_mask, key_padding_mask, q, k)
-        chance = self.dropout if self.training else 0.0
-        weights = None
-        if need_weights:
-            scores = (q * self.head_dim**-0.5) @ k.mT
-            weights = F.dropout((scores if mask is None else scores + mask).softmax(-1), chance)
-            mixed = weights @ v
-            weights = weights.mean(1) if average_attn_weights else weights
-        else:
-            mixed = F.scaled_dot_product_attention(q, k, v, mask, chance, causal)
-        out: Tensor = self.out_proj(mixed.transpose(1, 2).flatten(2))
-        if not batched:
-            return out[0], None if weights is None else weights[0]
-        return out if self.batch_first else out.transpose(0, 1), weights
-
-    def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values by head, ``[N, heads, L, head_dim]``."""
-        q, k, v = self.q_proj(query), self.k_proj(key), self.v_proj(value)
-        if self.bias_k is not None and self.bias_v is not None:
-            k = torch.cat([k, self.bias_k.to(k.dtype).expand(len(k), -1, -1)], 1)
-            v = torch.cat([v, self.bias_v.to(v.dtype).expand(len(v), -1, -1)], 1)
-        q, k, v = (x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2) for x in (q, k, v))
-        return (q, F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))) if self.add_zero_attn else (q, k, v)
 
     @classmethod
     def from_dense(
         cls, attention: nn.Module, *, rank: Rank | Sequence[Rank | None] | None
     ) -> LowRankMultiheadAttention:
-        """The best pairs of those ranks for a trained attention: the truncated SVD of every projection.
+        """Factorizes the projections of a trained attention by their truncated SVDs.
 
         Args:
-            attention: an ``nn.MultiheadAttention``, with equal or other ``kdim`` and ``vdim``.
+            attention: an ``nn.MultiheadAttention``.
             rank: as in the constructor; ``None`` leaves all four dense.
 
         Raises:
-            UnsupportedLayerError: for anything else, a subclass included.
+            UnsupportedLayerError: if it is not a plain ``nn.MultiheadAttention``.
             LowRankError: for NaN, Inf, integer or meta weights and bad ranks.
         """
         layer = cls.over(attention)
-        for name, each in zip(PROJECTIONS, four_ranks(rank), strict=True):
+        for name, each in zip(PROJECTIONS, _four_ranks(rank), strict=True):
             dense = getattr(layer, name)
             copied = _copy(dense) if each is None else LowRankLinear.from_dense(dense, rank=each)
             setattr(layer, name, copied.train(attention.training))
@@ -207,7 +144,7 @@ class LowRankMultiheadAttention(nn.Module):
 
     @classmethod
     def over(cls, attention: nn.Module) -> LowRankMultiheadAttention:
-        """The same attention with four ``nn.Linear`` that share the memory of its weights."""
+        """Builds the same attention with four ``nn.Linear`` projections that share memory with its weights."""
         if type(attention) is not nn.MultiheadAttention:
             raise UnsupportedLayerError(
                 f"{cls.__name__}.from_dense: got {type(attention).__name__}, expected nn.MultiheadAttention itself."
@@ -244,7 +181,7 @@ class LowRankMultiheadAttention(nn.Module):
 
     @torch.no_grad()
     def to_dense(self) -> nn.MultiheadAttention:
-        """The ``nn.MultiheadAttention`` that computes the same."""
+        """Multiplies the factors out into the ``nn.MultiheadAttention`` that computes the same."""
         projections = [getattr(self, name) for name in PROJECTIONS]
         biases = [bias_of(projection) for projection in projections]
         first = weight_of(projections[0])
@@ -284,7 +221,7 @@ class LowRankMultiheadAttention(nn.Module):
         return dense.train(self.training)
 
     def _sources(self, key: str) -> list[nn.Parameter]:
-        """The parameters behind one of ``nn.MultiheadAttention``'s."""
+        """The parameters from which one parameter of ``nn.MultiheadAttention`` is computed."""
         if key in ("bias_k", "bias_v"):
             return [self.get_parameter(key)]
         bias = key.endswith("bias")
@@ -294,12 +231,12 @@ class LowRankMultiheadAttention(nn.Module):
         return [parameter for own, parameter in found if own.endswith("bias") == bias]
 
     def extra_repr(self) -> str:
-        """The settings, as printed."""
+        """The settings, for ``repr``."""
         return f"{self.embed_dim}, num_heads={self.num_heads}, batch_first={self.batch_first}, rank={self.rank}"
 
 
-def four_ranks(rank: Any) -> tuple[Any, ...]:
-    """One rank for each projection."""
+def _four_ranks(rank: Any) -> tuple[Any, ...]:
+    """Returns one rank per projection, or raises."""
     if not isinstance(rank, Sequence) or isinstance(rank, str):
         return (rank,) * len(PROJECTIONS)
     if len(rank) != len(PROJECTIONS):
@@ -309,25 +246,8 @@ def four_ranks(rank: Any) -> tuple[Any, ...]:
     return tuple(rank)
 
 
-def _join_masks(attention: Tensor | None, padding: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
-    """Both masks as one that is added to the scores ``[N, heads, L, S]``; added keys are never masked."""
-    joint = None
-    if attention is not None:
-        split = attention.unflatten(0, (-1, q.shape[1])) if attention.ndim == 3 else attention
-        joint = _additive(split, q, k)
-    if padding is not None:
-        mask = _additive(padding, q, k)[:, None, None]
-        joint = mask if joint is None else joint + mask
-    return joint
-
-
-def _additive(mask: Tensor, q: Tensor, k: Tensor) -> Tensor:
-    if mask.dtype == torch.bool:
-        mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(mask, float("-inf"))
-    return F.pad(mask.to(q.dtype), (0, k.shape[-2] - mask.shape[-1]))
-
-
 def _copy(linear: nn.Linear) -> nn.Linear:
+    """Copies a linear layer that may share memory with others."""
     weight = linear.weight
     settings = {"bias": linear.bias is not None, "device": weight.device, "dtype": weight.dtype}
     new: nn.Linear = nn.utils.skip_init(nn.Linear, linear.in_features, linear.out_features, **settings)

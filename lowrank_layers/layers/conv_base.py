@@ -152,7 +152,7 @@ class FactoredConv(FactoredModule):
             into: number of input channels.
             out: number of output channels.
             axes: the axes along which it runs; by default all. Without any axis it is pointwise.
-            more: other arguments of torch's constructor.
+            **more: other arguments of torch's constructor.
         """
         dims = len(self.kernel_size)
         taken = range(dims) if axes is None else axes

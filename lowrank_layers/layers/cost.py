@@ -6,7 +6,7 @@ from torch import nn
 
 from ..cost import Cost
 from .base import FactoredModule
-from .linear import LowRankTransposedLinear
+from .transposed_linear import LowRankTransposedLinear
 from .weights import weight_of
 
 

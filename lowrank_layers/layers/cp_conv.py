@@ -1,4 +1,4 @@
-"""Convolutions as sums of separable kernels (canonical polyadic form)."""
+"""Convolutions in CP form: sums of separable kernels (canonical polyadic decomposition)."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from .weights import bias_of
 
 Conv = TypeVar("Conv", bound="CPConv")
 AXES = {1: ("horizontal",), 2: ("vertical", "horizontal"), 3: ("depth", "vertical", "horizontal")}
-"""The depthwise children by the number of spatial dimensions, in the order in which they run."""
+"""Names of the depthwise children by number of spatial dimensions, in the order they run."""
 _LETTERS = "dhw"
 
 
 class CPConv(FactoredConv):
-    """Reduce the channels, one depthwise convolution along each axis, expand; every group on its own."""
+    """A convolution in CP form: pointwise, one depthwise convolution per axis, pointwise."""
 
     def _build(self, rank: Any, bias: bool, factory: dict[str, Any]) -> None:
         inner = self.groups * cp_rank(rank, self.kernel_shape, type(self).__name__)
@@ -36,19 +36,19 @@ class CPConv(FactoredConv):
 
     @property
     def rank(self) -> int:
-        """Number of components of a group."""
+        """Number of components per group."""
         return kernel_of(self.reduce).shape[1]
 
     @classmethod
     def from_dense(cls: type[Conv], conv: nn.Module, *, rank: Rank) -> Conv:
-        """The CP decomposition of a trained convolution, by alternating least squares, group by group.
+        """Factorizes a trained convolution by alternating least squares, per group.
 
         Args:
             conv: the dense convolution.
             rank: an integer or ``ParameterFraction``.
 
         Raises:
-            UnsupportedLayerError: if it is anything but that plain torch layer.
+            UnsupportedLayerError: if it is not the plain torch layer that this class replaces.
             LowRankError: for NaN, Inf, integer or meta weights and bad ranks.
         """
         check_dense(cls, conv)
@@ -58,31 +58,31 @@ class CPConv(FactoredConv):
 
     @classmethod
     def from_parts(cls: type[Conv], conv: nn.Module, parts: Sequence[CP]) -> Conv:
-        """The layer with the settings of ``conv`` and, for each group, the components of its ``[out, in, *k]``."""
+        """Builds a layer like ``conv`` from the CP decomposition of each group's ``[out, in, *k]``."""
         matrices = [torch.stack(modes) for modes in zip(*(part.balanced() for part in parts), strict=True)]
         return cls.from_matrices(conv, matrices, bias_of(conv))
 
     @classmethod
     def from_matrices(cls: type[Conv], conv: nn.Module, matrices: Sequence[Tensor], bias: Tensor | None) -> Conv:
-        """The layer with the settings of ``conv`` and the given ``[groups, n, rank]`` for out, in and each axis."""
+        """Builds a layer like ``conv`` from matrices ``[groups, n, rank]`` for out, in and each axis."""
         expand, reduce, *axes = matrices
         layer = cls.like(conv, rank=reduce.shape[2], bias=bias is not None)
         return fill(layer, [reduce.mT, *(axis.mT for axis in axes), expand], bias)
 
     def _matrices(self) -> list[Tensor]:
-        """Out, in and every axis' factors, ``[groups, n, rank]`` each."""
+        """The factors ``[groups, n, rank]`` for out, in and each axis."""
         reduce, *axes, expand = (kernel_of(child) for child in self.parts)
         thin = [axis.flatten(1).unflatten(0, (self.groups, -1)).mT for axis in axes]
         return [expand.flatten(2), reduce.flatten(2).mT, *thin]
 
     def kernel(self) -> Tensor:
-        """The dense kernel, ``[groups, out / groups, in / groups, *k]``."""
+        """Multiplies out the dense kernel ``[groups, out / groups, in / groups, *k]``."""
         letters = _LETTERS[-len(self.kernel_size) :]
         sides = ",".join(f"g{letter}r" for letter in letters)
         return torch.einsum(f"gor,gir,{sides}->goi{letters}", *self._matrices())
 
     def factors(self) -> CP | Blocks:
-        """The weight as a CP value with unit columns; with groups, one below the other."""
+        """The weight as a CP decomposition with unit columns; with groups, one below the other."""
         parts = []
         for group in zip(*(matrix.detach() for matrix in self._matrices()), strict=True):
             norms = [torch.linalg.vector_norm(matrix, dim=0) for matrix in group]
@@ -97,12 +97,12 @@ class CPConv(FactoredConv):
 
 
 class CPConv1d(CPConv):
-    """Length 1, depthwise, length 1: a sum of ``rank`` separable kernels.
+    """A 1-d convolution as a sum of ``rank`` separable kernels: pointwise, depthwise, pointwise.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, \
-dtype: those of ``nn.Conv1d``.
-        rank: number of components of a group: an integer (clamped) or ``ParameterFraction``.
+dtype: as in ``nn.Conv1d``.
+        rank: number of components per group: an integer (clamped) or ``ParameterFraction``.
 
     Shape:
         ``[N, in_channels, L]`` or ``[in_channels, L]``, as in ``nn.Conv1d``.
@@ -121,22 +121,24 @@ dtype: those of ``nn.Conv1d``.
 
 
 class CPConv2d(CPConv):
-    """1 x 1, k x 1 depthwise, 1 x k depthwise, 1 x 1: a sum of ``rank`` separable kernels (Lebedev et al., 2015).
+    """A 2-d convolution as a sum of ``rank`` separable kernels (Lebedev et al., 2015).
+
+    It runs as 1 x 1, depthwise k x 1, depthwise 1 x k, 1 x 1.
 
     Args:
         in_channels: channels of the input.
         out_channels: channels of the output.
-        kernel_size: size of the kernel.
+        kernel_size: size of the convolution kernel.
         stride: stride of the convolution.
-        padding: numbers, ``"same"`` or ``"valid"``.
+        padding: padding of the input: numbers, ``"same"`` or ``"valid"``.
         dilation: spacing between kernel elements.
-        groups: each one is factorized on its own, at the same rank.
-        bias: whether a bias is added.
+        groups: number of groups; each is factorized on its own, at the same rank.
+        bias: whether the layer has a bias.
         padding_mode: ``"zeros"``, ``"reflect"``, ``"replicate"`` or ``"circular"``.
         device: device of the parameters.
         dtype: dtype of the parameters.
-        rank: number of components of a group: an integer (clamped to the largest rank that such a kernel can have)
-            or ``ParameterFraction``; there are no singular values for other rules.
+        rank: number of components per group: an integer (clamped to the largest rank of use) or ``ParameterFraction``;
+            other rules would need singular values, which a CP decomposition does not have.
 
     Shape:
         ``[N, in_channels, H, W]`` or ``[in_channels, H, W]``, as in ``nn.Conv2d``.
@@ -148,7 +150,7 @@ class CPConv2d(CPConv):
         expand: ``nn.Conv2d(groups*rank, out_channels, 1, bias=bias)``.
 
     Raises:
-        LowRankError: if the rank is no integer of at least 1 and no rule.
+        LowRankError: if the rank is neither an integer of at least 1 nor a rule.
 
     Examples:
         >>> layer = lr.CPConv2d(64, 64, 3, padding=1, rank=96)
@@ -165,12 +167,12 @@ class CPConv2d(CPConv):
 
 
 class CPConv3d(CPConv):
-    """1 x 1 x 1, a depthwise convolution along each axis, 1 x 1 x 1: a sum of separable kernels.
+    """A 3-d convolution as a sum of ``rank`` separable kernels: pointwise, depthwise along each axis, pointwise.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, \
-dtype: those of ``nn.Conv3d``.
-        rank: number of components of a group: an integer (clamped) or ``ParameterFraction``.
+dtype: as in ``nn.Conv3d``.
+        rank: number of components per group: an integer (clamped) or ``ParameterFraction``.
 
     Shape:
         ``[N, in_channels, D, H, W]`` or ``[in_channels, D, H, W]``, as in ``nn.Conv3d``.
@@ -191,12 +193,14 @@ dtype: those of ``nn.Conv3d``.
 
 
 class CPConvTranspose1d(TransposedConv, CPConv):
-    """Pointwise, one transposed depthwise convolution along each axis, pointwise.
+    """A transposed 1-d convolution as a sum of ``rank`` separable kernels.
+
+    It runs as pointwise, transposed depthwise along each axis, pointwise.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, output_padding, groups, bias, dilation, padding_mode, \
-device, dtype: those of ``nn.ConvTranspose1d``.
-        rank: number of components of a group: an integer (clamped) or ``ParameterFraction``.
+device, dtype: as in ``nn.ConvTranspose1d``.
+        rank: number of components per group: an integer (clamped) or ``ParameterFraction``.
 
     Shape:
         ``[N, in_channels, L]`` or ``[in_channels, L]``, as in ``nn.ConvTranspose1d``.
@@ -215,12 +219,14 @@ device, dtype: those of ``nn.ConvTranspose1d``.
 
 
 class CPConvTranspose2d(TransposedConv, CPConv):
-    """Pointwise, one transposed depthwise convolution along each axis, pointwise.
+    """A transposed 2-d convolution as a sum of ``rank`` separable kernels.
+
+    It runs as pointwise, transposed depthwise along each axis, pointwise.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, output_padding, groups, bias, dilation, padding_mode, \
-device, dtype: those of ``nn.ConvTranspose2d``.
-        rank: number of components of a group: an integer (clamped) or ``ParameterFraction``.
+device, dtype: as in ``nn.ConvTranspose2d``.
+        rank: number of components per group: an integer (clamped) or ``ParameterFraction``.
 
     Shape:
         ``[N, in_channels, H, W]`` or ``[in_channels, H, W]``, as in ``nn.ConvTranspose2d``.
@@ -240,12 +246,14 @@ device, dtype: those of ``nn.ConvTranspose2d``.
 
 
 class CPConvTranspose3d(TransposedConv, CPConv):
-    """Pointwise, one transposed depthwise convolution along each axis, pointwise.
+    """A transposed 3-d convolution as a sum of ``rank`` separable kernels.
+
+    It runs as pointwise, transposed depthwise along each axis, pointwise.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, output_padding, groups, bias, dilation, padding_mode, \
-device, dtype: those of ``nn.ConvTranspose3d``.
-        rank: number of components of a group: an integer (clamped) or ``ParameterFraction``.
+device, dtype: as in ``nn.ConvTranspose3d``.
+        rank: number of components per group: an integer (clamped) or ``ParameterFraction``.
 
     Shape:
         ``[N, in_channels, D, H, W]`` or ``[in_channels, D, H, W]``, as in ``nn.ConvTranspose3d``.

@@ -1,4 +1,4 @@
-"""Bags of embeddings as a thin table and a projection."""
+"""Embedding bags of low rank."""
 
 from __future__ import annotations
 
@@ -7,27 +7,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..decompose.pair import truncated_pair
 from ..errors import UnsupportedLayerError
-from ..rank import Rank, choose_rank
+from ..rank import Rank, choose_rank, pair_spectrum
 from .conversion import adopt, adopt_dense
-from .embedding import ThinEmbedding
+from .embedding_pair import EmbeddingPair
 from .instance_checks import check_dense
-from .linear import pair_spectrum, truncated_pair
 
 
-class LowRankEmbeddingBag(ThinEmbedding):
-    """Sums or averages rows of a thin table and projects the result: a table of rank at most ``rank``.
+class LowRankEmbeddingBag(EmbeddingPair):
+    """An embedding bag of rank at most ``rank``: a narrow ``nn.EmbeddingBag`` followed by a linear projection.
 
     Args:
         num_embeddings: size of the dictionary.
         embedding_dim: size of each embedding vector.
-        max_norm: every vector with a larger norm is renormalized in place (its thin row is scaled).
+        max_norm: every vector with a larger norm is renormalized in place, by scaling its row of ``down``.
         norm_type: the p of that norm.
-        scale_grad_by_freq: scales the thin table's gradients by the inverse frequency in the batch.
-        mode: ``"sum"`` or ``"mean"``; the maximum does not pass through a projection.
-        sparse: makes the thin table's gradient sparse.
+        scale_grad_by_freq: scales gradients of ``down`` by the inverse frequency of the words in the batch.
+        mode: ``"sum"`` or ``"mean"``; a maximum cannot be taken before the projection.
+        sparse: makes the gradient of ``down`` sparse.
         include_last_offset: whether ``offsets`` ends with the size of the input.
-        padding_idx: this row is left out of every bag and gets no gradient.
+        padding_idx: index of a vector that is left out of every bag and gets no gradient.
         device: device of the parameters.
         dtype: dtype of the parameters.
         rank: inner dimension: an integer (clamped to the smaller side) or a rule that needs no weights.
@@ -71,8 +71,8 @@ class LowRankEmbeddingBag(ThinEmbedding):
         super().__init__()
         if mode == "max":
             raise UnsupportedLayerError(
-                "LowRankEmbeddingBag: got mode='max', expected 'sum' or 'mean': the maximum does not pass through a"
-                " projection; leave the table dense."
+                "LowRankEmbeddingBag: got mode='max', expected 'sum' or 'mean': a maximum cannot be taken before the"
+                " projection; leave this embedding bag dense."
             )
         self.num_embeddings = num_embeddings
         self.embedding_dim = embedding_dim
@@ -96,7 +96,7 @@ class LowRankEmbeddingBag(ThinEmbedding):
 
     @classmethod
     def stands_for(cls, module: nn.Module) -> bool:
-        """Whether this is an ``nn.EmbeddingBag`` that sums or averages."""
+        """Returns whether a module is a plain ``nn.EmbeddingBag`` that sums or averages."""
         return type(module) is nn.EmbeddingBag and module.mode != "max"
 
     @property
@@ -105,7 +105,7 @@ class LowRankEmbeddingBag(ThinEmbedding):
         return self.down.mode
 
     def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
-        """``[B, N]``, or ``[N]`` with ``offsets``, to ``[B, embedding_dim]``."""
+        """Maps ``[B, N]``, or ``[N]`` with ``offsets``, to ``[B, embedding_dim]``."""
         if self.max_norm is not None:
             self._renormalize(input, self.max_norm)
         out: Tensor = self.up(self.down(input, offsets, per_sample_weights))
@@ -113,36 +113,35 @@ class LowRankEmbeddingBag(ThinEmbedding):
 
     @classmethod
     def like(cls, dense: nn.Module, *, rank: int, bias: bool | None = None) -> LowRankEmbeddingBag:
-        """A layer with the settings, device and dtype of ``dense``, uninitialized; there is never a bias."""
+        """Builds an uninitialized layer with the settings, device and dtype of ``dense``; ``bias`` is ignored."""
         assert isinstance(dense, nn.EmbeddingBag)
         layer = cls(**_bag_settings(dense), device="meta", dtype=dense.weight.dtype, rank=rank)
         return adopt(layer.to_empty(device=dense.weight.device), dense)
 
     @classmethod
     def from_dense(cls, bag: nn.Module, *, rank: Rank) -> LowRankEmbeddingBag:
-        """The best thin table and projection of that rank for a trained table: its truncated SVD.
+        """Factorizes a trained embedding bag by its truncated SVD, the best approximation of that rank.
 
         Args:
             bag: an ``nn.EmbeddingBag`` of mode ``"sum"`` or ``"mean"``.
             rank: an integer or a rank rule.
 
         Raises:
-            UnsupportedLayerError: for anything else.
+            UnsupportedLayerError: if it is not a plain ``nn.EmbeddingBag`` of these modes.
             LowRankError: for NaN, Inf, integer or meta weights and bad ranks.
         """
         if type(bag) is nn.EmbeddingBag and bag.mode == "max":
-            cls.like(bag, rank=1)  # says why
-        table = check_dense(cls, bag)
-        thin, project = truncated_pair(table, rank, cls.__name__)
-        return cls.from_pair(bag, thin, project.mT)
+            cls.like(bag, rank=1)  # raises, and says why
+        down, up = truncated_pair(check_dense(cls, bag), rank, cls.__name__)
+        return cls.from_pair(bag, down, up.mT)
 
     @classmethod
-    def from_pair(cls, bag: nn.Module, thin: Tensor, project: Tensor) -> LowRankEmbeddingBag:
-        """The layer with the settings of ``bag`` and the given ``[n, r]`` and ``[dim, r]``."""
-        return cls.like(bag, rank=thin.shape[1])._filled(bag, thin, project)
+    def from_pair(cls, bag: nn.Module, down: Tensor, up: Tensor) -> LowRankEmbeddingBag:
+        """Builds a layer with the settings of ``bag`` from factors ``[n, r]`` and ``[dim, r]``."""
+        return cls.like(bag, rank=down.shape[1])._filled(bag, down, up)
 
     def to_dense(self) -> nn.EmbeddingBag:
-        """The ``nn.EmbeddingBag`` that computes the same."""
+        """Multiplies the factors out into the ``nn.EmbeddingBag`` that computes the same."""
         weight = self.weight.detach()
         settings = {**_bag_settings(self.down), "embedding_dim": self.embedding_dim}
         settings |= {"max_norm": self.max_norm, "norm_type": self.norm_type}
@@ -155,7 +154,7 @@ class LowRankEmbeddingBag(ThinEmbedding):
         return dense
 
     def extra_repr(self) -> str:
-        """The settings, as printed."""
+        """The settings, for ``repr``."""
         text = f"{self.num_embeddings}, {self.embedding_dim}, mode={self.mode!r}, rank={self.rank}"
         if self.padding_idx is not None:
             text += f", padding_idx={self.padding_idx}"
@@ -165,5 +164,6 @@ class LowRankEmbeddingBag(ThinEmbedding):
 
 
 def _bag_settings(bag: nn.EmbeddingBag) -> dict[str, Any]:
+    """Arguments of torch's constructor, read from an embedding bag."""
     names = ["num_embeddings", "embedding_dim", "max_norm", "norm_type", "scale_grad_by_freq", "mode", "sparse"]
     return {name: getattr(bag, name) for name in (*names, "include_last_offset", "padding_idx")}

@@ -1,4 +1,4 @@
-"""Linear layers as a pair."""
+"""Linear layers of low rank."""
 
 from __future__ import annotations
 
@@ -7,30 +7,27 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ..decompose import svd
-from ..errors import MissingExtraError
+from ..decompose.pair import pair_factors, truncated_pair
 from ..factors import SVD
-from ..linalg import exact_svd, working_dtype
 from ..rank import Rank, choose_rank, pair_spectrum as pair_spectrum
 from .base import FactoredModule
-from .conv1d import is_conv1d_class
 from .conversion import adopt, adopt_dense, fill
 from .initialization import reset_chain
 from .instance_checks import check_dense
-from .weights import bias_of, weight_of
+from .weights import bias_of
 
 
 class LowRankLinear(FactoredModule):
-    r"""Applies :math:`y = U (V x) + b`, a linear map of rank at most ``rank``.
+    r"""A linear layer of rank at most ``rank``, :math:`y = U (V x) + b`: two thin linear layers in a row.
 
     Args:
         in_features: size of each input sample.
         out_features: size of each output sample.
-        bias: whether a bias is added.
+        bias: whether the layer has a bias.
         device: device of the parameters.
         dtype: dtype of the parameters.
-        rank: inner dimension: an integer (clamped to ``min(in_features, out_features)``) or a rule that
-            needs no weights, such as ``ParameterFraction(0.3)``.
+        rank: inner dimension: an integer (clamped to ``min(in_features, out_features)``) or a rule that needs no
+            weights, such as ``ParameterFraction(0.3)``.
 
     Shape:
         ``[*, in_features]`` to ``[*, out_features]``.
@@ -40,7 +37,7 @@ class LowRankLinear(FactoredModule):
         up: ``nn.Linear(rank, out_features, bias)``.
 
     Raises:
-        LowRankError: if the rank is no integer of at least 1 and no rule.
+        LowRankError: if the rank is neither an integer of at least 1 nor a rule.
 
     Examples:
         >>> layer = lr.LowRankLinear(1024, 4096, rank=64)
@@ -80,20 +77,20 @@ class LowRankLinear(FactoredModule):
         return self.down.out_features
 
     def product(self) -> Tensor:
-        """The dense weight ``[out_features, in_features]``, multiplied out, differentiable."""
+        """Multiplies out the dense weight ``[out_features, in_features]``, differentiably."""
         return self.up.weight @ self.down.weight
 
     def reset_parameters(self) -> None:
-        """Draws new weights with the output variance of a fresh ``nn.Linear``."""
+        """Draws new weights such that outputs have the variance that those of a new ``nn.Linear`` have."""
         reset_chain(self, self.in_features)
 
     def forward(self, input: Tensor) -> Tensor:
-        """``[*, in_features]`` to ``[*, out_features]``."""
+        """Maps ``[*, in_features]`` to ``[*, out_features]``."""
         out: Tensor = self.up(self.down(input))
         return out
 
     def lift_(self) -> tuple[nn.Module, Callable[[nn.Module], nn.Module]]:
-        """The last factor, which has the rows of a vocabulary, and what takes it back with more or fewer."""
+        """Returns the factor with the rows of the vocabulary, and a function that puts a resized one in its place."""
 
         def restore(resized: nn.Module) -> nn.Module:
             assert isinstance(resized, nn.Linear)
@@ -104,7 +101,7 @@ class LowRankLinear(FactoredModule):
 
     @classmethod
     def like(cls, dense: nn.Module, *, rank: int, bias: bool | None = None) -> LowRankLinear:
-        """A layer with the settings, device and dtype of ``dense``, uninitialized."""
+        """Builds an uninitialized layer with the settings, device and dtype of ``dense``."""
         assert isinstance(dense, nn.Linear)
         with_bias = dense.bias is not None if bias is None else bias
         weight = dense.weight
@@ -113,14 +110,14 @@ class LowRankLinear(FactoredModule):
 
     @classmethod
     def from_dense(cls, linear: nn.Module, *, rank: Rank) -> LowRankLinear:
-        """The best pair of that rank for a trained layer: its truncated SVD, ``sqrt(S)`` on both sides.
+        """Factorizes a trained layer by its truncated SVD, with ``sqrt(S)`` on both sides.
 
         Args:
             linear: an ``nn.Linear``.
             rank: an integer or a rank rule.
 
         Raises:
-            UnsupportedLayerError: if it is anything but a plain ``nn.Linear``.
+            UnsupportedLayerError: if it is not a plain ``nn.Linear``.
             LowRankError: for NaN, Inf, integer or meta weights and bad ranks.
 
         Examples:
@@ -135,7 +132,7 @@ class LowRankLinear(FactoredModule):
         return fill(cls.like(linear, rank=len(down)), [down, up], bias_of(linear))
 
     def to_dense(self) -> nn.Linear:
-        """The ``nn.Linear`` that computes the same."""
+        """Multiplies the factors out into the ``nn.Linear`` that computes the same."""
         up = self.up
         settings = {"bias": up.bias is not None, "device": up.weight.device, "dtype": up.weight.dtype}
         dense: nn.Linear = nn.utils.skip_init(nn.Linear, self.in_features, self.out_features, **settings)
@@ -151,110 +148,8 @@ class LowRankLinear(FactoredModule):
         return pair_factors(self.up.weight, self.down.weight)
 
     def extra_repr(self) -> str:
-        """The settings, as printed."""
+        """The settings, for ``repr``."""
         return (
             f"in_features={self.in_features}, out_features={self.out_features},"
             f" bias={self.up.bias is not None}, rank={self.rank}"
         )
-
-
-class LowRankTransposedLinear(LowRankLinear):
-    """The pair in the place of transformers' ``Conv1D``, a linear layer whose weight is stored as ``[in, out]``.
-
-    In a model definition :class:`LowRankLinear` does the same; this one remembers what it stands for, so that a
-    compressed GPT-2 can be saved, loaded and multiplied out again.
-
-    Args:
-        in_features: size of each input sample, Conv1D's ``nx``.
-        out_features: size of each output sample, Conv1D's ``nf``.
-        bias: whether a bias is added.
-        device: device of the parameters.
-        dtype: dtype of the parameters.
-        rank: inner dimension, as in :class:`LowRankLinear`.
-
-    Shape:
-        ``[*, in_features]`` to ``[*, out_features]``.
-
-    Examples:
-        >>> lr.LowRankTransposedLinear(64, 192, rank=8)(torch.randn(2, 64)).shape
-        torch.Size([2, 192])
-    """
-
-    dense_type = nn.Module  # type: ignore[assignment]
-
-    @classmethod
-    def stands_for(cls, module: nn.Module) -> bool:
-        """Whether this is transformers' ``Conv1D`` itself, not a subclass."""
-        return is_conv1d_class(type(module))
-
-    @classmethod
-    def dense_name(cls) -> str:
-        """What users call the dense layer."""
-        return "transformers' Conv1D"
-
-    def product(self) -> Tensor:
-        """The dense weight ``[in_features, out_features]``, multiplied out, differentiable."""
-        return super().product().mT
-
-    @classmethod
-    def like(cls, dense: nn.Module, *, rank: int, bias: bool | None = None) -> LowRankTransposedLinear:
-        """A layer with the settings, device and dtype of ``dense``, uninitialized; Conv1D always has a bias."""
-        weight = weight_of(dense)
-        layer = cls(weight.shape[0], weight.shape[1], True, "meta", weight.dtype, rank=rank)
-        return adopt(layer.to_empty(device=weight.device), dense)
-
-    @classmethod
-    def from_dense(cls, linear: nn.Module, *, rank: Rank) -> LowRankTransposedLinear:
-        """The best pair of that rank for a trained ``Conv1D``."""
-        weight = check_dense(cls, linear)
-        up, down = truncated_pair(weight.mT, rank, cls.__name__)
-        return fill(cls.like(linear, rank=len(down)), [down, up], bias_of(linear))
-
-    @staticmethod
-    def blank(nf: int, nx: int, device: torch.device | str, dtype: torch.dtype) -> nn.Module:
-        """A ``Conv1D`` with transformers' own arguments, uninitialized."""
-        try:
-            from transformers.pytorch_utils import Conv1D
-        except ImportError:
-            raise MissingExtraError(
-                "this model has transformers' Conv1D layers; install the extra: pip install"
-                " 'lowrank-layers[transformers]'."
-            ) from None
-        with torch.device("meta"):
-            empty = Conv1D(nf, nx).to(dtype)
-        filled: nn.Module = empty.to_empty(device=device)
-        return filled
-
-    def to_dense(self) -> nn.Module:  # type: ignore[override]
-        """The ``Conv1D`` that computes the same."""
-        dense = self.blank(self.out_features, self.in_features, self.up.weight.device, self.up.weight.dtype)
-        with torch.no_grad():
-            dense.get_parameter("weight").copy_(self.weight)
-            dense.get_parameter("bias").copy_(self.up.bias)
-        adopt_dense(dense, self)
-        return dense
-
-    def factors(self) -> SVD:
-        """The weight ``[in_features, out_features]`` as an SVD."""
-        return pair_factors(self.down.weight.mT, self.up.weight.mT)
-
-
-def truncated_pair(matrix: Tensor, rank: Rank, owner: str) -> tuple[Tensor, Tensor]:
-    """``(U sqrt(S), sqrt(S) V^T)`` of a matrix at the rank that ``rank`` means for it."""
-    limit = min(matrix.shape)
-    known = isinstance(rank, int)
-    # singular values may be beyond what half precision holds, whose roots are within
-    wide = matrix.to(working_dtype(matrix))
-    full = None if known else svd(wide)
-    values = None if full is None else full.s
-    chosen = choose_rank(rank, pair_spectrum(matrix.shape[0], matrix.shape[1], values, owner), limit)
-    up, down = (svd(wide, chosen) if full is None else full.truncate(chosen)).pair()
-    return up.to(matrix.dtype), down.to(matrix.dtype)
-
-
-def pair_factors(up: Tensor, down: Tensor) -> SVD:
-    """The SVD of ``up @ down`` through the QR decompositions of both, never forming the product."""
-    dtype = up.dtype
-    left, right = torch.linalg.qr(up.detach().double()), torch.linalg.qr(down.detach().double().mT)
-    u, s, vh = exact_svd(left.R @ right.R.mT)
-    return SVD((left.Q @ u).to(dtype), s.to(dtype), (vh @ right.Q.mT).to(dtype))

@@ -16,12 +16,14 @@ Mode = Literal["channel", "spatial"]
 
 
 class LowRankConv1d(PairConv):
-    """A 1-d convolution to ``rank`` channels, then one of length 1: the kernel ``[out, in*k]`` as a pair.
+    """A 1-d convolution of low rank: one to ``rank`` channels, then a pointwise one.
+
+    Its kernel as a matrix ``[out, in*k]`` has rank at most ``rank``.
 
     Args:
-        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype:
-            those of ``nn.Conv1d``.
-        rank: inner channels a group: an integer (clamped) or a rule that needs no weights.
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, \
+dtype: as in ``nn.Conv1d``.
+        rank: inner channels per group: an integer (clamped) or a rule that needs no weights.
 
     Shape:
         ``[N, in_channels, L]`` or ``[in_channels, L]``, as in ``nn.Conv1d``.
@@ -42,23 +44,23 @@ class LowRankConv1d(PairConv):
 
 
 class LowRankConv2d(PairConv):
-    """A 2-d convolution to ``rank`` channels, then a 1 x 1 one; or, spatially, a k x 1 and then a 1 x k one.
+    """A 2-d convolution of low rank: one to ``rank`` channels, then a 1 x 1; or a k x 1, then a 1 x k.
 
     Args:
         in_channels: channels of the input.
         out_channels: channels of the output.
-        kernel_size: size of the kernel.
+        kernel_size: size of the convolution kernel.
         stride: stride of the convolution.
-        padding: numbers, ``"same"`` or ``"valid"``.
+        padding: padding of the input: numbers, ``"same"`` or ``"valid"``.
         dilation: spacing between kernel elements.
-        groups: each one becomes a pair of its own, of the same rank.
-        bias: whether a bias is added.
+        groups: number of groups; each is factorized on its own, at the same rank.
+        bias: whether the layer has a bias.
         padding_mode: ``"zeros"``, ``"reflect"``, ``"replicate"`` or ``"circular"``.
         device: device of the parameters.
         dtype: dtype of the parameters.
-        rank: inner channels a group: an integer (clamped to the sides of the matrix) or a rule that needs no weights.
-        mode: ``"channel"`` (Zhang et al., 2015): a pair for ``[out, in*kh*kw]``; ``"spatial"`` (Jaderberg et al.,
-            2014): one for ``[out*kw, in*kh]``.
+        rank: inner channels per group: an integer (clamped to the sides of the matrix) or a rule that needs no weights.
+        mode: ``"channel"`` (Zhang et al., 2015) factorizes the kernel as a matrix ``[out, in*kh*kw]``, ``"spatial"``
+            (Jaderberg et al., 2014) as ``[out*kw, in*kh]``.
 
     Shape:
         ``[N, in_channels, H, W]`` or ``[in_channels, H, W]``, as in ``nn.Conv2d``.
@@ -68,7 +70,7 @@ class LowRankConv2d(PairConv):
         up: ``nn.Conv2d(groups*rank, out_channels, 1, bias=bias)``; spatially its kernel is 1 x k.
 
     Raises:
-        LowRankError: if the rank is no integer of at least 1 and no rule, or the mode unknown.
+        LowRankError: if the rank is neither an integer of at least 1 nor a rule, or the mode is unknown.
 
     Examples:
         >>> layer = lr.LowRankConv2d(64, 128, 3, stride=2, padding=1, rank=16)
@@ -123,17 +125,19 @@ class LowRankConv2d(PairConv):
 
     @property
     def form(self) -> dict[str, Any]:
-        """The mode, where it is not the usual one."""
+        """The mode, unless it is the default."""
         return {} if self.mode == "channel" else {"mode": self.mode}
 
 
 class LowRankConv3d(PairConv):
-    """A 3-d convolution to ``rank`` channels, then a 1 x 1 x 1 one: the kernel ``[out, in*kd*kh*kw]`` as a pair.
+    """A 3-d convolution of low rank: one to ``rank`` channels, then a pointwise one.
+
+    Its kernel as a matrix ``[out, in*kd*kh*kw]`` has rank at most ``rank``.
 
     Args:
-        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype:
-            those of ``nn.Conv3d``.
-        rank: inner channels a group: an integer (clamped) or a rule that needs no weights.
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, \
+dtype: as in ``nn.Conv3d``.
+        rank: inner channels per group: an integer (clamped) or a rule that needs no weights.
 
     Shape:
         ``[N, in_channels, D, H, W]`` or ``[in_channels, D, H, W]``, as in ``nn.Conv3d``.
@@ -151,12 +155,14 @@ class LowRankConv3d(PairConv):
 
 
 class LowRankConvTranspose1d(TransposedConv, PairConv):
-    """A convolution of length 1 to ``rank`` channels, then a transposed one: the kernel ``[in, out*k]`` as a pair.
+    """A transposed 1-d convolution of low rank: a pointwise one to ``rank`` channels, then a transposed one.
+
+    Its kernel as a matrix ``[in, out*k]`` has rank at most ``rank``.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, output_padding, groups, bias, dilation, padding_mode, \
-device, dtype: those of ``nn.ConvTranspose1d``.
-        rank: inner channels a group: an integer (clamped) or a rule that needs no weights.
+device, dtype: as in ``nn.ConvTranspose1d``.
+        rank: inner channels per group: an integer (clamped) or a rule that needs no weights.
 
     Shape:
         ``[N, in_channels, L]`` or ``[in_channels, L]``, as in ``nn.ConvTranspose1d``.
@@ -174,14 +180,15 @@ device, dtype: those of ``nn.ConvTranspose1d``.
 
 
 class LowRankConvTranspose2d(TransposedConv, PairConv):
-    """A 1 x 1 convolution to ``rank`` channels, then a transposed one: the kernel ``[in, out*kh*kw]`` as a pair.
+    """A transposed 2-d convolution of low rank: a 1 x 1 one to ``rank`` channels, then a transposed one.
 
-    It is the adjoint of :class:`LowRankConv2d`, which runs the other way round.
+    It is the adjoint of :class:`LowRankConv2d`, whose children run in the other order. Its kernel as a matrix
+    ``[in, out*kh*kw]`` has rank at most ``rank``.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, output_padding, groups, bias, dilation, padding_mode, \
-device, dtype: those of ``nn.ConvTranspose2d``.
-        rank: inner channels a group: an integer (clamped) or a rule that needs no weights.
+device, dtype: as in ``nn.ConvTranspose2d``.
+        rank: inner channels per group: an integer (clamped) or a rule that needs no weights.
 
     Shape:
         ``[N, in_channels, H, W]`` or ``[in_channels, H, W]``, as in ``nn.ConvTranspose2d``.
@@ -202,12 +209,14 @@ device, dtype: those of ``nn.ConvTranspose2d``.
 
 
 class LowRankConvTranspose3d(TransposedConv, PairConv):
-    """A 1 x 1 x 1 convolution to ``rank`` channels, then a transposed one: ``[in, out*kd*kh*kw]`` as a pair.
+    """A transposed 3-d convolution of low rank: a pointwise one to ``rank`` channels, then a transposed one.
+
+    Its kernel as a matrix ``[in, out*kd*kh*kw]`` has rank at most ``rank``.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, output_padding, groups, bias, dilation, padding_mode, \
-device, dtype: those of ``nn.ConvTranspose3d``.
-        rank: inner channels a group: an integer (clamped) or a rule that needs no weights.
+device, dtype: as in ``nn.ConvTranspose3d``.
+        rank: inner channels per group: an integer (clamped) or a rule that needs no weights.
 
     Shape:
         ``[N, in_channels, D, H, W]`` or ``[in_channels, D, H, W]``, as in ``nn.ConvTranspose3d``.

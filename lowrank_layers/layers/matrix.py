@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..linalg import check_tensor
 from .kernel import ConvNd, kernel_of, kernel_of_matrix, linear_axes, matrix_of, weight_of_kernel
-from .linear import LowRankTransposedLinear
+from .transposed_linear import LowRankTransposedLinear
 from .weights import weight_of
 
 

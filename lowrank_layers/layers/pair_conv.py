@@ -5,16 +5,15 @@ from __future__ import annotations
 import math
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 
+from ..decompose.pair import grouped_pairs, pair_factors
 from ..factors import SVD, Blocks
-from ..rank import Rank, choose_rank
+from ..rank import Rank, choose_rank, pair_spectrum
 from .conv_base import FactoredConv
 from .conversion import fill
 from .instance_checks import check_dense
 from .kernel import factors_of_pair, kernel_of, kernel_of_matrix, matrix_of, pair_kernels, weight_of_kernel
-from .linear import pair_factors, pair_spectrum, truncated_pair
 from .weights import bias_of, meta_twin
 
 Pair = TypeVar("Pair", bound="PairConv")
@@ -59,7 +58,7 @@ class PairConv(FactoredConv):
         Args:
             conv: the dense convolution.
             rank: an integer or a rank rule, which gets the root mean square of the groups' singular values.
-            form: ``mode``, where the constructor takes it.
+            **form: ``mode``, where the constructor takes it.
 
         Raises:
             UnsupportedLayerError: if it is not the plain torch layer that this class replaces.
@@ -103,13 +102,3 @@ class PairConv(FactoredConv):
             lasts, firsts = firsts.mT, lasts.mT
         parts = [pair_factors(last, first) for last, first in zip(lasts, firsts, strict=True)]
         return parts[0] if len(parts) == 1 else Blocks(tuple(parts))
-
-
-def grouped_pairs(matrix: Tensor, rank: Rank, owner: str) -> tuple[Tensor, Tensor]:
-    """Factorizes a stack of matrices ``[groups, rows, columns]`` into pairs of the same rank."""
-    if len(matrix) > 1 and not isinstance(rank, int):
-        values = torch.linalg.svdvals(matrix.double()).square().mean(0).sqrt()
-        rows, columns = matrix.shape[1:]
-        rank = choose_rank(rank, pair_spectrum(rows, columns, values, owner), min(rows, columns))
-    lasts, firsts = zip(*(truncated_pair(each, rank, owner) for each in matrix), strict=True)
-    return torch.stack(lasts), torch.stack(firsts)

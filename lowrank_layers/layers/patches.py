@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,31 @@ from .kernel import ConvNd
 
 _CHUNK = 2**24
 """Largest number of patch entries formed at once (64 MiB in fp32)."""
+
+
+class Window(NamedTuple):
+    """What a convolution reads at once.
+
+    Args:
+        size: size of the kernel, per axis.
+        stride: stride, per axis.
+        dilation: dilation, per axis.
+    """
+
+    size: Sequence[int]
+    stride: Sequence[int]
+    dilation: Sequence[int]
+
+    @classmethod
+    def of(cls, conv: ConvNd) -> Window:
+        """The window of a convolution."""
+        return cls(conv.kernel_size, conv.stride, conv.dilation)
+
+    @classmethod
+    def point(cls, conv: ConvNd) -> Window:
+        """A window of one position, in as many dimensions."""
+        ones = (1,) * len(conv.kernel_size)
+        return cls(ones, ones, ones)
 
 
 def input_rows(module: nn.Module, x: Tensor, keep: Tensor | None = None) -> Iterator[Tensor]:
@@ -31,18 +57,18 @@ def input_rows(module: nn.Module, x: Tensor, keep: Tensor | None = None) -> Iter
         yield _taken(x.reshape(-1, x.shape[-1]), keep)
         return
     if module.transposed:
-        ones = (1,) * len(module.kernel_size)
-        yield _taken(_patches(x, ones, ones, ones, module.groups), keep)
+        yield _taken(_patches(x, Window.point(module), module.groups), keep)
         return
     x = pad_input(module, x)
     area = math.prod(x.shape[2:]) // math.prod(module.stride)
     step = max(1, _CHUNK // max(1, area * module.in_channels * math.prod(module.kernel_size)))
     kept = [None] * len(x) if keep is None else torch.split(keep, step)
     for chunk, chosen in zip(torch.split(x, step), kept, strict=False):
-        yield _taken(_patches(chunk, module.kernel_size, module.stride, module.dilation, module.groups), chosen)
+        yield _taken(_patches(chunk, Window.of(module), module.groups), chosen)
 
 
 def _taken(rows: Tensor, keep: Tensor | None) -> Tensor:
+    """Selects the rows where the mask is ``True``."""
     return rows if keep is None else rows[..., keep.flatten(), :]
 
 
@@ -62,27 +88,25 @@ def output_rows(module: nn.Module, y: Tensor, keep: Tensor | None = None) -> Ten
         return _taken(y.reshape(-1, y.shape[-1]), keep)
     dims = len(module.kernel_size)
     y = y if y.ndim > dims + 1 else y[None]
-    ones = (1,) * dims
     if not module.transposed:
-        return _taken(_patches(y, ones, ones, ones, module.groups), keep)
+        return _taken(_patches(y, Window.point(module), module.groups), keep)
     pads: list[int] = []
     for axis in range(dims):
         k, s, d, p = (int(v[axis]) for v in (module.kernel_size, module.stride, module.dilation, module.padding))
         n = y.shape[2 + axis] + 2 * p
         whole = (n - d * (k - 1) - 1) // s * s + d * (k - 1) + 1
         pads = [p, whole - n + p, *pads]
-    patches = _patches(F.pad(y, pads), module.kernel_size, module.stride, module.dilation, module.groups)
-    return _taken(patches, keep)
+    return _taken(_patches(F.pad(y, pads), Window.of(module), module.groups), keep)
 
 
-def _patches(x: Tensor, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int], groups: int) -> Tensor:
+def _patches(x: Tensor, window: Window, groups: int) -> Tensor:
     """Cuts ``[N, C, ...]`` into patches and returns them as rows, channels slowest, per group."""
-    dims = len(kernel)
-    for axis, (k, s, d) in enumerate(zip(kernel, stride, dilation, strict=True)):
+    dims = len(window.size)
+    for axis, (k, s, d) in enumerate(zip(*window, strict=True)):
         x = x.unfold(2 + axis, d * (k - 1) + 1, s)[..., ::d]
     x = x.unflatten(1, (groups, -1))  # [N, groups, C / groups, *positions, *k]
     positions = range(3, 3 + dims)
-    area = math.prod(kernel) * x.shape[2]
+    area = math.prod(window.size) * x.shape[2]
     rows = x.permute(1, 0, *positions, 2, *range(3 + dims, 3 + 2 * dims)).reshape(groups, -1, area)
     return rows[0] if groups == 1 else rows
 

@@ -1,4 +1,4 @@
-"""Convolutions in Tucker-2 form."""
+"""Convolutions in Tucker-2 form: fewer channels in, a small core convolution, more channels out."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Conv = TypeVar("Conv", bound="TuckerConv")
 
 
 class TuckerConv(FactoredConv):
-    """Reduce the channels, convolve, expand; every group on its own."""
+    """A convolution in Tucker-2 form: pointwise to fewer channels, a small core convolution, pointwise back."""
 
     def _build(self, rank: Any, bias: bool, factory: dict[str, Any]) -> None:
         out, into = choose_tucker_rank(rank, self.kernel_shape, None, type(self).__name__)
@@ -35,21 +35,21 @@ class TuckerConv(FactoredConv):
 
     @property
     def rank(self) -> tuple[int, int]:
-        """``(rank_out, rank_in)`` of a group."""
+        """``(rank_out, rank_in)`` per group."""
         return kernel_of(self.expand).shape[2], kernel_of(self.reduce).shape[1]
 
     @classmethod
     def from_dense(cls: type[Conv], conv: nn.Module, *, rank: TuckerRank) -> Conv:
-        """The Tucker-2 decomposition of a trained convolution, by HOOI; the kernel's own modes stay whole.
+        """Factorizes a trained convolution by HOOI on the channel modes; the spatial modes stay whole.
 
         Args:
             conv: the dense convolution.
-            rank: ``(rank_out, rank_in)``, one integer for both, or a rule. A rule on singular values looks at
-                the unfolding of each mode (of the root mean square of the groups); ``ParameterFraction`` shrinks
-                both ranks in proportion.
+            rank: ``(rank_out, rank_in)``, one integer for both, or a rule. A rule on singular values gets those of the
+                unfolding of each mode (the root mean square over the groups); ``ParameterFraction`` shrinks both ranks
+                in proportion.
 
         Raises:
-            UnsupportedLayerError: if it is anything but that plain torch layer.
+            UnsupportedLayerError: if it is not the plain torch layer that this class replaces.
             LowRankError: for NaN, Inf, integer or meta weights and bad ranks.
         """
         check_dense(cls, conv)
@@ -60,7 +60,7 @@ class TuckerConv(FactoredConv):
 
     @classmethod
     def from_parts(cls: type[Conv], conv: nn.Module, parts: Sequence[Tucker]) -> Conv:
-        """The layer with the settings of ``conv`` and, for each group, the factors of its ``[out, in, *k]``."""
+        """Builds a layer like ``conv`` from the Tucker decomposition of each group's ``[out, in, *k]``."""
         expand, reduce = (torch.stack([_factor(part, mode) for part in parts]) for mode in (0, 1))
         core = torch.stack([part.core for part in parts])
         return cls.from_chain(conv, reduce.mT, core, expand, bias_of(conv))
@@ -69,7 +69,7 @@ class TuckerConv(FactoredConv):
     def from_chain(
         cls: type[Conv], conv: nn.Module, reduce: Tensor, core: Tensor, expand: Tensor, bias: Tensor | None
     ) -> Conv:
-        """The layer with the settings of ``conv`` and the given children.
+        """Builds a layer like ``conv`` from the weights of its children.
 
         Shape:
             ``[groups, rank_in, in]``, ``[groups, rank_out, rank_in, *k]``, ``[groups, out, rank_out]``.
@@ -78,16 +78,16 @@ class TuckerConv(FactoredConv):
         return fill(layer, [reduce, weight_of_kernel(core, transposed=layer.transposed), expand], bias)
 
     def _matrices(self) -> tuple[Tensor, Tensor, Tensor]:
-        """``[groups, rank_in, in]``, core kernel, ``[groups, out, rank_out]``."""
+        """The factors ``[groups, rank_in, in]``, core kernel and ``[groups, out, rank_out]``."""
         return kernel_of(self.reduce).flatten(2), kernel_of(self.core), kernel_of(self.expand).flatten(2)
 
     def kernel(self) -> Tensor:
-        """The dense kernel, ``[groups, out / groups, in / groups, *k]``."""
+        """Multiplies out the dense kernel ``[groups, out / groups, in / groups, *k]``."""
         reduce, core, expand = self._matrices()
         return torch.einsum("gos,gsr...,gri->goi...", expand, core, reduce)
 
     def factors(self) -> Tucker | Blocks:
-        """The weight as a Tucker value with orthonormal factors; with groups, one below the other."""
+        """The weight as a Tucker decomposition with orthonormal factors; with groups, one below the other."""
         parts = []
         for reduce, core, expand in zip(*(matrix.detach().double() for matrix in self._matrices()), strict=True):
             left, right = torch.linalg.qr(expand), torch.linalg.qr(reduce.mT)
@@ -100,6 +100,7 @@ class TuckerConv(FactoredConv):
 
 
 def _factor(part: Tucker, mode: int) -> Tensor:
+    """Returns the factor of one mode, or raises if that mode was left whole."""
     factor = part.factors[mode]
     if factor is None:
         raise LowRankError(f"TuckerConv: mode {mode} of the factorization was left whole, expected a factor.")
@@ -107,12 +108,12 @@ def _factor(part: Tucker, mode: int) -> Tensor:
 
 
 class TuckerConv1d(TuckerConv):
-    """Reduce the channels, convolve along the line, expand (Tucker-2).
+    """A 1-d convolution in Tucker-2 form: pointwise to fewer channels, a small core convolution, pointwise back.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, \
-dtype: those of ``nn.Conv1d``.
-        rank: ``(rank_out, rank_in)`` of a group, one integer for both, or a rule; integers are clamped.
+dtype: as in ``nn.Conv1d``.
+        rank: ``(rank_out, rank_in)`` per group, one integer for both, or a rule; integers are clamped.
 
     Shape:
         ``[N, in_channels, L]`` or ``[in_channels, L]``, as in ``nn.Conv1d``.
@@ -131,21 +132,23 @@ dtype: those of ``nn.Conv1d``.
 
 
 class TuckerConv2d(TuckerConv):
-    """A 1 x 1 convolution to fewer channels, a small core convolution, and a 1 x 1 back (Tucker-2; Kim et al., 2016).
+    """A 2-d convolution in Tucker-2 form (Kim et al., 2016).
+
+    It runs as a 1 x 1 convolution to fewer channels, a small core convolution, and a 1 x 1 back.
 
     Args:
         in_channels: channels of the input.
         out_channels: channels of the output.
-        kernel_size: size of the kernel.
+        kernel_size: size of the convolution kernel.
         stride: stride of the convolution.
-        padding: numbers, ``"same"`` or ``"valid"``.
+        padding: padding of the input: numbers, ``"same"`` or ``"valid"``.
         dilation: spacing between kernel elements.
-        groups: each one is factorized on its own, at the same ranks.
-        bias: whether a bias is added.
+        groups: number of groups; each is factorized on its own, at the same ranks.
+        bias: whether the layer has a bias.
         padding_mode: ``"zeros"``, ``"reflect"``, ``"replicate"`` or ``"circular"``.
         device: device of the parameters.
         dtype: dtype of the parameters.
-        rank: ``(rank_out, rank_in)`` of a group, one integer for both, or a rule; integers are clamped.
+        rank: ``(rank_out, rank_in)`` per group, one integer for both, or a rule; integers are clamped.
 
     Shape:
         ``[N, in_channels, H, W]`` or ``[in_channels, H, W]``, as in ``nn.Conv2d``.
@@ -156,7 +159,7 @@ class TuckerConv2d(TuckerConv):
         expand: ``nn.Conv2d(groups*rank_out, out_channels, 1, bias=bias)``.
 
     Raises:
-        LowRankError: if a rank is no integer of at least 1 and no rule.
+        LowRankError: if a rank is neither an integer of at least 1 nor a rule.
 
     Examples:
         >>> layer = lr.TuckerConv2d(256, 256, 3, stride=2, padding=1, rank=(64, 64))
@@ -173,12 +176,12 @@ class TuckerConv2d(TuckerConv):
 
 
 class TuckerConv3d(TuckerConv):
-    """Reduce the channels, convolve the volume, expand (Tucker-2).
+    """A 3-d convolution in Tucker-2 form: pointwise to fewer channels, a small core convolution, pointwise back.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, \
-dtype: those of ``nn.Conv3d``.
-        rank: ``(rank_out, rank_in)`` of a group, one integer for both, or a rule; integers are clamped.
+dtype: as in ``nn.Conv3d``.
+        rank: ``(rank_out, rank_in)`` per group, one integer for both, or a rule; integers are clamped.
 
     Shape:
         ``[N, in_channels, D, H, W]`` or ``[in_channels, D, H, W]``, as in ``nn.Conv3d``.
@@ -197,12 +200,12 @@ dtype: those of ``nn.Conv3d``.
 
 
 class TuckerConvTranspose1d(TransposedConv, TuckerConv):
-    """Reduce the channels, convolve transposed, expand (Tucker-2).
+    """A transposed 1-d convolution in Tucker-2 form: pointwise, a small transposed core, pointwise.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, output_padding, groups, bias, dilation, padding_mode, \
-device, dtype: those of ``nn.ConvTranspose1d``.
-        rank: ``(rank_out, rank_in)`` of a group, one integer for both, or a rule; integers are clamped.
+device, dtype: as in ``nn.ConvTranspose1d``.
+        rank: ``(rank_out, rank_in)`` per group, one integer for both, or a rule; integers are clamped.
 
     Shape:
         ``[N, in_channels, L]`` or ``[in_channels, L]``, as in ``nn.ConvTranspose1d``.
@@ -221,12 +224,12 @@ device, dtype: those of ``nn.ConvTranspose1d``.
 
 
 class TuckerConvTranspose2d(TransposedConv, TuckerConv):
-    """Reduce the channels, convolve transposed, expand (Tucker-2).
+    """A transposed 2-d convolution in Tucker-2 form: pointwise, a small transposed core, pointwise.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, output_padding, groups, bias, dilation, padding_mode, \
-device, dtype: those of ``nn.ConvTranspose2d``.
-        rank: ``(rank_out, rank_in)`` of a group, one integer for both, or a rule; integers are clamped.
+device, dtype: as in ``nn.ConvTranspose2d``.
+        rank: ``(rank_out, rank_in)`` per group, one integer for both, or a rule; integers are clamped.
 
     Shape:
         ``[N, in_channels, H, W]`` or ``[in_channels, H, W]``, as in ``nn.ConvTranspose2d``.
@@ -245,12 +248,12 @@ device, dtype: those of ``nn.ConvTranspose2d``.
 
 
 class TuckerConvTranspose3d(TransposedConv, TuckerConv):
-    """Reduce the channels, convolve transposed, expand (Tucker-2).
+    """A transposed 3-d convolution in Tucker-2 form: pointwise, a small transposed core, pointwise.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, output_padding, groups, bias, dilation, padding_mode, \
-device, dtype: those of ``nn.ConvTranspose3d``.
-        rank: ``(rank_out, rank_in)`` of a group, one integer for both, or a rule; integers are clamped.
+device, dtype: as in ``nn.ConvTranspose3d``.
+        rank: ``(rank_out, rank_in)`` per group, one integer for both, or a rule; integers are clamped.
 
     Shape:
         ``[N, in_channels, D, H, W]`` or ``[in_channels, D, H, W]``, as in ``nn.ConvTranspose3d``.

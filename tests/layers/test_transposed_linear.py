@@ -13,7 +13,7 @@ from torch import nn
 
 import lowrank_layers as lr
 from benchmarks.vision import import_torchvision
-from lowrank_layers.layers.linear import LowRankTransposedLinear
+from lowrank_layers.layers.transposed_linear import LowRankTransposedLinear
 
 from ..contracts.tables import BAD_RANKS, HALF_TOLERANCE, relative
 
