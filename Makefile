@@ -23,6 +23,8 @@ lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --config setup.cfg
+# docstrings and error messages: every parameter, keyword and call that they name is in a signature
+	$(BIN)/python -m pytest -q tests/test_docstrings.py
 
 type: .venv/installed
 	$(BIN)/mypy

@@ -90,6 +90,9 @@ def merge_lora_(model: nn.Module, *, ties: Ties = "refuse", safe_merge: bool = T
 def unmerge_lora_(model: nn.Module) -> nn.Module:
     """Brings the base weights back, to the bit, in place; weights that were untied stay so.
 
+    Args:
+        model: the model whose adapters :func:`merge_lora_` has merged.
+
     Returns:
         The model.
 

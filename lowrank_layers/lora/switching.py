@@ -63,6 +63,9 @@ def lora_disabled(model: nn.Module) -> Iterator[nn.Module]:
 
     With activation checkpointing, call ``backward`` inside as well: what is computed again has to be the same.
 
+    Args:
+        model: the model with adapters.
+
     Examples:
         >>> model = nn.Sequential(nn.Linear(8, 8))
         >>> x = torch.randn(2, 8)

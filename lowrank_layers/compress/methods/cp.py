@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ...decompose import cp
+from ...decompose.ranks import cp_limit, cp_rank
 from ...factors import CP
 from ...layers import (
     CPConv,
@@ -22,7 +23,6 @@ from ...layers import (
     FactoredModule,
     is_transposed,
 )
-from ...decompose.ranks import cp_limit, cp_rank
 from ...layers.kernel import kernel_area, kernel_of
 from ...linalg import khatri_rao
 from ..candidates import Candidate

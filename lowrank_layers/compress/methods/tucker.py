@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ...decompose.tucker_ranks import choose_tucker_rank, tucker_limits
 from ...layers import (
     FactoredModule,
     TuckerConv,
@@ -21,7 +22,6 @@ from ...layers import (
     is_transposed,
 )
 from ...layers.kernel import kernel_area, kernel_of
-from ...decompose.tucker_ranks import choose_tucker_rank, tucker_limits
 from ...linalg import Root, exact_svd, leading_eigenvectors, mode_product, unfold
 from ..candidates import Candidate
 from ..regression import FirstStage, joint_bias

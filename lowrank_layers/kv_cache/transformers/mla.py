@@ -92,8 +92,8 @@ class Overlay:
     """An object with some attributes replaced.
 
     Args:
-        base: what has the others.
-        over: what replaces.
+        base: the object that has the other attributes.
+        **over: the attributes that are replaced, with their values.
     """
 
     def __init__(self, base: Any, **over: Any) -> None:
