@@ -1,4 +1,4 @@
-"""Train a small CNN on real handwritten digits, compress it to a budget, save it, load it, and look at the result.
+"""Train a small CNN on handwritten digits, compress it to a budget, save it, load it, and plot the result.
 
 python examples/quickstart.py [--budget 0.3] [--data digits | --data mnist --folder DIR] [--out quickstart_out]
 """
@@ -33,7 +33,7 @@ def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def mnist(folder: Path | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """MNIST's own files (idx, gzipped or not), out of a folder or ../shared/data."""
+    """MNIST, read from its own idx files, gzipped or not, in a folder or in ../shared/data."""
     import sys
 
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -61,7 +61,7 @@ def build(size: int) -> nn.Module:
 
 
 def train(model: nn.Module, x: Tensor, y: Tensor, *, epochs: int, seconds: float) -> None:
-    """AdamW with one cycle of the learning rate; stops after ``seconds`` at the latest."""
+    """Trains with AdamW and one cycle of the learning rate, for at most ``seconds``."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     steps = epochs * -(-len(x) // 64)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)
@@ -82,14 +82,14 @@ def train(model: nn.Module, x: Tensor, y: Tensor, *, epochs: int, seconds: float
 
 @torch.inference_mode()
 def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
-    """Percent right."""
+    """Percentage of images classified correctly."""
     batches = zip(x.split(500), y.split(500), strict=True)
     return 100 * sum(int((model(images).argmax(1) == labels).sum()) for images, labels in batches) / len(x)
 
 
 @torch.inference_mode()
 def milliseconds(models: list[nn.Module], x: Tensor, rounds: int = 30) -> list[float]:
-    """Median time of a forward pass, the models in turn."""
+    """Median time of a forward pass per model; the models take turns."""
     times: list[list[float]] = [[] for _ in models]
     for _ in range(rounds):
         for model, taken in zip(models, times, strict=True):
@@ -103,16 +103,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--budget", type=float, default=0.3, help="fraction of the parameters to keep")
     parser.add_argument("--data", choices=("digits", "mnist"), default="digits")
-    parser.add_argument("--folder", type=Path, help="where MNIST's idx files lie")
+    parser.add_argument("--folder", type=Path, help="folder of MNIST's idx files")
     parser.add_argument("--epochs", type=int)
-    parser.add_argument("--images", type=int, help="train on this many images only")
+    parser.add_argument("--images", type=int, help="use only this many images for training and for testing")
     parser.add_argument("--out", type=Path, default=Path("quickstart_out"))
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
 
     x, y, x_test, y_test = digits() if args.data == "digits" else mnist(args.folder)
-    x, y = x[: args.images], y[: args.images]
+    x, y, x_test, y_test = (part[: args.images] for part in (x, y, x_test, y_test))
     size = x.shape[-1]
     model = build(size)
     train(model, x, y, epochs=args.epochs or (30 if args.data == "digits" else 2), seconds=60)
@@ -161,7 +161,7 @@ def main() -> None:
     curves = {"weights only (SVD)": plain, "calibrated, in sequence": ours}
     plot.accuracy_against_size(curves, dense=whole, ax=right)
     plot.save_figure(right, args.out / "quickstart.png")
-    print(f"saved {args.out / 'small.safetensors'} and the picture {args.out / 'quickstart.png'}")
+    print(f"saved {args.out / 'small.safetensors'} and the plot {args.out / 'quickstart.png'}")
 
 
 if __name__ == "__main__":
