@@ -6,8 +6,6 @@ import argparse
 import copy
 import importlib.util
 import statistics
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -24,8 +22,6 @@ from .vision import import_torchvision
 CASES = [(1024, 8), (4096, 64), (4096, 8)]
 TOKENS = 512
 ROWS, ADAPTERS = 32, 16
-TORCHVISION = "from benchmarks.vision import import_torchvision\nimport_torchvision()"
-"""PEFT imports it on its way, and beside a CPU-only torch it needs help."""
 
 
 def peft() -> Any:
@@ -182,26 +178,6 @@ def recompile_rows() -> list[list[object]]:
     ]
 
 
-def import_seconds(package: str, rounds: int) -> float:
-    """Median CPU seconds beyond torch, each in a process of its own."""
-    timed = f"start = time.process_time()\nimport {package}\nprint(time.process_time() - start)"
-    lines = f"{TORCHVISION}\nimport time, torch\n{timed}"
-    command = [sys.executable, "-W", "ignore", "-c", lines]
-    texts = [subprocess.run(command, capture_output=True, text=True, check=True).stdout for _ in range(rounds)]
-    return statistics.median(float(text.split()[-1]) for text in texts)
-
-
-def lora_import_seconds(rounds: int) -> float:
-    """Median seconds of that part alone, from Python's own clock of imports."""
-    command = [sys.executable, "-X", "importtime", "-c", "import torch, lowrank_layers"]
-    found = []
-    for _ in range(rounds):
-        lines = subprocess.run(command, capture_output=True, text=True, check=True).stderr.splitlines()
-        (line,) = [line for line in lines if line.split("|")[-1].strip() == "lowrank_layers.lora"]
-        found.append(1e-6 * float(line.split("|")[1]))
-    return statistics.median(found)
-
-
 class Projections(nn.Module):
     """Query, key and value, which read the same tensor."""
 
@@ -255,7 +231,7 @@ RATES = {"Adam": (1e-3, 3e-3, 1e-2, 3e-2), "SGD": (1e-2, 3e-2, 1e-1)}
 
 def init_rows(args: argparse.Namespace) -> list[list[object]]:
     """The loss after 50 steps on the even digits, for every init and learning rate."""
-    (x, y, odd), seeds = digits(), range(1 if args.smoke else 5)
+    (x, y, odd), seeds, steps = digits(), range(1 if args.smoke else 5), 2 if args.smoke else 50
     bases = [pretrained(seed, args) for seed in seeds]
     before = [model(x).detach() for model in bases]
     rows: list[list[object]] = []
@@ -272,7 +248,7 @@ def init_rows(args: argparse.Namespace) -> list[list[object]]:
                     start = lr.LoRAGA(gradients) if init == "LoRA-GA" else init
                     lr.add_lora_(model, rank=8, alpha=8, init=start, seed=seed)
                     optimizer = OPTIMIZERS[kind](lr.lora_parameters(model), lr=rate)
-                    found.append(train(model, optimizer, x[~odd], y[~odd], 50))
+                    found.append(train(model, optimizer, x[~odd], y[~odd], steps))
                     with lr.lora_disabled(model):
                         same &= torch.equal(model(x), out)
                 losses[init, rate] = statistics.median(found)
@@ -286,19 +262,23 @@ def init_rows(args: argparse.Namespace) -> list[list[object]]:
 def extraction_rows(args: argparse.Namespace) -> list[list[object]]:
     """How much of what a full fine-tune gains in loss its extracted adapters gain."""
     (x, y, odd), rows = digits(), []
-    for steps in (50, 300):
-        for rank in (1, 2, 4, 8):
-            shares, energies = [], []
-            for seed in range(1 if args.smoke else 5):
-                base = pretrained(seed, args)
-                tuned = copy.deepcopy(base)
-                end = train(tuned, torch.optim.Adam(tuned.parameters(), lr=3e-3), x[~odd], y[~odd], steps)
-                found = lr.extract_lora(base, tuned, rank=rank)
-                energies.append(min(each.energy for each in found.values()))
+    ranks = (1, 2, 4, 8)
+    for steps in (5,) if args.smoke else (50, 300):
+        found: dict[int, list[tuple[float, float]]] = {rank: [] for rank in ranks}
+        for seed in range(1 if args.smoke else 5):
+            base = pretrained(seed, args)
+            tuned = copy.deepcopy(base)
+            end = train(tuned, torch.optim.Adam(tuned.parameters(), lr=3e-3), x[~odd], y[~odd], steps)
+            with torch.no_grad():
+                start = float(F.cross_entropy(base(x[~odd]), y[~odd]))
+            for rank in ranks:
+                extracted = lr.extract_lora(base, tuned, rank=rank)
                 with torch.no_grad():
-                    start = float(F.cross_entropy(base(x[~odd]), y[~odd]))
-                    reached = float(F.cross_entropy(found.apply_(base)(x[~odd]), y[~odd]))
-                shares.append((start - reached) / (start - end))
+                    reached = float(F.cross_entropy(extracted.apply_(copy.deepcopy(base))(x[~odd]), y[~odd]))
+                energy = min(each.energy for each in extracted.values())
+                found[rank].append(((start - reached) / (start - end), energy))
+        for rank, pairs in found.items():
+            shares, energies = zip(*pairs, strict=True)
             rows.append([steps, rank, f"{min(shares):.2%}", f"{statistics.median(shares):.2%}", f"{min(energies):.1%}"])
     return rows
 
@@ -311,9 +291,6 @@ def run(args: argparse.Namespace) -> str:
     width, rank = (32, 2) if args.smoke else (1024, 8)
     dropped = dropout_rows(width, rank, args)
     mixed = [row for tokens in (1, 16) for row in mixed_rows(width, rank, tokens, args)]
-    rounds = 1 if args.smoke else 5
-    imports = [[name, f"{import_seconds(name, rounds):.2f}"] for name in ("lowrank_layers", "peft")]
-    imports.insert(0, ["the part lowrank_layers.lora", f"{lora_import_seconds(rounds):.2f}"])
     return "\n\n".join(
         [
             "CPU seconds of the process, medians of runs in turn; in brackets the median ratio to the frozen layer.",
@@ -330,9 +307,6 @@ def run(args: argparse.Namespace) -> str:
             "## Recompiles",
             "Graphs compiled anew by a compiled model.",
             markdown_table(["change", "ours", "PEFT"], recompile_rows()),
-            "## Import",
-            "CPU seconds beyond torch.",
-            markdown_table(["package", "s"], imports),
             "## Starting from singular vectors",
             "An MLP 64-128-16 that knows the odd digits (scikit-learn's, 8 x 8) learns the even ones with adapters of"
             " rank 8 (the setting of Meng et al., 2024): cross entropy after 50 steps, full batch, medians of five"

@@ -319,7 +319,3 @@ def test_a_layer_that_fails_half_way_leaves_the_model_whole(monkeypatch):
         with pytest.raises(lr.LowRankError, match=r"'fc1': the decomposition"):
             lr.factorize_(net, plan, data=data)
         assert all(torch.equal(before[k], v) for k, v in net.state_dict().items())
-
-
-def test_there_are_at_least_sixty():
-    assert len(VALUES) + len(ON_A_MODEL) >= 60
