@@ -63,12 +63,6 @@ def add_lora_(
             integer is lowered to what it has, with a warning that names the layers.
         alpha: the product is scaled by ``alpha / rank``; ``None`` is ``rank``, a scale of one.
         name: of the adapter; several coexist.
-        dropout: on the input of ``A``, in training. Where a weight is read instead of called it cannot be applied.
-        init: ``"kaiming"`` (the usual one: ``B`` is zero; of an embedding ``A``, so that only rows that occur learn),
-            ``"gaussian"``, ``"orthogonal"``, ``"pissa"`` or ``"olora"``; :class:`EVA` or :class:`CorDA`, which look at
-            the inputs, :class:`LoRAGA`, which looks at the gradients, or :class:`LoftQ`, which restores what quantizing
-            took; or your own :class:`LoRAInit`. PiSSA, OLoRA, CorDA and LoRA-GA start from a product that is not zero,
-            which is taken off again: the base is never touched.
         exclude: what to leave out of the target, in the same ways.
         modules_to_save: names, or ends of names, of modules that this adapter trains whole, such as a new classifier:
             it gets a copy of each, which is used, switched, saved and taken off with the adapter. The base keeps its
@@ -76,6 +70,12 @@ def add_lora_(
         trainable_tokens: indices of tokens whose rows of the input embedding this adapter trains, as it does the rest:
             a list, or lists by the names of embeddings or heads. A tied head sees the same rows. ``target=[]`` trains
             nothing else.
+        dropout: on the input of ``A``, in training. Where a weight is read instead of called it cannot be applied.
+        init: ``"kaiming"`` (the usual one: ``B`` is zero; of an embedding ``A``, so that only rows that occur learn),
+            ``"gaussian"``, ``"orthogonal"``, ``"pissa"`` or ``"olora"``; :class:`EVA` or :class:`CorDA`, which look at
+            the inputs, :class:`LoRAGA`, which looks at the gradients, or :class:`LoftQ`, which restores what quantizing
+            took; or your own :class:`LoRAInit`. PiSSA, OLoRA, CorDA and LoRA-GA start from a product that is not zero,
+            which is taken off again: the base is never touched.
         rank_pattern: ranks for the modules or parameters of these names or ends of names; also rules.
         alpha_pattern: likewise alpha.
         rslora: scales by ``alpha / sqrt(rank)`` (Kalajdzievski, 2023).
