@@ -21,6 +21,7 @@ RESULTS = {
     "kv_quality": "kv_quality",
     "layers": "layers",
     "lora": "lora",
+    "make_plan": "make_plan",
     "nmf": "nmf",
     "projection": "projection",
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ TRIMMED = 0.01
 """Fraction of a layer's singular directions that may be outliers."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Candidate:
     """A dense layer and what is known of it: what a :class:`Method` is given.
 
@@ -53,6 +54,11 @@ class Candidate:
     def before(self) -> Cost:
         """Cost of the dense layer."""
         return self.cost_model.cost(self.module, self.stats)
+
+    @cached_property
+    def prices(self) -> dict[tuple[Any, Any], Cost]:
+        """Costs of the factored layers that methods have asked for, by method and rank."""
+        return {}
 
     @property
     def has_bias(self) -> bool:

@@ -78,8 +78,10 @@ def factored_like(method: Method, module: nn.Module, rank: Any, bias: bool) -> F
 
 def factored_cost(method: Method, layer: Candidate, rank: Any) -> Cost:
     """The cost of the layer that :meth:`Method.build` would return, without building it."""
-    twin = factored_like(method, meta_twin(layer.module), rank, layer.has_bias)
-    return layer.cost_model.cost(twin, layer.stats)
+    if (method, rank) not in layer.prices:
+        twin = factored_like(method, meta_twin(layer.module), rank, layer.has_bias)
+        layer.prices[method, rank] = layer.cost_model.cost(twin, layer.stats)
+    return layer.prices[method, rank]
 
 
 def factored_costs(method: Method, layer: Candidate, ranks: Sequence[Any]) -> list[Cost]:

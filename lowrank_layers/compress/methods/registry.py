@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import fields, replace
 from typing import Any, cast
 
@@ -97,14 +96,10 @@ def settings_of(method: Any) -> dict[str, Any]:
     """
     settings = {field.name: getattr(method, field.name) for field in fields(method) if field.init}
     for name, value in settings.items():
-        try:
-            plain = as_tuples(json.loads(json.dumps(value))) == as_tuples(value)
-        except (TypeError, ValueError):
-            plain = False
-        if not plain:
+        if not _is_plain(value):
             raise LowRankError(
-                f"{type(method).__name__}: got {name}={value!r}, expected numbers, strings, None, or tuples and"
-                " dictionaries of them, which a plan's file can hold."
+                f"{type(method).__name__}: got {name}={value!r}, expected a number, a string, None or a tuple of them,"
+                " which a plan's file can hold."
             )
     return settings
 
@@ -130,9 +125,14 @@ def with_settings(name: str, settings: dict[str, Any]) -> Method:
 
 def as_tuples(value: Any) -> Any:
     """Plain values with tuples for lists, as a frozen method holds them."""
-    if isinstance(value, (list, tuple)):
-        return tuple(map(as_tuples, value))
-    return {key: as_tuples(each) for key, each in value.items()} if isinstance(value, dict) else value
+    return tuple(map(as_tuples, value)) if isinstance(value, list) else value
+
+
+def _is_plain(value: object) -> bool:
+    """Whether a value is the same after a round trip through JSON, lists read as tuples."""
+    if isinstance(value, tuple):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, (bool, int, float, str))
 
 
 def _path(method: Method) -> tuple[str, str]:
