@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..cost import Cost
-from ..errors import LowRankError
 from ..layers import layer_cost, layer_writes
 from ..layers.config import Spec, blank
 from .methods import METHODS, Method, factored_like
@@ -80,7 +79,11 @@ class Entry:
 
 
 def read_entry(raw: dict[str, Any]) -> Entry:
-    """Returns the entry that a plan's file holds as plain values."""
+    """The entry that a plan's file holds as plain values.
+
+    Raises:
+        LowRankError: if its method is not registered.
+    """
     shape = raw["input_shape"]
     values = {
         **raw,
@@ -88,10 +91,10 @@ def read_entry(raw: dict[str, Any]) -> Entry:
         "before": Cost(**raw["before"]),
         "after": Cost(**raw["after"]),
         "input_shape": None if shape is None else tuple(shape),
-        "settings": as_tuples(raw["settings"]),
+        "settings": {key: as_tuples(value) for key, value in raw["settings"].items()},
     }
-    if raw["method"] != DENSE and raw["method"] not in METHODS:
-        raise LowRankError(f"{raw['name']!r}: got method {raw['method']!r}, expected one of {list(METHODS)}.")
+    if raw["method"] != DENSE:
+        with_settings(raw["method"], values["settings"])  # raises where no such method is registered
     if raw["error"] is not None and not math.isfinite(raw["error"]):
         raise TypeError("error is not finite")
     return Entry(**values)

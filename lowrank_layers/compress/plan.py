@@ -206,9 +206,11 @@ class Plan(PlannedLayers):
                 total=Cost(**body["total"]),
                 settings=body["settings"],
             )
-            plan.damping  # noqa: B018 - refuses what is no damping
+            plan.damping  # noqa: B018 - raises for what is no damping
             return plan
-        except (KeyError, TypeError, AttributeError, LowRankError) as error:
+        except LowRankError as error:
+            raise LowRankError(f"{name}: {error}") from None
+        except (KeyError, TypeError, AttributeError) as error:
             raise LowRankError(f"{name}: is damaged: {type(error).__name__}: {error}") from None
 
 

@@ -4,6 +4,7 @@ from .base import (
     Method as Method,
     Option as Option,
     factored_cost as factored_cost,
+    factored_costs as factored_costs,
     factored_like as factored_like,
     layer_for as layer_for,
 )

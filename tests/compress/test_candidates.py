@@ -1,0 +1,75 @@
+"""Everything about one layer is computed once while a plan is made, and little of it is kept."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import lowrank_layers as lr
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    parts = (nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(288, 10))
+    return nn.Sequential(*parts)
+
+
+@pytest.fixture
+def stats(model) -> lr.Statistics:
+    return lr.calibrate(model, [torch.randn(40, 3, 8, 8)], loss=lr.SampledCrossEntropy())
+
+
+def test_moments_and_costs_are_computed_once_per_layer(model, stats, monkeypatch):
+    """All methods compete, and the units and the errors of the plan ask for the energies again."""
+    calls = {"centred moments": 0, "dense costs": 0}
+    addr, cost = torch.addr, lr.CountedCost.cost
+
+    def counted_addr(*args, **kwargs):
+        calls["centred moments"] += 1
+        return addr(*args, **kwargs)
+
+    def counted_cost(self, layer, known):
+        calls["dense costs"] += not isinstance(layer, lr.FactoredModule)
+        return cost(self, layer, known)
+
+    monkeypatch.setattr(torch, "addr", counted_addr)
+    monkeypatch.setattr(lr.CountedCost, "cost", counted_cost)
+    plan = lr.make_plan(model, lr.Budget(params=0.5), stats=stats, units="trimmed", methods=list(lr.METHODS.values()))
+    assert len(plan) == 3
+    # the cost model prices a layer once; the model's total counts every layer twice more
+    assert calls == {"centred moments": 3, "dense costs": 9}
+
+
+def test_what_is_cached_for_all_layers_at_once_is_small(model, stats):
+    layer = lr.Candidate(model[4], stats["4"])
+    energy, tails = layer.energy, layer.tails
+    assert "problems" in vars(layer)
+    layer.release()
+    assert "problems" not in vars(layer)
+    assert sum(values.numel() for values in tails) == 11
+    assert (layer.energy, layer.tails) == (energy, tails)
+    assert layer.problems[0].energy == pytest.approx(energy, rel=1e-12)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(6, 20), (20, 6), (7, 7)])
+@pytest.mark.parametrize("known", ["nothing", "inputs", "gradients"])
+def test_the_spectrum_is_that_of_the_weighted_matrix(rows, columns, known):
+    """The Gram matrix of the smaller side, made without the other side's root, against LAPACK's singular values."""
+    layer = nn.Linear(columns, rows)
+    stats = None
+    if known != "nothing":
+        loss = lr.SampledCrossEntropy() if known == "gradients" else None
+        x = torch.randn(100, columns) @ torch.randn(columns, columns) + 1
+        stats = lr.calibrate(nn.Sequential(layer, nn.ReLU(), nn.Linear(rows, 4)), [x], loss=loss)["0"]
+    (problem,) = lr.Candidate(layer, stats).problems
+    expected = torch.linalg.svdvals(problem.matrix)
+    assert torch.allclose(problem.singular_values, expected, rtol=1e-6, atol=1e-7 * float(expected[0]))
+    assert problem.energy == pytest.approx(0.5 * problem.scale * float(expected.square().sum()), rel=1e-10)
+    assert float(problem.tails[0]) == pytest.approx(problem.energy, rel=1e-10)
+
+
+def test_statistics_of_another_model_are_refused():
+    stats = lr.calibrate(nn.Sequential(nn.Linear(6, 4)), [torch.randn(10, 6)])["0"]
+    with pytest.raises(lr.LowRankError, match="got statistics of 6 inputs for a layer of 5"):
+        lr.Candidate(nn.Linear(5, 4), stats).problems  # noqa: B018

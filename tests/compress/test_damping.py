@@ -1,0 +1,69 @@
+"""Damping is a setting of the plan: it weights the estimates, and the layers that are built."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import lowrank_layers as lr
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    return nn.Sequential(nn.Linear(24, 32), nn.Tanh(), nn.Linear(32, 10))
+
+
+@pytest.fixture
+def stats(model) -> lr.Statistics:
+    return lr.calibrate(model, [torch.randn(200, 24) @ torch.randn(24, 24)], loss=lr.SampledCrossEntropy())
+
+
+def test_under_infinitely_strong_damping_the_plain_weight_is_approximated(model, stats):
+    strong = lr.Damping(inputs=1e12, outputs=1e12)
+    plan = lr.make_plan(model, rank=5, stats=stats, damping=strong)
+    plain = lr.factorize_(copy.deepcopy(model), lr.make_plan(model, rank=5))
+    built = lr.factorize_(copy.deepcopy(model), plan, stats=stats)
+    default = lr.factorize_(copy.deepcopy(model), lr.make_plan(model, rank=5, stats=stats), stats=stats)
+    for k in (0, 2):
+        assert torch.allclose(built[k].weight, plain[k].weight, atol=1e-5)
+        assert not torch.allclose(default[k].weight, plain[k].weight, atol=1e-3)
+
+
+def test_the_weighted_problem_has_the_ridges(model, stats):
+    def moments(damping):
+        (problem,) = lr.Candidate(model[0], stats["0"], damping=damping).problems
+        return problem.inputs.matrix, problem.outputs.matrix
+
+    found, plain = moments(lr.Damping(inputs=0.5, outputs=0.25)), moments(lr.Damping(inputs=0, outputs=0))
+    for share, damped, raw in zip((0.5, 0.25), found, plain, strict=True):
+        assert torch.allclose(damped, raw + share * raw.diagonal().mean() * torch.eye(len(raw), dtype=raw.dtype))
+
+
+def test_the_plan_keeps_it_in_its_file(model, stats, tmp_path):
+    plan = lr.make_plan(model, lr.Budget(params=0.5), stats=stats, damping=lr.Damping(inputs=0.01))
+    plan.save(tmp_path / "plan.json")
+    assert lr.Plan.load(tmp_path / "plan.json").damping == lr.Damping(inputs=0.01, outputs=0.1)
+    assert lr.make_plan(model, lr.Budget(params=0.5), stats=stats).damping == lr.Damping()
+
+
+@pytest.mark.parametrize("damage", [{"inputs": -1}, {"inputs": "much"}, {"surprise": 1}])
+def test_a_file_with_another_damping_is_refused(model, stats, damage):
+    body = json.loads(lr.make_plan(model, lr.Budget(params=0.5), stats=stats).to_json())
+    body["settings"]["damping"] = damage
+    with pytest.raises(lr.LowRankError, match="plan: "):
+        lr.Plan.from_json(json.dumps(body))
+
+
+@pytest.mark.parametrize("value", [-1e-3, float("nan"), float("inf"), True, "much", None])
+def test_a_ridge_is_a_finite_number_that_is_not_negative(value):
+    with pytest.raises(lr.LowRankError, match="Damping: got outputs="):
+        lr.Damping(outputs=value)
+
+
+def test_a_number_is_no_damping(model):
+    with pytest.raises(lr.LowRankError, match=r"got damping=0\.1, expected a Damping"):
+        lr.make_plan(model, lr.Budget(params=0.5), damping=0.1)
