@@ -1,4 +1,4 @@
-"""What a fine-tune changed, as adapters of the base."""
+"""Extracting the change that fine-tuning made as adapters of the base."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ class Extracted:
     Args:
         a: ``A``.
         b: ``B``.
-        rank: of their product, for a stack of matrices of each.
-        energy: how much of the squared change they hold, in [0, 1].
-        change: the change's norm relative to the weight's.
+        rank: rank of their product; of a stack of matrices, of each.
+        energy: fraction of the squared change that they hold, in [0, 1].
+        change: norm of the change relative to that of the weight.
     """
 
     a: Tensor
@@ -40,7 +40,9 @@ class Extracted:
 
 
 class Extraction(dict[tuple[str, str], Extracted]):
-    """What :func:`extract_lora` found, by module and parameter: prints as a table, and becomes adapters of the base.
+    """The low-rank changes that :func:`extract_lora` found, by names of module and parameter.
+
+    Prints as a table, and becomes adapters of the base.
 
     Examples:
         >>> base, tuned = nn.Sequential(nn.Linear(8, 8)), nn.Sequential(nn.Linear(8, 8))
@@ -53,15 +55,22 @@ class Extraction(dict[tuple[str, str], Extracted]):
     """
 
     def apply_(self, model: nn.Module, name: str = "extracted") -> nn.Module:
-        """Adds them to the base as an adapter of that name, in place; returns the model.
+        """Adds the changes to the base as an adapter, in place.
+
+        Args:
+            model: the base, or another model with the same weights' names and shapes.
+            name: name of the adapter.
+
+        Returns:
+            The model.
 
         Raises:
-            LowRankError: if the model has not these weights, or an adapter of that name; nothing changes then.
+            LowRankError: if the model lacks one of the weights, or has an adapter of that name; nothing changes then.
         """
         check_model(model)
         if not name or "." in name:
             raise LowRankError(f"Extraction.apply_: got name {name!r}, expected one without dots.")
-        made = {_checked(model, *place, found, name): found for place, found in self.items()}
+        made = {_check_fits(model, key, found, name): found for key, found in self.items()}
         freeze_(model)
         for weight, found in made.items():
             # copies: an extraction may be applied to several models, which are trained apart
@@ -87,17 +96,17 @@ def extract_lora(
     energy: float | None = None,
     target: Target | None = None,
 ) -> Extraction:
-    """The best adapters of that rank for the difference of two models: its truncated SVD, weight by weight.
+    """Extracts the difference of two models as adapters of the first: the truncated SVD of each weight's change.
 
-    Biases, norms and whatever else is no matrix stay the base's. A weight that is tied in both models is decomposed
+    Biases, norms and whatever else is no matrix stay as in the base. A weight that is tied in both models is decomposed
     once, and every layer that has it gets the adapter; where it is tied in one model only, each layer gets its own
     change.
 
     Args:
-        base: the model before.
-        tuned: the same architecture after; neither is changed.
-        rank: an integer or a rule for every weight.
-        energy: instead of a rank: the part of the squared change to keep, in (0, 1].
+        base: the model before fine-tuning.
+        tuned: the same architecture after fine-tuning; neither is changed.
+        rank: rank of every adapter: an integer, or a rank rule.
+        energy: fraction of the squared change to keep, in (0, 1], in place of a rank.
         target: which weights, as in :func:`add_lora_`; by default all that changed.
 
     Raises:
@@ -106,34 +115,36 @@ def extract_lora(
     check_model(base)
     check_model(tuned)
     if (rank is None) == (energy is None):
-        raise LowRankError("extract_lora: expected either rank= or energy=.")
+        raise LowRankError(f"extract_lora: got rank={rank!r} and energy={energy!r}, expected one of them.")
     rule: Rank = Energy(energy) if energy is not None else rank  # type: ignore[assignment]
     found = Extraction()
     known: dict[tuple[object, object], tuple[Kind, Extracted]] = {}
-    for place in targets(base, target if target is not None else lambda *_: True):
-        key = place.name
-        weight, other = tensor_for(base, place), tensor_for(tuned, place)
-        if weight is None or other is None or weight.shape != other.shape:
-            raise LowRankError(f"extract_lora: {key!r} is not in both models with one shape; give two of one kind.")
-        change = other.to(weight.device).double() - weight.double()
+    for weight in targets(base, target if target is not None else lambda *_: True):
+        old, new = weight.values, tensor_for(tuned, weight)
+        if new is None or new.shape != old.shape:
+            raise LowRankError(
+                f"extract_lora: {weight.name!r} is not in both models with one shape; give two of one architecture."
+            )
+        change = new.to(old.device).double() - old.double()
         if not bool(torch.isfinite(change).all()):
             raise LowRankError(
-                f"extract_lora: the change of {key!r} has NaN or Inf entries; there is nothing to extract."
+                f"extract_lora: the change of {weight.name!r} has NaN or Inf entries; there is nothing to extract."
             )
         if not bool(change.any()):
             continue
-        kind = place.layout
-        pair = _identity(place), _identity(replace(place, module=tuned.get_submodule(place.owner)))
+        kind = weight.layout
+        pair = _identity(weight), _identity(replace(weight, module=tuned.get_submodule(weight.owner)))
         if pair not in known or not isinstance(kind, Matrix):
-            known[pair] = kind, _extract(weight, change, kind, rule, key)
-        found[place.owner, place.parameter] = _in_kind(kind, *known[pair])
+            known[pair] = kind, _extract(weight, change, rule)
+        found[weight.owner, weight.parameter] = _in_kind(kind, *known[pair])
     if not found:
         raise LowRankError("extract_lora: the two models have the same weights; there is nothing to extract.")
     return found
 
 
-def _checked(model: nn.Module, owner: str, parameter: str, found: Extracted, name: str) -> AdaptedWeight:
-    """The weight of a model that an extracted change belongs to, which must fit."""
+def _check_fits(model: nn.Module, key: tuple[str, str], found: Extracted, name: str) -> AdaptedWeight:
+    """The weight of a model that an extracted change belongs to, which must fit and have no such adapter."""
+    owner, parameter = key
     label = f"{owner}.{parameter}" if owner else parameter
     try:
         weight = AdaptedWeight(owner, parameter, model.get_submodule(owner))
@@ -164,19 +175,21 @@ def _in_kind(kind: Kind, first_kind: Kind, first: Extracted) -> Extracted:
     return replace(first, a=first.b.mT.contiguous(), b=first.a.mT.contiguous())
 
 
-def _extract(weight: Tensor, change: Tensor, kind: Kind, rule: Rank, key: str) -> Extracted:
-    stack = kind.matrix(change)
+def _extract(weight: AdaptedWeight, change: Tensor, rule: Rank) -> Extracted:
+    """The best approximation of a weight's change, of the rank that a rule gives."""
+    values = weight.values
+    stack = weight.layout.matrix(change)
     stack = stack if stack.ndim == 3 else stack[None]
     parts = [svd(matrix) for matrix in stack]
-    values = torch.stack([part.s for part in parts]).square().mean(0).sqrt()
+    energies = torch.stack([part.s for part in parts]).square().mean(0)
     rows, columns = stack.shape[1:]
     step = rows + columns
-    spectrum = Spectrum(values, (rows, columns), range(step, step * len(values) + 1, step), rows * columns, key)
-    rank = choose_rank(rule, spectrum, len(values))
+    sizes = range(step, step * len(energies) + 1, step)
+    spectrum = Spectrum(energies.sqrt(), (rows, columns), sizes, rows * columns, weight.name)
+    rank = choose_rank(rule, spectrum, len(energies))
     pairs = [part.truncate(rank).pair() for part in parts]
     b, a = (torch.stack(side) for side in zip(*pairs, strict=True))
-    a, b = kind.pair(weight, a, b)
-    kept = float(values[:rank].square().sum() / values.square().sum())
-    size = float(torch.linalg.vector_norm(change) / torch.linalg.vector_norm(weight.double()).clamp_min(1e-300))
-    a, b = (side.contiguous().to(weight.device, adapter_dtype(weight)) for side in (a, b))
-    return Extracted(a, b, rank, kept, size)
+    a, b = weight.layout.pair(values, a, b)
+    a, b = (side.contiguous().to(values.device, adapter_dtype(values)) for side in (a, b))
+    size = torch.linalg.vector_norm(change) / torch.linalg.vector_norm(values.double()).clamp_min(1e-300)
+    return Extracted(a, b, rank, float(energies[:rank].sum() / energies.sum()), float(size))

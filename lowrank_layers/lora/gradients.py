@@ -1,4 +1,4 @@
-"""The full gradient of every weight at the start: what LoRA-GA looks at."""
+"""The full gradients of a model's weights, from which LoRA-GA starts."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ def weight_gradients(
     target: Target | None = None,
     mask: MaskOf | None = None,
 ) -> dict[str, Tensor]:
-    """The gradient of the loss by every weight, averaged over batches, in fp32: for :class:`LoRAGA`.
+    """Returns the gradient of the loss with respect to every weight, averaged over batches, for :class:`LoRAGA`.
 
     Runs the model in eval mode on its own device; the train / eval flags, ``requires_grad`` and ``.grad`` are left as
-    they were. On an adapted model they are the gradients at base and adapters together.
+    they were. Of an adapted model the gradients are those at the weights with their adapters.
 
     Args:
-        model: any model; frozen weights have gradients here too, quantised and factored ones have none.
+        model: any model; frozen weights have gradients here too, quantized and factored ones have none.
         batches: tensors, tuples ``(inputs..., target)``, or dicts of keyword arguments (their ``"labels"`` are the
             target), as in :func:`calibrate`.
         loss: ``loss(output, target) -> scalar``.
-        target: of which weights, as in :func:`add_lora_`; by default of every matrix and kernel. All of them together
-            take four bytes a parameter.
+        target: which weights, as in :func:`add_lora_`; by default every matrix and kernel. Their gradients take four
+            bytes per parameter.
         mask: how the padding of a batch is found, as in :func:`calibrate`; masks that the model is called with are
             followed without it.
 
     Returns:
-        Gradients by the names of ``named_parameters``; a weight of several names has one under each. Weights that the
-        loss does not depend on are left out.
+        Gradients in fp32 by the names of ``named_parameters``; a tied weight has one under each of its names. Weights
+        that the loss does not depend on are left out.
 
     Raises:
         LowRankError: for no batches, batches of another kind, a loss that is no scalar, or gradients that are not
@@ -53,7 +53,8 @@ def weight_gradients(
         >>> {name: tuple(gradient.shape) for name, gradient in gradients.items()}
         {'0.weight': (16, 8), '2.weight': (4, 16)}
 
-    Wang et al., "LoRA-GA: Low-Rank Adaptation with Gradient Approximation", 2024, section 3.
+    Reference:
+        Wang et al., LoRA-GA: Low-Rank Adaptation with Gradient Approximation, NeurIPS 2024, section 3.
     """
     check_model(model, quantized=True)
     check_batches(batches, "weight_gradients")
@@ -86,11 +87,14 @@ def weight_gradients(
     names = _names(model)
     for key, mean in means.items():
         if not bool(torch.isfinite(mean).all()):
-            raise LowRankError(f"weight_gradients: that of {names[key][0]!r} has NaN or Inf; look at the batches.")
+            raise LowRankError(
+                f"weight_gradients: the gradient of {names[key][0]!r} has NaN or Inf; look at the batches."
+            )
     return {name: means[key] for key, own in names.items() if key in means for name in own}
 
 
 def _weights(model: nn.Module, target: Target | None) -> list[nn.Parameter]:
+    """The parameters that hold the weights of a target, each once."""
     found: dict[int, nn.Parameter] = {}
     for each in targets(model, (lambda *_: True) if target is None else target):
         weight = each.holder
@@ -102,7 +106,10 @@ def _weights(model: nn.Module, target: Target | None) -> list[nn.Parameter]:
 
 
 def _backward(loss: Tensor, weights: list[nn.Parameter]) -> list[Tensor | None]:
-    """The gradients of a loss, by a backward pass as reentrant checkpoints need it; scaled where some are in fp16."""
+    """The gradients of a loss in fp32; in fp16 the loss is scaled so that they neither vanish nor overflow.
+
+    Runs ``backward`` in place of ``torch.autograd.grad``, which reentrant checkpoints refuse.
+    """
 
     def run(scale: float, *, again: bool) -> list[Tensor | None]:
         for weight in weights:
@@ -121,16 +128,19 @@ def _backward(loss: Tensor, weights: list[nn.Parameter]) -> list[Tensor | None]:
 
 
 def _wide(gradient: Tensor) -> Tensor:
+    """A dense gradient in fp32."""
     return (gradient.to_dense() if gradient.is_sparse else gradient).float()
 
 
 def _plus(total: Tensor | None, gradient: Tensor | None) -> Tensor | None:
+    """The sum, in place; what is ``None`` counts as zero."""
     if gradient is None:
         return total
     return gradient if total is None else total.add_(gradient)
 
 
 def _names(model: nn.Module) -> dict[int, list[str]]:
+    """All names of each parameter, by its identity."""
     names: dict[int, list[str]] = defaultdict(list)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names[id(parameter)].append(name)

@@ -66,68 +66,70 @@ def loftq_(
         >>> bool((model[0].weight - weight).norm() < (to_eighths(weight) - weight).norm())
         True
 
-    Li et al., "LoftQ: LoRA-Fine-Tuning-Aware Quantization for Large Language Models", 2023, algorithm 1.
+    Reference:
+        Li et al., LoftQ: LoRA-Fine-Tuning-Aware Quantization for Large Language Models, ICLR 2024, algorithm 1.
     """
     check_model(model)
     check_integer(steps, "loftq_", "steps", 1)
-    places = targets(model, target)
+    weights = targets(model, target)
     owners = users_of(model)
-    for place in places:
-        _check_own(place, owners)
-        check_adaptable(place, name)
+    for weight in weights:
+        _check_dense(weight, owners)
+        check_adaptable(weight, name)
     check_rank(rank, "loftq_")
-    kept = {place: place.base.detach().clone() for place in places}
-    init = LoftQ({place.name: weight for place, weight in kept.items()})
+    originals = {weight: weight.values.clone() for weight in weights}
+    init = LoftQ({weight.name: original for weight, original in originals.items()})
     ranks: dict[str, int] = {}
     lowered: dict[str, int] = {}
     try:
-        for place, weight in kept.items():
-            place.values.copy_(_quantized(quantize, weight, place.name))
-            context = InitContext(place)
+        for weight, original in originals.items():
+            weight.values.copy_(_quantized(quantize, original, weight.name))
+            context = InitContext(weight)
             context = replace(context, rank=rank_for(rank, init, context, lowered))
-            place.values.copy_(_alternate(context, weight, quantize, steps))
-            ranks[place.name] = context.rank
+            weight.values.copy_(_alternate(context, original, quantize, steps))
+            ranks[weight.name] = context.rank
         add_lora_(model, target, 1, alpha, name=name, init=init, rank_pattern=ranks)
     except BaseException:
-        for place, weight in kept.items():
-            place.base.detach().copy_(weight)
+        for weight, original in originals.items():
+            weight.values.copy_(original)
         raise
     note_lowered(lowered, "loftq_", 3)
     return model
 
 
-def _check_own(adapted: AdaptedWeight, owners: dict[int, list[tuple[str, nn.Module]]]) -> None:
-    module, label, weight = adapted.module, adapted.name, adapted.holder
-    if weight is None:
+def _check_dense(weight: AdaptedWeight, owners: dict[int, list[tuple[str, nn.Module]]]) -> None:
+    """Raises if a weight cannot be quantized in place: it is a product of factors, or tied to another module's."""
+    if weight.holder is None:
         raise LowRankError(
-            f"loftq_: {label!r} is a {type(module).__name__}, whose weight is a product; quantize its factors."
+            f"loftq_: {weight.name!r} is a {type(weight.module).__name__}, whose weight is a product; quantize its"
+            " factors."
         )
-    others = [other for other, owner in owners[id(weight)] if owner is not module]
+    others = [other for other, owner in owners[id(weight.holder)] if owner is not weight.module]
     if others:
         raise LowRankError(
-            f"loftq_: the weight of {label!r} is tied to {', '.join(map(repr, others))}, which quantizing would change;"
-            " choose another target."
+            f"loftq_: the weight of {weight.name!r} is tied to {', '.join(map(repr, others))}, which quantizing would"
+            " change; choose another target."
         )
 
 
-def _alternate(context: InitContext, weight: Tensor, quantize: Quantize, steps: int) -> Tensor:
+def _alternate(context: InitContext, original: Tensor, quantize: Quantize, steps: int) -> Tensor:
     """The quantized weight that leaves least when its best correction is added.
 
     Args:
-        context: the layer, whose weight is quantized already, and the rank of the correction.
-        weight: the weight before.
-        quantize: what rounds it.
+        context: the weight, which is quantized already, and the rank of the correction.
+        original: the weight before it was quantized.
+        quantize: the function that quantizes.
         steps: number of turns, the first included.
     """
-    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    wide = original.to(torch.promote_types(original.dtype, torch.float32))
     layout, value = context.weight.layout, context.weight.values
     correction = torch.zeros_like(wide)
-    best, least = weight, float("inf")
+    best, least = original, float("inf")
     for step in range(steps):
         if step:
-            value = _quantized(quantize, (wide - correction).to(weight.dtype), context.weight.name)
+            value = _quantized(quantize, (wide - correction).to(original.dtype), context.weight.name)
         up, values, down = leading_triplets(layout.matrix(wide - value), context.rank)
-        correction = layout.product(*layout.pair(weight, down, up * values[..., None, :]))
+        correction = layout.product(*layout.pair(original, down, up * values[..., None, :]))
         left = float(torch.linalg.vector_norm(wide - value - correction))
         if left < least:
             best, least = value, left
@@ -135,6 +137,7 @@ def _alternate(context: InitContext, weight: Tensor, quantize: Quantize, steps: 
 
 
 def _quantized(quantize: Quantize, weight: Tensor, label: str) -> Tensor:
+    """The quantized weight, in its own dtype, once it is sure that it is one."""
     value = quantize(weight.clone())
     if not isinstance(value, Tensor) or value.shape != weight.shape or not bool(torch.isfinite(value).all()):
         got = f"NaN, Inf or shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
