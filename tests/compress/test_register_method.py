@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import lowrank_layers as lr
 from lowrank_layers.compress.methods import factored_costs
 from lowrank_layers.layers import FACTORED_LAYERS
-from lowrank_layers.layers.base import adopt, fill
+from lowrank_layers.layers.conversion import adopt, fill
 
 
 def define_layer() -> type[lr.FactoredModule]:
