@@ -34,5 +34,5 @@ def test_equal_to_galore_torch(refresh, decay, monkeypatch):
         monkeypatch.setattr(library.galore_projector.GaLoreProjector, "get_orthogonal_matrix", same_signs)
     train(model, optimizer, 10)
     train(other, library.GaLoreAdamW(groups, no_deprecation_warning=True, **settings), 10)
-    # they decay after the step and torch before it: a difference of lr * decay * lr a step
+    # they decay after the step and torch before it: a difference of lr * decay * lr per step
     same(model, other, 1e-6 if decay == 0 else 1e-4)

@@ -79,11 +79,11 @@ def test_a_refusal_leaves_the_optimizer():
 
 
 def test_sparse_gradients_are_refused_before_anything_changes():
-    table = nn.Embedding(20, 12, sparse=True)
+    embedding = nn.Embedding(20, 12, sparse=True)
     other = one()
     before = other.detach().clone()
-    optimizer = lr.LowRankProjection(torch.optim.SGD([other, table.weight], lr=0.1), rank=4)
-    table(torch.tensor([1, 2])).sum().backward()
+    optimizer = lr.LowRankProjection(torch.optim.SGD([other, embedding.weight], lr=0.1), rank=4)
+    embedding(torch.tensor([1, 2])).sum().backward()
     with pytest.raises(lr.LowRankError, match="sparse=False"):
         optimizer.step()
     assert torch.equal(other, before)
