@@ -132,7 +132,7 @@ class LowRankCommState(LowRankReducer):
         Returns:
             The factors; ``None`` before the first compressed step, and for a gradient that is no compressed matrix.
         """
-        memory = self.memories.get(self._names.get(parameter, ""))
+        memory = self._memories.get(self._names.get(parameter, ""))
         if memory is None or memory.last_factors is None or parameter.ndim != 2:
             return None
         left, right = memory.last_factors
@@ -144,7 +144,7 @@ class LowRankCommState(LowRankReducer):
         compress = self.step >= self.settings.start_step and (fallback is None or fallback.compress_next)
         measures = fallback is not None and fallback.compress is None
         self._current = Step(self.step, self._loss_scale(), compress)
-        self._uses_thread = compress or measures or bool(self.memories) or self.collectives.node_group is not None
+        self._uses_thread = compress or measures or bool(self._memories) or self.collectives.node_group is not None
 
     def _all_reduce(self, buffer: Tensor) -> Future[Tensor]:
         """Averages a bucket as DDP does without a hook: asynchronously, and without the thread."""

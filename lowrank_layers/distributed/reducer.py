@@ -63,7 +63,7 @@ class LowRankReducer:
         self.settings, self.collectives, self.scaler = settings, collectives, scaler
         self.model = model.module if isinstance(model, DistributedDataParallel) else model
         self.step = 0
-        self.memories: dict[str, GradientMemory] = {}
+        self._memories: dict[str, GradientMemory] = {}
         self._ranks = RankSelection(settings)
         self._powersgd = PowerSGD(settings, collectives)
         self._stats = CommStats()
@@ -78,7 +78,7 @@ class LowRankReducer:
             LowRankError: without ``model``, or before ``init_process_group``.
         """
         self._require_model("state_dict")
-        memories = self.memories
+        memories = self._memories
         if not memories:  # so that torch.distributed.checkpoint has tensors to load into
             new = {name: self._new_memory(name, p) for name, p in self._parameters().items() if p.requires_grad}
             memories = {name: memory for name, memory in new.items() if memory is not None}
@@ -104,7 +104,7 @@ class LowRankReducer:
                 "load_state_dict: this state has no ranks, and a rule gave them. torch.distributed.checkpoint loads"
                 " only what a fresh state_dict() has; load with torch.load or safetensors."
             )
-        self.step, self._ranks.chosen, self._ranks.spent, compress, self.memories = snapshot
+        self.step, self._ranks.chosen, self._ranks.spent, compress, self._memories = snapshot
         if self.fallback is not None:
             self.fallback.compress = compress
 
@@ -114,7 +114,7 @@ class LowRankReducer:
         Under ``layers``, by parameter name: its rank, the bytes per step and how many times fewer than in fp32 they
         are, the norm of the error, the bytes that are remembered, and the seconds that its products took.
         """
-        layers = {name: self._layer_stats(memory) for name, memory in self.memories.items()}
+        layers = {name: self._layer_stats(memory) for name, memory in self._memories.items()}
         return {"steps": self.step, **self._stats.summary(self.collectives.stopwatch.seconds), "layers": layers}
 
     def _layer_stats(self, memory: GradientMemory) -> dict[str, float]:
@@ -170,17 +170,17 @@ class LowRankReducer:
 
     def _average_whole(self, bucket: Tensor, named: Sequence[tuple[str, Tensor]], step: Step) -> int:
         """Averages a bucket uncompressed, together with the errors that are left; returns the bytes sent."""
-        left = [(name, gradient) for name, gradient in named if name in self.memories]
+        left = [(name, gradient) for name, gradient in named if name in self._memories]
         for name, gradient in left:
-            self.memories[name].rescale(step.loss_scale)
-            gradient.add_(unmatricize(self.memories[name].error, gradient.shape))
+            self._memories[name].rescale(step.loss_scale)
+            gradient.add_(unmatricize(self._memories[name].error, gradient.shape))
         narrow = bucket.to(self._whole_dtype(bucket))
         self.collectives.mean_(narrow)
         if narrow is not bucket:
             bucket.copy_(narrow)
         if left and bool(torch.isfinite(bucket).all()):
             for name, _ in left:
-                del self.memories[name]
+                del self._memories[name]
         return narrow.nbytes
 
     def _whole_dtype(self, bucket: Tensor) -> torch.dtype:
@@ -189,14 +189,14 @@ class LowRankReducer:
 
     def _memory(self, name: str, gradient: Tensor, step: Step) -> GradientMemory | None:
         """The memory of a gradient; ``None`` where it is not compressed."""
-        if name not in self.memories:
+        if name not in self._memories:
             new = self._new_memory(name, gradient)
             if new is None:
                 return None
             new.scale = step.loss_scale
-            self.memories[name] = new
-        self.memories[name].rescale(step.loss_scale)
-        return self.memories[name]
+            self._memories[name] = new
+        self._memories[name].rescale(step.loss_scale)
+        return self._memories[name]
 
     def _new_memory(self, name: str, gradient: Tensor) -> GradientMemory | None:
         rank = self._ranks.rank_of(name, gradient)
