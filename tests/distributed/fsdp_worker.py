@@ -63,13 +63,13 @@ def sharded(model: nn.Module, mesh: DeviceMesh, **more: Any) -> nn.Module:
 
 
 def build(make: Any, mesh: DeviceMesh | None, **more: Any) -> nn.Module:
-    """Over shards alone with a mesh of two dimensions' second, over both without replicas of their own."""
+    """A sharded model with seeded weights: over a mesh of shards for ours, of replicas and shards for native HSDP."""
     torch.manual_seed(0)
     return sharded(make(), mesh, **more)
 
 
 def task(step: int, rank: int, size: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which feature is the greatest."""
+    """Inputs, and the index of the largest feature as the class."""
     x = torch.randn(size, 4, 12, generator=torch.Generator().manual_seed(1000 * step + rank))
     return x, x[..., :5].argmax(-1)
 
@@ -89,7 +89,7 @@ def learn(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> lis
 
 
 def full(model: nn.Module, *, gradients: bool = False) -> dict[str, torch.Tensor | None]:
-    """Whole parameters or gradients."""
+    """Unsharded parameters or gradients, by name."""
     found: dict[str, torch.Tensor | None] = {}
     for name, p in model.named_parameters():
         tensor = p.grad if gradients else p.detach()
@@ -146,7 +146,7 @@ class Cases:
         return {"native": full(native), "ours": found}
 
     def variants(self) -> dict[str, Any]:
-        """Other ways that have to learn, and to keep replicas equal."""
+        """Other settings, which have to learn and to keep replicas equal."""
         bf16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         ways = {
             "alternate": (None, {"alternate": True}),
@@ -171,7 +171,7 @@ class Cases:
         return state.stats()
 
     def start(self) -> dict[str, Any]:
-        """Replicas that began apart."""
+        """Replicas that start with different weights."""
         torch.manual_seed(self.replica)
         model = nn.Sequential(nn.Linear(12, 9), nn.BatchNorm1d(9)).bfloat16()
         model[1].running_mean.fill_(self.replica)
@@ -218,7 +218,7 @@ class Cases:
         return found
 
     def not_finite(self) -> dict[str, Any]:
-        """In the second step, and in one replica only."""
+        """A gradient that is not finite, in the second step and in one replica only."""
         model, state = self.ours(transformer)
         remembered, gradients = [], []
         for step in range(3):

@@ -16,14 +16,14 @@ from .cases import batches, difference, errors, flat, lost, made, train, wrap
 EXACT, TIGHT = 0.0, 1e-5
 
 
-def case_unused_parameter_is_owed(rank: int) -> dict[str, float]:
+def case_unused_parameters_keep_their_errors(rank: int) -> dict[str, float]:
     return {
         "rank 1": lost(rank, {"rank": 1}, branch=True),
         "alternate": lost(rank, {"rank": 1, "alternate": True}, branch=True),
     }
 
 
-def test_unused_parameter_is_owed(seen):
+def test_unused_parameters_keep_their_errors(seen):
     assert all(part < TIGHT for process in seen for part in process.values())
 
 
@@ -103,7 +103,7 @@ def test_non_finite(seen):
 
 
 def case_halved_scale(rank: int) -> list[float]:
-    """The gradient, unscaled, of the step after; without a change of scale and with one."""
+    """Norms of the unscaled gradient after a step in which the scale stays, and in which it is halved."""
     norms = []
     for factor in (1.0, 0.5):
         scaler = torch.amp.GradScaler("cpu", init_scale=65536.0, growth_interval=1000)
@@ -156,7 +156,7 @@ def case_units(rank: int) -> dict[str, Any]:
 
 
 def test_units(seen):
-    """Squares of gradients of 1e18 or 1e-30 are not in fp32."""
+    """The squares of gradients of 1e18 or 1e-30 overflow or vanish in fp32."""
     for process in seen:
         for name, got in process.items():
             assert max(got["off"].values()) < 1e-4, (name, got)

@@ -12,7 +12,7 @@ from . import fsdp_worker
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """Of each case, from each process."""
+    """The results of each case, a list with one per process."""
     folder = tmp_path_factory.mktemp("fsdp")
     found = run_processes(fsdp_worker.run, folder, world=fsdp_worker.WORLD, seconds=180, timeout=60)
     return {case: [one[case] for one in found] for case in fsdp_worker.CASES}

@@ -33,7 +33,7 @@ def plainly(kind: Callable[[], nn.Module], **ddp: Any) -> Callable[[int, dict[st
 
 
 def unused(rank: int, settings: dict[str, Any] | None) -> Tensor:
-    """In one process, in both, or in none."""
+    """A branch that is used in one process, in both, or in none."""
     wrapped, _ = wrap(made(), settings, find_unused_parameters=True)
     for step, pair in enumerate(batches(rank, STEPS)):
         train(wrapped, [pair], branch=step % 4 == 0 or (step % 4 == 1 and rank == 0))
@@ -189,7 +189,7 @@ def test_foreign_parameter(seen):
 
 
 def made_too_early() -> tuple[lr.LowRankCommState, list[str]]:
-    """A state without a process group, and what it says when it is asked for what it does not know."""
+    """A state made before the process group, and the errors of saving and loading it then."""
     state = lr.LowRankCommState(rank=2, model=made())
     said = []
     for call in (state.state_dict, lambda: state.load_state_dict({})):
@@ -201,7 +201,7 @@ def made_too_early() -> tuple[lr.LowRankCommState, list[str]]:
 
 
 def early(rank: int, prepared: tuple[lr.LowRankCommState, list[str]]) -> dict[str, Any]:
-    """It then does what one that is made in time does."""
+    """Training with that state equals training with one that is made later."""
     state, said = prepared
     assert state.model is not None
     first, _ = wrap(state.model, {"state": state})

@@ -58,7 +58,7 @@ def test_full_rank_alternate(seen):
 
 
 def case_local_iterations(rank: int) -> dict[str, list[float]]:
-    """What the first gradient misses; both processes have the same one, so that their own steps are the mean's."""
+    """Relative errors of the first averaged gradients, by iterations; both processes have the same gradient."""
     x, y = batches(0, 1)[0]
     plain, _ = wrap(made(), None)
     nn.functional.mse_loss(plain(x), y).backward()

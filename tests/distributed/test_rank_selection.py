@@ -16,7 +16,7 @@ EXACT = 0.0
 
 
 def case_budget(rank: int) -> dict[str, Any]:
-    """Bytes of each step after the first one, which is sent whole; and what cannot be."""
+    """Bytes per step after the first one, which is uncompressed; and budgets that are too small."""
     out: dict[str, Any] = {}
     for name, settings in {
         "4000": {"rank": lr.Budget(bytes=4000)},

@@ -17,7 +17,7 @@ EXACT, TIGHT = 0.0, 1e-5
 
 
 def case_sparse_gradients(rank: int) -> dict[str, Any]:
-    """Beside compressed ones, under every way to find ranks and to send: equal to those of plain DDP at step one."""
+    """For each kind of rank and wire: in the first step, sparse gradients equal those of plain DDP."""
     out: dict[str, Any] = {}
     for name, settings in {
         "rank": {"rank": 2},

@@ -134,7 +134,7 @@ def test_frozen_on_resume(seen):
 
 
 def case_refused(rank: int) -> dict[str, str]:
-    """Message by reason; nothing is loaded."""
+    """Errors by reason; nothing is loaded."""
     wrapped, state = wrap(made(), {"rank": 2})
     train(wrapped, batches(rank, 3))
     kept = state.state_dict()

@@ -15,7 +15,7 @@ from .cases import batches, caught, made, train, wrap
 
 
 def lost_process(rank: int) -> list[str]:
-    """The second process leaves out a collective, then ends: what the first one raises."""
+    """The errors of the first process when the second one leaves out a collective, and when it ends."""
     messages = []
     for trouble in ("absent", "gone"):
         wrapped, _ = wrap(made(), {"rank": 2, "timeout": timedelta(seconds=2)})
@@ -32,7 +32,7 @@ def lost_process(rank: int) -> list[str]:
 
 
 def test_a_lost_process_raises_in_the_others_within_the_timeout(tmp_path):
-    """Of the hook, 2 s; the processes' own is 45 s, and they are killed before."""
+    """The hook has a timeout of 2 s. That of the processes is 45 s, and they would be killed before."""
     messages, gone = run_processes(lost_process, tmp_path, seconds=40, together=False)
     assert gone is None
     assert len(messages) == 2

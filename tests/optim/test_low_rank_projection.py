@@ -59,7 +59,7 @@ def test_maximize_decays_towards_zero_too():
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_full_rank_is_the_optimizer_itself(name):
-    """Nothing is saved by projecting to all directions; Adam in another basis would be another optimizer."""
+    """A rank that is not below the shorter side projects nothing: Adam in another basis would be another optimizer."""
     plain, model = net(), net()
     train(plain, OPTIMIZERS[name](plain.parameters()), 5)
     train(model, lr.LowRankProjection(OPTIMIZERS[name](model.parameters()), rank=24), 5)
@@ -67,7 +67,7 @@ def test_full_rank_is_the_optimizer_itself(name):
 
 
 def test_sgd_with_momentum_is_itself_where_gradients_stay_in_the_subspace():
-    """Gradients of rank 3: projecting to 3 directions loses nothing, as SGD does not care for the basis."""
+    """Gradients of rank 3: projecting to 3 directions loses nothing, since SGD does not depend on the basis."""
     torch.manual_seed(0)
     left, right = torch.randn(20, 3), torch.randn(3, 12)
     p, q = one(), one()
@@ -82,7 +82,7 @@ def test_sgd_with_momentum_is_itself_where_gradients_stay_in_the_subspace():
 
 
 def test_rotated_momentum_survives_new_projectors():
-    """The same with a new random basis of all but no directions at every step: only rotation keeps the momentum."""
+    """With a new random basis of 11 out of 12 directions in every step, only rotation keeps the momentum."""
 
     def distance(rotate):
         p, q = one((12, 12)), one((12, 12))
