@@ -8,42 +8,27 @@
   :func:`select` chooses some by name, type or predicate, :func:`reasons_to_keep` says which must stay, and why.
 """
 
-from .attention import open_attentions, openable_attentions, opened_attentions
-from .check_model import check_densifiable, check_factors, check_model, is_quantized
-from .description import ModelDescription
-from .materialize import check_can_be_filled, fill_, tied_names
-from .optimizer import Succession, check_optimizer, remap_optimizer_
-from .reasons import reason_to_keep, reasons_to_keep
-from .replace import replace_
-from .select import Selector, select
-from .shortcuts import update_shortcuts_
-from .storage import separate, shared_names
-from .tree import module_aliases, named_tensors, walk_layers
-
-__all__ = [
-    "ModelDescription",
-    "Selector",
-    "Succession",
-    "check_can_be_filled",
-    "check_densifiable",
-    "check_factors",
-    "check_model",
-    "check_optimizer",
-    "fill_",
-    "is_quantized",
-    "module_aliases",
-    "named_tensors",
-    "open_attentions",
-    "openable_attentions",
-    "opened_attentions",
-    "reason_to_keep",
-    "reasons_to_keep",
-    "remap_optimizer_",
-    "replace_",
-    "select",
-    "separate",
-    "shared_names",
-    "tied_names",
-    "update_shortcuts_",
-    "walk_layers",
-]
+from .attention import (
+    open_attentions as open_attentions,
+    openable_attentions as openable_attentions,
+    opened_attentions as opened_attentions,
+)
+from .check_model import (
+    check_densifiable as check_densifiable,
+    check_factors as check_factors,
+    check_model as check_model,
+    is_quantized as is_quantized,
+)
+from .description import ModelDescription as ModelDescription
+from .materialize import check_can_be_filled as check_can_be_filled, fill_ as fill_, tied_names as tied_names
+from .optimizer import (
+    Succession as Succession,
+    check_optimizer as check_optimizer,
+    remap_optimizer_ as remap_optimizer_,
+)
+from .reasons import reason_to_keep as reason_to_keep, reasons_to_keep as reasons_to_keep
+from .replace import replace_ as replace_
+from .select import Selector as Selector, select as select
+from .shortcuts import update_shortcuts_ as update_shortcuts_
+from .storage import separate as separate, shared_names as shared_names
+from .tree import module_aliases as module_aliases, named_tensors as named_tensors, walk_layers as walk_layers

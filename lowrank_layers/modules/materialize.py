@@ -11,7 +11,7 @@ from ..errors import CheckpointError
 
 
 def tied_names(state: Mapping[str, Tensor]) -> dict[int, list[str]]:
-    """The names of each tensor that has several, by the tensor's ``id``."""
+    """Returns the names of each tensor that has several, by the tensor's ``id``."""
     names: dict[int, list[str]] = defaultdict(list)
     for name, tensor in state.items():
         names[id(tensor)].append(name)
@@ -19,7 +19,7 @@ def tied_names(state: Mapping[str, Tensor]) -> dict[int, list[str]]:
 
 
 def check_can_be_filled(model: nn.Module, state: Mapping[str, Tensor], path: object) -> None:
-    """Raises if a tensor of the model is on the meta device and in no state dict, so that no file can fill it."""
+    """Raises if a tensor on the meta device is not part of the state dict, so that no file can fill it."""
     empty = []
     for name, module in model.named_modules():
         prefix = f"{name}." if name else ""
@@ -38,12 +38,14 @@ def check_can_be_filled(model: nn.Module, state: Mapping[str, Tensor], path: obj
 
 
 def fill_(model: nn.Module, tensors: Mapping[str, Tensor], shared: Mapping[str, str]) -> None:
-    """Puts tensors in the place of parameters and buffers on the meta device; what is tied stays or becomes tied.
+    """Puts tensors in the place of parameters and buffers on the meta device, with the ties that they have.
+
+    Names of one tensor in the model stay one, and those that were one in the saved model become one.
 
     Args:
         model: changed in place.
-        tensors: from each name of the state dict to its values.
-        shared: from each other name of a tensor to the first one, as the saved model had them.
+        tensors: the values by their names in the state dict.
+        shared: the first name of every tensor of the saved model that had several, by its other names.
     """
     by_id: dict[int, Tensor] = {}
     by_name: dict[tuple[str, bool], Tensor] = {}

@@ -12,7 +12,7 @@ from ..errors import LowRankError
 
 _METHOD = "resize_token_embeddings"
 Restore = Callable[[nn.Module], nn.Module]
-"""From the layer that was resized to the one that belongs in its place."""
+"""A function from the resized plain layer to the low-rank or adapted one that belongs in its place."""
 
 
 @runtime_checkable
@@ -20,14 +20,15 @@ class Resizable(Protocol):
     """An embedding or a head around a plain one, which transformers can resize."""
 
     def lift_(self) -> tuple[nn.Module, Restore]:
-        """The plain layer that holds the rows of the vocabulary, and the way back from the resized one."""
+        """Returns the plain layer with the vocabulary's rows, and what puts the rest around it once it is resized."""
 
 
 def update_resizing_(model: nn.Module) -> None:
-    """Lets ``resize_token_embeddings`` see plain layers, on every transformers model whose embedding or head is not.
+    """Lets transformers resize low-rank and adapted embeddings and heads, in every model that has such.
 
-    The method itself would leave an adapter behind or take a product of factors for a weight. On models without such
-    layers it is untouched.
+    The model is given a ``resize_token_embeddings`` of its own that puts plain layers in their place meanwhile: that of
+    transformers would leave an adapter behind, or take a product of factors for a weight. Models without such layers
+    keep transformers' method.
     """
     for module in model.modules():
         if not hasattr(type(module), _METHOD):
@@ -44,7 +45,7 @@ def update_resizing_(model: nn.Module) -> None:
 def _resize(
     model: Any, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
 ) -> nn.Module:
-    """What transformers' method does, on plain layers in the place of low-rank and adapted ones."""
+    """Runs transformers' method while plain layers stand in the place of low-rank and adapted ones."""
     restores: dict[str, Restore] = {}
     ends = _ends(model)
     for name, module in _tied_to(model, ends).items():
@@ -69,7 +70,7 @@ def _resize(
 
 
 def _ends(model: Any) -> dict[str, nn.Module]:
-    """The input embedding and the head, as far as the model has them."""
+    """Returns the input embedding and the head, as far as the model has them."""
     found = {}
     for name in ("input_embeddings", "output_embeddings"):
         try:
@@ -82,7 +83,7 @@ def _ends(model: Any) -> dict[str, nn.Module]:
 
 
 def _tied_to(model: nn.Module, ends: dict[str, nn.Module]) -> dict[str, nn.Module]:
-    """Other modules that hold a parameter of the embedding or the head, by name."""
+    """Returns the other modules that hold a parameter of the embedding or the head, by name."""
     shared = {id(parameter) for end in ends.values() for parameter in end.parameters(recurse=False)}
     return {
         name: module
@@ -93,11 +94,12 @@ def _tied_to(model: nn.Module, ends: dict[str, nn.Module]) -> dict[str, nn.Modul
 
 
 def _is_special(end: nn.Module) -> bool:
+    """Whether the embedding or head is low-rank or adapted, so that transformers cannot resize it."""
     return isinstance(end, Resizable) or hasattr(end, "to_dense") or hasattr(end, "_plain_class")
 
 
 def _lifted(end: nn.Module) -> tuple[nn.Module, Restore]:
-    """The innermost plain layer: an adapted product of factors has two around it."""
+    """Returns the innermost plain layer; an adapted low-rank layer is two layers around it."""
     if not isinstance(end, Resizable):
         if _is_special(end):
             raise LowRankError(
@@ -106,6 +108,7 @@ def _lifted(end: nn.Module) -> tuple[nn.Module, Restore]:
                 " changed."
             )
         return end, lambda resized: resized
+
     plain, restore = end.lift_()
     try:
         inner, restore_inner = _lifted(plain)

@@ -1,4 +1,4 @@
-"""Which tensors of a state dict share memory: one tensor under several names, parts of one storage, or overlapping."""
+"""Tensors of a state dict that share memory: one under several names, parts of one storage, overlapping views."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from ..errors import CheckpointError
 
 
 def shared_names(state: dict[str, Tensor]) -> dict[str, str]:
-    """Later name to first name, for tensors that are one and the same.
+    """Returns the first name of every tensor that has an earlier name.
 
     Examples:
         >>> from lowrank_layers.modules.storage import shared_names
-        >>> table = torch.ones(3, 2)
-        >>> shared_names({"embed": table, "other": torch.ones(3, 2), "head": table})
+        >>> weight = torch.ones(3, 2)
+        >>> shared_names({"embed": weight, "other": torch.ones(3, 2), "head": weight})
         {'head': 'embed'}
     """
     names: dict[tuple[object, ...], list[str]] = defaultdict(list)
@@ -27,7 +27,7 @@ def shared_names(state: dict[str, Tensor]) -> dict[str, str]:
 
 
 def separate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors, each contiguous and in memory of its own, as safetensors takes them.
+    """Returns the tensors, each contiguous and in memory of its own, as safetensors needs them.
 
     Parts of one storage that have no element in common (the halves of one tensor) are copied.
 
@@ -71,7 +71,7 @@ def _overlap(a: Tensor, b: Tensor) -> bool:
 
 
 def _span(tensor: Tensor) -> tuple[int, int]:
-    """The bytes of the storage at which its first and its last element begin."""
+    """Returns at which bytes of the storage the first and the last element begin."""
     reach = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
     first = int(tensor.storage_offset()) * tensor.element_size()
     return first, first + int(reach) * tensor.element_size()

@@ -11,7 +11,7 @@ from benchmarks.data import accuracy, available, lenet, mnist
 class Residual(nn.Module):
     def __init__(self):
         super().__init__()
-        self.table = nn.Embedding(50, 24, padding_idx=0)
+        self.embed = nn.Embedding(50, 24, padding_idx=0)
         self.conv = nn.Conv2d(1, 12, 3, padding=1, bias=False)
         self.norm = nn.BatchNorm2d(12)
         self.mix = nn.Conv2d(12, 12, 3, padding=1, groups=4)
@@ -20,7 +20,7 @@ class Residual(nn.Module):
         self.head = nn.Linear(24 * 12, 6)
 
     def forward(self, ids):
-        x = self.table(ids)  # [N, 10, 24]
+        x = self.embed(ids)  # [N, 10, 24]
         x = x + self.fc2(torch.relu(self.fc1(x)))
         y = torch.relu(self.norm(self.conv(x[:, None])))
         y = torch.relu(self.mix(y)).mean(2)
@@ -67,7 +67,7 @@ def test_densify_computes_the_same(model, data):
 
 def test_full_rank_in_sequence_is_the_model(model, data):
     expected = model(data[0])
-    plan = lr.make_plan(model, rank=10_000, methods=[lr.SVDMethod()], skip=["table"])
+    plan = lr.make_plan(model, rank=10_000, methods=[lr.SVDMethod()], skip=["embed"])
     stats = lr.calibrate(model, data, loss=lr.SampledCrossEntropy())
     lr.factorize_(model, plan, stats=stats, data=data)
     assert torch.dist(model(data[0]), expected) < 1e-4 * expected.norm()
@@ -102,14 +102,28 @@ def test_modes_gradients_and_dtypes_are_kept(model, data):
 
 
 def test_half_precision_models_are_computed_in_fp64_and_cast_back(model, data):
+    """The factors of a bf16 model are those of the same weights in fp64, rounded once."""
     model.to(torch.bfloat16)
+    wide = copy.deepcopy(model).double()
     stats = lr.calibrate(model, data, loss=lr.SampledCrossEntropy())
-    plan = lr.make_plan(model, lr.Budget(params=0.5), stats=stats)
-    expected = model(data[0]).float()
-    lr.factorize_(model, plan, stats=stats, data=data)
-    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
-    assert torch.isfinite(model(data[0])).all()
-    assert torch.dist(model(data[0]).float(), expected) < expected.norm()
+    for each in (model, wide):
+        lr.factorize_(each, lr.make_plan(each, rank=3, stats=stats), stats=stats)
+    assert isinstance(model.mix, lr.LowRankConv2d)
+    for half, full in zip(model.parameters(), wide.parameters(), strict=True):
+        assert half.dtype == torch.bfloat16
+        assert torch.equal(half, full.to(torch.bfloat16))
+
+
+def test_half_precision_in_sequence_loses_a_rounding_only(model, data):
+    expected = model(data[0])
+    errors = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        small = copy.deepcopy(model).to(dtype)
+        stats = lr.calibrate(small, data, loss=lr.SampledCrossEntropy())
+        lr.factorize_(small, lr.make_plan(small, rank=6, stats=stats), stats=stats, data=data)
+        assert {p.dtype for p in small.parameters()} == {dtype}
+        errors[dtype] = (torch.dist(small(data[0]).float(), expected) / expected.norm()).item()
+    assert errors[torch.bfloat16] < errors[torch.float32] + 4 * 2**-8
 
 
 def test_a_generator_of_batches_is_enough(model, data):
@@ -124,17 +138,42 @@ def test_batches_with_targets_go_where_calibrate_put_them(model, data):
     pairs = [(x, torch.randint(0, 6, (64,))) for x in data]
     stats = lr.calibrate(model, pairs, loss=nn.functional.cross_entropy)
     plan = lr.make_plan(model, lr.Budget(params=0.5), stats=stats)
-    lr.factorize_(model, plan, stats=stats, data=pairs)
-    assert plan.after.params == sum(p.numel() for p in model.parameters())
+    small = lr.factorize_(copy.deepcopy(model), plan, stats=stats, data=pairs)
+    same = lr.factorize_(copy.deepcopy(model), plan, stats=stats, data=data)
+    assert torch.equal(small(data[0]), same(data[0]))
+
+
+def smallest_rank(matrix: torch.Tensor, energy: float) -> int:
+    shares = torch.linalg.svdvals(matrix).square().cumsum(0)
+    return int((shares < energy * shares[-1]).sum()) + 1
 
 
 def test_rules_see_the_weighted_spectrum():
-    model = nn.Sequential(nn.Linear(40, 30))
-    seen = torch.randn(500, 3) @ torch.randn(3, 40)
+    """Without statistics the spectrum of the weight decides, with them that of the outputs."""
+    model = nn.Sequential(nn.Linear(40, 30)).double()
+    seen = (torch.randn(500, 6) @ torch.randn(6, 40)).double() + 1e-2 * torch.randn(500, 40)
     stats = lr.calibrate(model, [seen])
-    rule = lr.Energy(0.97)
-    assert lr.make_plan(model, rank=rule)["0"].method == "dense" or lr.make_plan(model, rank=rule)["0"].rank > 20
-    assert lr.make_plan(model, rank=rule, stats=stats)["0"].rank == 3
+    rule, plain = lr.Energy(0.6), lr.Damping(inputs=0.0)
+    ranks = [lr.make_plan(model, rank=rule, stats=each, damping=plain)["0"].rank for each in (None, stats)]
+    outputs = (seen - seen.mean(0)) @ model[0].weight.detach().mT
+    assert ranks == [smallest_rank(model[0].weight.detach(), 0.6), smallest_rank(outputs, 0.6)]
+    assert ranks[0] > 6 > ranks[1]
+
+
+@pytest.mark.parametrize("rank", [1, 4, 11])
+def test_one_shot_is_the_optimum_of_eckart_and_young(rank):
+    """Without statistics of the weight, with them of the centred outputs; undamped, both are exact."""
+    model = nn.Sequential(nn.Linear(20, 12)).double()
+    rows = torch.randn(300, 20).double() @ torch.randn(20, 20).double() + 2
+    weight, outputs = model[0].weight.detach().clone(), model(rows).detach()
+    plain = lr.factorize_(copy.deepcopy(model), lr.make_plan(model, rank=rank))
+    error = torch.dist(plain[0].weight, weight)
+    assert torch.allclose(error, torch.linalg.svdvals(weight)[rank:].norm(), rtol=1e-9)
+    stats = lr.calibrate(model, [rows])
+    plan = lr.make_plan(model, rank=rank, stats=stats, damping=lr.Damping(inputs=0.0))
+    lr.factorize_(model, plan, stats=stats)
+    error = torch.dist(model(rows), outputs)
+    assert torch.allclose(error, torch.linalg.svdvals(outputs - outputs.mean(0))[rank:].norm(), rtol=1e-6)
 
 
 def test_an_unused_layer_is_skipped_with_a_reason():
