@@ -1,4 +1,4 @@
-"""Key/value caches at low rank: the core in plain torch, and transformers' interface."""
+"""Low-rank key/value caches: in plain torch here, for transformers in ``transformers/``."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""Autocast as ``F.scaled_dot_product_attention`` takes it: inputs in half precision, everything within as it is."""
+"""Autocast as ``F.scaled_dot_product_attention`` honours it: inputs are cast, what happens inside is not."""
 
 from __future__ import annotations
 
@@ -10,14 +10,22 @@ from torch import Tensor
 
 
 def as_autocast(x: Tensor) -> Tensor:
-    """In the dtype of the autocast that is on, if one is: what a torch function on its list does to its inputs."""
+    """Casts a tensor as autocast casts the inputs of torch's own functions; without autocast it stays as it is.
+
+    Args:
+        x: the tensor; fp64 stays as well.
+    """
     if not _is_on(x.device) or x.dtype == torch.float64:
         return x
     return x.to(torch.get_autocast_dtype(x.device.type))
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """In which products of fp32 tensors are products in fp32: moments, bases and coefficients need them."""
+    """A context without autocast, in which moments, bases and coefficients are computed in fp32.
+
+    Args:
+        device: the device for which autocast may be on.
+    """
     return torch.autocast(device.type, enabled=False) if _is_on(device) else contextlib.nullcontext()
 
 

@@ -1,4 +1,4 @@
-"""The cache for any module that calls ``F.scaled_dot_product_attention``."""
+"""Attention with a low-rank cache, for modules that call ``F.scaled_dot_product_attention``."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from .settings import KVSettings
 
 
 class LowRankAttention(nn.Module):
-    """Causal attention that remembers: in place of appending to a cache and ``F.scaled_dot_product_attention``.
+    """Causal attention with a low-rank key/value cache of its own.
 
-    Every call attends exactly as a cache of all keys and values would, but for the old tokens' error, and compresses
-    afterwards. It has no parameters; a module has one for each of its attention layers.
+    It takes the place of a cache and of ``F.scaled_dot_product_attention`` in a module: every call adds the new tokens,
+    attends to all tokens, and compresses old ones afterwards. It has no parameters; a model needs one for each of its
+    attention layers.
 
     Args:
         settings: a :class:`KVSettings`, which documents the options, or a rank; ``None`` takes the defaults.
@@ -48,12 +49,21 @@ class LowRankAttention(nn.Module):
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, scale: float | None = None
     ) -> Tensor:
-        """Appends, attends, compresses."""
+        """Adds tokens, attends to all of them, and compresses old ones.
+
+        Args:
+            query: queries of the new tokens.
+            key: their keys.
+            value: their values.
+            mask: ``[batch, 1 or query heads, q, tokens]``: true where to attend, or what to add to the scores; ``None``
+                is causal.
+            scale: factor of the scores; ``None`` is ``size^(-1/2)``.
+        """
         self.cache.append(key, value)
         out = self.cache.attend(query, mask=mask, scale=scale)
         self.cache.compress()
         return out
 
     def reset(self) -> None:
-        """Forgets all tokens: a new sequence begins."""
+        """Forgets all tokens, for a new sequence."""
         self.cache.reset()

@@ -30,11 +30,24 @@ def lowrank_attention(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention over a :class:`LowRankCache`'s tokens, ``[batch, q, heads, size]``, and no weights.
+    """Attention to the tokens of a :class:`LowRankCache`, as transformers calls its attention implementations.
 
-    Keys and values that are plain tensors (another cache, none, or a training step) are attended to exactly. A mask
-    that is ``None`` means what it means to SDPA: all tokens up to a query's own where the keyword ``is_causal``, else
-    the attribute of the module, says so, and otherwise all tokens.
+    Keys and values that are plain tensors (another cache, none, or a training step) are attended to exactly. Without a
+    mask a query sees the tokens up to its own where the keyword ``is_causal``, or else the module's attribute of that
+    name, is true, and otherwise all tokens.
+
+    Args:
+        module: the attention.
+        query: ``[batch, query heads, q, size]``.
+        key: the keys that the cache returned: a tensor, or what stands for coefficients.
+        value: the values that the cache returned, likewise.
+        attention_mask: ``[batch, 1, q, tokens]``: true where to attend, or what to add to the scores.
+        scaling: factor of the scores; ``None`` is ``size^(-1/2)``.
+        dropout: probability with which attention weights are dropped in training, for plain tensors only.
+        **kwargs: what models hand to their attentions: ``softcap``, ``s_aux``, ``indices``, ``position_bias``...
+
+    Returns:
+        ``[batch, q, query heads, size]``, and ``None`` in place of attention weights.
     """
     if kwargs.get("block_indices") is not None:
         raise LowRankError(
@@ -52,16 +65,17 @@ def lowrank_attention(
         attention_mask = biased(attention_mask, bias.to(query.dtype), causal=causal)
         causal = False
     if kv is None:
-        return _exact(module, query, key, value, attention_mask, scaling, dropout, causal, kwargs)
+        options = kwargs | {"scaling": scaling, "dropout": dropout}
+        return _exact(module, (query, key, value), attention_mask, causal, options)
     if dropout and module.training:
         raise LowRankError(
-            f"LowRankCache: got dropout {dropout} in training, which attention over coefficients has not; call"
-            " model.eval(), or train without a cache."
+            f"LowRankCache: got dropout {dropout} in training, which attention over coefficients does not apply;"
+            " call model.eval(), or train without a cache."
         )
     if kwargs.get("sinks") is not None:
         raise LowRankError(
             f"LowRankCache: got sinks from {type(module).__name__} that differ from query to query, which attention"
-            " over coefficients has not; call model.set_attn_implementation('eager')."
+            " over coefficients does not know; call model.set_attn_implementation('eager')."
         )
     out = kv.attend(
         query,
@@ -78,54 +92,49 @@ def lowrank_attention(
 
 
 def _exact(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    scaling: float | None,
-    dropout: float,
-    causal: bool,
-    kwargs: dict[str, Any],
+    module: nn.Module, qkv: tuple[Tensor, Tensor, Tensor], mask: Tensor | None, causal: bool, options: dict[str, Any]
 ) -> tuple[Tensor, Tensor | None]:
+    """Attention to plain tensors: torch's own, or the model's where it has more than a softmax."""
+    query, key, _ = qkv
     count, tokens = query.shape[2], key.shape[2]
-    options = {name: kwargs[name] for name in ("softcap", "s_aux", "sinks") if kwargs.get(name) is not None}
-    if mask is None and causal and (options or count != tokens) and count > 1:
+    special = [name for name in ("softcap", "s_aux", "sinks") if options.get(name) is not None]
+    if mask is None and causal and (special or count != tokens) and count > 1:
         mask = causal_mask(count, tokens, query.device)
-    if not options:
-        found: tuple[Tensor, Tensor | None] = sdpa_attention_forward(
-            module, query, key, value, mask, dropout=dropout, scaling=scaling, is_causal=causal, **kwargs
-        )
-        return found
-    out: Tensor = _eager(module, options)(
-        module, query, key, value, _added(mask, query.dtype), scaling=scaling, dropout=dropout, **kwargs
-    )[0]
-    return out, None
+    if special:
+        out: Tensor = _eager(module, special)(module, *qkv, _added(mask, query.dtype), **options)[0]
+        return out, None
+    found: tuple[Tensor, Tensor | None] = sdpa_attention_forward(module, *qkv, mask, is_causal=causal, **options)
+    return found
 
 
-def _eager(module: nn.Module, options: dict[str, Any]) -> Callable[..., Any]:
-    """The function of the file that the attention, or a class that it is made from, stands in."""
+def _eager(module: nn.Module, special: list[str]) -> Callable[..., Any]:
+    """The eager attention of the file in which the attention's class, or a class that it inherits from, is defined."""
     for kind in type(module).__mro__:
         found: Callable[..., Any] | None = getattr(sys.modules[kind.__module__], "eager_attention_forward", None)
         if found is not None:
             return found
     raise LowRankError(
-        f"LowRankCache: got {', '.join(options)} from {type(module).__name__}, whose file has no"
+        f"LowRankCache: got {', '.join(special)} from {type(module).__name__}, whose file has no"
         " eager_attention_forward to compute it; call model.set_attn_implementation('eager')."
     )
 
 
 def _added(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """The mask as what is added to the scores, which is all that the models' own functions know."""
+    """The mask as a tensor that is added to the scores, the only kind that the models' own functions know."""
     if mask is None or mask.dtype != torch.bool:
         return mask
     return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
 
 
 def lowrank_mask(**kwargs: Any) -> Tensor | None:
-    """A mask of booleans, or none where every query sees all tokens, or those up to its own, the last ones being its.
+    """The mask for the attention ``"lowrank"``, as transformers asks for masks: boolean, or ``None``.
 
-    SDPA also takes none for the first tokens of a longer cache, since its causal mask begins in the upper left corner.
+    ``None`` stands for a causal mask whose last query is the last token, or for no mask at all. SDPA also takes
+    ``None`` for the first tokens of a longer cache, since its causal mask begins in the upper left corner; here they
+    get a mask.
+
+    Args:
+        **kwargs: the arguments of transformers' mask functions.
     """
     given = kwargs.get("q_length", kwargs.get("cache_position"))  # the latter until 5.3
     if given is not None and query_length(given) not in (1, kwargs.get("kv_length")):

@@ -1,4 +1,4 @@
-"""The cache for ``past_key_values=``."""
+"""The cache for ``past_key_values=`` of transformers' models."""
 
 from __future__ import annotations
 
@@ -32,20 +32,20 @@ _NONE_YET = sys.maxsize
 
 
 class LowRankCache(DynamicCache):
-    """The key/value cache of a transformers model, old tokens at low rank.
+    """A key/value cache for models of transformers that stores old tokens at low rank.
 
-    It goes where a ``DynamicCache`` goes: ``generate`` with every way of decoding, and a model's own call. With
-    ``model.set_attn_implementation("lowrank")`` attention reads the coefficients, and old keys and values are never
-    rebuilt as a whole; any other implementation gets them rebuilt at every step, which saves no time. The tokens of a
-    step are attended to exactly and compressed afterwards, so that a prompt's own logits are exact.
+    It can be used wherever a ``DynamicCache`` can: in ``generate`` with every way of decoding, and in a model's own
+    call. With ``model.set_attn_implementation("lowrank")`` attention reads the coefficients, and old keys and values
+    are never rebuilt as a whole; any other implementation gets them rebuilt at every step, which saves no time. The
+    tokens of a step are attended to exactly and compressed afterwards, so that a prompt's own logits are exact.
 
     An encoder-decoder takes two, ``EncoderDecoderCache(LowRankCache(...), LowRankCache(...))``: the second compresses
     the encoder's keys and values, and a ``DynamicCache()`` in its place keeps them exact. ``cache.layers[i].keys`` and
     ``.values``, and a loop over the cache, give tensors as a ``DynamicCache`` does, old tokens rebuilt.
 
     MLA layers that cache latents stay exact. Without ``config`` a layer with a sliding window keeps all tokens (its
-    mask hides the old ones), as in a ``DynamicCache()``. transformers knows the name ``"lowrank"`` from the moment that
-    this class is looked up, so that is what comes first.
+    mask hides the old ones), as in a ``DynamicCache()``. Looking up this class registers the name ``"lowrank"`` in
+    transformers, so look it up before the name is used.
 
     Args:
         settings: a :class:`KVSettings`, which documents the options, or a rank; ``None`` takes the defaults.
@@ -94,7 +94,7 @@ class LowRankCache(DynamicCache):
             # the rank is not used, and one is allowed for heads of any size
             self.settings = replace(self.settings, rank=1, value_rank=None)
         self.budget = budget
-        self._new = LayerFactory(self.settings, subspaces, waits_for_budget=budget is not None)
+        self._factory = LayerFactory(self.settings, subspaces, waits_for_budget=budget is not None)
         self._config = None if config is None else text_config(config)
         made = [] if config is None else layers_of_config(config)
         Cache.__init__(self, layers=[LowRankLayer() if layer is None else layer for layer in made])
@@ -121,11 +121,11 @@ class LowRankCache(DynamicCache):
             All keys and values: as tensors, or as what the attention ``"lowrank"`` reads coefficients from.
         """
         if torch.compiler.is_compiling():
-            if not self._has(layer_idx):
+            if not self._is_made(layer_idx):
                 raise errors.compiled()
             return self._update(self.layers[layer_idx], key_states, value_states, *args, **kwargs)
         begins, frame = layer_idx <= self._latest, sys._getframe(1)
-        module = calling_module(frame) if begins or not self._has(layer_idx) else None
+        module = calling_module(frame) if begins or not self._is_made(layer_idx) else None
         cross = is_cross_attention(self, module, frame)
         try:
             if cross and super().get_seq_length(layer_idx):
@@ -137,8 +137,11 @@ class LowRankCache(DynamicCache):
             self._latest = layer_idx
             layer = self._layer(layer_idx, module)
             if isinstance(layer, LowRankLayer) and layer.kv is None:
-                new = self._new
-                layer.kv = new.of_encoder() if cross else new.of_decoder(layer_idx, key_states, module, self._config)
+                layer.kv = (
+                    self._factory.of_encoder()
+                    if cross
+                    else self._factory.of_decoder(layer_idx, key_states, module, self._config)
+                )
             return self._update(layer, key_states, value_states, *args, **kwargs)
         except LowRankError:
             self._undo()
@@ -163,7 +166,7 @@ class LowRankCache(DynamicCache):
     def nbytes(self) -> int:
         """Bytes of all that is stored, including room for more tokens; what layers share counts once."""
         return sum(tensor.nbytes for _, tensor in self.tensors()) + sum(
-            rotation.nbytes() for rotation in self._new.rotations
+            rotation.nbytes() for rotation in self._factory.rotations
         )
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
@@ -186,7 +189,7 @@ class LowRankCache(DynamicCache):
         Raises:
             CheckpointError: for layers other than attention, and folders that do not exist.
         """
-        cache_file.save(CacheContents(self.settings, list(self.layers), self._new.rotations, self.depth), path)
+        cache_file.save(CacheContents(self.settings, list(self.layers), self._factory.rotations, self.depth), path)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> LowRankCache:
@@ -211,14 +214,14 @@ class LowRankCache(DynamicCache):
         held = cache_file.load(path, torch.device(device))
         made = cls(held.settings)
         made.layers, made.depth = held.layers, held.depth
-        made._new.rotations.extend(held.rotations)
+        made._factory.rotations.extend(held.rotations)
         return made
 
     def reset(self) -> None:
         """Forgets all tokens."""
         for layer in self.layers:
             forget(layer)
-        self._new.rotations.clear()
+        self._factory.rotations.clear()
         self._latest, self.depth = _NONE_YET, None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LowRankCache:
@@ -257,7 +260,7 @@ class LowRankCache(DynamicCache):
             )
 
     def _share_budget(self) -> None:
-        """Once all layers have the prompt."""
+        """Compresses all layers under the budget, once they have the prompt."""
         if self.budget is None or not self.is_filled():
             return
         waiting = [layer.kv for layer in self.layers if isinstance(layer, LowRankLayer) and layer.kv is not None]
@@ -265,6 +268,7 @@ class LowRankCache(DynamicCache):
             compress_together(waiting, self.budget)
 
     def _bind(self, module: nn.Module | None) -> None:
+        """Takes the configuration of the model that calls; a used cache takes no other model's."""
         config = getattr(module, "config", None)
         if config is None:
             return
@@ -273,13 +277,15 @@ class LowRankCache(DynamicCache):
             raise errors.other_depth(depth, self.depth)
         self._config, self.depth = config, depth
 
-    def _has(self, layer_idx: int) -> bool:
+    def _is_made(self, layer_idx: int) -> bool:
+        """Whether a layer is there that needs no first tokens to be made."""
         if layer_idx >= len(self.layers):
             return False
         layer = self.layers[layer_idx]
         return not isinstance(layer, LowRankLayer) or layer.kv is not None
 
     def _layer(self, layer_idx: int, module: nn.Module | None) -> Any:
+        """The layer that gets tokens; new ones are added as a first pass comes to them."""
         if layer_idx >= len(self.layers) and self._before and module is None:
             raise errors.more_layers(layer_idx, len(self.layers))
         while len(self.layers) <= layer_idx:
@@ -290,7 +296,7 @@ class LowRankCache(DynamicCache):
         return layer
 
     def _undo(self) -> None:
-        """Takes the tokens of this step from the layers that have them already."""
+        """Removes the tokens of this step from the layers that have them already."""
         self._latest = _NONE_YET
         if not self._before:
             self.reset()

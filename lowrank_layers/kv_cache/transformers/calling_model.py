@@ -9,11 +9,17 @@ from torch import nn
 from transformers import EncoderDecoderCache
 
 ENCODED = ("key_value_states", "encoder_hidden_states")
-"""Arguments of cross-attentions, and of decoders that have some."""
+"""Arguments through which cross-attentions, and decoders with some, get what the encoder gave."""
 
 
 def calling_module(frame: FrameType | None) -> nn.Module | None:
-    """The innermost module whose forward is running: ``update`` gets tensors only, and no sign of whose they are."""
+    """The innermost module whose forward is running.
+
+    A cache's ``update`` gets tensors only, and no sign of whose they are.
+
+    Args:
+        frame: where the cache was called.
+    """
     while frame is not None:
         owner = frame.f_locals.get("self")
         if isinstance(owner, nn.Module):
@@ -23,12 +29,12 @@ def calling_module(frame: FrameType | None) -> nn.Module | None:
 
 
 def is_cross_attention(cache: Any, module: nn.Module | None, frame: FrameType | None) -> bool:
-    """Whether a cache is being asked on behalf of an attention to what an encoder gave.
+    """Whether a cache is called by a cross-attention, which attends to what an encoder gave.
 
     Args:
-        cache: that is asked.
-        module: whose forward is running.
-        frame: where it calls the cache, or deeper.
+        cache: the cache that is called.
+        module: the module whose forward is running.
+        frame: the frame in which the module calls the cache, or a deeper one.
     """
     while frame is not None and frame.f_locals.get("self") is not module:
         frame = frame.f_back
@@ -42,10 +48,18 @@ def is_cross_attention(cache: Any, module: nn.Module | None, frame: FrameType | 
 
 
 def text_config(config: Any) -> Any:
-    """The decoder's, where there are several."""
+    """The configuration of the decoder, where a model has several.
+
+    Args:
+        config: configuration of the model.
+    """
     return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
 
 
 def depth_of(config: Any) -> int | None:
-    """Layers of the decoder; some of transformers' configurations count their encoder's as the model's."""
+    """The number of a decoder's layers; some configurations count their encoder's as the model's.
+
+    Args:
+        config: configuration of the decoder.
+    """
     return getattr(config, "decoder_layers", None) or getattr(config, "num_hidden_layers", None)

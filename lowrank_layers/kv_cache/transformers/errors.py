@@ -1,4 +1,4 @@
-"""What a :class:`LowRankCache` refuses, and what to write instead."""
+"""The errors of :class:`LowRankCache`: what it does not take, and what to write instead."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from .calling_model import is_cross_attention
 
 
 def offloading(given: bool) -> LowRankError:
-    """T5Gemma's generate makes a second cache of the class of the one that it was given, of the default rank."""
+    """For offloading, which T5Gemma's generate asks of a second cache that it makes of the first one's class."""
     return LowRankError(
-        f"LowRankCache: got offloading={given}, expected none, as it stays where the model is. If T5Gemma's generate"
-        " asked for it to make a second cache, give EncoderDecoderCache(LowRankCache(...), DynamicCache())."
+        f"LowRankCache: got offloading={given}, expected None, as the cache stays where the model is. If T5Gemma's"
+        " generate asked for it to make a second cache, give EncoderDecoderCache(LowRankCache(...), DynamicCache())."
     )
 
 
 def budget_and_subspaces() -> LowRankError:
-    """Both choose the ranks."""
+    """For a budget and subspaces, which both choose the ranks."""
     return LowRankError("LowRankCache: got budget= and subspaces=, expected one; the subspaces have their ranks.")
 
 
 def budget_for_encoder() -> LowRankError:
-    """A budget is shared when the second step comes."""
+    """For cross-attention under a budget, which is shared when the second step comes."""
     return LowRankError(
         "LowRankCache: got budget= for cross-attention, which never gets the second step that the budget is shared at;"
         " give rank=."
@@ -33,7 +33,7 @@ def budget_for_encoder() -> LowRankError:
 
 
 def compiled() -> LowRankError:
-    """A graph can neither look at frames nor make a layer."""
+    """For a compiled model without a prompt: a graph can neither look at frames nor make a layer."""
     return LowRankError(
         "LowRankCache: got a compiled model before any prompt, expected one call that is not compiled; run the prompt"
         " with the plain model."
@@ -41,12 +41,14 @@ def compiled() -> LowRankError:
 
 
 def few_subspaces(count: int, layer: int) -> LowRankError:
-    """Every layer needs a pair."""
-    return LowRankError(f"LowRankCache: got subspaces of {count} layers and keys of layer {layer}.")
+    """For a layer without a pair of subspaces."""
+    return LowRankError(
+        f"LowRankCache: got subspaces of {count} layers and keys of layer {layer}, expected a pair for each layer."
+    )
 
 
 def other_depth(got: int | None, held: int | None) -> LowRankError:
-    """Another model's first layer."""
+    """For the first layer of another model."""
     return LowRankError(
         f"LowRankCache: got a model of {got} layers, but the cache holds tokens of one with {held}; a cache belongs to"
         " one model: make a new one."
@@ -54,7 +56,7 @@ def other_depth(got: int | None, held: int | None) -> LowRankError:
 
 
 def more_layers(layer: int, held: int) -> LowRankError:
-    """Another model's later layer."""
+    """For a later layer of another model."""
     return LowRankError(
         f"LowRankCache: got keys of layer {layer}, but the cache holds tokens of a model with {held} layers; a cache"
         " belongs to one model: make a new one."
@@ -62,12 +64,12 @@ def more_layers(layer: int, held: int) -> LowRankError:
 
 
 def too_long(more: int, held: int, limit: int) -> LowRankError:
-    """Of a layer that stays exact."""
+    """For more tokens than ``max_length`` in a layer that stays exact."""
     return LowRankError(f"LowRankCache: got {more} more tokens after {held}, expected at most max_length={limit}.")
 
 
 def alone(module: nn.Module | None) -> LowRankError:
-    """One cache for both attentions of a decoder."""
+    """For one cache in both attentions of a decoder."""
     return LowRankError(
         f"LowRankCache: got the cross-attention of {type(module).__name__}, whose keys and values need a cache of their"
         " own; give past_key_values=EncoderDecoderCache(LowRankCache(...), LowRankCache(...)), or a DynamicCache() as"
@@ -76,9 +78,13 @@ def alone(module: nn.Module | None) -> LowRankError:
 
 
 def check_not_alone(cache: Any, frame: FrameType) -> None:
-    """Refuses to be the only cache of a decoder that is about to attend to what an encoder gave.
+    """Raises if a cache is the only one of a decoder that is about to attend to what an encoder gave.
 
     Such a model would append the encoder's keys to its own, or take a new ``DynamicCache`` without a word (Whisper).
+
+    Args:
+        cache: the cache that is asked for its length.
+        frame: the frame that asks.
     """
     owner = frame.f_locals.get("self")
     if frame.f_locals.get("past_key_values") is not cache or not isinstance(owner, nn.Module):

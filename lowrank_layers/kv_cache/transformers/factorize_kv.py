@@ -28,7 +28,7 @@ def factorize_kv_(
     joint: bool = True,
     target: Iterable[Selector] | None = None,
 ) -> nn.Module:
-    r"""Factorizes the key and value projections of a transformers decoder; every cache then holds the latents.
+    r"""Factorizes the key and value projections of a transformers decoder, so that its cache holds small latents.
 
     ``k_proj`` becomes :math:`U_k D_k` and ``v_proj`` :math:`U_v D_v`, and what the model hands to its cache is
     :math:`D_k x` and :math:`D_v x`, ``[batch, 1, tokens, rank]``, in place of keys and values: an ordinary
@@ -36,24 +36,24 @@ def factorize_kv_(
     tokens are rebuilt and rotated at a time; without a rotation the queries are brought into the subspace instead. (A
     prompt has its own keys and values rebuilt for the time of one layer, as a dense model has.)
     :math:`U_v` is multiplied into the output projection wherever that does not make it larger (a group of heads has
-    no more latents than a head has entries), and else is applied to the weighted sum of
-    latents.
+    no more latents than a head has entries), and else is applied to the weighted sum of latents.
 
-    Attentions become :class:`~lowrank_layers.kv_cache.LatentAttention`, after it has been tried that it computes what
-    they did. Their weights train, and copy, and load into a model factorized to the same ranks. Attention weights are
+    Attentions become :class:`~lowrank_layers.kv_cache.LatentAttention`, once it has computed the same for random
+    inputs. Their weights train, and copy, and load into a model factorized to the same ranks. Attention weights are
     not returned, and attention dropout is not applied.
 
     Args:
-        model: changed in place; a decoder of transformers with ``q_proj``, ``k_proj`` and ``v_proj`` (Llama, Qwen,
-            Mistral, Gemma, Phi, Granite, Cohere, OPT, GPT-OSS...) and the attention implementation sdpa or eager.
-        stats: from :func:`lowrank_layers.calibrate`: the keys and values of those inputs are then kept best,
+        model: the model, changed in place: a decoder of transformers with ``q_proj``, ``k_proj`` and ``v_proj`` (Llama,
+            Qwen, Mistral, Gemma, Phi, Granite, Cohere, OPT, GPT-OSS...) and the attention implementation sdpa or eager.
+        stats: statistics from :func:`lowrank_layers.calibrate`: the keys and values of those inputs are then kept best,
             :math:`\min \lVert (W - U D) X^{1/2} \rVert` with their covariance :math:`X`, and what is lost of their mean
             goes into a bias; ``None`` keeps the weights best.
-        rank: latents a token and head, of keys and of values: an integer, or a rule that looks at the spectrum.
-        value_rank: of values, where it differs.
-        joint: whether the heads share one subspace, of as many directions as theirs would have together: as many bytes
-            a token, and better; each head for itself needs less arithmetic.
-        target: names of attentions or of what they lie in, types, or predicates; ``None`` takes all.
+        rank: number of latents per token and head, for keys and for values: an integer, or a rank rule that looks at
+            the spectrum.
+        value_rank: number of latents per token and head for values; ``None`` takes ``rank``.
+        joint: whether all heads share one subspace, with as many directions as their own subspaces would have together.
+            A shared subspace takes as many bytes per token and loses less; one per head needs less arithmetic.
+        target: names of attentions or of modules around them, types, or predicates; ``None`` takes all attentions.
 
     Returns:
         The model.
@@ -83,17 +83,17 @@ def factorize_kv_(
     if not found:
         raise LowRankError(
             "factorize_kv_: found no attention with k_proj and v_proj, expected a decoder of transformers"
-            f"{'' if target is None else ' and a target= that names its attentions'}; see the list in the docstring."
+            f"{'' if target is None else ' and a target= that names its attentions'}; its docstring lists which."
         )
-    reasons = reasons_to_keep(model)
-    sides = {name: _sides(name, each, stats, ranks, joint, reasons) for name, each in found.items()}
-    replace_(model, {name: _factorized(name, each, sides[name], reasons) for name, each in found.items()})
+    request = _Request(stats, ranks, joint, reasons_to_keep(model))
+    sides = {name: request.sides(name, each) for name, each in found.items()}
+    replace_(model, {name: request.factorized(name, each, sides[name]) for name, each in found.items()})
     return model
 
 
 @dataclass(frozen=True)
 class _Side:
-    """What one projection becomes.
+    """A projection to keys or values, and the rank that it gets.
 
     Args:
         linear: the projection.
@@ -110,76 +110,80 @@ class _Side:
     rank: Rank
 
 
-def _sides(
-    name: str,
-    attention: nn.Module,
-    stats: Statistics | None,
-    ranks: tuple[Rank, Rank],
-    joint: bool,
-    reasons: dict[str, str],
-) -> list[_Side]:
-    """Keys and values, once everything about them is checked."""
-    check_layout(name, attention)
-    size = attention.head_dim
-    assert isinstance(size, int)
-    sides = []
-    for key, rank in zip(("k_proj", "v_proj"), ranks, strict=True):
-        label = f"{name}.{key}"
-        linear = _checked(label, attention.get_submodule(key), reasons)
-        if isinstance(rank, int) and rank > size:
-            raise LowRankError(
-                f"factorize_kv_: got rank {rank} for {label!r}, whose heads have {size} entries, expected at most that"
-                " many."
+@dataclass(frozen=True)
+class _Request:
+    """What was asked for, and what of the model has to stay.
+
+    Args:
+        stats: statistics of the projections' inputs.
+        ranks: ranks of keys and of values.
+        joint: whether all heads share one subspace.
+        reasons: why layers cannot be replaced, by name.
+    """
+
+    stats: Statistics | None
+    ranks: tuple[Rank, Rank]
+    joint: bool
+    reasons: dict[str, str]
+
+    def sides(self, name: str, attention: nn.Module) -> list[_Side]:
+        """The two projections of an attention, once everything about them is checked."""
+        check_layout(name, attention)
+        size = attention.head_dim
+        assert isinstance(size, int)
+        sides = []
+        for key, rank in zip(("k_proj", "v_proj"), self.ranks, strict=True):
+            label = f"{name}.{key}"
+            linear = self._checked(label, attention.get_submodule(key))
+            if isinstance(rank, int) and rank > size:
+                raise LowRankError(
+                    f"factorize_kv_: got rank {rank} for {label!r}, whose heads have {size} entries, expected at most"
+                    " that many."
+                )
+            heads = linear.out_features // size if self.joint else 1
+            sides.append(_Side(linear, self._inputs(label, linear), size, heads, rank))
+        return sides
+
+    def factorized(self, name: str, attention: nn.Module, sides: list[_Side]) -> LatentAttention:
+        """The attention with its projections factorized."""
+        rotation, scale = rotation_tried_out(name, attention)
+        keys, values = map(_pair, sides)
+        output, size = output_of(attention), sides[1].size
+        assert output is not None
+        if f"{name}.{output[0]}" not in self.reasons and _absorbs(attention, values, output[1], size):
+            output = (output[0], _absorbed(values, output[1], size))
+            values = LatentProjection(values.down, [], None, values.groups)
+        return LatentAttention(attention, keys, values, output, rotation, scale)
+
+    def _checked(self, label: str, linear: nn.Module) -> nn.Linear:
+        if label in self.reasons:
+            raise UnsupportedLayerError(f"factorize_kv_: {label!r} cannot be replaced: {self.reasons[label]}.")
+        if type(linear) is not nn.Linear:
+            raise UnsupportedLayerError(
+                f"factorize_kv_: {label!r} is a {type(linear).__name__}, expected a plain nn.Linear; merge its adapters"
+                " or densify it first."
             )
-        heads = linear.out_features // size if joint else 1
-        inputs = _inputs(label, linear, stats)
-        sides.append(_Side(linear, inputs, size, heads, rank))
-    return sides
+        weight = linear.weight
+        if weight.is_meta or not weight.is_floating_point() or not bool(torch.isfinite(weight).all()):
+            raise LowRankError(
+                f"factorize_kv_: the weight of {label!r} is {weight.dtype} on {weight.device}, or has NaN or Inf;"
+                " expected finite floating point in memory."
+            )
+        return linear
 
-
-def _factorized(name: str, attention: nn.Module, sides: list[_Side], reasons: dict[str, str]) -> LatentAttention:
-    rotation, scale = rotation_tried_out(name, attention)
-    keys, values = map(_pair, sides)
-    output = output_of(attention)
-    assert output is not None
-    size = attention.head_dim
-    assert isinstance(size, int)
-    if f"{name}.{output[0]}" not in reasons and _absorbs(attention, values, output[1], size):
-        output = (output[0], _absorbed(values, output[1], size))
-        values = LatentProjection(values.down, [], None, values.groups)
-    return LatentAttention(attention, keys, values, output, rotation, scale)
-
-
-def _checked(label: str, linear: nn.Module, reasons: dict[str, str]) -> nn.Linear:
-    if label in reasons:
-        raise UnsupportedLayerError(f"factorize_kv_: {label!r} cannot be replaced: {reasons[label]}.")
-    if type(linear) is not nn.Linear:
-        raise UnsupportedLayerError(
-            f"factorize_kv_: {label!r} is a {type(linear).__name__}, expected a plain nn.Linear; merge its adapters or"
-            " densify it first."
-        )
-    weight = linear.weight
-    if weight.is_meta or not weight.is_floating_point() or not bool(torch.isfinite(weight).all()):
-        raise LowRankError(
-            f"factorize_kv_: the weight of {label!r} is {weight.dtype} on {weight.device}, or has NaN or Inf; expected"
-            " finite floating point in memory."
-        )
-    return linear
-
-
-def _inputs(label: str, linear: nn.Linear, stats: Statistics | None) -> Moments | None:
-    """The moments of what goes into a projection."""
-    if stats is None:
-        return None
-    if label not in stats:
-        raise LowRankError(f"factorize_kv_: stats have nothing about {label!r}; calibrate this very model.")
-    inputs = stats[label].inputs
-    if inputs.second.shape != (linear.in_features, linear.in_features):
-        raise LowRankError(
-            f"factorize_kv_: stats of {label!r} are {tuple(inputs.second.shape)}, expected {linear.in_features} inputs"
-            " squared; calibrate this very model."
-        )
-    return inputs
+    def _inputs(self, label: str, linear: nn.Linear) -> Moments | None:
+        """The moments of a projection's inputs."""
+        if self.stats is None:
+            return None
+        if label not in self.stats:
+            raise LowRankError(f"factorize_kv_: stats have nothing about {label!r}; calibrate this very model.")
+        inputs = self.stats[label].inputs
+        if inputs.second.shape != (linear.in_features, linear.in_features):
+            raise LowRankError(
+                f"factorize_kv_: stats of {label!r} are {tuple(inputs.second.shape)}, expected {linear.in_features}"
+                " inputs squared; calibrate this very model."
+            )
+        return inputs
 
 
 def _pair(side: _Side) -> LatentProjection:

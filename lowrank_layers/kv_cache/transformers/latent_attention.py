@@ -24,11 +24,11 @@ class LatentProjection(nn.Module):
     """A key or value projection as ``up (down x) + bias``, where ``down x`` is what is cached.
 
     Args:
-        down: gives the latents of all groups of heads, side by side.
-        ups: ``[groups, width, rank]``: one tensor for all groups, or one of a single group for each of them, where
-            their ranks differ; none where the output projection has taken it in.
-        bias: of all heads, added after the up-projection.
-        groups: of heads, each with latents of its own.
+        down: the projection to the latents of all groups of heads, side by side.
+        ups: up-projections ``[groups, width, rank]``: one tensor for all groups, or one tensor per group where their
+            ranks differ; none where the output projection has taken them in.
+        bias: the bias of all heads, added after the up-projection; ``None`` where there is none.
+        groups: number of groups of heads, each with latents of its own.
 
     Shape:
         ``[*, in_features]`` to ``[*, latents]``.
@@ -50,7 +50,11 @@ class LatentProjection(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
 
     def forward(self, input: Tensor) -> Tensor:
-        """The latents."""
+        """The latents that are cached.
+
+        Args:
+            input: hidden states, ``[*, in_features]``.
+        """
         out: Tensor = self.down(input)
         return out
 
@@ -77,19 +81,20 @@ class LatentProjection(nn.Module):
 
 
 class LatentAttention(nn.Module):
-    """Stands in the place of a self-attention that ``factorize_kv_`` has changed.
+    """Self-attention whose cache holds latents instead of keys and values; ``factorize_kv_`` puts it into a model.
 
-    The children keep their names; ``k_proj`` and ``v_proj`` are :class:`LatentProjection`. Keys of a tile are rebuilt
-    from the latents (those of a prompt all at once), normed where the model does, and turned by their index in the
-    cache, as queries are: with padding on the left both are off by the same number, and only the difference counts.
+    The children keep their names; ``k_proj`` and ``v_proj`` are :class:`LatentProjection`. Keys are rebuilt from the
+    latents tile by tile (those of a prompt all at once), normed where the model norms them, and rotated by their index
+    in the cache, as queries are: with padding on the left both are off by the same number, and only the difference
+    counts.
 
     Args:
-        attention: whose attributes and other children are taken over.
+        attention: the attention that is replaced; its attributes and other children are taken over.
         keys: the key projection.
         values: the value projection; without its up-projections the output projection takes latents.
         output: name and module of the output projection.
-        rotation: of queries and keys.
-        turned_scale: of the scores of turned entries (YaRN scales its cosines and sines).
+        rotation: the rotation of queries and keys; ``None`` where there is none.
+        turned_scale: factor of the scores of rotated entries (YaRN scales its cosines and sines).
     """
 
     head_dim: int
@@ -127,7 +132,18 @@ class LatentAttention(nn.Module):
         past_key_values: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
-        """As transformers calls its attentions; weights are never returned."""
+        """Attention as transformers calls it; weights are never returned.
+
+        Args:
+            hidden_states: ``[batch, tokens, hidden size]``.
+            position_embeddings: ignored, as tokens are rotated by their index in the cache.
+            attention_mask: ``[batch, 1, q, tokens]``: true where to attend, or what to add to the scores.
+            past_key_values: the cache; ``None`` for none.
+            **kwargs: ``is_causal`` is honoured, others are ignored.
+
+        Returns:
+            The outputs, and ``None`` in place of attention weights.
+        """
         batch, count = hidden_states.shape[:2]
         query = self.q_proj(hidden_states).view(batch, count, -1, self.head_dim)
         norm = norm_of(self, "q")
@@ -188,7 +204,7 @@ class LatentAttention(nn.Module):
         return torch.cat([turned[..., :size] * self.turned_scale, turned[..., size:]], -1)
 
     def _place(self, rotation: Rotation | None) -> None:
-        """With its tables made now: made under inference mode they could not be trained through later."""
+        """Keeps a rotation with its cosines made now: made in inference mode, no gradient could pass them later."""
         with torch.inference_mode(False):
             if rotation is not None:
                 rotation.nbytes()
@@ -196,19 +212,37 @@ class LatentAttention(nn.Module):
 
 
 def norm_of(attention: nn.Module, side: str) -> nn.Module | None:
-    """The norm of queries (``"q"``) or keys (``"k"``) over a head, if there is one."""
+    """The norm of queries or keys over a head, if there is one.
+
+    Args:
+        attention: an attention of transformers, or ours.
+        side: ``"q"`` or ``"k"``.
+    """
     found = getattr(attention, f"{side}_norm", None) or getattr(attention, f"{side}_layernorm", None)
     return found if isinstance(found, nn.Module) else None
 
 
 def by_group(rows: Tensor, groups: int) -> Tensor:
-    """``[batch, tokens, all ranks]`` as ``[batch, groups, rank, tokens]``, a view."""
+    """Latents ``[batch, tokens, all ranks]`` as ``[batch, groups, rank, tokens]``, a view.
+
+    Args:
+        rows: latents of all groups, side by side.
+        groups: number of groups.
+    """
     found: Tensor = rows.unflatten(2, (groups, -1)).permute(0, 2, 3, 1)
     return found
 
 
 def check_mask(mask: Tensor | None, tokens: int) -> Tensor | None:
-    """A mask over the tokens of the cache, or what to do about one of another kind."""
+    """The part of a mask that is about the tokens of the cache.
+
+    Args:
+        mask: what the model handed over.
+        tokens: number of tokens of the cache.
+
+    Raises:
+        LowRankError: for a mask of another kind.
+    """
     if mask is None:
         return None
     if not isinstance(mask, Tensor) or mask.ndim != 4:

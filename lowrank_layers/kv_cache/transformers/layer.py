@@ -16,7 +16,10 @@ from .versions import LayerInterface, cropped_length, query_length
 
 
 class LowRankLayer(LayerInterface):
-    """A :class:`LowRankKV` that comes with the first tokens, since only they show size, dtype and device."""
+    """A layer of a :class:`LowRankCache`: a :class:`LowRankKV` once there are tokens, which show size and dtype.
+
+    It is true also when it is empty, as transformers' layers are.
+    """
 
     kv: LowRankKV | None = None
     lazy = False
@@ -29,15 +32,15 @@ class LowRankLayer(LayerInterface):
 
     @property
     def compressed(self) -> int:
-        """How many tokens are coefficients."""
+        """Number of tokens that are stored as coefficients."""
         return 0 if self.kv is None else self.kv.compressed
 
     @property
     def keys(self) -> Tensor | None:
-        """All keys, old ones rebuilt from their coefficients; what is written into them is not cached.
+        """All keys, old ones rebuilt from their coefficients; ``None`` before there are any.
 
-        ``None`` before there are any. A cross-attention of transformers reads them from the second step on: where it
-        is the attention ``"lowrank"``, nothing is rebuilt.
+        What is written into the tensor does not change the cache. Cross-attentions of transformers read their keys here
+        from the second step on; for the attention ``"lowrank"`` nothing is rebuilt.
         """
         return self._side(0)
 
@@ -47,7 +50,7 @@ class LowRankLayer(LayerInterface):
 
     @property
     def values(self) -> Tensor | None:
-        """All values, as :attr:`keys`."""
+        """All values, likewise."""
         return self._side(1)
 
     @values.setter
@@ -55,11 +58,11 @@ class LowRankLayer(LayerInterface):
         self._refuse(given)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing is made before there are tokens."""
+        """Makes nothing: only :class:`LowRankCache` knows the settings."""
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """More tokens; all of them rebuilt, for an attention that knows nothing of coefficients."""
+        """Adds tokens and returns all of them, old ones rebuilt, for an attention that needs whole tensors."""
         assert self.kv is not None, "a LowRankCache makes it"
         self.lazy = False
         keys, values = key_states.detach(), value_states.detach()
@@ -76,9 +79,9 @@ class LowRankLayer(LayerInterface):
         return found
 
     def update_lazily(self, key_states: Tensor, value_states: Tensor) -> tuple[Any, Any]:
-        """More tokens, for the attention ``"lowrank"``, which compresses when it is done."""
+        """Adds tokens and returns what the attention ``"lowrank"`` reads; it compresses when it is done."""
         assert self.kv is not None, "a LowRankCache makes it"
-        self.kv.compress()  # of a step whose attention was another
+        self.kv.compress()  # the last step may have had another attention, which did not
         self.kv.append(key_states.detach(), value_states.detach())
         self.lazy = True
         handle = Handle(self.kv)
@@ -87,15 +90,15 @@ class LowRankLayer(LayerInterface):
         return LazyKV.of(handle, 0), LazyKV.of(handle, 1)
 
     def get_mask_sizes(self, query_length_: int | Tensor) -> tuple[int, int]:
-        """Tokens after the next step, and the first one's index."""
+        """The number of tokens after the next step, and the index of the first one."""
         return len(self) + query_length(query_length_), 0
 
     def get_seq_length(self) -> int:
-        """Tokens so far."""
+        """Number of tokens so far."""
         return len(self)
 
     def crop(self, tokens_to_remove: int | Tensor) -> None:
-        """Removes ``-tokens_to_remove`` tokens; a positive number is the length that is left."""
+        """Removes tokens at the end: a negative number is how many, a positive one the length that is left."""
         if self.kv is not None:
             self.kv.crop(cropped_length(tokens_to_remove, len(self)))
 
@@ -104,7 +107,7 @@ class LowRankLayer(LayerInterface):
         self.kv = None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Rows of the batch, one for every beam."""
+        """Takes one row of the batch for every beam."""
         self.batch_select_indices(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:

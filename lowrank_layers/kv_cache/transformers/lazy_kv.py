@@ -1,4 +1,4 @@
-"""What ``update`` returns where the attention can read coefficients."""
+"""What a cache returns in place of keys and values where the attention can read coefficients."""
 
 from __future__ import annotations
 
@@ -12,7 +12,11 @@ from ..low_rank_kv import LowRankKV
 
 
 class Handle:
-    """A layer's tokens at one step, in the place of its keys and of its values."""
+    """Stands for the keys and the values of a layer at one step.
+
+    Args:
+        kv: the cache of the layer.
+    """
 
     def __init__(self, kv: LowRankKV) -> None:
         self.kv = kv
@@ -20,25 +24,33 @@ class Handle:
 
     @property
     def shape(self) -> torch.Size:
-        """Of the keys."""
+        """Shape of the keys."""
         return self.shape_of(0)
 
     def shape_of(self, side: int) -> torch.Size:
-        """Of keys (0) or values (1)."""
+        """Shape of keys or values.
+
+        Args:
+            side: 0 for keys, 1 for values.
+        """
         batch, heads, _, size = self.kv.like(side).shape
         return torch.Size([batch, heads, len(self.kv), size])
 
     def dense(self, side: int) -> Tensor:
-        """Keys (0) or values (1), rebuilt once."""
+        """Keys or values as one tensor, rebuilt once.
+
+        Args:
+            side: 0 for keys, 1 for values.
+        """
         if side not in self._dense:
             self._dense[side] = self.kv.side(side)
         return self._dense[side]
 
 
 class LazyKV(torch.Tensor):
-    """A handle that looks like a tensor, and becomes one where a model computes with it itself.
+    """A handle that looks like a tensor, and is rebuilt into one where a model itself computes with it.
 
-    It cannot be made under torch.compile, where the handle itself goes to the attention.
+    It cannot be made under torch.compile; the attention gets the handle itself then.
     """
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
@@ -47,7 +59,12 @@ class LazyKV(torch.Tensor):
 
     @staticmethod
     def of(handle: Handle, side: int) -> LazyKV:
-        """Keys (``side`` 0) or values (1)."""
+        """A tensor that stands for keys or values.
+
+        Args:
+            handle: the tokens of a layer.
+            side: 0 for keys, 1 for values.
+        """
         like, shape = handle.kv.like(side), handle.shape_of(side)
         found: LazyKV = torch.Tensor._make_wrapper_subclass(LazyKV, shape, dtype=like.dtype, device=like.device)
         found.handle, found.side = handle, side
@@ -60,7 +77,7 @@ class LazyKV(torch.Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        """Any operation: on what was rebuilt."""
+        """Runs any operation on what is rebuilt."""
         return func(*tree_map(_plain, args), **tree_map(_plain, kwargs or {}))
 
 

@@ -1,4 +1,4 @@
-"""Multi-head latent attention without expanding the history."""
+"""Multi-head latent attention (DeepSeek's MLA) that decodes without expanding the cached latents."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..attend import attend
 from ..masks import is_causal
 
 NAME = "lowrank_mla"
-"""Of the attention that absorbed decoding registers in transformers."""
+"""Name under which absorbed decoding registers its attention in transformers."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,10 +23,10 @@ class SharedLatentSegment:
     r"""Tokens as one latent and one rotated key for all heads: :math:`k = (W_k c, r)` and :math:`v = W_v c`.
 
     Args:
-        keys: :math:`W_k`, ``[heads, size, rank]``.
-        values: :math:`W_v`, ``[heads, size, rank]``.
+        keys: the up-projection :math:`W_k`, ``[heads, size, rank]``.
+        values: the up-projection :math:`W_v`, ``[heads, size, rank]``.
         latents: ``[batch, 1, tokens, rank]``.
-        turned: ``[batch, 1, tokens, turned size]``.
+        turned: the rotated keys, ``[batch, 1, tokens, rotated size]``.
     """
 
     keys: Tensor
@@ -70,12 +70,18 @@ class SharedLatentSegment:
 
 
 class Absorbing:
-    """Mixed into the class of a latent attention that decodes without expanding what is cached."""
+    """Mixin for the class of a latent attention that decodes without expanding what is cached."""
 
     _plain_class: type[nn.Module]
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """The class' own forward, on a view of the module in which nothing is expanded where that is cheaper."""
+        """Runs the class' own forward, on a view of the module in which nothing is expanded where that is cheaper.
+
+        Args:
+            hidden_states: ``[batch, tokens, hidden size]``.
+            *args: handed on.
+            **kwargs: handed on.
+        """
         run: Callable[..., Any] = self._plain_class.forward
         mask, past = kwargs.get("attention_mask"), kwargs.get("past_key_values")
         known = not args and (mask is None or (isinstance(mask, Tensor) and mask.ndim == 4))
@@ -104,16 +110,16 @@ class Overlay:
 
 
 def absorb_mla_(model: nn.Module) -> nn.Module:
-    r"""Lets latent attentions (DeepSeek's MLA) decode from the cached latents, which transformers expands every step.
+    r"""Lets multi-head latent attentions (DeepSeek's MLA) decode from the cached latents without expanding them.
 
-    A cache of transformers holds the latent :math:`c` and one rotated key :math:`r` a token; its forward forms
+    A cache of transformers holds the latent :math:`c` and one rotated key :math:`r` per token; its forward forms
     :math:`k_h = (W_h c, r)` and :math:`v_h = V_h c` of *all* tokens for every new one. Here the scores are
     :math:`(W_h^T q_h)^T c + q_r^T r`, and :math:`V_h` is applied to the weighted sum of latents: as many bytes, the
     same numbers, and arithmetic that no longer has ``tokens * rank * heads * size`` in it. Prompts, and calls with so
     many new tokens that expanding takes fewer multiplications, run as before. Weights and their names stay.
 
     Args:
-        model: changed in place; its attentions become subclasses of their classes.
+        model: the model, changed in place: its attentions become subclasses of their classes.
 
     Returns:
         The model.
@@ -149,7 +155,11 @@ def absorb_mla_(model: nn.Module) -> nn.Module:
 
 
 def absorbing_class(cls: type[nn.Module]) -> type[nn.Module]:
-    """The subclass of an attention that decodes in the subspace."""
+    """The subclass of an attention's class that decodes in the subspace.
+
+    Args:
+        cls: the class of the attention.
+    """
     if cls not in _CLASSES:
         body = {"_plain_class": cls, "__module__": cls.__module__}
         _CLASSES[cls] = cast(type[nn.Module], type(f"Absorbing{cls.__name__}", (Absorbing, cls), body))
@@ -191,7 +201,7 @@ def _check(name: str, module: Any) -> None:
 
 
 def _pays(module: Any, count: int) -> bool:
-    """Whether the subspace takes fewer multiplications a cached token and head: ``2 r q`` or ``(r + q) (k + v)``."""
+    """Whether the subspace takes fewer multiplications per cached token and head: ``2 r q < (r + q) (k + v)``."""
     rank, sizes = module.kv_b_proj.in_features, module.qk_nope_head_dim + module.v_head_dim
     return bool(2 * rank * count < (rank + count) * sizes)
 
@@ -211,7 +221,7 @@ def _attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers calls: ``key`` are latents, ``value`` turned keys."""
+    """Attention as transformers calls it, with latents as ``key`` and rotated keys as ``value``."""
     weight = module.kv_b_proj.weight.unflatten(0, (-1, module.qk_nope_head_dim + module.v_head_dim))
     keys, values = weight.split([module.qk_nope_head_dim, module.v_head_dim], 1)
     mask = None if attention_mask is None else attention_mask[..., : key.shape[2]]

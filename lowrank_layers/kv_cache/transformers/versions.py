@@ -1,4 +1,4 @@
-"""Everything in which transformers 5.2 and later differ from each other."""
+"""The differences between versions of transformers, 5.2 and later: the only file that knows them."""
 
 from __future__ import annotations
 
@@ -29,26 +29,34 @@ class LayerInterface(CacheLayerMixin):
     get_max_cache_shape = get_max_length  # until 5.19
 
     def offload(self) -> None:
-        """Stays where it is."""
+        """Does nothing: the cache stays where the model is."""
 
     def prefetch(self) -> None:
-        """Stays where it is."""
+        """Does nothing: the cache stays where the model is."""
 
     def activate_past_recording(self) -> None:
-        """Nothing is forgotten that a crop could ask for."""
+        """Does nothing: all tokens that a crop could ask for are kept."""
 
 
 def query_length(given: int | Tensor) -> int:
-    """Of ``get_mask_sizes``, which gets the positions themselves until 5.3."""
+    """The number of queries, from the argument of ``get_mask_sizes``: until 5.3 that is their positions.
+
+    Args:
+        given: a number, or positions.
+    """
     if isinstance(given, Tensor):
         return given.shape[0] if given.ndim else int(given)
     return given
 
 
 def cropped_length(amount: int | Tensor, length: int) -> int:
-    """What ``crop`` leaves: a positive number is a length (until 5.19), a negative one (from 5.14) goes from the end.
+    """The length that ``crop`` leaves.
 
     Until 5.13 generate crops at every assisted step to a length that may be the present one; 5.14 gives a tensor.
+
+    Args:
+        amount: a positive number is a length (until 5.19), a negative one (from 5.14) how many tokens to remove.
+        length: length of the cache.
     """
     amount = int(amount)
     return min(length, amount) if amount > 0 else max(0, length + amount)
@@ -69,7 +77,11 @@ def plain_layer() -> DynamicLayer:
 
 
 def forget(layer: Any) -> None:
-    """Leaves a layer without tokens; until 5.17 transformers' own were filled with zeros and kept their length."""
+    """Empties a layer: until 5.17 transformers' own were filled with zeros and kept their length.
+
+    Args:
+        layer: a layer of ours or of transformers.
+    """
     layer.reset()
     if isinstance(layer, DynamicLayer):
         layer.keys = layer.values = None
@@ -77,7 +89,11 @@ def forget(layer: Any) -> None:
 
 
 def caches_latents(module: nn.Module | None) -> bool:
-    """Whether an MLA layer caches its latents (from 5.15), which are few already, and not its keys."""
+    """Whether an attention is an MLA that caches its latents (from 5.15), which are few already.
+
+    Args:
+        module: the attention, if it is known.
+    """
     return hasattr(module, "expand_kv")
 
 
