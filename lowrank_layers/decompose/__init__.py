@@ -1,4 +1,4 @@
-"""Tensors into factors."""
+"""Decompositions: from a tensor to its factors."""
 
 from .cp import cp as cp
 from .nmf import nmf as nmf

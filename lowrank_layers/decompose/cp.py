@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..errors import LowRankError
+from ..checks import check_integer
 from ..factors import CP
 from ..linalg import (
     check_tensor,
@@ -33,30 +33,29 @@ def cp(
     tolerance: float = 1e-5,
     seed: int = 0,
 ) -> CP:
-    """A sum of ``rank`` outer products, by alternating least squares (Carroll and Chang, 1970; Harshman, 1970).
+    """Decomposes a tensor into a sum of ``rank`` outer products (canonical polyadic decomposition, CP).
 
-    Each sweep solves for one factor after the other; columns are normalised, so that no component runs off to
-    infinity against another. A sweep costs two large matrix products whatever the order: the largest mode, once
-    contracted away, serves all the others.
+    Alternating least squares (Carroll and Chang, 1970; Harshman, 1970): each sweep solves for one factor after the
+    other. Columns are normalized, so that no component diverges against another. A sweep costs two large matrix
+    products in any order: the largest mode is contracted once for all the others.
 
     Args:
         tensor: any float dtype, any device; half precision is computed in fp32 and cast back. Gradients
             do not flow: the input is detached.
-        rank: number of components; above the largest rank that a tensor of this shape can have
-            (the product of all modes but the largest) it is clamped. At that rank the result is exact.
-            ``ParameterFraction`` counts the numbers of the factors. Rules that look at singular values are refused:
-            no spectrum says how far a sum of this many components is from the tensor.
-        sweeps: at most this many a start.
-        starts: the first one is the HOSVD's leading vectors, the others are random; the best one is returned.
-            Every start runs a few sweeps, only the most promising one to the end.
+        rank: number of components; above the largest rank of use (the product of all modes but the largest) it is
+            clamped. At that rank the result is exact. ``ParameterFraction`` counts the values in the factors. Rules
+            that look at singular values are refused: no spectrum tells the error at a CP rank.
+        sweeps: largest number of sweeps per start.
+        starts: number of starts: first the leading vectors of the HOSVD, then random ones. Each runs a few sweeps, the
+            most promising one to the end.
         tolerance: stops when the relative error changes by less than this in a sweep.
-        seed: of the random vectors; the global generator is left alone.
+        seed: seed of the random vectors; the global generator is untouched.
 
     Shape:
         ``[n_0, ..., n_{d-1}]``, two or more modes.
 
     Raises:
-        LowRankError: for NaN, Inf, integer, empty or meta input, a rank below 1, a rule that
+        LowRankError: for NaN, Inf, integer, empty or meta input, a rank below 1, and a rule that
             looks at singular values.
 
     Examples:
@@ -66,7 +65,8 @@ def cp(
         True
     """
     tensor = check_tensor(tensor, "cp")
-    _check_positive(sweeps=sweeps, starts=starts)
+    check_integer(sweeps, "cp", "sweeps", 1)
+    check_integer(starts, "cp", "starts", 1)
     rank = cp_rank(rank, tensor.shape, "cp")
     work, scale = scaled_to_unit(tensor.to(working_dtype(tensor)))
     if rank >= tensor.numel() // max(tensor.shape):
@@ -85,7 +85,7 @@ def cp(
 
 
 def _fibres(tensor: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """The exact decomposition at the largest rank: each fibre along the largest mode is a component of its own."""
+    """Decomposes exactly at the largest rank of use: each fibre along the largest mode is one component."""
     largest = max(range(tensor.ndim), key=lambda mode: tensor.shape[mode])
     fibres = unfold(tensor, largest).double()
     weights, order = torch.linalg.vector_norm(fibres, dim=0).sort(descending=True)
@@ -99,7 +99,7 @@ def _fibres(tensor: Tensor) -> tuple[Tensor, list[Tensor]]:
 
 
 class _Run:
-    """One start of the iteration, on a copy whose modes are sorted by size, the largest first."""
+    """One start of the iteration, on a copy of the tensor whose modes are sorted by size, largest first."""
 
     def __init__(self, tensor: Tensor, factors: list[Tensor]) -> None:
         self.order = sorted(range(tensor.ndim), key=lambda mode: -tensor.shape[mode])
@@ -112,6 +112,7 @@ class _Run:
         self.done = 0
 
     def sweep(self, count: int, tolerance: float) -> None:
+        """Runs at most ``count`` sweeps, until the relative error falls by less than the tolerance."""
         for _ in range(count):
             before = self.error
             self._sweep_once()
@@ -120,6 +121,7 @@ class _Run:
                 return
 
     def components(self) -> tuple[Tensor, list[Tensor]]:
+        """Weights and factors, the largest component first, in the tensor's order of modes."""
         by_size = self.weights.argsort(descending=True)
         factors = [self.factors[self.order.index(mode)][:, by_size] for mode in range(len(self.order))]
         return self.weights[by_size], factors
@@ -129,7 +131,7 @@ class _Run:
         for factor in self.factors[2:]:
             others = khatri_rao(others, factor)
         self._solve(0, unfold(self.tensor, 0) @ others)
-        # the largest mode contracted away once serves all the others: [r, n_1, n_2, ...]
+        # the largest mode is contracted once for all the others: [r, n_1, n_2, ...]
         partial = torch.tensordot(self.factors[0], self.tensor, dims=([0], [0]))
         for mode in range(1, len(self.factors)):
             product = self._contract(partial, keep=mode)
@@ -137,7 +139,7 @@ class _Run:
         self._measure(product)
 
     def _contract(self, partial: Tensor, keep: int) -> Tensor:
-        """Contracts every mode of ``[r, n_1, n_2, ...]`` but one, component by component: ``[n_keep, r]``."""
+        """Contracts all modes of ``[r, n_1, n_2, ...]`` but one per component: ``[n_keep, r]``."""
         for mode in range(len(self.factors) - 1, 0, -1):
             if mode != keep:
                 axis = mode if mode < keep else partial.ndim - 1
@@ -147,10 +149,10 @@ class _Run:
         return partial.mT
 
     def _solve(self, mode: int, product: Tensor) -> None:
-        """Least squares for one factor, from the matricized tensor times the Khatri-Rao product of the others.
+        """Solves for one factor, given the matricized tensor times the Khatri-Rao product of the others.
 
         The normal equations are solved in fp64. Columns have unit length, so their diagonal is 1; the ridge is the
-        noise of the product, without which a nearly dependent component would be amplified noise.
+        rounding error of the product, which a nearly dependent component would amplify.
         """
         gram = self._gram_but(mode)
         gram.diagonal().add_(torch.finfo(product.dtype).eps)
@@ -161,12 +163,12 @@ class _Run:
         self.grams[mode] = _gram(self.factors[mode])
 
     def _gram_but(self, skip: int) -> Tensor:
-        """The Gram matrix of the Khatri-Rao product of all factors but one."""
+        """Returns the Gram matrix of the Khatri-Rao product of all factors but one."""
         others = [gram for mode, gram in enumerate(self.grams) if mode != skip]
         return math.prod(others[1:], start=others[0].clone())
 
     def _measure(self, product: Tensor) -> None:
-        """``||T - M||^2 = ||T||^2 - 2 <T, M> + ||M||^2``, from what the last solve left behind."""
+        """Updates the relative error: ``||T - M||^2 = ||T||^2 - 2 <T, M> + ||M||^2``, from the last product."""
         weights = self.weights.double()
         inner = float((product.double() * self.factors[-1].double() * weights).sum())
         gram = self._gram_but(len(self.grams) - 1) * self.grams[-1]
@@ -179,7 +181,7 @@ def _gram(factor: Tensor) -> Tensor:
 
 
 def _start(tensor: Tensor, rank: int, generator: torch.Generator, *, hosvd: bool) -> list[Tensor]:
-    """Leading eigenvectors of each unfolding, filled up with random unit columns; or only those."""
+    """Returns random unit columns per mode, for ``hosvd`` with the leading eigenvectors of the unfoldings first."""
     factors = []
     for mode, n in enumerate(tensor.shape):
         factor = torch.randn(n, rank, generator=generator, dtype=torch.float64).to(tensor)
@@ -190,9 +192,3 @@ def _start(tensor: Tensor, rank: int, generator: torch.Generator, *, hosvd: bool
             factor[:, : leading.shape[1]] = leading
         factors.append(factor)
     return factors
-
-
-def _check_positive(**values: int) -> None:
-    for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise LowRankError(f"cp: got {name} {value!r}, expected an integer of at least 1.")

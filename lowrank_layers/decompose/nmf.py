@@ -26,7 +26,8 @@ from ..linalg.nonnegative import (
     Loss,
     Problem,
     Solver,
-    check_choices,
+    Stopping,
+    check_choice,
     check_nonnegative,
     products_of,
     smallest,
@@ -51,18 +52,18 @@ def nmf(
     tolerance: float = 1e-3,
     seed: int = 0,
 ) -> NMF:
-    r"""Two non-negative factors of a non-negative matrix: ``X`` is nearly ``W H``.
+    r"""Factorizes a non-negative matrix into two non-negative factors, ``X`` nearly ``W H``.
 
-    Every sweep updates ``W``, then ``H``, and moves on in the direction of the step (Ang and Gillis, 2019); where that
-    does not lower the objective, the plain step, which always does, stands. So no sweep makes the objective grow.
+    Every sweep updates ``W``, then ``H``, and extrapolates in the direction of the step (Ang and Gillis, 2019); where
+    that does not lower the objective, the plain step is taken, which never raises it.
 
     Args:
-        matrix: any float dtype, any device, no entry below zero; half precision is computed in fp32 and cast back.
+        matrix: non-negative, of any float dtype on any device; half precision is computed in fp32 and cast back.
             Gradients do not flow: the input is detached. Sparse matrices of torch (COO, CSR, ...) and of scipy.sparse
-            are taken too, and never made dense. Where nine tenths of a dense one are zero, the zeros cost nothing.
+            are accepted, and never made dense. Where nine tenths of a dense matrix are zero, its zeros cost nothing.
         rank: number of components; above ``min(m, n)`` it is clamped. At that rank the result is exact: the matrix
-            itself and the identity. A rule looks at the singular values of the matrix, whose tail is the least error of
-            any factorization of that rank: that of non-negative factors may be larger than the rule asked for.
+            itself and the identity. A rule gets the singular values of the matrix. Their tail is the smallest error of
+            any factorization of that rank; that of non-negative factors may be larger than the rule asks for.
         solver: ``"hals"``, exact minimisation over one component after the other (Cichocki and Phan, 2009), or
             ``"mu"``, multiplicative updates (Lee and Seung, 2001), slower to converge and the only one for ``"kl"``.
             Both use a product with the matrix several times where that is cheap (Gillis and Glineur, 2012).
@@ -70,11 +71,11 @@ def nmf(
             ``sum X log(X / W H) - X + W H``, which suits counts.
         init: ``"nndsvd"`` (Boutsidis and Gallopoulos, 2008), the non-negative parts of the singular vectors;
             ``"nndsvda"``, the same with the mean of the matrix (scaled to a largest entry between 1 and 2) in place
-            of zeros, or ``"random"``. Multiplicative updates leave a zero only slowly: give them one of the last two.
-        sweeps: at most this many; 0 returns the start.
-        tolerance: stops when the objective ``D`` fell by too little in ten sweeps:
+            of zeros; or ``"random"``. Multiplicative updates leave zeros only slowly: use one of the last two.
+        sweeps: largest number of sweeps; 0 returns the start.
+        tolerance: stops when the objective ``D`` falls by too little in ten sweeps,
             ``D[t - 10] - D[t] <= tolerance * D[t]``.
-        seed: of the random start, and of the randomized SVD of a large matrix; the global generator is left alone.
+        seed: seed of the random start, and of the randomized SVD of a large matrix; the global generator is untouched.
 
     Shape:
         ``[m, n]``.
@@ -93,7 +94,14 @@ def nmf(
         torch.Size([3, 20])
     """
     found = check_matrix(matrix, "nmf")
-    _check_arguments(solver, loss, init, sweeps, tolerance)
+    for name, choice, known in (("solver", solver, Solver), ("loss", loss, Loss), ("init", init, Init)):
+        check_choice(choice, get_args(known), "nmf", name)
+    if loss == "kl" and solver == "hals":
+        raise LowRankError(
+            "nmf: got solver 'hals' with loss 'kl', expected solver 'mu': HALS solves least squares only."
+        )
+    stopping = Stopping(sweeps, tolerance)
+    stopping.check("nmf")
     wide = found.to(working_dtype(found))
     check_nonnegative(wide, "nmf")
     m, n = found.shape
@@ -107,15 +115,12 @@ def nmf(
     if sweeps and bool(w.any()):
         data = products_of(work)
         problem = Divergence(data) if loss == "kl" else LeastSquares(data, solver)
-        w, h = _descend(problem, w, h, sweeps, tolerance)
+        w, h = _descend(problem, w, h, stopping)
     return _tidy(w, h, scale, found.dtype)
 
 
-# ------------------------------------------------------------------------------------------------------- the start
-
-
 def _start(matrix: Tensor | SparseMatrix, rank: int, init: Init, seed: int) -> tuple[Tensor, Tensor]:
-    """``W^T [r, m]`` and ``H [r, n]``: components are rows everywhere here, so that each lies in one piece."""
+    """Returns the start ``W^T [r, m]`` and ``H [r, n]``: components are rows, so that each is contiguous."""
     m, n = matrix.shape
     entries = matrix if isinstance(matrix, Tensor) else matrix.values
     mean = float(entries.sum(dtype=torch.float64)) / (m * n)
@@ -138,7 +143,7 @@ def _start(matrix: Tensor | SparseMatrix, rank: int, init: Init, seed: int) -> t
 
 
 def _nndsvd(left: Tensor, values: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    """Of every ``s u v^T`` the larger of the two non-negative parts, ``s u+ v+^T`` and ``s u- v-^T``."""
+    """Takes the larger of the two non-negative parts of each ``s u v^T``, ``s u+ v+^T`` and ``s u- v-^T``."""
     parts = []
     for sign in (1, -1):
         u, v = (sign * left).clamp_min(0), (sign * right).clamp_min(0)
@@ -154,14 +159,11 @@ def _nndsvd(left: Tensor, values: Tensor, right: Tensor) -> tuple[Tensor, Tensor
     return u * (size / a.clamp_min(least))[:, None], v * (size / b.clamp_min(least))[:, None]
 
 
-# ------------------------------------------------------------------------------------------------------ the sweeps
-
-
-def _descend(problem: Problem, w: Tensor, h: Tensor, sweeps: int, tolerance: float) -> tuple[Tensor, Tensor]:
-    """Ang and Gillis' extrapolation (2019, algorithm 3), with the plain step wherever it does not pay."""
+def _descend(problem: Problem, w: Tensor, h: Tensor, stopping: Stopping) -> tuple[Tensor, Tensor]:
+    """Iterates with Ang and Gillis' extrapolation (2019, algorithm 3), or plain steps where that does not pay."""
     objective = mark = problem.objective(w, h)
     ahead, most = 0.5, 2.0
-    for sweep in range(1, sweeps + 1):
+    for sweep in range(1, stopping.sweeps + 1):
         before = w.clone(), h.clone()
         problem.step(w, h)
         further = [
@@ -177,14 +179,14 @@ def _descend(problem: Problem, w: Tensor, h: Tensor, sweeps: int, tolerance: flo
             ahead, most = ahead / 1.5, ahead
         objective = reached
         if sweep % 10 == 0:
-            if mark - objective <= tolerance * objective:
+            if mark - objective <= stopping.tolerance * objective:
                 break
             mark = objective
     return w, h
 
 
 def _tidy(w: Tensor, h: Tensor, scale: float, dtype: torch.dtype) -> NMF:
-    """The largest component first, both sides of each of one norm."""
+    """Sorts the components, largest first, and balances the norms of their two sides."""
     zero = 2 * smallest(w)
     w, h = (torch.where(factor > zero, factor, 0.0) for factor in (w, h))
     a, b = torch.linalg.vector_norm(w, dim=1), torch.linalg.vector_norm(h, dim=1)
@@ -193,12 +195,3 @@ def _tidy(w: Tensor, h: Tensor, scale: float, dtype: torch.dtype) -> NMF:
     w = w[order] * (root / a[order].clamp_min(least))[:, None]
     h = h[order] * (root / b[order].clamp_min(least))[:, None]
     return NMF(w.mT.to(dtype).contiguous(), h.to(dtype).contiguous())
-
-
-def _check_arguments(solver: str, loss: str, init: str, sweeps: int, tolerance: float) -> None:
-    words = {"solver": (solver, get_args(Solver)), "loss": (loss, get_args(Loss)), "init": (init, get_args(Init))}
-    check_choices("nmf", sweeps, tolerance, words)
-    if loss == "kl" and solver == "hals":
-        raise LowRankError(
-            "nmf: got solver 'hals' with loss 'kl', expected solver 'mu': HALS solves least squares only."
-        )

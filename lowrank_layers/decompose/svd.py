@@ -1,4 +1,4 @@
-"""The singular value decomposition, by the way that suits the shape."""
+"""The truncated singular value decomposition, by the method that suits the shape."""
 
 from typing import Literal, get_args
 
@@ -27,22 +27,22 @@ Method = Literal["auto", "exact", "randomized", "gram", "krylov"]
 
 @full_precision
 def svd(matrix: Matrix, rank: Rank | None = None, *, method: Method = "auto", seed: int = 0) -> SVD:
-    """The best approximation of a matrix by one of rank ``rank`` (Eckart and Young, 1936).
+    """Computes the truncated SVD of a matrix, its best approximation of that rank (Eckart and Young, 1936).
 
     Args:
         matrix: any float dtype, any device; half precision is computed in fp32 and cast back.
             Gradients do not flow: the input is detached. Sparse matrices of torch (COO, CSR, ...) and of scipy.sparse
-            are taken too; a large one is never made dense.
+            are accepted; a large one is never made dense.
         rank: number of singular triplets; above ``min(m, n)`` it is clamped. ``None`` keeps all of them. A rule such
-            as ``Energy(0.95)`` looks at all singular values first; ``ParameterFraction`` counts the numbers of a pair
-            of matrices ``[m, r]`` and ``[r, n]``.
+            as ``Energy(0.95)`` gets all singular values; ``ParameterFraction`` counts the values in a pair of matrices
+            ``[m, r]`` and ``[r, n]``.
         method: ``"exact"`` (LAPACK), ``"gram"`` (eigenvectors of the smaller side's Gram matrix in fp64;
             loses singular values below 1e-8 of the largest), ``"randomized"`` (Halko et al., 2011, with four
             power iterations), ``"krylov"`` (restarted block Krylov iteration until it has converged, from products
             with the matrix alone), or ``"auto"``: randomized for ranks below a tenth of a matrix whose smaller
             side exceeds 512, Gram for a matrix at least four times as long as wide, else exact. For a large sparse
             matrix it is Gram where the smaller side is at most 2048, else Krylov.
-        seed: of the randomized and the Krylov method.
+        seed: seed of the randomized and the Krylov method.
 
     Shape:
         ``[m, n]``.
@@ -83,6 +83,7 @@ def svd(matrix: Matrix, rank: Rank | None = None, *, method: Method = "auto", se
 
 
 def _pick(matrix: Tensor | SparseMatrix, rank: int) -> Method:
+    """Chooses the method for ``"auto"``."""
     short, long = sorted(matrix.shape)
     if isinstance(matrix, SparseMatrix) and short * long > SMALL:
         return "gram" if short <= 2048 else "krylov"

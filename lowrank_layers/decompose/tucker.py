@@ -16,20 +16,20 @@ from .tucker_ranks import mode_ranks
 def tucker(
     tensor: Tensor, rank: RankRule | Sequence[Rank | None], *, sweeps: int = 20, tolerance: float = 1e-4
 ) -> Tucker:
-    """A core and one orthonormal matrix a mode, by higher-order orthogonal iteration (De Lathauwer et al., 2000).
+    """Decomposes a tensor into a small core and one orthonormal matrix per mode (Tucker decomposition).
 
-    Starts from the sequentially truncated HOSVD (Vannieuwenhoven et al., 2012); every sweep replaces each factor
-    by the leading eigenvectors of the Gram matrix (in fp64) of the tensor projected on all the others, until the
-    fit stops growing.
+    Higher-order orthogonal iteration (HOOI; De Lathauwer et al., 2000) from the sequentially truncated HOSVD
+    (Vannieuwenhoven et al., 2012): every sweep replaces each factor by the leading eigenvectors of the Gram matrix, in
+    fp64, of the tensor projected on all the others, until the fit stops growing.
 
     Args:
         tensor: any float dtype, any device; half precision is computed in fp32 and cast back. Gradients
             do not flow: the input is detached.
-        rank: one entry for each mode: an integer (above the dimension it is clamped), a rule, or ``None``, which leaves
-            that mode whole (no factor). A rule looks at the singular values of the unfolding of its mode, whatever the
-            ranks of the others are; those modes that have ``ParameterFraction`` shrink in proportion, until core and
-            factors together hold no more than the fraction. One rule in place of the entries stands for every mode.
-        sweeps: at most this many; 0 returns the start.
+        rank: one entry per mode: an integer (above the dimension it is clamped), a rule, or ``None``, which leaves the
+            mode whole (no factor). A rule gets the singular values of the unfolding of its mode; modes with
+            ``ParameterFraction`` shrink in proportion, until core and factors together hold no more than the fraction.
+            One rule in place of the entries applies to every mode.
+        sweeps: largest number of sweeps; 0 returns the start.
         tolerance: stops when the relative error changes by less than this in a sweep.
 
     Shape:
@@ -74,7 +74,7 @@ def tucker(
 
 
 def _leading(tensor: Tensor, mode: int, rank: int) -> tuple[Tensor, float]:
-    """The leading left singular vectors of one unfolding, and the energy that they keep: their eigenvalues' sum."""
+    """Returns the leading left singular vectors of one unfolding, and the energy that they keep."""
     matrix = unfold(tensor, mode).double()
     rows, columns = matrix.shape
     if rank <= columns < rows:
@@ -88,7 +88,7 @@ def _leading(tensor: Tensor, mode: int, rank: int) -> tuple[Tensor, float]:
 
 
 def _lower_gram(matrix: Tensor) -> Tensor:
-    """The lower triangle of ``A A^T``, which is all that eigh reads: in four strips, 5/8 of the products."""
+    """Computes the lower triangle of ``A A^T``, which is all that ``eigh`` reads, in four strips."""
     n = len(matrix)
     gram = matrix.new_zeros(n, n)
     width = -(-n // 4)
@@ -99,12 +99,12 @@ def _lower_gram(matrix: Tensor) -> Tensor:
 
 
 def _error(energy: float, kept: float) -> float:
-    """Factors are orthonormal: the relative error is the energy that the core does not hold."""
+    """Returns the relative error from the energy that the core holds, since factors are orthonormal."""
     return math.sqrt(max(energy - kept, 0.0) / energy) if energy > 0 else 0.0
 
 
 def _project(tensor: Tensor, factors: dict[int, Tensor]) -> Tensor:
-    """Multiplies by the transposed factors, those that shrink most first."""
+    """Multiplies a tensor by the transposed factors, those that shrink it most first."""
     for mode in sorted(factors, key=lambda k: factors[k].shape[1] / factors[k].shape[0]):
         tensor = mode_product(tensor, factors[mode].mT, mode)
     return tensor

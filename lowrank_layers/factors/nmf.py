@@ -11,7 +11,7 @@ from torch import Tensor
 from ..checks import check_integer
 from ..errors import LowRankError
 from ..linalg import Matrix, check_matrix, scaled_to_unit, working_dtype
-from ..linalg.nonnegative import Loss, check_choices, check_nonnegative, products_of, weights_of
+from ..linalg.nonnegative import Loss, Stopping, check_choice, check_nonnegative, products_of, weights_of
 from .base import relative_error_of_product
 
 
@@ -96,12 +96,14 @@ class NMF:
                 f"NMF.transform: got shape {tuple(found.shape)}, expected {self.h.shape[1]} columns, as the factorized"
                 " matrix has."
             )
-        check_choices("NMF.transform", sweeps, tolerance, {"loss": (loss, get_args(Loss))})
+        stopping = Stopping(sweeps, tolerance)
+        stopping.check("NMF.transform")
+        check_choice(loss, get_args(Loss), "NMF.transform", "loss")
         wide = found.to(working_dtype(found))
         check_nonnegative(wide, "NMF.transform")
         work, scale = scaled_to_unit(wide)
         h, size = scaled_to_unit(self.h.detach().to(work.device, work.dtype))
-        weights = weights_of(products_of(work), h, loss, sweeps, tolerance)
+        weights = weights_of(products_of(work), h, loss, stopping)
         return (weights.mT * (scale / size)).to(found.dtype).contiguous()
 
     def relative_error(self, dense: Matrix) -> float:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..decompose.pair import pair_factors, truncated_pair
 from ..factors import SVD
-from ..rank import Rank, choose_rank, pair_spectrum as pair_spectrum
+from ..rank import Rank, choose_rank, pair_spectrum
 from .base import FactoredModule
 from .conversion import adopt, adopt_dense, fill
 from .initialization import reset_chain

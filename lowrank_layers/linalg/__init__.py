@@ -1,4 +1,4 @@
-"""Pure tensor functions under every factorization. fp64 where it decides the result."""
+"""Pure tensor functions on which the factorizations build, in fp64 where precision decides the result."""
 
 from .check import check_tensor as check_tensor, narrowed as narrowed, working_dtype as working_dtype
 from .krylov import krylov_svd as krylov_svd

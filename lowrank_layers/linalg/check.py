@@ -1,4 +1,4 @@
-"""The one gate through which every tensor enters a factorization."""
+"""Checks of tensors on their way into and out of a factorization."""
 
 from typing import Protocol
 
@@ -9,16 +9,16 @@ from ..errors import LowRankError
 
 
 def check_tensor(tensor: Tensor, who: str, *, ndim: int | None = None) -> Tensor:
-    """Returns ``tensor`` detached, or says why it cannot be factorized.
+    """Returns a tensor detached, or raises if it cannot be factorized.
 
     Args:
-        tensor: what to look at.
-        who: the caller (a function or a layer's name), which opens the message.
-        ndim: the number of dimensions that is expected; ``None`` takes two or more.
+        tensor: the tensor to check.
+        who: name of the calling function or layer, for the message.
+        ndim: expected number of dimensions; by default two or more.
 
     Raises:
-        LowRankError: if it is no dense floating-point tensor with finite entries, is empty, lies on the
-            meta device or has another number of dimensions.
+        LowRankError: if it is not a dense floating-point tensor with finite entries, is empty, is on the meta device or
+            has another number of dimensions.
     """
     if not isinstance(tensor, Tensor):
         raise LowRankError(f"{who}: got {type(tensor).__name__}, expected a torch.Tensor.")
@@ -33,7 +33,7 @@ def check_tensor(tensor: Tensor, who: str, *, ndim: int | None = None) -> Tensor
         expected = "at least 2" if ndim is None else str(ndim)
         raise LowRankError(f"{who}: got shape {tuple(tensor.shape)}, expected {expected} dimensions.")
     if tensor.numel() == 0:
-        raise LowRankError(f"{who}: got an empty tensor of shape {tuple(tensor.shape)}; there is nothing to do.")
+        raise LowRankError(f"{who}: got an empty tensor of shape {tuple(tensor.shape)}; expected at least one entry.")
     if tensor.is_meta:
         raise LowRankError(
             f"{who}: got a tensor on the meta device, which has no values; load the weights first"
@@ -51,12 +51,12 @@ class _HasDtype(Protocol):
 
 
 def working_dtype(tensor: _HasDtype) -> torch.dtype:
-    """The dtype to compute in: fp64 stays, anything shorter is computed in fp32."""
+    """Returns the dtype to compute in: fp64 for fp64, fp32 for anything else."""
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
 def narrowed(tensor: Tensor, dtype: torch.dtype, who: str) -> Tensor:
-    """The result in the dtype of the input, or an error where that cannot hold it.
+    """Returns a result in the dtype of the input, or raises if that cannot represent it.
 
     Raises:
         LowRankError: for entries that would become Inf.

@@ -1,4 +1,4 @@
-"""Leading singular triplets from products with the matrix alone."""
+"""Leading singular triplets of a matrix from products with it alone."""
 
 from __future__ import annotations
 
@@ -9,24 +9,26 @@ from .sparse import SparseMatrix
 from .svd import Triplet
 
 _DEPTH = 3
-"""Blocks of a Krylov basis before it is started anew from the best directions that it holds."""
+"""Number of blocks in a Krylov basis before it restarts from its best directions."""
 _RESTARTS = 60
 
 
 def krylov_svd(matrix: Tensor | SparseMatrix, rank: int, *, oversample: int = 10, seed: int = 0) -> Triplet:
-    """Restarted block Krylov iteration (Musco and Musco, 2015, algorithm 2), until ``||A v - s u||`` is rounding.
+    """Computes leading singular triplets by restarted block Krylov iteration (Musco and Musco, 2015, algorithm 2).
+
+    It ends when ``||A v - s u||`` is of the size of rounding errors.
 
     Args:
         matrix: ``[m, n]``.
         rank: number of triplets.
-        oversample: directions in a block beyond the rank.
-        seed: of the first block; the global generator is left alone.
+        oversample: number of directions per block beyond the rank.
+        seed: seed of the first block; the global generator is untouched.
     """
     m, n = matrix.shape
     if m > n:
         u, s, vh = krylov_svd(matrix.mT, rank, oversample=oversample, seed=seed)
         return vh.mT, s, u.mT
-    # a block that fills a third of the space may as well fill it: one pass is then exact
+    # a block of a third of the space is extended to all of it: one pass is then exact
     width = rank + oversample if _DEPTH * (rank + oversample) <= m else m
     generator = torch.Generator().manual_seed(seed)
     block = torch.randn(n, width, generator=generator, dtype=torch.float64).to(matrix.device, matrix.dtype)
@@ -50,7 +52,7 @@ def krylov_svd(matrix: Tensor | SparseMatrix, rank: int, *, oversample: int = 10
 
 
 def _orthonormal(block: Tensor, basis: Tensor) -> Tensor:
-    """Columns that complete ``basis``: twice, since what is left of a column may be rounding."""
+    """Orthonormalizes columns against a basis, twice, since what is left of a column may be rounding errors."""
     for _ in range(2):
         block = torch.linalg.qr(block - basis @ (basis.mT @ block)).Q
     return block - basis @ (basis.mT @ block)

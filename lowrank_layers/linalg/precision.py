@@ -1,4 +1,4 @@
-"""Arithmetic in the precision of its operands, whatever autocast says."""
+"""Arithmetic in the precision of its operands inside regions of ``torch.autocast``."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ R = TypeVar("R")
 
 
 def full_precision(function: Callable[P, R]) -> Callable[P, R]:
-    """A function that computes inside a region of ``torch.autocast`` what it computes outside.
+    """Decorates a function to compute the same inside a region of ``torch.autocast`` as outside.
 
-    Autocast is for the products of a forward pass. It would form those of a decomposition in half precision too.
+    Autocast would compute the matrix products of a decomposition in half precision.
     """
 
     @functools.wraps(function)

@@ -9,7 +9,7 @@ from .svd import exact_svd
 
 
 def unfold(tensor: Tensor, mode: int) -> Tensor:
-    """The matrix whose rows are indexed by ``mode`` and whose columns run over the others in order.
+    """Unfolds a tensor into a matrix with ``mode`` along the rows and the other modes, in order, along the columns.
 
     Shape:
         ``[n_0, ..., n_{d-1}]`` to ``[n_mode, prod of the others]``.
@@ -24,13 +24,13 @@ def unfold(tensor: Tensor, mode: int) -> Tensor:
 
 
 def fold(matrix: Tensor, mode: int, shape: Sequence[int]) -> Tensor:
-    """Undoes :func:`unfold`: ``fold(unfold(t, k), k, t.shape)`` is ``t``."""
+    """Inverse of :func:`unfold`: ``fold(unfold(t, k), k, t.shape)`` is ``t``."""
     moved = [shape[mode], *(n for axis, n in enumerate(shape) if axis != mode)]
     return matrix.reshape(moved).movedim(0, mode)
 
 
 def mode_product(tensor: Tensor, matrix: Tensor, mode: int) -> Tensor:
-    """Multiplies ``matrix`` onto one mode: ``unfold(result, mode) = matrix @ unfold(tensor, mode)``.
+    """Multiplies a tensor by a matrix along one mode: ``unfold(result, mode) = matrix @ unfold(tensor, mode)``.
 
     Shape:
         ``tensor`` ``[..., n_mode, ...]``, ``matrix`` ``[m, n_mode]``, result ``[..., m, ...]``.
@@ -40,16 +40,16 @@ def mode_product(tensor: Tensor, matrix: Tensor, mode: int) -> Tensor:
 
 
 def khatri_rao(left: Tensor, right: Tensor) -> Tensor:
-    """The column-wise Kronecker product.
+    """Computes the column-wise Kronecker product of two matrices.
 
     Shape:
-        ``[m, r]`` and ``[n, r]`` to ``[m * n, r]``, the left index running slower.
+        ``[m, r]`` and ``[n, r]`` to ``[m * n, r]``; the left index runs slower.
     """
     return (left[:, None] * right[None]).reshape(-1, left.shape[1])
 
 
 def train_product(cores: Sequence[Tensor]) -> Tensor:
-    """The matrix that a block tensor train stands for; the first core's digits run slowest.
+    """Multiplies out a block tensor train; the digits of the first core run slowest.
 
     Shape:
         Cores ``[r_{k-1}, n_k, d_k, r_k]`` with ``r_0 = r_K = 1`` to ``[n_1 * ... * n_K, d_1 * ... * d_K]``.
@@ -65,7 +65,7 @@ def train_product(cores: Sequence[Tensor]) -> Tensor:
 
 
 def rounded_train(cores: Sequence[Tensor], ranks: Sequence[int]) -> list[Tensor]:
-    """The train of smaller ranks, without forming the tensor: TT-rounding (Oseledets, 2011, algorithm 2).
+    """Rounds a tensor train to smaller ranks without forming the tensor (Oseledets, 2011, algorithm 2).
 
     Shape:
         Cores ``[r_{k-1}, m_k, r_k]``.

@@ -1,4 +1,4 @@
-"""Square roots of second-moment matrices, which are symmetric, positive semi-definite and often singular."""
+"""Square roots of second-moment matrices, which are symmetric positive semi-definite and often singular."""
 
 from typing import NamedTuple
 
@@ -7,40 +7,41 @@ from torch import Tensor
 
 
 class Root(NamedTuple):
-    """An upper triangular ``L`` with ``L^T L = A``; a vector stands for a diagonal one.
+    """A root ``L`` of a matrix ``A = L^T L``; ``||L M||`` is the same for all roots of ``A``.
 
-    Any such root serves: ``||L M||`` is the same for all of them.
+    Args:
+        factor: upper triangular ``[n, n]``, or ``[n]`` for a diagonal root.
     """
 
     factor: Tensor
 
     def times(self, matrix: Tensor) -> Tensor:
-        """``L @ matrix``."""
+        """Computes ``L @ matrix``."""
         return self.factor[:, None] * matrix if self.factor.ndim == 1 else self.factor @ matrix
 
     def divide(self, matrix: Tensor) -> Tensor:
-        """``L^-1 @ matrix``."""
+        """Computes ``L^-1 @ matrix``."""
         if self.factor.ndim == 1:
             return matrix / self.factor[:, None]
         solution: Tensor = torch.linalg.solve_triangular(self.factor, matrix, upper=True)
         return solution
 
     def solve(self, matrix: Tensor) -> Tensor:
-        """``A^-1 @ matrix``."""
+        """Computes ``A^-1 @ matrix``."""
         if self.factor.ndim == 1:
             return matrix / self.factor.square()[:, None]
         return torch.cholesky_solve(matrix, self.factor, upper=True)
 
 
 def psd_root(moment: Tensor, *, floor: float = 1e-12) -> Root:
-    """The root in fp64, of a moment whose eigenvalues are kept from vanishing.
+    """Computes a root of a second moment in fp64.
 
-    The moments of real activations are singular (dead units, fewer samples than features), so a floor is always added;
-    where rounding makes even that indefinite, the eigenvalues are clamped instead.
+    Moments of real activations are often singular (dead units, fewer samples than features), so a small multiple of the
+    identity is always added. Where rounding makes even that indefinite, eigenvalues are clamped instead.
 
     Args:
-        moment: symmetric matrix ``[n, n]``, or ``[n]`` for a diagonal one; zero means no preference, the identity.
-        floor: added to the diagonal, relative to its largest entry.
+        moment: symmetric matrix ``[n, n]``, or ``[n]`` for a diagonal one; zero is treated as the identity.
+        floor: value added to the diagonal, relative to its largest entry.
     """
     moment = moment.double()
     diagonal = moment if moment.ndim == 1 else moment.diagonal()
@@ -59,7 +60,7 @@ def psd_root(moment: Tensor, *, floor: float = 1e-12) -> Root:
 
 
 def damp(moment: Tensor, amount: float) -> Tensor:
-    """``A + amount * mean eigenvalue * I``: the directions that were never seen stay regular."""
+    """Computes ``A + amount * mean eigenvalue * I``, which is regular also along directions that were never seen."""
     if moment.ndim == 1:
         return moment + amount * moment.mean()
     damped = moment.clone()

@@ -1,4 +1,4 @@
-"""Scales under which squares neither overflow nor vanish."""
+"""Scaling by powers of two, so that squares neither overflow nor vanish."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from .sparse import SparseMatrix
 
 
 def unit_scale(tensor: Tensor) -> float:
-    """A power of two, so that dividing by it is exact and leaves a largest magnitude between 1 and 2; 1.0 for zeros.
+    """Returns the power of two that scales the largest magnitude to between 1 and 2; 1.0 for zeros.
 
-    Squares and Gram matrices of what is left stay finite, and those of the largest entries do not vanish. Where all
-    entries are denormal, the largest one is below 1.
+    Dividing by it is exact. Squares and Gram matrices of the result are finite, and those of its largest entries do not
+    vanish. If all entries are denormal, the largest magnitude stays below 1.
 
     Args:
-        tensor: finite, of fp32 or fp64.
+        tensor: finite tensor in fp32 or fp64.
 
     Examples:
         >>> unit_scale(torch.tensor([3.0, -24.0, 1.0]))
@@ -44,12 +44,12 @@ def scaled_to_unit(matrix: Tensor | SparseMatrix) -> tuple[Tensor | SparseMatrix
 
 
 def scaled_to_unit(matrix: Tensor | SparseMatrix) -> tuple[Tensor | SparseMatrix, float]:
-    """What is left of a tensor divided by its :func:`unit_scale`, and that scale."""
+    """Divides a tensor by its :func:`unit_scale`, and returns both."""
     scale = unit_scale(matrix if isinstance(matrix, Tensor) else matrix.values)
     return matrix / scale, scale
 
 
 def to_unit(matrices: Tensor) -> Tensor:
-    """Each matrix of a stack with a largest entry of 1, so that no square overflows or vanishes; zeros stay zeros."""
+    """Scales each matrix of a stack to a largest entry of 1; zeros stay zeros."""
     size = matrices.abs().amax((-2, -1), keepdim=True)
     return matrices / torch.where(size > 0, size, 1.0)

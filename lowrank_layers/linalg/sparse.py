@@ -1,4 +1,4 @@
-"""Sparse matrices: products with dense ones, and nothing that would need the zeros."""
+"""Sparse matrices and their products with dense ones; zeros are never formed."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ class ScipySparse(Protocol):
         """Rows and columns."""
 
     def tocoo(self) -> Any:
-        """In coordinates."""
+        """Converts to coordinate format."""
 
 
 Matrix = Tensor | ScipySparse
 
 
 class SparseMatrix:
-    """A matrix in compressed rows, and its transpose in compressed rows: products with both are fast.
+    """A matrix and its transpose, both in compressed rows, so that products with either are fast.
 
     Args:
-        rows: the matrix, in ``torch.sparse_csr``.
-        columns: its transpose, likewise.
+        rows: the matrix in ``torch.sparse_csr`` layout.
+        columns: its transpose in ``torch.sparse_csr`` layout.
     """
 
     def __init__(self, rows: Tensor, columns: Tensor) -> None:
@@ -41,9 +41,9 @@ class SparseMatrix:
 
     @classmethod
     def of(cls, matrix: Tensor) -> SparseMatrix:
-        """From a tensor of any layout; entries given twice are added up."""
+        """Converts a tensor of any layout; duplicate entries are summed."""
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # compressed rows announce themselves as beta
+            warnings.simplefilter("ignore")  # torch warns that this layout is in beta
             coordinates = matrix.to_sparse_coo().coalesce()
             return cls(coordinates.to_sparse_csr(), coordinates.mT.coalesce().to_sparse_csr())
 
@@ -54,12 +54,12 @@ class SparseMatrix:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the entries."""
+        """Dtype of the entries."""
         return self.rows.dtype
 
     @property
     def device(self) -> torch.device:
-        """Of the entries."""
+        """Device of the entries."""
         return self.rows.device
 
     @property
@@ -69,7 +69,7 @@ class SparseMatrix:
 
     @property
     def values(self) -> Tensor:
-        """The entries that are stored, row by row."""
+        """The stored entries, in order of rows."""
         return self.rows.values()
 
     def __matmul__(self, dense: Tensor) -> Tensor:
@@ -82,20 +82,20 @@ class SparseMatrix:
         )
 
     def to(self, dtype: torch.dtype) -> SparseMatrix:
-        """With entries of another dtype."""
+        """Converts the entries to another dtype."""
         pair = (with_values(part, part.values().to(dtype)) for part in (self.rows, self.columns))
         return self if dtype == self.dtype else SparseMatrix(*pair)
 
     def double(self) -> SparseMatrix:
-        """In fp64."""
+        """Converts the entries to fp64."""
         return self.to(torch.float64)
 
     def to_dense(self) -> Tensor:
-        """With its zeros."""
+        """Converts to a dense tensor."""
         return self.rows.to_dense()
 
     def gram(self) -> Tensor:
-        """``A A^T``, a strip of columns at a time."""
+        """Computes ``A A^T``, a strip of columns at a time."""
         count = self.shape[0]
         strips = []
         for start in range(0, count, _STRIP):
@@ -107,23 +107,23 @@ class SparseMatrix:
 
 
 _STRIP = 256
-"""Columns of a Gram matrix that are formed at once."""
+"""Number of columns of a Gram matrix that are formed at once."""
 
 
 def is_dense(matrix: Matrix) -> TypeGuard[Tensor]:
-    """Whether it is a tensor of none of torch's sparse layouts."""
+    """Returns whether a matrix is a tensor in dense layout."""
     return isinstance(matrix, Tensor) and matrix.layout not in _SPARSE
 
 
 def check_matrix(matrix: Matrix, who: str) -> Tensor | SparseMatrix:
-    """A dense matrix as :func:`check_tensor` returns it; one of torch's sparse layouts or of scipy.sparse as it is.
+    """Returns a matrix detached, sparse ones as a :class:`SparseMatrix`, or raises if it cannot be factorized.
 
     Args:
-        matrix: what to look at.
-        who: the caller, which opens the message.
+        matrix: a dense tensor, a tensor in one of torch's sparse layouts, or a matrix of scipy.sparse.
+        who: name of the calling function, for the message.
 
     Raises:
-        LowRankError: if it is no floating-point matrix with finite entries, is empty or lies on the meta device.
+        LowRankError: if it is not a floating-point matrix with finite entries, is empty or is on the meta device.
     """
     if is_dense(matrix):
         return check_tensor(matrix, who, ndim=2)
@@ -133,7 +133,7 @@ def check_matrix(matrix: Matrix, who: str) -> Tensor | SparseMatrix:
                 f"{who}: got {type(matrix).__name__}, expected a torch.Tensor or a matrix of scipy.sparse."
             )
         matrix = _from_scipy(matrix, who)
-    # the checks of a dense tensor, on what a sparse one has
+    # the checks of a dense tensor of that shape and dtype
     if matrix.ndim != 2 or 0 in matrix.shape or matrix.is_meta or not matrix.is_floating_point():
         return check_tensor(torch.empty(matrix.shape, dtype=matrix.dtype, device="meta"), who, ndim=2)
     found = SparseMatrix.of(matrix.detach())
@@ -143,6 +143,7 @@ def check_matrix(matrix: Matrix, who: str) -> Tensor | SparseMatrix:
 
 
 def _from_scipy(matrix: ScipySparse, who: str) -> Tensor:
+    """Converts a matrix of scipy.sparse to torch's coordinate format."""
     parts = matrix.tocoo()
     if parts.data.dtype.kind != "f":
         raise LowRankError(
@@ -154,7 +155,7 @@ def _from_scipy(matrix: ScipySparse, who: str) -> Tensor:
 
 
 def with_values(sparse: Tensor, values: Tensor) -> Tensor:
-    """A matrix in compressed rows with other entries in the same places."""
+    """Returns a matrix in compressed rows with other entries in the same places."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return torch.sparse_csr_tensor(

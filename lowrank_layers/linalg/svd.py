@@ -1,4 +1,4 @@
-"""Three ways to the leading singular triplets. All return ``U [m, k]``, ``S [k]`` (descending), ``Vh [k, n]``."""
+"""Singular value decompositions by three methods, as ``U [m, k]``, ``S [k]`` (descending) and ``Vh [k, n]``."""
 
 import torch
 from torch import Tensor
@@ -9,17 +9,21 @@ Triplet = tuple[Tensor, Tensor, Tensor]
 
 
 def exact_svd(matrix: Tensor) -> Triplet:
-    """LAPACK's (or cuSOLVER's) full decomposition, in the precision of the input."""
+    """Computes all singular triplets by LAPACK or cuSOLVER, in the precision of the input."""
     u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
     return u, s, vh
 
 
 def gram_svd(matrix: Tensor | SparseMatrix, rank: int) -> Triplet:
-    """Through the eigenvectors of the Gram matrix of the smaller side, formed in fp64.
+    """Computes leading triplets from the eigenvectors of the smaller side's Gram matrix, formed in fp64.
 
-    With ``m <= n``: ``A A^T = U S^2 U^T`` and ``S V^T = U^T A``. Squaring halves the digits, so a singular
-    value below ``1e-8`` of the largest is noise; for a thin matrix and a truncated result this is by far
-    the fastest way and as good as the exact one.
+    With ``m <= n``: ``A A^T = U S^2 U^T`` and ``S V^T = U^T A``. Squaring halves the digits, so singular values below
+    ``1e-8`` of the largest are noise. For a thin matrix and a truncated result this is by far the fastest method, and
+    as accurate as the exact one.
+
+    Args:
+        matrix: ``[m, n]``.
+        rank: number of triplets.
     """
     if matrix.shape[0] > matrix.shape[1]:
         u, s, vh = gram_svd(matrix.mT, rank)
@@ -30,7 +34,7 @@ def gram_svd(matrix: Tensor | SparseMatrix, rank: int) -> Triplet:
     rows = (wide.mT @ u).mT
     order = torch.linalg.vector_norm(rows, dim=1).argsort(descending=True)
     u, rows = u[:, order], rows[order]
-    # rows of tiny norm have lost their orthogonality: QR mends them, and completes the basis where they vanish
+    # QR restores the orthogonality of rows of tiny norm, and completes the basis where they vanish
     q, r = torch.linalg.qr(rows.mT)
     s = r.diagonal().abs()
     vh = (q * torch.where(r.diagonal() < 0, -1.0, 1.0)).mT
@@ -40,14 +44,16 @@ def gram_svd(matrix: Tensor | SparseMatrix, rank: int) -> Triplet:
 def randomized_svd(
     matrix: Tensor | SparseMatrix, rank: int, *, oversample: int = 10, power_iterations: int = 4, seed: int = 0
 ) -> Triplet:
-    """Range finder with power iterations (Halko, Martinsson and Tropp, 2011, algorithms 4.4 and 5.1).
+    """Computes leading triplets from a random range with power iterations.
+
+    Halko, Martinsson and Tropp (2011), algorithms 4.4 and 5.1.
 
     Args:
         matrix: ``[m, n]``.
         rank: number of triplets.
-        oversample: extra random directions.
-        power_iterations: more of them sharpen a slowly decaying spectrum.
-        seed: of the random directions; the global generator is left alone.
+        oversample: number of random directions beyond the rank.
+        power_iterations: number of power iterations; a slowly decaying spectrum needs more.
+        seed: seed of the random directions; the global generator is untouched.
     """
     m, n = matrix.shape
     width = min(rank + oversample, m, n)
@@ -62,11 +68,11 @@ def randomized_svd(
 
 
 def gram(matrix: Tensor | SparseMatrix) -> Tensor:
-    """``A A^T``."""
+    """Computes ``A A^T``."""
     return matrix @ matrix.mT if isinstance(matrix, Tensor) else matrix.gram()
 
 
 def leading_eigenvectors(gram: Tensor, rank: int) -> Tensor:
-    """The eigenvectors of the ``rank`` largest eigenvalues of a symmetric matrix, largest first, in fp64."""
+    """Returns the eigenvectors of the largest eigenvalues of a symmetric matrix, largest first, in fp64."""
     vectors: Tensor = torch.linalg.eigh(gram.double()).eigenvectors
     return vectors.flip(1)[:, :rank]

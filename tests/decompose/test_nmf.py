@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, strategies as st
 from sklearn.decomposition import NMF
 from sklearn.decomposition._nmf import _initialize_nmf
+from sklearn.exceptions import ConvergenceWarning
 
 import lowrank_layers as lr
 from benchmarks import data
@@ -27,7 +28,7 @@ inits = pytest.mark.parametrize("init", ["nndsvda", "nndsvd", "random"])
 
 @functools.cache
 def corpus(name: str) -> torch.Tensor:
-    """A corner of it, for speed."""
+    """A part of a data set, for speed."""
     if name == "digits":
         return data.digits()[:600]
     return data.olivetti_faces()[:200, ::4] if name == "faces" else data.newsgroup_counts(400)[::3]
@@ -117,7 +118,7 @@ def test_it_is_no_worse_than_sklearn(name, solver, loss, peer, rank):
     beta = {"frobenius": "frobenius", "kl": "kullback-leibler"}[loss]
     model = NMF(rank, solver=peer, beta_loss=beta, init="nndsvda", random_state=0)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+        warnings.simplefilter("ignore", ConvergenceWarning)
         w = model.fit_transform(matrix.numpy())
     theirs = objective(matrix, lr.NMF(torch.from_numpy(w), torch.from_numpy(model.components_)), loss)
     f = lr.nmf(matrix, rank, solver=solver, loss=loss)
@@ -127,12 +128,14 @@ def test_it_is_no_worse_than_sklearn(name, solver, loss, peer, rank):
 
 @pytest.mark.parametrize("kernels", [True, False], ids=["kernels", "no kernels"])
 def test_products_that_skip_the_zeros_are_those_that_do_not(kernels, monkeypatch):
-    module = importlib.import_module("lowrank_layers.linalg.nonnegative")
+    module = importlib.import_module("lowrank_layers.linalg.nonnegative.products")
     matrix, w, h = mostly_zero(400, 300), rand(6, 400), rand(6, 300, seed=1)
     assert isinstance(module.products_of(matrix), module.SparseProducts)
     monkeypatch.setattr(module, "_has_kernels", lambda tensor: kernels)
     # an entry that is stored and zero says nothing
-    stored = matrix.to_sparse_coo() + torch.sparse_coo_tensor([[0], [0]], [0.0], matrix.shape, dtype=matrix.dtype)
+    stored = matrix.to_sparse_coo() + torch.sparse_coo_tensor(
+        [[0], [0]], [0.0], matrix.shape, dtype=matrix.dtype, check_invariants=True
+    )
     sparse, dense = module.SparseProducts(SparseMatrix.of(stored)), module.DenseProducts(matrix)
     assert torch.allclose(sparse.left(w), dense.left(w))
     assert torch.allclose(sparse.right(h), dense.right(h))
@@ -152,7 +155,7 @@ def test_weights_of_new_rows_are_those_of_sklearn(loss, peer, shape, dtype):
     matrix = low_rank(*shape, 6) + 0.1 * rand(*shape, seed=5)
     model = NMF(5, solver=peer, beta_loss={"kl": "kullback-leibler"}.get(loss, loss), tol=1e-12, max_iter=20_000)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+        warnings.simplefilter("ignore", ConvergenceWarning)
         model.fit(matrix.numpy())
         new = low_rank(9, shape[1], 6, seed=3) + 0.1 * rand(9, shape[1], seed=6)
         theirs = torch.from_numpy(model.transform(new.numpy()))
@@ -196,8 +199,8 @@ def test_new_rows_that_do_not_fit_are_refused():
         (lambda: f.transform(-rand(3, 6)), "negative entry"),
         (lambda: f.transform(torch.full((3, 6), math.nan)), "NaN"),
         (lambda: f.transform(rand(3, 6), loss="is"), "loss 'is', expected 'frobenius' or 'kl'"),
-        (lambda: f.transform(rand(3, 6), sweeps=-1), "sweeps -1"),
-        (lambda: f.transform(rand(3, 6), tolerance=-1), "tolerance -1"),
+        (lambda: f.transform(rand(3, 6), sweeps=-1), "sweeps=-1"),
+        (lambda: f.transform(rand(3, 6), tolerance=-1), "tolerance=-1"),
         (lambda: f.transform([[1.0] * 6]), "list, expected a torch.Tensor"),
     ):
         with pytest.raises(lr.LowRankError, match=f"^NMF.transform: got (a )?{why}"):
@@ -265,11 +268,11 @@ BAD = {
     "loss": ({"loss": "is"}, "loss 'is', expected 'frobenius' or 'kl'"),
     "init": ({"init": "zeros"}, "init 'zeros', expected 'nndsvda', 'nndsvd' or 'random'"),
     "hals for kl": ({"loss": "kl"}, "solver 'hals' with loss 'kl', expected solver 'mu'"),
-    "sweeps": ({"sweeps": -1}, "sweeps -1, expected an integer of at least 0"),
-    "sweeps as a float": ({"sweeps": 2.0}, "sweeps 2.0"),
-    "tolerance": ({"tolerance": -1e-3}, "tolerance -0.001, expected a number of at least 0"),
-    "tolerance NaN": ({"tolerance": float("nan")}, "tolerance nan"),
-    "tolerance as text": ({"tolerance": "small"}, "tolerance 'small'"),
+    "sweeps": ({"sweeps": -1}, "sweeps=-1, expected an integer of at least 0"),
+    "sweeps as a float": ({"sweeps": 2.0}, "sweeps=2.0"),
+    "tolerance": ({"tolerance": -1e-3}, "tolerance=-0.001, expected a number of at least 0"),
+    "tolerance NaN": ({"tolerance": float("nan")}, "tolerance=nan"),
+    "tolerance as text": ({"tolerance": "small"}, "tolerance='small'"),
 }
 
 

@@ -10,9 +10,8 @@ from torch import Tensor
 
 from ...layers import FactoredModule, LowRankConv2d
 from ...layers.kernel import kernel_of, kernel_size_of, matrix_of
-from ...layers.linear import pair_spectrum
 from ...linalg import exact_svd
-from ...rank import choose_rank
+from ...rank import choose_rank, pair_spectrum
 from ..candidates import Candidate
 from ..regression import FirstStage, joint_bias
 from .base import Option, factored_costs, layer_for, smaller_ranks, spread

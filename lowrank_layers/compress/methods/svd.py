@@ -23,8 +23,7 @@ from ...layers import (
     linear_shape,
 )
 from ...layers.conversion import fill
-from ...layers.linear import pair_spectrum
-from ...rank import choose_rank
+from ...rank import choose_rank, pair_spectrum
 from ..candidates import Candidate
 from ..regression import joint_bias
 from .base import Option, factored_costs, factored_like, layer_for, smaller_ranks
