@@ -205,13 +205,13 @@ def test_their_linear_layer_of_low_matrix_rank_becomes_small():
     assert relative(from_tltorch(flat)(x), flat(x)) < TIGHT
 
 
-# ------------------------------------------------------------------------------------------------------- tables
+# ------------------------------------------------------------------------------------------------------- embeddings
 
 
 @pytest.mark.parametrize("shape", [(24, 12), (23, 13), (50, 1)], ids=str)
 @pytest.mark.parametrize("origin", ["random", "decomposed"])
 @pytest.mark.parametrize("kind", [lr.LowRankEmbedding, lr.TensorizedEmbedding])
-def test_tables_go_there_and_back(kind, shape, origin):
+def test_embeddings_go_there_and_back(kind, shape, origin):
     ours = kind(*shape, rank=3) if origin == "random" else kind.from_dense(nn.Embedding(*shape), rank=3)
     theirs = to_tltorch(ours)
     x = torch.randint(shape[0], (3, 7))
@@ -228,7 +228,7 @@ def test_tables_go_there_and_back(kind, shape, origin):
 
 @pytest.mark.parametrize("factorization", ["blocktt", "cp", "tucker"])
 @pytest.mark.parametrize("shape", [(64, 27), (30, 16), (13, 8)], ids=str)
-def test_their_tables_become_ours(factorization, shape):
+def test_their_embeddings_become_ours(factorization, shape):
     theirs = tltorch.FactorizedEmbedding(*shape, factorization=factorization, rank=4)
     ours = from_tltorch(theirs)
     x = torch.arange(shape[0])
@@ -239,7 +239,7 @@ def test_their_tables_become_ours(factorization, shape):
 
 
 @pytest.mark.parametrize("modes", [2, 3])
-def test_their_decomposed_table_becomes_ours(modes):
+def test_their_decomposed_embedding_becomes_ours(modes):
     theirs = tltorch.FactorizedEmbedding.from_embedding(nn.Embedding(64, 27), rank=6, n_tensorized_modes=modes)
     assert relative(from_tltorch(theirs)(torch.arange(64)), theirs(torch.arange(64))) < TIGHT
 
