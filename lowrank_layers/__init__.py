@@ -1,4 +1,4 @@
-"""Makes the big matrices of a PyTorch network low-rank wherever they live.
+"""Low-rank factorization for PyTorch: layers, compression to a budget, LoRA, key/value caches and gradients.
 
 A public name stands here once, as ``from .x import A as A``: the form that type checkers, editors and ruff read as a
 re-export. ``__all__`` is what these lines have imported.

@@ -1,4 +1,4 @@
-"""Whether a value is the kind of number that an argument asks for; ``True`` and ``False`` are no numbers here."""
+"""Checks of arguments that are numbers. ``True`` and ``False`` do not count as numbers."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from .errors import LowRankError
 
 
 def is_integer(value: object, least: int) -> TypeGuard[int]:
-    """Whether this is an integer of at least ``least``."""
+    """Returns whether the value is an integer of at least ``least``."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def is_number(value: object) -> TypeGuard[float]:
-    """Whether this is an integer or a float, possibly infinite or NaN."""
+    """Returns whether the value is an integer or a float, possibly infinite or NaN."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
@@ -21,13 +21,13 @@ def check_integer(value: object, who: str, name: str, least: int) -> None:
     """Raises unless the value is an integer of at least ``least``.
 
     Args:
-        value: what the argument got.
-        who: the function or class that checks its arguments, for the message.
-        name: the argument's name, for the message.
-        least: the smallest value allowed.
+        value: the value of the argument.
+        who: name of the function or class whose argument it is, for the message.
+        name: name of the argument, for the message.
+        least: the smallest allowed value.
 
     Raises:
-        LowRankError: with the name of the argument, what it got and what was expected.
+        LowRankError: if the value is anything else.
 
     Examples:
         >>> from lowrank_layers.checks import check_integer

@@ -1,4 +1,4 @@
-"""What a layer costs."""
+"""The cost of layers: parameters, multiply-accumulates and bytes."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Cost:
-    """Parameters, multiply-accumulates a sample and bytes of weights, as one addable value.
+    """Number of parameters, multiply-accumulates per sample and bytes of weights. Costs can be added and subtracted.
 
     Args:
         params: number of parameters.
-        macs: multiply-accumulate operations for one sample (half of what FLOP counters report).
+        macs: multiply-accumulate operations per sample (half of the FLOPs that counters report).
         bytes: size of the parameters in memory, in bytes.
 
     Examples:

@@ -1,8 +1,8 @@
-"""The errors of this library: each says what was got, what was expected and what to do."""
+"""Exceptions. Each message says what was got, what was expected and what to do."""
 
 
 class LowRankError(ValueError):
-    """Anything that lowrank_layers refuses to do.
+    """Base class of the exceptions of this library, for arguments that cannot be used.
 
     Examples:
         >>> import torch, lowrank_layers as lr
@@ -15,15 +15,15 @@ class LowRankError(ValueError):
 
 
 class UnsupportedLayerError(LowRankError):
-    """A layer has a setting that its low-rank form cannot honour."""
+    """A layer has a type or a setting that the requested low-rank form does not support."""
 
 
 class BudgetError(LowRankError):
-    """No choice of ranks fits into the budget."""
+    """No choice of methods and ranks meets the budget."""
 
 
 class CheckpointError(LowRankError):
-    """A file is torn, foreign, or made for another model."""
+    """A file is damaged, of another format, or made for another model."""
 
 
 class MissingExtraError(LowRankError, ImportError):

@@ -1,4 +1,4 @@
-"""Files that are never seen half written."""
+"""Atomic replacement of files."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from pathlib import Path
 
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary name beside ``path`` to write to; renamed when all went well, removed when not.
+    """Gives a temporary path to write to, which replaces ``path`` on success and is removed on an error.
+
+    Args:
+        path: the file to write, new or existing.
 
     Examples:
         >>> import tempfile

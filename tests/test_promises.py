@@ -26,6 +26,9 @@ def adapted() -> nn.Module:
 MAKERS = {
     "model": adapted,
     "optimizer": lambda: torch.optim.AdamW(small().parameters()),
+    "stats": lambda: lr.calibrate(small(), [torch.randn(4, 8)]),
+    "gradients": lambda: lr.weight_gradients(small(), [(torch.randn(4, 8), torch.randn(4, 8))], nn.functional.mse_loss),
+    "reference": small,
     "state": lambda: lr.LowRankCommState(rank=4),
     "ddp": lambda: nn.parallel.DistributedDataParallel(small()),
     "t": lambda: torch.randn(2, 3, 4),
