@@ -99,9 +99,13 @@ class FactoredSpec:
             spec = cls(**values)
             rank = tuple(spec.rank) if isinstance(spec.rank, list) else spec.rank
             known = cls(spec.type, rank, spec.bias, dict(spec.form), dict(spec.dense))
-            FACTORED_LAYERS[spec.type]
-        except (KeyError, TypeError, ValueError):
+            imported = spec.type in FACTORED_LAYERS
+        except (TypeError, ValueError):
             raise LowRankError(f"its description {values!r} is damaged or newer.") from None
+        if not imported:
+            raise LowRankError(
+                f"its class {known.type!r} is unknown; import the module that defines it first, or update the package."
+            )
         return known
 
     def check_fits(self, dense: nn.Module) -> None:

@@ -176,6 +176,13 @@ def test_loading_says_that_the_method_is_registered_first(columns, model):
         lr.make_plan(model, rank=4, methods=[columns()])
 
 
+def test_loading_a_model_says_that_the_layer_is_imported_first(columns, model, tmp_path):
+    lr.save(lr.factorize_(model, lr.make_plan(model, rank=4, methods=[columns()])), tmp_path / "small.safetensors")
+    del FACTORED_LAYERS["ColumnLinear"]
+    with pytest.raises(lr.CheckpointError, match="its class 'ColumnLinear' is unknown; import the module that defines"):
+        lr.load(tmp_path / "small.safetensors", into=nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)))
+
+
 def test_a_plan_of_other_settings_than_the_class_has_is_refused(columns, model):
     text = lr.make_plan(model, rank=4, methods=[columns()]).to_json()
     with pytest.raises(lr.LowRankError, match="the method 'columns' does not take the settings"):
