@@ -8,16 +8,9 @@ from typing import Any, cast
 from ...errors import LowRankError
 from ...layers import FactoredModule
 from .base import Method
-from .cp import CPMethod
-from .spatial import SpatialMethod
-from .svd import SVDMethod
-from .tensorized import TensorizedMethod
-from .tucker import TuckerMethod
 
-METHODS: dict[str, Method] = {
-    method.name: method for method in (SVDMethod(), SpatialMethod(), TuckerMethod(), CPMethod(), TensorizedMethod())
-}
-"""Every method by the name that plans and files use."""
+METHODS: dict[str, Method] = {}
+"""Every method by the name that plans and files use; those of the library are registered first."""
 
 DENSE = "dense"
 """What plans and files call the choice to leave a layer as it is."""
