@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
@@ -34,12 +33,6 @@ class AdaptedWeight:
     parameter: str
     module: nn.Module = field(repr=False)
 
-    def __iter__(self) -> Iterator[str]:
-        return iter((self.owner, self.parameter))
-
-    def __getitem__(self, index: int) -> str:
-        return (self.owner, self.parameter)[index]
-
     @property
     def name(self) -> str:
         """Name of the weight in the model."""
@@ -47,8 +40,10 @@ class AdaptedWeight:
 
     @property
     def base(self) -> Tensor:
-        """The weight without its adapters; of a factored layer, its product."""
-        return base_weight(self.module, self.parameter)
+        """The weight without its adapters, also while they are merged; of a factored layer, its product."""
+        bank = bank_of(self.module, self.parameter)
+        merged = None if bank is None else bank.merged
+        return base_weight(self.module, self.parameter) if merged is None else merged
 
     @property
     def values(self) -> Tensor:
@@ -119,6 +114,11 @@ class AdaptedWeight:
         bank = bank_of(self.module, self.parameter)
         own = None if bank is None or name is None else bank.adapters._modules.get(name)
         return own if isinstance(own, Adapter) else None
+
+    def uses(self, name: str) -> bool:
+        """Whether the weight has an adapter of that name which is in use."""
+        adapter = self.adapter(name)
+        return adapter is not None and adapter.in_use
 
 
 def adapted_weights(model: nn.Module, name: str | None = None) -> list[AdaptedWeight]:

@@ -88,10 +88,15 @@ def choose_name(model: nn.Module, name: str | None, who: str) -> str:
 
 
 def freeze_(model: nn.Module) -> None:
-    """Freezes all but the adapters, in place; what learned before is remembered on the model."""
+    """Freezes a model before its first adapter, in place; what learned before is remembered on the model.
+
+    Later adapters change nothing: what was thawed after the first one stays so, as in PEFT.
+    """
+    if _LEARNED in model.__dict__:
+        return
     own = {id(p) for part in (*banks(model), *copies_of(model).values()) for p in part.parameters()}
-    learned = model.__dict__.setdefault(_LEARNED, {})
+    learned = model.__dict__[_LEARNED] = {}
     for name, parameter in model.named_parameters():
         if id(parameter) not in own:
-            learned.setdefault(name, parameter.requires_grad)
+            learned[name] = parameter.requires_grad
             parameter.requires_grad_(False)

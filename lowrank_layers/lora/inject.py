@@ -18,7 +18,7 @@ from .attach import attach_, freeze_
 from .checks import check_adaptable
 from .inits import InitContext, LoRAInit, find_init
 from .modules_to_save import attach_whole_, find_whole
-from .ranks import note_lowered, of_pattern, rank_for
+from .ranks import note_lowered, of_pattern, rank_for, warn_unmatched
 from .target import Target, targets
 from .tokens import Tokens, find_tokens
 
@@ -151,11 +151,12 @@ def add_lora_(
                 " dropout=0 and bias=False for it."
             )
         made[weight] = adapter
+    note_lowered(lowered, "add_lora_", 2)
+    warn_unmatched({"rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern}, chosen)
     freeze_(model)
     for weight, adapter in (made | rows).items():
         attach_(weight, name, adapter)
     for module in whole.values():
         attach_whole_(module, name, dtype=dtype)
     update_shortcuts_(model)
-    note_lowered(lowered, "add_lora_", 2)
     return model

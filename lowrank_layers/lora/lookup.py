@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 
 from torch import Tensor, nn
 
-from .adapted_weight import AdaptedWeight, values_of
+from .adapted_weight import AdaptedWeight, base_weight, values_of
 
 Source = nn.Module | Mapping[str, Tensor]
 
@@ -15,13 +14,15 @@ Source = nn.Module | Mapping[str, Tensor]
 def tensor_for(source: Source | None, weight: AdaptedWeight) -> Tensor | None:
     """The tensor of a source that has the name of a weight, or ``None``; for a slice, that slice of the fused one.
 
+    Of a model it is the tensor that its layer stores: with merged adapters, without others.
+
     Args:
         source: a model, a state dict, or nothing.
         weight: a weight of another model.
     """
     if isinstance(source, nn.Module):
         try:
-            return replace(weight, module=source.get_submodule(weight.owner)).values
+            return values_of(base_weight(source.get_submodule(weight.owner), weight.parameter)).detach()
         except AttributeError:
             return None
     tensors = {} if source is None else source

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ..rank import Rank, Spectrum, check_rank, choose_rank
@@ -12,6 +12,28 @@ from .adapted_weight import AdaptedWeight
 from .inits import InitContext, LoRAInit
 
 _SHOWN = 8
+
+
+def warn_unmatched(patterns: Mapping[str, Mapping[str, Any] | None], weights: Iterable[AdaptedWeight]) -> None:
+    """Warns of keys that fit no weight, and so have no effect.
+
+    Args:
+        patterns: the patterns by the names of their arguments.
+        weights: all weights that get an adapter.
+    """
+    names = {name for weight in weights for name in (weight.owner, weight.name)}
+    for argument, pattern in patterns.items():
+        unmatched = [key for key in pattern or {} if not any(_ends(name, key) for name in names)]
+        if unmatched:
+            warnings.warn(
+                f"add_lora_: {argument} has the keys {unmatched}, which match no layer that gets an adapter and are"
+                " ignored; check their spelling, or the target.",
+                stacklevel=3,
+            )
+
+
+def _ends(name: str, ending: str) -> bool:
+    return name == ending or name.endswith(f".{ending}")
 
 
 def of_pattern(pattern: Mapping[str, Any] | None, weight: AdaptedWeight, default: Any) -> Any:

@@ -51,7 +51,7 @@ def swap_lora_(
     Raises:
         CheckpointError: if the file is torn or foreign, has an adapter where the model has none, a greater rank, or
             trains something that the adapter has no place for; nothing changes then.
-        LowRankError: for an unknown name, or if the adapters are merged.
+        LowRankError: for an unknown name, or if the adapter itself is merged; others may be.
 
     Examples:
         >>> import tempfile
@@ -68,8 +68,9 @@ def swap_lora_(
     check_model(inner, quantized=True)
     name = choose_name(inner, name, "swap_lora_")
     own = adapted_weights(inner, name)
-    if any(weight.bank.merged is not None for weight in own):
-        raise LowRankError("swap_lora_: the adapters are merged; call unmerge_lora_ first.")
+    merged = [weight.name for weight in own if weight.bank.merged is not None and weight.uses(name)]
+    if merged:
+        raise LowRankError(f"swap_lora_: the adapter {name!r} is merged into {merged[0]!r}; call unmerge_lora_ first.")
     path = Path(folder)
     file = read_adapter_file(inner, path, None, rank=rank, alpha=alpha, prefix=prefix)
     values = {loaded.weight: loaded for loaded in file.adapters}

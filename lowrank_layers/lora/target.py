@@ -17,7 +17,6 @@ from .adapted_weight import AdaptedWeight
 from .weight_layout import SLICES, is_conv1d
 
 Target = str | Iterable[str] | re.Pattern[str] | Callable[[str, nn.Module], bool]
-Place = AdaptedWeight
 _NO_WEIGHTS = ("bias_k", "bias_v")
 _HEADS = ("score", "classifier", "qa_outputs")
 

@@ -10,6 +10,8 @@ from torch import nn
 import lowrank_layers as lr
 from lowrank_layers.lora.adapter import Adapter
 
+from .peer import second, wrapped
+
 MODELS = {
     "linear": (lambda: nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 5)), (3, 8)),
     "linear without bias": (lambda: nn.Sequential(nn.Linear(8, 6, bias=False)), (2, 4, 8)),
@@ -289,3 +291,30 @@ def test_merging_a_tied_weight_refuses_or_unties():
     lr.merge_lora_(model, ties="untie")
     assert torch.equal(model["head"](x), before)
     assert torch.allclose(model["table"](torch.arange(9)), looked_up, atol=1e-6)
+
+
+@pytest.mark.parametrize("file", [False, True])
+def test_a_later_adapter_leaves_what_learns_as_it_is_like_the_peer(file, tmp_path):
+    base = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8))
+    theirs, ours = wrapped(copy.deepcopy(base), ["0"]), lr.add_lora_(copy.deepcopy(base), ["0"], rank=4)
+    for module in (theirs.base_model.model, ours):
+        assert not module[1].weight.requires_grad
+        module[1].weight.requires_grad_(True)
+    adapter = ours[0].lora_weight.adapters["default"]
+    adapter.A.requires_grad_(False)
+    if file:
+        lr.save_lora(lr.add_lora_(copy.deepcopy(base), ["2"], rank=4), tmp_path)
+        theirs.load_adapter(tmp_path, "second")
+        lr.load_lora(ours, tmp_path, "second")
+    else:
+        second(theirs, ["2"])
+        lr.add_lora_(ours, ["2"], rank=4, name="second")
+    named = theirs.base_model.model.named_parameters()
+    learns = {name.replace("base_layer.", ""): parameter.requires_grad for name, parameter in named}
+    own = dict(ours.named_parameters())
+    for name in base.state_dict():
+        assert own[name].requires_grad == learns[name] == (name == "1.weight")
+    assert not adapter.A.requires_grad
+    assert adapter.B.requires_grad
+    lr.remove_lora_(ours)
+    assert all(parameter.requires_grad for parameter in ours.parameters())

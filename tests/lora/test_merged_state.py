@@ -285,3 +285,15 @@ def test_unloading_makes_the_copy_in_use_the_module_itself(chosen):
     plain.load_state_dict(model.state_dict(), strict=True)
     assert torch.allclose(plain(x), out, atol=1e-5)
     assert all(p.requires_grad for p in model.parameters())
+
+
+def test_a_file_is_the_same_whether_the_adapters_are_merged_or_not(tmp_path):
+    model = nn.Sequential(nn.Embedding(9, 8), nn.Conv1d(8, 8, 1, groups=2), nn.Linear(8, 4))
+    lr.add_lora_(model, ["1", "2"], rank=2, init="gaussian", dora=True, trainable_tokens={"0": [3, 5]})
+    with torch.no_grad():
+        for parameter in lr.lora_parameters(model):
+            parameter.add_(torch.rand_like(parameter))
+    lr.save_lora(model, tmp_path / "separate")
+    lr.save_lora(lr.merge_lora_(model), tmp_path / "merged")
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (tmp_path / "merged" / name).read_bytes() == (tmp_path / "separate" / name).read_bytes()

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import warnings
 
 import pytest
@@ -189,3 +190,36 @@ def test_eva_gives_no_layer_more_than_it_has():
     ranks = ranks_of(model)
     assert ranks["1"] <= 2
     assert sum(ranks.values()) == 8
+
+
+TYPOS = {"rank_pattern": {"0": 2, "typo": 3}, "alpha_pattern": {"layer.9": 7.0}}
+
+
+def test_keys_of_patterns_that_match_nothing_are_warned_of_like_the_peer(tmp_path):
+    base = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    with pytest.warns(RuntimeWarning, match="did not match any targeted module") as theirs:
+        peft().get_peft_model(copy.deepcopy(base), peft().LoraConfig(target_modules=["0"], **TYPOS))
+    with pytest.warns(UserWarning, match="match no layer") as ours:
+        model = lr.add_lora_(copy.deepcopy(base), ["0"], **TYPOS)
+    for caught in (theirs, ours):
+        words = "\n".join(str(each.message) for each in caught)
+        assert re.search(r"rank_pattern.*\['typo'\]", words)
+        assert re.search(r"alpha_pattern.*\['layer\.9'\]", words)
+    assert all(each.filename == __file__ for each in ours)
+    assert len(model[0].lora_weight.adapters["default"].A) == 2
+    lr.save_lora(model, tmp_path)
+    settings = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings | {"rank_pattern": {"0": 2, "typo": 3}}))
+    with pytest.warns(UserWarning, match=r"rank_pattern has the keys \['typo'\]") as ours:
+        lr.load_lora(base, tmp_path)
+    assert ours[0].filename == __file__
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_warning_that_is_an_error_changes_nothing():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    with pytest.raises(UserWarning, match="typo"):
+        lr.add_lora_(model, ["0"], **TYPOS)
+    assert [type(module) for module in model] == [nn.Linear, nn.Linear]
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    lr.add_lora_(model, rank_pattern={"0": 2, "1.weight": 3}, alpha_pattern={"1": 5.0})

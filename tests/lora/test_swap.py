@@ -178,6 +178,22 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(base, case, tmp_path):
         lr.swap_lora_(lr.unmerge_lora_(model), tmp_path, "other")
 
 
+@pytest.mark.parametrize("dora", [False, True])
+def test_an_adapter_is_swapped_while_another_one_is_merged(base, dora, tmp_path):
+    other, x = saved(base, tmp_path, ["fc"], dora=dora), torch.randint(9, (4, 5))
+    model = lr.add_lora_(copy.deepcopy(base), ["fc", "head"], rank=3, dora=dora, name="slot")
+    lr.add_lora_(model, ["fc", "head"], rank=2, name="merged")
+    scramble(model)
+    lr.merge_lora_(lr.use_adapter(model, "merged"))
+    out = model(x)
+    lr.swap_lora_(model, tmp_path, "slot")
+    assert torch.equal(model(x), out)
+    with pytest.raises(lr.LowRankError, match=r"adapter 'merged' is merged into 'fc\.weight'"):
+        lr.swap_lora_(model, tmp_path, "merged")
+    lr.use_adapter(lr.unmerge_lora_(model), "slot")
+    assert torch.allclose(model(x), other(x), atol=1e-5)
+
+
 def test_biases_of_the_base_are_not_swapped(base, tmp_path):
     other = lr.add_lora_(copy.deepcopy(base), ["fc"], rank=2)
     other.fc.bias.requires_grad_(True)

@@ -56,6 +56,16 @@ class Config:
         alpha = self.alpha_pattern.get(_pattern_key(self.alpha_pattern, label), self.lora_alpha)
         return float(alpha / (self.rank(label) ** 0.5 if self.use_rslora else self.rank(label)))
 
+    def unmatched(self, labels: Iterable[str]) -> dict[str, list[str]]:
+        """The keys of patterns that match none of these layers, by the name of their setting."""
+        names = list(labels)
+        patterns: dict[str, Iterable[str]] = {"rank_pattern": self.rank_pattern, "alpha_pattern": self.alpha_pattern}
+        found = {
+            setting: [key for key in pattern if not any(_fits(key, name) for name in names)]
+            for setting, pattern in patterns.items()
+        }
+        return {setting: keys for setting, keys in found.items() if keys}
+
 
 def config_of(body: Any) -> tuple[Config, list[str]]:
     """The settings, and what is wrong with them."""
@@ -165,4 +175,9 @@ _EXPECTED = {
 
 
 def _pattern_key(patterns: Iterable[str], label: str) -> str:
-    return next((key for key in patterns if re.match(rf"(.*\.)?({key})$", label)), label)
+    return next((key for key in patterns if _fits(key, label)), label)
+
+
+def _fits(key: str, label: str) -> bool:
+    """Whether the key of a pattern, a regular expression, means the layer of that name."""
+    return re.match(rf"(.*\.)?({key})$", label) is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -67,6 +68,11 @@ def find_peft(model: nn.Module, path: Path, name: str | None) -> AdapterFile:
     problems += trouble + differences(tensors, expected)
     if problems:
         refuse(path, problems)
+    for setting, patterns in config.unmatched(each.label for each in weights).items():
+        warnings.warn(
+            f"{path / CONFIG}: {setting} has the keys {patterns}, which match no layer of the adapter and are ignored.",
+            stacklevel=4,
+        )
     adapters = [_decoded(each, config, {part: tensors[each.keys[part]] for part in parts}) for each in weights]
     _fill_tokens(tokens, tensors)
     return AdapterFile(adapters, tensors, biases, saved, copied, frozen, tokens)

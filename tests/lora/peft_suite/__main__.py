@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 here = Path(__file__).parent
-sys.path[:0] = [str(here.parent), str(here.parents[2])]
+sys.path.insert(0, str(here.parents[2]))
+sys.path.append(str(here.parent))  # last: it has a folder peft too
 tests = os.environ.get("PEFT_TESTS")
 if not tests:
     sys.exit('PEFT_TESTS is not set: give the folder "tests" of a checkout of PEFT.')

@@ -2,6 +2,7 @@
 
 import re
 import tempfile
+import warnings
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ from torch import nn
 import lowrank_layers as lr
 from lowrank_layers.lora.adapted import Adapted
 from lowrank_layers.lora.adapted_weight import banks_of
+from lowrank_layers.lora.adapter_file import read_tensors
 from lowrank_layers.lora.attach import banks
 from lowrank_layers.lora.module_copies import copies_of
 from lowrank_layers.lora.trained_whole import TrainedWhole
@@ -32,6 +34,21 @@ WORDS = {
     r"merge_lora_: .*NaN": "NaNs detected in the merged weights. The adapter {name} seems to be broken",
 }
 """What ours refuses, and how PEFT says it: the refusal has to be ours."""
+
+
+@contextmanager
+def peft_warnings():
+    """Ours of keys of patterns that match nothing, in PEFT's words and category; others as they are."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    for each in caught:
+        match = re.match(r"add_lora_: (\w+) has the keys (.*), which match no layer", str(each.message))
+        if match:
+            words = f"The following {match[1]} keys did not match any targeted module and were ignored: {match[2]}."
+            warnings.warn(words, RuntimeWarning, stacklevel=3)
+        else:
+            warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
 
 
 @contextmanager
@@ -97,7 +114,8 @@ class LoraModel(nn.Module):
     def add(self, name, config, dtype=None):
         if name in self.peft_config:
             raise ValueError(f"Adapter with name '{name}' already exists")
-        add_lora(self.model, name, config, dtype)
+        with peft_warnings():
+            add_lora(self.model, name, config, dtype)
         self.peft_config[name] = config
         self.set_adapter(self.active or [name])
 
@@ -235,7 +253,7 @@ class PeftModel(nn.Module):
             lr.save_lora(self.base_model.model, path, name)
             if not safe_serialization:
                 file = path / "adapter_model.safetensors"
-                torch.save(lr.lora.reading.read_tensors(file), path / "adapter_model.bin")
+                torch.save(read_tensors(file), path / "adapter_model.bin")
                 file.unlink()
         self.create_or_update_model_card(folder)
 
@@ -256,7 +274,8 @@ class PeftModel(nn.Module):
             for adapter in bank.named(adapter_name):
                 adapter.to(dtype)
         self.peft_config[adapter_name] = config
-        self.base_model.set_adapter(self.base_model.active or [adapter_name], inference_mode=not is_trainable)
+        first = not self.base_model.active  # a later one leaves what learns as it is
+        self.base_model.set_adapter(self.base_model.active or [adapter_name], first and not is_trainable)
         if not is_trainable:
             self.eval()
         return SimpleNamespace(missing_keys=[], unexpected_keys=[])
@@ -265,6 +284,9 @@ class PeftModel(nn.Module):
         names = translations(self)
         for name, parameter in super().named_parameters(*args, **kwargs):
             yield names.get(name, name), parameter
+
+    def get_parameter(self, target):
+        return dict(self.named_parameters())[target]
 
     def state_dict(self, *args, **kwargs):
         names = translations(self)
@@ -293,7 +315,7 @@ def inject_adapter_in_model(peft_config, model, adapter_name="default", **_):
 def get_peft_model_state_dict(model, adapter_name="default", **_):
     with tempfile.TemporaryDirectory() as folder:
         lr.save_lora(model.base_model.model, folder, adapter_name)
-        return lr.lora.reading.read_tensors(Path(folder) / "adapter_model.safetensors")
+        return read_tensors(Path(folder) / "adapter_model.safetensors")
 
 
 def set_peft_model_state_dict(model, state, adapter_name="default", **_):
