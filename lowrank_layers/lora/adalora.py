@@ -15,7 +15,7 @@ from .adapted_weight import adapted_weights
 from .attach import choose_name
 from .cutting import check_optimizer
 from .importance import TrackedAdapter
-from .tokens import TokenRows
+from .trainable_tokens import TokenRows
 
 _STEP = "step"
 

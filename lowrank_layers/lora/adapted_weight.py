@@ -11,7 +11,7 @@ from ..modules import is_quantized, walk_layers
 from .adapter import Adapter, Bank
 from .forward import fast_call
 from .module_copies import Copies
-from .weight_layout import SLICES, Kind, dense_weight, is_lookup, kind_of, parameter_of
+from .weight_layout import SLICES, WeightLayout, dense_weight, is_lookup, layout_of, parameter_of
 
 BANK = "lora_{}"
 """Name of the child module that holds the adapters of a parameter: ``fc.lora_weight.adapters.default.A``."""
@@ -56,9 +56,9 @@ class AdaptedWeight:
         return dense_weight(self.module, self.parameter)
 
     @property
-    def layout(self) -> Kind:
+    def layout(self) -> WeightLayout:
         """How ``B A`` lies in the weight."""
-        return self.bank.kind if self.is_adapted else kind_of(self.module, self.parameter)
+        return self.bank.layout if self.is_adapted else layout_of(self.module, self.parameter)
 
     @property
     def is_slice(self) -> bool:

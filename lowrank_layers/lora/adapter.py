@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import LowRankError
 from .learning import let_learn_
-from .weight_layout import Kind, Matrix
+from .weight_layout import Matrix, WeightLayout
 
 
 def adapter_dtype(weight: Tensor, dtype: torch.dtype | None = None) -> torch.dtype:
@@ -116,23 +116,23 @@ class Adapter(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "withheld": None}
 
-    def delta(self, kind: Kind, dtype: torch.dtype | None = None) -> Tensor:
+    def delta(self, layout: WeightLayout, dtype: torch.dtype | None = None) -> Tensor:
         """``scaling (B A - B0 A0)`` in the layout of the weight, computed in that dtype."""
         dtype = self.A.dtype if dtype is None else dtype
-        product = kind.product(self.A.to(dtype), self.B.to(dtype))
+        product = layout.product(self.A.to(dtype), self.B.to(dtype))
         if self.a0 is not None and self.b0 is not None:
-            product = product - kind.product(self.a0.to(dtype), self.b0.to(dtype))
+            product = product - layout.product(self.a0.to(dtype), self.b0.to(dtype))
         return product * self.scaling.to(product.dtype)
 
     @torch.no_grad()
-    def resize_(self, kind: Kind, weight: Tensor) -> None:
+    def resize_(self, layout: WeightLayout, weight: Tensor) -> None:
         """Fits it to a weight with more or fewer rows: the rows that stay keep their delta, new ones have none."""
-        shapes = kind.shapes(weight, self.A.shape[-2])
+        shapes = layout.shapes(weight, self.A.shape[-2])
         self.A.data, self.B.data = _cut_or_filled(self.A, shapes[0]), _cut_or_filled(self.B, shapes[1])
         if self.a0 is not None and self.b0 is not None:
             self.a0, self.b0 = _cut_or_filled(self.a0, shapes[0]), _cut_or_filled(self.b0, shapes[1])
         if self.magnitude is not None:
-            lengths = kind.lengths(weight.detach().float()).to(self.magnitude)
+            lengths = layout.lengths(weight.detach().float()).to(self.magnitude)
             old = min(len(lengths), len(self.magnitude))
             self.magnitude.data = torch.cat([self.magnitude[:old], lengths[old:]])
         if self.bias is not None:
@@ -161,14 +161,14 @@ class Bank(nn.Module):
     is recompiled.
 
     Args:
-        kind: the layout of the weight.
+        layout: the layout of the weight.
     """
 
     merged: Tensor | None
 
-    def __init__(self, kind: Kind) -> None:
+    def __init__(self, layout: WeightLayout) -> None:
         super().__init__()
-        self.kind = kind
+        self.layout = layout
         self.adapters = nn.ModuleDict()
         self.rows: Tensor | None = None  # [N, adapters]: a gate for each row of a batch
         # the base weight, while the adapters are part of it; a buffer, so that it follows the model's device and dtype
@@ -204,7 +204,7 @@ class Bank(nn.Module):
                 f"resize_token_embeddings: the adapters of a {owner} are merged; call unmerge_lora_ first. Nothing is"
                 " changed."
             )
-        if any(adapter.magnitude is not None for adapter in self) and self.kind == Matrix(transposed=True):
+        if any(adapter.magnitude is not None for adapter in self) and self.layout == Matrix(transposed=True):
             raise LowRankError(
                 f"resize_token_embeddings: a {owner} has adapters with magnitudes (DoRA), lengths over all rows, which"
                 " every new one would change; resize the model before add_lora_. Nothing is changed."
@@ -213,7 +213,7 @@ class Bank(nn.Module):
     def resize_(self, weight: Tensor) -> None:
         """Fits all adapters to a weight with more or fewer rows."""
         for adapter in self:
-            adapter.resize_(self.kind, weight)
+            adapter.resize_(self.layout, weight)
 
     def named(self, name: str) -> list[Adapter]:
         """The adapter of that name, if there is one."""
@@ -245,7 +245,7 @@ class Bank(nn.Module):
         result = weight
         # autograd keeps the gates: copies, so that switching before the backward pass does not change them
         for adapter in self:
-            delta = adapter.delta(self.kind, torch.promote_types(adapter.A.dtype, weight.dtype))
+            delta = adapter.delta(self.layout, torch.promote_types(adapter.A.dtype, weight.dtype))
             result = result + delta * adapter.gate.to(delta.dtype, copy=True)
         for adapter in self:
             if adapter.magnitude is not None:
@@ -256,5 +256,5 @@ class Bank(nn.Module):
     def _renormalised(self, adapter: Adapter, weight: Tensor) -> Tensor:
         """``m W / |W|``, the length taken as a constant (Liu et al., 2024, section 4.3)."""
         assert adapter.magnitude is not None
-        lengths = self.kind.lengths(weight.detach().to(torch.promote_types(weight.dtype, torch.float32)))
-        return self.kind.scaled(weight, (adapter.magnitude / lengths).to(weight.dtype))
+        lengths = self.layout.lengths(weight.detach().to(torch.promote_types(weight.dtype, torch.float32)))
+        return self.layout.scaled(weight, (adapter.magnitude / lengths).to(weight.dtype))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from .adapted_weight import AdaptedWeight
-from .tokens import TokenRows
+from .trainable_tokens import TokenRows
 
 _SHOWN = 8
 

@@ -21,8 +21,8 @@ from .module_copies import copies_of, trained_whole_by
 from .modules_to_save import attach_whole_
 from .switching import check_unmerged, use_adapter
 from .task_vectors import PrunedSum
-from .tokens import TokenRows
-from .weight_layout import Kernel, Kind
+from .trainable_tokens import TokenRows
+from .weight_layout import Kernel, WeightLayout
 
 Combination = Literal[
     "svd",
@@ -108,7 +108,7 @@ def combine_lora_(
         if parts and all(isinstance(adapter, TokenRows) for _, adapter in parts):
             made.append((bank, _sum_of_rows(parts, shared)))
         elif parts:
-            terms = _Terms(parts, bank.kind)
+            terms = _Terms(parts, bank.layout)
             a, b = terms.factors_of_sum(method, rank, pruned_sum)
             made.append((bank, Adapter(a, b, scaling=1.0, bias=terms.bias)))
     for bank, adapter in made:
@@ -152,7 +152,7 @@ class _Terms:
     """The adapters of one weight that are summed, each with its number, and the layout of the weight."""
 
     parts: list[tuple[float, Adapter]]
-    layout: Kind
+    layout: WeightLayout
 
     def factors_of_sum(self, method: str, rank: int | None, pruned_sum: PrunedSum) -> tuple[Tensor, Tensor]:
         """``A`` and ``B`` of the sum.
@@ -209,33 +209,33 @@ class _Terms:
         return a.contiguous(), b.contiguous()
 
 
-def _truncated(a: Tensor, b: Tensor, kind: Kind, rank: int) -> tuple[Tensor, Tensor]:
+def _truncated(a: Tensor, b: Tensor, layout: WeightLayout, rank: int) -> tuple[Tensor, Tensor]:
     """``B A = Q_b (R_b R_a^T) Q_a^T``: only the small core is decomposed."""
-    rows, columns = _as_matrices(a, b, kind)
+    rows, columns = _as_matrices(a, b, layout)
     right, left = torch.linalg.qr(rows.double().mT), torch.linalg.qr(columns.double())
     u, s, vh = exact_svd(left.R @ right.R.mT)
     root = s[..., None, :rank].sqrt()
     down, up = (right.Q @ vh.mT[..., :rank] * root).mT, left.Q @ u[..., :rank] * root
-    return _in_layout(down.to(a), up.to(b), kind, kind.product(a.to("meta"), b.to("meta")))
+    return _in_layout(down.to(a), up.to(b), layout, layout.product(a.to("meta"), b.to("meta")))
 
 
-def _best_factors(delta: Tensor, kind: Kind, rank: int) -> tuple[Tensor, Tensor]:
+def _best_factors(delta: Tensor, layout: WeightLayout, rank: int) -> tuple[Tensor, Tensor]:
     """The factors of the best approximation of a formed delta."""
-    u, s, vh = exact_svd(kind.matrix(delta).double())
+    u, s, vh = exact_svd(layout.matrix(delta).double())
     root = s[..., None, :rank].sqrt()
-    return _in_layout((vh[..., :rank, :] * root.mT).to(delta), (u[..., :rank] * root).to(delta), kind, delta)
+    return _in_layout((vh[..., :rank, :] * root.mT).to(delta), (u[..., :rank] * root).to(delta), layout, delta)
 
 
-def _as_matrices(a: Tensor, b: Tensor, kind: Kind) -> tuple[Tensor, Tensor]:
-    """``[..., r, in]`` and ``[..., out, r]``: what ``kind.pair`` puts into the layout of ``A`` and ``B``."""
-    if not isinstance(kind, Kernel):
+def _as_matrices(a: Tensor, b: Tensor, layout: WeightLayout) -> tuple[Tensor, Tensor]:
+    """``[..., r, in]`` and ``[..., out, r]``: what ``layout.pair`` puts into the layout of ``A`` and ``B``."""
+    if not isinstance(layout, Kernel):
         return a, b
-    rows, columns = a.unflatten(0, (kind.groups, -1)), b.unflatten(0, (kind.groups, -1))
+    rows, columns = a.unflatten(0, (layout.groups, -1)), b.unflatten(0, (layout.groups, -1))
     return rows.flatten(2), columns.movedim(2, -1).flatten(1, -2)
 
 
-def _in_layout(down: Tensor, up: Tensor, kind: Kind, like: Tensor) -> tuple[Tensor, Tensor]:
-    a, b = kind.pair(like, down, up)
+def _in_layout(down: Tensor, up: Tensor, layout: WeightLayout, like: Tensor) -> tuple[Tensor, Tensor]:
+    a, b = layout.pair(like, down, up)
     return a.contiguous(), b.contiguous()
 
 

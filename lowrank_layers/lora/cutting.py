@@ -10,18 +10,18 @@ from torch import Tensor, nn
 from ..errors import LowRankError
 from ..modules import Succession
 from .adapter import Adapter
-from .weight_layout import Kind
+from .weight_layout import WeightLayout
 
 
 @torch.no_grad()
-def thinned_(adapter: Adapter, kind: Kind, index: Tensor) -> list[Succession]:
+def thinned_(adapter: Adapter, layout: WeightLayout, index: Tensor) -> list[Succession]:
     """Keeps only some directions of an adapter, in place; the scaling stays.
 
     The parameters are new ones: autograd remembers the shape of a leaf for as long as a graph that used it lives.
 
     Args:
         adapter: the adapter, changed in place.
-        kind: layout of its weight.
+        layout: layout of its weight.
         index: indices of the directions that are kept, ascending.
 
     Returns:
@@ -31,10 +31,10 @@ def thinned_(adapter: Adapter, kind: Kind, index: Tensor) -> list[Succession]:
     index = index.to(a.device)
 
     def cut_a(tensor: Tensor) -> Tensor:
-        return kind.joined(kind.directions(tensor, b)[0][index], b)[0].contiguous()
+        return layout.joined(layout.directions(tensor, b)[0][index], b)[0].contiguous()
 
     def cut_b(tensor: Tensor) -> Tensor:
-        return kind.joined(a, kind.directions(a, tensor)[1][index])[1].contiguous()
+        return layout.joined(a, layout.directions(a, tensor)[1][index])[1].contiguous()
 
     adapter.A, adapter.B = _thinner(a, cut_a), _thinner(b, cut_b)
     if adapter.a0 is not None and adapter.b0 is not None:

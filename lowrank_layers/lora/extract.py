@@ -17,7 +17,7 @@ from .attach import attach_, freeze_
 from .checks import check_adaptable
 from .lookup import tensor_for
 from .target import Target, targets
-from .weight_layout import Kind, Matrix
+from .weight_layout import Matrix, WeightLayout
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def extract_lora(
         raise LowRankError(f"extract_lora: got rank={rank!r} and energy={energy!r}, expected one of them.")
     rule: Rank = Energy(energy) if energy is not None else rank  # type: ignore[assignment]
     found = Extraction()
-    known: dict[tuple[object, object], tuple[Kind, Extracted]] = {}
+    known: dict[tuple[object, object], tuple[WeightLayout, Extracted]] = {}
     for weight in targets(base, target if target is not None else lambda *_: True):
         old, new = weight.values, tensor_for(tuned, weight)
         if new is None or new.shape != old.shape:
@@ -132,11 +132,11 @@ def extract_lora(
             )
         if not bool(change.any()):
             continue
-        kind = weight.layout
+        layout = weight.layout
         pair = _identity(weight), _identity(replace(weight, module=tuned.get_submodule(weight.owner)))
-        if pair not in known or not isinstance(kind, Matrix):
-            known[pair] = kind, _extract(weight, change, rule)
-        found[weight.owner, weight.parameter] = _in_kind(kind, *known[pair])
+        if pair not in known or not isinstance(layout, Matrix):
+            known[pair] = layout, _extract(weight, change, rule)
+        found[weight.owner, weight.parameter] = _in_layout(layout, *known[pair])
     if not found:
         raise LowRankError("extract_lora: the two models have the same weights; there is nothing to extract.")
     return found
@@ -168,9 +168,9 @@ def _identity(weight: AdaptedWeight) -> object:
     return (weight.owner, weight.parameter) if parameter is None else id(parameter)
 
 
-def _in_kind(kind: Kind, first_kind: Kind, first: Extracted) -> Extracted:
+def _in_layout(layout: WeightLayout, first_layout: WeightLayout, first: Extracted) -> Extracted:
     """The same change in another layer: an embedding holds the transpose of the linear layer that is tied to it."""
-    if kind == first_kind:
+    if layout == first_layout:
         return first
     return replace(first, a=first.b.mT.contiguous(), b=first.a.mT.contiguous())
 

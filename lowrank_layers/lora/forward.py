@@ -56,7 +56,7 @@ def add_biases(self: Any, bank: Bank, out: Tensor) -> Tensor:
     if all(adapter.bias is None for adapter in bank):
         return out
     gates = bank.gates if bank.rows is None else bank.rows.mT
-    inner = len(self.kernel_size) if isinstance(bank.kind, Kernel) else 0
+    inner = len(self.kernel_size) if isinstance(bank.layout, Kernel) else 0
     for gate, adapter in zip(gates, bank, strict=True):
         if adapter.bias is not None:
             bias = adapter.bias.view(-1, *[1] * inner)
@@ -83,7 +83,7 @@ def _linear(cls: type[nn.Module], self: Any, bank: Bank, input: Tensor) -> Tenso
     plain = parameter_of(self, "weight")
     if plain is None:
         out: Tensor = cls.forward(self, x)
-    elif isinstance(bank.kind, Matrix) and bank.kind.transposed:  # transformers' Conv1D
+    elif isinstance(bank.layout, Matrix) and bank.layout.transposed:  # transformers' Conv1D
         out = torch.addmm(self.bias, x, plain)
     else:
         out = F.linear(x, plain, self.bias)
@@ -216,7 +216,7 @@ def _stacked(bank: Bank) -> tuple[Tensor, Tensor]:
             beside.append(-adapter.b0)
     if len(below) == 1:
         return below[0], beside[0]
-    groups = bank.kind.groups if isinstance(bank.kind, Kernel) else 1
+    groups = bank.layout.groups if isinstance(bank.layout, Kernel) else 1
     joint = torch.cat([a.unflatten(0, (groups, -1)) for a in below], 1).flatten(0, 1)
     return joint, torch.cat(beside, 1)
 

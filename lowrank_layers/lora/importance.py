@@ -22,7 +22,7 @@ class TrackedAdapter:
     def __init__(self, weight: AdaptedWeight, name: str) -> None:
         adapter = weight.adapter(name)
         assert adapter is not None
-        self.weight, self.name, self.adapter, self.layout = weight, name, adapter, weight.bank.kind
+        self.weight, self.name, self.adapter, self.layout = weight, name, adapter, weight.bank.layout
         self.kept = torch.ones(len(self._directions(adapter.A, adapter.B)[1]), dtype=torch.bool)
         self.averages = {
             f"{part}.{what}": torch.zeros_like(weight, dtype=torch.float32, requires_grad=False)

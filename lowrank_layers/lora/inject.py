@@ -20,7 +20,7 @@ from .inits import InitContext, LoRAInit, find_init
 from .modules_to_save import attach_whole_, find_whole
 from .ranks import note_lowered, of_pattern, rank_for, warn_unmatched
 from .target import Target, targets
-from .tokens import Tokens, find_tokens
+from .trainable_tokens import Tokens, find_tokens
 
 DEFAULT = "default"
 
@@ -122,7 +122,7 @@ def add_lora_(
     contexts = [InitContext(weight, generator=generator) for weight in chosen]
     shared = start.ranks(contexts, rank) if isinstance(rank, int) else [rank] * len(contexts)
     for context, share in zip(contexts, shared, strict=True):
-        weight, kind = context.weight, context.weight.layout
+        weight, layout = context.weight, context.weight.layout
         own_rank = rank_for(of_pattern(rank_pattern, weight, share), start, context, lowered)
         own_alpha = of_pattern(alpha_pattern, weight, float(own_rank) if alpha is None else alpha)
         scaling = own_alpha / (math.sqrt(own_rank) if rslora else own_rank)
@@ -131,7 +131,7 @@ def add_lora_(
         values = weight.values
         own_dtype = adapter_dtype(values, dtype)
         a, b = context.in_layout(factors, own_dtype)
-        added = 0 if factors.subtract else scaling * kind.product(a.float(), b.float())
+        added = 0 if factors.subtract else scaling * layout.product(a.float(), b.float())
         has_bias = bias and isinstance(weight.module, nn.Linear)
         adapter = Adapter(
             a,
@@ -139,8 +139,8 @@ def add_lora_(
             scaling=scaling,
             dropout=dropout,
             start=(a.clone(), b.clone()) if factors.subtract else None,
-            magnitude=kind.lengths(values.float() + added).to(own_dtype) if dora else None,
-            bias=a.new_zeros(kind.matrix(values).shape[-2]) if has_bias else None,
+            magnitude=layout.lengths(values.float() + added).to(own_dtype) if dora else None,
+            bias=a.new_zeros(layout.matrix(values).shape[-2]) if has_bias else None,
         )
         if freeze_a:
             (adapter.A if bool(adapter.A.any()) else adapter.B).requires_grad_(False)

@@ -11,13 +11,13 @@ from torch import Tensor
 from ..errors import LowRankError
 from ..layers.patches import pad_input
 from .adapter import Adapter, Bank
-from .weight_layout import Kernel, Kind, parameter_of
+from .weight_layout import Kernel, WeightLayout, parameter_of
 
 
 class MixedGroups(Adapter):
     """``A`` is ``[r, in, *k]``, ``B`` ``[out, r / groups, 1, ...]``; their product fits no weight with groups."""
 
-    def delta(self, kind: Kind, dtype: torch.dtype | None = None) -> Tensor:
+    def delta(self, layout: WeightLayout, dtype: torch.dtype | None = None) -> Tensor:
         """Refuses.
 
         Raises:
@@ -39,23 +39,23 @@ def mixed_forward(self: Any, bank: Bank, input: Tensor) -> Tensor:
     """The convolution with the adapters that its weight can hold, then the others beside it, then DoRA's lengths."""
     if bank.rows is not None:
         raise LowRankError("lora_rows: an adapter that mixes the groups of a convolution serves all rows alike.")
-    kind = bank.kind
-    assert isinstance(kind, Kernel)
+    layout = bank.layout
+    assert isinstance(layout, Kernel)
     weight = parameter_of(self, "weight")
     assert weight is not None
     conv = (F.conv1d, F.conv2d, F.conv3d)[len(self.kernel_size) - 1]
     gated = list(zip(bank, bank.gates, strict=True))
     for adapter, gate in gated:
         if not isinstance(adapter, MixedGroups):
-            weight = weight + (gate * adapter.delta(kind)).to(weight.dtype)
+            weight = weight + (gate * adapter.delta(layout)).to(weight.dtype)
     out: Tensor = self._conv_forward(input, weight, self.bias)
     for adapter, gate in gated:
         if isinstance(adapter, MixedGroups):
             x = pad_input(self, F.dropout(input, adapter.dropout, self.training))
             inner = conv(x, adapter.A.to(x.dtype), None, self.stride, 0, self.dilation)
             inner = (inner * (gate * adapter.scaling).view(1)).to(inner.dtype)
-            out = out + conv(inner, adapter.B.to(inner.dtype), groups=kind.groups)
-    surplus = _surplus(weight, gated, kind)
+            out = out + conv(inner, adapter.B.to(inner.dtype), groups=layout.groups)
+    surplus = _surplus(weight, gated, layout)
     if surplus is None:
         return out
     channels = (-1, *[1] * len(self.kernel_size))
@@ -63,13 +63,13 @@ def mixed_forward(self: Any, bank: Bank, input: Tensor) -> Tensor:
     return out + surplus.to(out.dtype).view(channels) * linear
 
 
-def _surplus(weight: Tensor, gated: list[tuple[Adapter, Tensor]], kind: Kernel) -> Tensor | None:
+def _surplus(weight: Tensor, gated: list[tuple[Adapter, Tensor]], layout: Kernel) -> Tensor | None:
     """What DoRA multiplies each output with, less one; adapter after adapter, the lengths taken as constants."""
     if all(adapter.magnitude is None for adapter, _ in gated):
         return None
     mixed = [(adapter, gate * adapter.scaling) for adapter, gate in gated if isinstance(adapter, MixedGroups)]
     with torch.no_grad():
-        lengths = lengths_with(weight, [(a.A, a.B, strength) for a, strength in mixed], kind)
+        lengths = lengths_with(weight, [(a.A, a.B, strength) for a, strength in mixed], layout)
     factor = torch.ones_like(lengths)
     for adapter, gate in gated:
         if adapter.magnitude is not None:
@@ -77,13 +77,13 @@ def _surplus(weight: Tensor, gated: list[tuple[Adapter, Tensor]], kind: Kernel) 
     return factor - 1
 
 
-def lengths_with(weight: Tensor, mixed: list[tuple[Tensor, Tensor, Tensor]], kind: Kernel) -> Tensor:
+def lengths_with(weight: Tensor, mixed: list[tuple[Tensor, Tensor, Tensor]], layout: Kernel) -> Tensor:
     """The norm of what belongs to each output, with ``strength B A`` over all channels beside the weight.
 
     ``|W + D|^2 = |W|^2 + 2 <W, D> + |D|^2``, where only the output's own group of ``D = B A`` meets ``W``, and
     ``|D|^2 = B (A A^T) B^T``: the wide ``D`` is never formed.
     """
-    groups, wide = kind.groups, torch.promote_types(weight.dtype, torch.float32)
+    groups, wide = layout.groups, torch.promote_types(weight.dtype, torch.float32)
     own = weight.to(wide).unflatten(0, (groups, -1))
     a = torch.cat([x.to(wide).unflatten(0, (groups, -1)) for x, _, _ in mixed], 1)
     b = torch.cat([(s * x).to(wide).unflatten(0, (groups, -1)) for _, x, s in mixed], 2).flatten(2)

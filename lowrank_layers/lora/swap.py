@@ -17,8 +17,8 @@ from .attach import choose_name
 from .load import read_adapter_file
 from .mixed_groups import MixedGroups
 from .module_copies import copied_tensors
-from .tokens import TokenRows
-from .weight_layout import Kind
+from .trainable_tokens import TokenRows
+from .weight_layout import WeightLayout
 
 
 @torch.no_grad()
@@ -142,11 +142,11 @@ def _trouble_beside(model: nn.Module, name: str, file: AdapterFile) -> list[str]
     return problems
 
 
-def _rooms(adapter: Adapter, kind: Kind) -> list[tuple[Tensor, Tensor]]:
+def _rooms(adapter: Adapter, layout: WeightLayout) -> list[tuple[Tensor, Tensor]]:
     """Where directions can be put: the trained factors, and those of the start, whose product is taken off."""
-    rooms = [kind.directions(adapter.A, adapter.B)]
+    rooms = [layout.directions(adapter.A, adapter.B)]
     if adapter.a0 is not None and adapter.b0 is not None:
-        rooms.append(kind.directions(adapter.a0, adapter.b0))
+        rooms.append(layout.directions(adapter.a0, adapter.b0))
     return rooms
 
 

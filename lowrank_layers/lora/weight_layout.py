@@ -1,4 +1,4 @@
-"""How a delta ``s B A`` lies in a weight: linear layers, tables, kernels, stacks of matrices."""
+"""How a delta ``s B A`` lies in a weight: of linear layers, embeddings, convolutions, and stacks of matrices."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from ..layers import ConvNd, FactoredModule, LowRankTransposedLinear, is_embeddi
 from ..layers.conv1d import is_conv1d_class
 
 
-class Kind(Protocol):
-    """The layout of one weight."""
+class WeightLayout(Protocol):
+    """How ``A`` and ``B`` belong to one weight, and what its outputs are."""
 
     def shapes(self, weight: Tensor, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Shapes of ``A`` and ``B``."""
 
     def limit(self, weight: Tensor) -> int:
-        """The largest rank that means anything."""
+        """The largest rank that a delta can have."""
 
     def product(self, a: Tensor, b: Tensor) -> Tensor:
         """``B A`` in the layout of the weight."""
@@ -29,16 +29,16 @@ class Kind(Protocol):
         """Views of ``A`` and ``B`` with the rank first, ``[r, ...]`` each."""
 
     def joined(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        """The way back from :meth:`directions`."""
+        """Inverse of :meth:`directions`."""
 
     def pair(self, weight: Tensor, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
         """``A`` and ``B`` from factors ``[..., r, in]`` and ``[..., out, r]`` of :meth:`matrix`."""
 
     def matrix(self, weight: Tensor) -> Tensor:
-        """The weight as ``[..., out, in]``: what an init by singular values looks at."""
+        """The weight as ``[..., out, in]``, which inits by singular values decompose."""
 
     def lengths(self, weight: Tensor) -> Tensor:
-        """The norm of what belongs to each output, ``[..., out]``."""
+        """The norm of the entries that belong to each output, ``[..., out]``."""
 
     def scaled(self, weight: Tensor, factor: Tensor) -> Tensor:
         """The weight with each output multiplied by its factor, ``[..., out]``."""
@@ -46,7 +46,7 @@ class Kind(Protocol):
 
 @dataclass(frozen=True)
 class Matrix:
-    """``[out, in]``, or ``[in, out]`` when transposed (tables, transformers' Conv1D); stacks of them likewise.
+    """``[out, in]``, or ``[in, out]`` when transposed (embeddings, transformers' Conv1D); stacks of them likewise.
 
     ``A`` is ``[*, r, in]``, ``B`` ``[*, out, r]``.
     """
@@ -71,7 +71,7 @@ class Matrix:
         return a.movedim(-2, 0), b.movedim(-1, 0)
 
     def joined(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        """The way back from :meth:`directions`."""
+        """Inverse of :meth:`directions`."""
         return a.movedim(0, -2), b.movedim(0, -1)
 
     def pair(self, weight: Tensor, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
@@ -84,7 +84,7 @@ class Matrix:
         return weight.mT if self.transposed else weight
 
     def lengths(self, weight: Tensor) -> Tensor:
-        """The norm of what belongs to each output."""
+        """The norm of the entries that belong to each output."""
         norms: Tensor = torch.linalg.vector_norm(self.matrix(weight), dim=-1)
         return norms
 
@@ -97,7 +97,7 @@ class Matrix:
 class Kernel:
     """A convolution's ``[out, in / groups, *k]``, or ``[in, out / groups, *k]`` when transposed.
 
-    ``A`` is ``[groups * r, in / groups, *k]``, the kernel of a convolution to ``r`` channels a group, ``B``
+    ``A`` is ``[groups * r, in / groups, *k]``, the kernel of a convolution to ``r`` channels per group, ``B``
     ``[out, r, 1, ...]`` a pointwise one; for a transposed one ``A`` is ``[groups * r, in / groups]`` and ``B``
     ``[out, r, *k]``.
     """
@@ -131,7 +131,7 @@ class Kernel:
         return a.unflatten(0, (self.groups, -1)).transpose(0, 1), b.transpose(0, 1)
 
     def joined(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        """The way back from :meth:`directions`."""
+        """Inverse of :meth:`directions`."""
         return a.transpose(0, 1).flatten(0, 1), b.transpose(0, 1)
 
     def pair(self, weight: Tensor, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
@@ -147,7 +147,7 @@ class Kernel:
         return parts.flatten(2).mT if self.transposed else parts.flatten(2)
 
     def lengths(self, weight: Tensor) -> Tensor:
-        """The norm of what belongs to each output."""
+        """The norm of the entries that belong to each output."""
         norms: Tensor = torch.linalg.vector_norm(self._by_output(weight).flatten(1), dim=1)
         return norms
 
@@ -164,7 +164,7 @@ class Kernel:
 
 
 SLICES = ("q_proj", "k_proj", "v_proj")
-"""The parts of a fused ``in_proj_weight``, which can be adapted each on its own."""
+"""Names of the three slices of a fused ``in_proj_weight``, each of which can be adapted on its own."""
 
 
 def dense_weight(module: nn.Module, name: str) -> Tensor | None:
@@ -176,7 +176,7 @@ def dense_weight(module: nn.Module, name: str) -> Tensor | None:
 
 
 def parameter_of(module: nn.Module, name: str) -> Tensor | None:
-    """The parameter of that name; in a replica of ``nn.DataParallel``, which has no parameters, the copy of it."""
+    """The parameter of that name; of a replica of ``nn.DataParallel``, which has no parameters, the copy of it."""
     own = module._parameters.get(name)
     if own is None:
         copies: dict[str, Tensor] = module.__dict__.get("_former_parameters", {})
@@ -184,7 +184,7 @@ def parameter_of(module: nn.Module, name: str) -> Tensor | None:
     return own
 
 
-def kind_of(module: nn.Module, name: str) -> Kind:
+def layout_of(module: nn.Module, name: str) -> WeightLayout:
     """The layout of a module's parameter.
 
     Raises:

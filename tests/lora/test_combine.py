@@ -85,7 +85,7 @@ def rows(*values):
 
 
 def delta_of(model, name):
-    return model[0].lora_weight.adapters[name].delta(model[0].lora_weight.kind).detach()[0]
+    return model[0].lora_weight.adapters[name].delta(model[0].lora_weight.layout).detach()[0]
 
 
 def test_ties_elects_the_sign_that_outweighs():
@@ -120,8 +120,8 @@ def test_stacks_of_matrices_are_combined_one_by_one(how):
     for each in (model, alone):
         lr.combine_lora_(each, {"a": 0.5, "b": -2.0}, "sum", how=how, density=1.0)
     for k, layer in enumerate(alone):
-        got = adapters["sum"].delta(model.lora_experts.kind)[k]
-        assert torch.allclose(got, layer.lora_weight.adapters["sum"].delta(layer.lora_weight.kind), atol=1e-5)
+        got = adapters["sum"].delta(model.lora_experts.layout)[k]
+        assert torch.allclose(got, layer.lora_weight.adapters["sum"].delta(layer.lora_weight.layout), atol=1e-5)
 
 
 @pytest.mark.parametrize("how", ["ties_svd", "dare_linear_svd", "dare_ties_svd", "magnitude_prune_svd"])
@@ -186,10 +186,10 @@ def test_rows_of_tokens_are_summed_with_their_weights(how):
 
 def test_one_adapter_is_only_scaled():
     model = two(nn.Sequential(nn.Linear(8, 6)), init="pissa")
-    delta = model[0].lora_weight.adapters["a"].delta(model[0].lora_weight.kind)
+    delta = model[0].lora_weight.adapters["a"].delta(model[0].lora_weight.layout)
     for how in get_args(Combination):
         lr.combine_lora_(model, {"a": -0.5}, how, how=how)
-        got = model[0].lora_weight.adapters[how].delta(model[0].lora_weight.kind)
+        got = model[0].lora_weight.adapters[how].delta(model[0].lora_weight.layout)
         assert torch.allclose(got, -0.5 * delta, atol=1e-5), how
     lr.combine_lora_(model, {"a": 1.0}, "small", rank=1)
     assert model[0].lora_weight.adapters["small"].A.shape == (1, 8)
@@ -238,7 +238,7 @@ def test_every_combination_is_what_peft_computes(how, sizes, tmp_path, monkeypat
     for name in targets:
         bank = getattr(model, name).lora_weight
         expected = getattr(theirs.base_model.model, name).get_delta_weight("new").detach()
-        got = bank.adapters["new"].delta(bank.kind).detach()
+        got = bank.adapters["new"].delta(bank.layout).detach()
         assert float((got - expected).norm()) <= 1e-4 * float(expected.norm()), name
         if not unequal:
             layer = getattr(theirs.base_model.model, name)

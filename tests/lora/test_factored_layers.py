@@ -35,7 +35,7 @@ def dense_with_delta(model):
     bank = model[0].lora_weight
     with torch.no_grad():
         for adapter, gate in zip(bank, bank.gates, strict=True):
-            dense.weight.add_(gate * adapter.delta(bank.kind))
+            dense.weight.add_(gate * adapter.delta(bank.layout))
     return dense
 
 
@@ -169,7 +169,7 @@ def test_singular_values_of_a_dense_transposed_convolution():
         lr.add_lora_(model, everything, rank=2, init="pissa")
         bank = model[0].lora_weight
         adapter = bank.adapters["default"]
-        assert torch.allclose(bank.kind.product(adapter.A, adapter.B).flatten(1), best, atol=1e-5)
+        assert torch.allclose(bank.layout.product(adapter.A, adapter.B).flatten(1), best, atol=1e-5)
 
 
 def test_a_second_adapter_on_factored_layers():
@@ -218,7 +218,7 @@ def test_bags_compute_what_the_formed_table_does(kind, mode, name):
     bank = model[0].lora_weight
     formed = model[0].weight.detach()
     plain = lr.remove_lora_(copy.deepcopy(model))[0]
-    expected = plain.weight.detach() + sum(adapter.delta(bank.kind) for adapter in bank)
+    expected = plain.weight.detach() + sum(adapter.delta(bank.layout) for adapter in bank)
     assert torch.allclose(formed, expected, atol=1e-5)
     offsets, weights = call.get("offsets"), call.get("per_sample_weights")
     rest = (form.get("include_last_offset", False), form.get("padding_idx"))

@@ -239,7 +239,7 @@ def test_a_quantised_base_has_fp32_adapters():
     assert adapter.A.dtype == torch.float32
     out = model(x)
     assert out.dtype == torch.bfloat16
-    delta = x.float() @ adapter.delta(model[0].lora_weight.kind).mT
+    delta = x.float() @ adapter.delta(model[0].lora_weight.layout).mT
     assert relative(out, base.float() + delta) < 4 * EPS[torch.bfloat16]
     with torch.autocast("cpu", torch.bfloat16):
         assert relative(model(x), base.float() + delta) < 4 * EPS[torch.bfloat16]

@@ -54,7 +54,7 @@ def test_the_error_is_that_of_the_best_approximation_of_the_residual(name, scale
     lr.add_lora_(model, everything, rank=3, init=lr.LoftQ(full), **scale)
     assert torch.equal(model[0]._parameters["weight"], base)
     left = float((full[0].weight - model[0].weight).detach().double().norm())
-    assert left == pytest.approx(tail(model[0].lora_weight.kind, (full[0].weight - base).detach(), 3), rel=1e-4)
+    assert left == pytest.approx(tail(model[0].lora_weight.layout, (full[0].weight - base).detach(), 3), rel=1e-4)
     assert left < 0.95 * float((full[0].weight.detach() - base).norm())
     assert (model(x) - full(x)).norm() < (quantised - full(x)).norm()
     with lr.lora_disabled(model):
@@ -71,7 +71,7 @@ def test_a_state_dict_is_a_reference_and_its_dtype_need_not_be_the_bases():
     lr.add_lora_(model, rank=20, init=lr.LoftQ(full.state_dict()))
     adapter = model[0].lora_weight.adapters["default"]
     assert adapter.A.dtype == torch.float32
-    error = (adapter.delta(model[0].lora_weight.kind) + model[0]._parameters["weight"]).float() - full[0].weight
+    error = (adapter.delta(model[0].lora_weight.layout) + model[0]._parameters["weight"]).float() - full[0].weight
     assert float(error.detach().norm() / full[0].weight.detach().norm()) < 0.01
     assert model(torch.randn(2, 24, dtype=torch.bfloat16)).dtype == torch.bfloat16
 
@@ -143,7 +143,7 @@ def test_alternating_is_never_worse_than_one_step(name):
             base = model[0]._parameters["weight"].detach()
             errors[steps] = float((model[0].weight.detach() - weight).norm())
             assert len(base.unique()) <= 8  # is quantised
-            assert errors[steps] == pytest.approx(tail(model[0].lora_weight.kind, weight - base, 3), rel=1e-4)
+            assert errors[steps] == pytest.approx(tail(model[0].lora_weight.layout, weight - base, 3), rel=1e-4)
             if steps == 1:
                 assert torch.equal(base, coarse(weight))
         assert errors[1] < float((coarse(weight) - weight).norm())
@@ -209,7 +209,7 @@ class TestTorchao:
             assert type(adapter.A) is nn.Parameter
             base = model[index]._parameters["weight"].dequantize()
             taken = (full[index].weight - base).detach().float()
-            kind = model[index].lora_weight.kind
+            kind = model[index].lora_weight.layout
             left = float((taken - adapter.delta(kind, torch.float32)).detach().norm())
             assert left == pytest.approx(tail(kind, taken, 4), rel=1e-2)
             assert left < 0.9 * float(taken.norm())

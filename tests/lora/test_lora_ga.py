@@ -167,7 +167,7 @@ def test_the_first_step_is_along_the_best_approximation_of_twice_the_rank(name):
     optimizer.step()
     moved = (model[0].weight.detach() - base) / -step
 
-    kind = model[0].lora_weight.kind
+    kind = model[0].lora_weight.layout
     got, full = kind.matrix(moved), kind.matrix(gradients["0.weight"].double())
     u, s, vh = torch.linalg.svd(full, full_matrices=False)
     assert bool((s[..., 4] > 1e-3 * s[..., 0]).all())  # there is something to leave out

@@ -64,7 +64,7 @@ def fp64_weight(module: nn.Module) -> torch.Tensor:
     """Base and delta, formed in fp64."""
     bank = module.lora_weight
     (adapter,) = bank.adapters.values()
-    product = bank.kind.product(adapter.A.detach().double(), adapter.B.detach().double())
+    product = bank.layout.product(adapter.A.detach().double(), adapter.B.detach().double())
     return module._parameters["weight"].detach().double() + adapter.scaling.double() * product
 
 
@@ -81,7 +81,7 @@ def magnitudes(module: nn.Module, plain: nn.Module, x: torch.Tensor) -> torch.Te
     """Of every term of the unmerged output: base, and the products of the delta one by one."""
     bank = module.lora_weight
     (adapter,) = bank.adapters.values()
-    product = bank.kind.product(adapter.A.detach().double().abs(), adapter.B.detach().double().abs())
+    product = bank.layout.product(adapter.A.detach().double().abs(), adapter.B.detach().double().abs())
     scale = copy.deepcopy(plain).double()
     with torch.no_grad():
         scale.weight.abs_().add_(adapter.scaling.double() * product)
@@ -124,7 +124,7 @@ def check(conv: nn.Module, x: torch.Tensor, adapter: dict, dtype: torch.dtype) -
 def term_sizes(module: nn.Module, plain: nn.Module) -> torch.Tensor:
     bank = module.lora_weight
     (adapter,) = bank.adapters.values()
-    product = bank.kind.product(adapter.A.detach().double().abs(), adapter.B.detach().double().abs())
+    product = bank.layout.product(adapter.A.detach().double().abs(), adapter.B.detach().double().abs())
     return plain.weight.detach().double().abs() + adapter.scaling.double() * product
 
 

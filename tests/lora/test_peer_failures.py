@@ -41,7 +41,7 @@ def formed(module: nn.Module, plain: nn.Module) -> nn.Module:
         for key in module._adapted_names:
             base = module._parameters[key]
             bank = getattr(module, f"lora_{key}")
-            delta = sum(adapter.delta(bank.kind) for adapter in bank)
+            delta = sum(adapter.delta(bank.layout) for adapter in bank)
             plain.get_parameter(key).copy_(base + delta)
     return plain
 
@@ -92,7 +92,7 @@ def test_the_out_proj_delta_is_applied_twice():
     theirs = copy.deepcopy(model)
     adapted(model, ["out_proj"])
     bank = model["attention"].out_proj.lora_weight
-    once = heads @ bank.adapters["default"].delta(bank.kind).mT
+    once = heads @ bank.adapters["default"].delta(bank.layout).mT
     assert share(model["attention"](x, x, x)[0] - base, once) == pytest.approx(1, rel=1e-4)
     wrapper = wrapped(theirs, ["attention"])
     with torch.no_grad():

@@ -11,7 +11,7 @@ from ...layers import ConvNd
 from ...modules import module_aliases
 from ..adapted_weight import AdaptedWeight, adapted_weights, base_modules
 from ..adapter import Adapter
-from ..tokens import TokenRows
+from ..trainable_tokens import TokenRows
 from ..weight_layout import SLICES, Matrix
 from .keys import is_plain_target
 

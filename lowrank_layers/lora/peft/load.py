@@ -15,7 +15,7 @@ from ...modules import named_tensors
 from ..adapted_weight import AdaptedWeight
 from ..adapter_file import AdapterFile, LoadedAdapter, differences, read_json, read_tensors, refuse
 from ..mixed_groups import dora_ratio
-from ..tokens import TokenRows, base_rows, find_tokens
+from ..trainable_tokens import TokenRows, base_rows, find_tokens
 from .config import Config, config_of
 from .keys import (
     CONFIG,

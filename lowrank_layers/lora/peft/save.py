@@ -19,7 +19,7 @@ from ...modules import check_model, named_tensors
 from ..adapted_weight import base_modules
 from ..attach import choose_name
 from ..module_copies import copied_tensors, copies_of
-from ..tokens import base_rows
+from ..trainable_tokens import base_rows
 from ..weight_layout import is_conv1d
 from .collect import collect_adapters, collect_tokens
 from .config import BIASES

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..adapted_weight import AdaptedWeight
 from ..adapter import Adapter
 from ..mixed_groups import MixedGroups
-from ..weight_layout import Kernel, Kind
+from ..weight_layout import Kernel, WeightLayout
 
 
 def file_shapes(weight: AdaptedWeight, rank: int) -> dict[str, tuple[int, ...]]:
@@ -59,7 +59,7 @@ def encode(weight: AdaptedWeight, adapter: Adapter) -> tuple[Tensor, Tensor, int
     return a, b, a.shape[0]
 
 
-def groups_of(layout: Kind) -> int:
+def groups_of(layout: WeightLayout) -> int:
     """The number of groups of a convolution; one for any other layer."""
     return layout.groups if isinstance(layout, Kernel) else 1
 
@@ -69,7 +69,7 @@ def _is_transposed_stack(weight: AdaptedWeight) -> bool:
     return weight.base.ndim == 3 and bool(getattr(weight.module, "is_transposed", False))
 
 
-def _with_start(adapter: Adapter, layout: Kind) -> tuple[Tensor, Tensor]:
+def _with_start(adapter: Adapter, layout: WeightLayout) -> tuple[Tensor, Tensor]:
     """``[A; A0]`` and ``[B, -B0]``, so that the file fits the unmodified base."""
     a, b = adapter.A.detach(), adapter.B.detach()
     if adapter.a0 is None or adapter.b0 is None:

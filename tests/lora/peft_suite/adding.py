@@ -11,7 +11,7 @@ from lowrank_layers.lora.adapted import Adapted
 from lowrank_layers.lora.adapted_weight import banks_of, base_weight
 from lowrank_layers.lora.peft.config import config_of
 from lowrank_layers.lora.peft.target_modules import find_weights
-from lowrank_layers.lora.tokens import TokenRows
+from lowrank_layers.lora.trainable_tokens import TokenRows
 
 from .layers import is_embedding
 
@@ -77,4 +77,4 @@ def _scatter(model, name):
                     nn.init.kaiming_uniform_(adapter.B.flatten(1), a=math.sqrt(5))
                 if adapter.magnitude is not None:
                     weight = base_weight(module, "weight")
-                    adapter.magnitude.copy_(bank.kind.lengths(weight + adapter.delta(bank.kind)))
+                    adapter.magnitude.copy_(bank.layout.lengths(weight + adapter.delta(bank.layout)))

@@ -10,7 +10,7 @@ from torch import nn
 from lowrank_layers.lora.adapted import Adapted
 from lowrank_layers.lora.adapted_weight import banks_of, base_weight
 from lowrank_layers.lora.module_copies import COPIES
-from lowrank_layers.lora.tokens import TokenRows
+from lowrank_layers.lora.trainable_tokens import TokenRows
 from lowrank_layers.lora.trained_whole import TrainedWhole
 from lowrank_layers.lora.weight_layout import Matrix, is_conv1d
 
@@ -32,7 +32,7 @@ def install():
     Adapted.enable_adapters = lambda self, enabled: use(self, active(self) if enabled else ())
     Adapted.set_adapter = lambda self, names, **_: use(self, [names] if isinstance(names, str) else names)
     Adapted._all_available_adapter_names = lambda self: bank(self).names
-    Adapted.get_delta_weight = lambda self, name: bank(self).named(name)[0].delta(bank(self).kind)
+    Adapted.get_delta_weight = lambda self, name: bank(self).named(name)[0].delta(bank(self).layout)
 
 
 def whole_active(module):
@@ -53,7 +53,7 @@ def bank(module):
 
 
 def is_embedding(module):
-    kind = bank(module).kind
+    kind = bank(module).layout
     return isinstance(kind, Matrix) and kind.transposed and not is_conv1d(module)
 
 
@@ -111,12 +111,12 @@ def each(value):
 
 
 def rank(module, adapter):
-    groups = getattr(bank(module).kind, "groups", 1)
+    groups = getattr(bank(module).layout, "groups", 1)
     return adapter.B.shape[1 if is_kernel(module) else -1] * groups
 
 
 def is_kernel(module):
-    return not isinstance(bank(module).kind, Matrix)
+    return not isinstance(bank(module).layout, Matrix)
 
 
 def base_layer(module):

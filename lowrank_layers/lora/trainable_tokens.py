@@ -14,7 +14,7 @@ from ..layers import is_embedding
 from .adapted_weight import AdaptedWeight, base_modules, base_weight
 from .adapter import Adapter
 from .checks import check_adaptable
-from .weight_layout import Kind, Matrix, is_conv1d
+from .weight_layout import Matrix, WeightLayout, is_conv1d
 
 Tokens = Iterable[int] | Mapping[str, Iterable[int]]
 
@@ -58,9 +58,9 @@ class TokenRows(Adapter):
         super()._load_from_state_dict(state_dict, prefix, *args)
         self.selection.copy_(F.one_hot(self.tokens, self.size))
 
-    def resize_(self, kind: Kind, weight: Tensor) -> None:
+    def resize_(self, layout: WeightLayout, weight: Tensor) -> None:
         """Selects the same rows of a weight with more or fewer of them; those that are gone count for nothing."""
-        self.size = kind.matrix(weight).shape[-2 if self.head else -1]
+        self.size = layout.matrix(weight).shape[-2 if self.head else -1]
         every = torch.arange(self.size, device=self.tokens.device)
         self.selection = (self.tokens[:, None] == every).to(self.selection)
 
