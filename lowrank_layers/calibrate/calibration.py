@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -12,29 +12,19 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..errors import LowRankError
-from ..layers import (
-    ConvNd,
-    LowRankTransposedLinear,
-    is_derived,
-    is_embedding,
-    is_factored,
-    layer_cost,
-    linear_shape,
-    weight_of,
-)
-from ..layers.patches import output_rows
+from ..layers import ConvNd, LowRankTransposedLinear, is_derived, is_embedding, is_factored, layer_cost
 from ..modules import check_model, opened_attentions, walk_layers
+from .batch_masks import MaskOf, check_mask
 from .fisher import SampledCrossEntropy
-from .masks import Kept, data_rows
-from .moments import Moments
-from .padding import MaskOf, Padding, check_mask, in_backward
-from .run import Loss, batch_loss, check_batches, fitting_scale, forward, frozen, is_minimum, layer_input, quiet_eval
-from .statistics import LayerStats, Statistics
+from .layer_recorder import LayerRecorder, Pass, as_batch
+from .padding import Padding, in_backward
+from .run import Loss, batch_loss, check_batches, forward, frozen, is_minimum, layer_input, quiet_eval
+from .statistics import Statistics
 
 CALIBRATED = (nn.Linear, ConvNd, nn.Embedding, nn.EmbeddingBag)
 """Layers whose moments are taken; so are those of transformers' ``Conv1D``."""
 _TINY = 1e-4
-"""Gradients below it are looked at twice: a model's loss against itself has some of 1e-8 by rounding."""
+"""Gradients below it may be the rounding of zeros: a model's loss against itself has some of 1e-8."""
 
 
 def calibrate(
@@ -45,7 +35,7 @@ def calibrate(
     mask: MaskOf | None = None,
     progress: bool = False,
 ) -> Statistics:
-    """Second moments of the inputs, and of the output gradients, of every linear layer, convolution and embedding.
+    """Takes the second moments of the inputs and output gradients of every linear layer, convolution and embedding.
 
     Runs the model in eval mode on its own device; hooks are always removed, the train / eval flags,
     ``requires_grad`` and ``.grad`` are left as they were. Activation checkpointing may be on.
@@ -89,17 +79,12 @@ def calibrate(
     check_model(model)
     check_batches(batches, "calibrate")
     check_mask(mask, "calibrate")
-    run = Calibration(model)
-    with quiet_eval(model), run as stats, frozen(model), torch.set_grad_enabled(loss is not None):
+    calibration = Calibration(model)
+    with quiet_eval(model), calibration as stats, frozen(model), torch.set_grad_enabled(loss is not None):
         stats.with_target, stats.mask = loss is not None, mask
-        run.starts_gradients = loss is not None
         batch: Any = None
         for batch in tqdm(batches, desc="calibrate", disable=not progress):
-            if loss is None:
-                run.padding.start(batch, mask)
-                forward(model, batch, with_target=False)
-            else:
-                run.backward(batch_loss(model, batch, loss, run.padding, mask, "calibrate"))
+            calibration.run(batch, loss, mask)
     if not stats.layers:
         raise LowRankError(
             "calibrate: no layer saw any data; batches is empty, or the model has no layer to calibrate."
@@ -111,13 +96,13 @@ def calibrate(
 
 
 class Calibration:
-    """The context in which moments are taken, for those who run the model themselves.
+    """Takes moments inside a ``with`` block, for those who run the model themselves.
 
-    Inside, every forward pass adds to the input moments and every backward pass to the gradient moments. Attentions
-    stand open inside (see ``unfuse.py``), so that their own parameters get no gradients there: do not train inside.
+    Every forward pass adds to the input moments and every backward pass to the gradient moments. Attentions are
+    replaced by their four projections inside, so that their own parameters get no gradients: do not train inside.
 
     Args:
-        model: whose layers are watched.
+        model: the model whose layers are watched.
 
     Examples:
         >>> model = nn.Linear(8, 4)
@@ -128,161 +113,90 @@ class Calibration:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.padding = Padding(check_model(model))
-        self.starts_gradients = False
-        self._model = model
+        self._model = check_model(model)
+        self._pass = Pass(Padding(model))
         self._stats = Statistics()
-        self._gradients: dict[str, Moments] = {}
-        self._rows: dict[str, int] = {}
-        self._traced: set[str] = set()
-        self._longest: dict[str, int] = {}
-        self._kept: dict[tuple[str, int], Kept] = {}
-        self._batch = 0
+        self._recorders: dict[str, LayerRecorder] = {}
         self._other_macs = 0.0
-        self._half = False
-        self._scale = 1.0
-        self._peak: Tensor | None = None
-        self._hooks: list[Any] = []
-        self._open: AbstractContextManager[None] = nullcontext()
+        self._undo = ExitStack()
 
     def __enter__(self) -> Statistics:
-        self._open = opened_attentions(self._model)
-        self._open.__enter__()
-        self.padding.__enter__()
-        self._hooks.append(self._model.register_forward_pre_hook(self._count_samples, with_kwargs=True))
-        calibrated = dict(_calibrated_layers(self._model))
-        for name, module in walk_layers(self._model):
-            if name in calibrated:
-                self._hooks.append(module.register_forward_hook(self._watch(name), with_kwargs=True))
-            elif isinstance(module, (nn.Linear, ConvNd)) and not is_factored(module):
-                self._hooks.append(module.register_forward_hook(self._count_macs, with_kwargs=True))
+        with ExitStack() as undo:
+            undo.enter_context(opened_attentions(self._model))
+            undo.enter_context(self._pass.padding)
+            undo.callback(self._model.register_forward_pre_hook(self._start_pass, with_kwargs=True).remove)
+            for name, module in walk_layers(self._model):
+                if _is_calibrated(module):
+                    undo.callback(module.register_forward_hook(self._record(name), with_kwargs=True).remove)
+                elif isinstance(module, (nn.Linear, ConvNd)) and not is_factored(module):
+                    undo.callback(module.register_forward_hook(self._count_macs, with_kwargs=True).remove)
+            self._undo = undo.pop_all()
         return self._stats
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self.padding.__exit__()
-        self._open.__exit__(None, None, None)
+        self._undo.close()
         if kind is not None:
             return
         if self._stats.layers and not self._stats.samples:
             raise LowRankError("calibrate: layers were called, but not the model itself; call it as a whole.")
         self._stats.other_macs = round(self._other_macs / max(1, self._stats.samples))
-        for name, stats in self._stats.layers.items():
-            gradients = self._gradients.get(name)
-            stats.gradients = None if gradients is None else gradients.second
-            stats.traced = name in self._traced
-            stats.positions = stats.inputs.rows / self._stats.samples
-            stats.repeats = self._rows[name] / self._longest.get(name, 1) / self._stats.samples
+        for name, stats in self._stats.items():
+            self._recorders[name].finish(self._stats.samples)
             for moment in (stats.inputs.second, stats.gradients):
                 if moment is not None and not bool(torch.isfinite(moment).all()):
                     raise LowRankError(
                         f"calibrate: layer {name!r} has NaN or Inf in its inputs or gradients; look at the batches."
                     )
 
-    def backward(self, loss: Tensor) -> None:
-        """Runs the loss backwards; scaled, where a layer's output is fp16, so that gradients do not vanish.
+    def run(self, batch: Any, loss: Loss | None, mask: MaskOf | None) -> None:
+        """Runs one batch forward, and its loss backward where there is one.
 
-        A mean over 4,096 positions has gradients of 1e-4 and less for each of them, and fp16 rounds to 6e-8.
+        Args:
+            batch: a batch as :func:`calibrate` takes it.
+            loss: the loss; ``None`` runs the model forward only.
+            mask: how the padding of the batch is found.
         """
-        if self._half:
-            self._scale = fitting_scale(lambda scale: self._largest(loss, scale), loss.dtype)
-        torch.autograd.backward(loss, torch.full_like(loss, self._scale))
+        if loss is None:
+            self._pass.padding.start(batch, mask)
+            forward(self._model, batch, with_target=False)
+        else:
+            self._pass.starts_gradients = True
+            self._pass.scale.backward(batch_loss(self._model, batch, loss, self._pass.padding, mask, "calibrate"))
 
-    def _largest(self, loss: Tensor, scale: float) -> float:
-        self._peak = loss.new_zeros((), dtype=torch.float32)
-        torch.autograd.backward(loss, torch.full_like(loss, scale), retain_graph=True)
-        peak, self._peak = float(self._peak), None
-        return peak
-
-    def _count_samples(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _start_pass(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if in_backward():
             return
-        self._kept.clear()
+        for recorder in self._recorders.values():
+            recorder.start_pass()
         first = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
-        known = self.padding.samples()
-        self._batch = known if known is not None else len(first) if first is not None and first.ndim else 1
-        self._stats.samples += self._batch
+        known = self._pass.padding.samples()
+        self._pass.samples = known if known is not None else len(first) if first is not None and first.ndim else 1
+        self._stats.samples += self._pass.samples
+
+    def _record(self, name: str) -> Callable[..., Any]:
+        recorder = self._recorders.setdefault(name, LayerRecorder(self._pass))
+
+        def hook(*call: Any) -> Any:
+            output = recorder.hook(*call)
+            if recorder.stats is not None:
+                self._stats.layers.setdefault(name, recorder.stats)
+            return output
+
+        return hook
 
     @torch.no_grad()
     def _count_macs(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _: Any) -> None:
         if in_backward():
             return
         x = layer_input(args, kwargs)
-        rows = self.padding.of(module, x, as_batch(module, x))
+        found = self._pass.padding.of(module, x, as_batch(module, x))
         shape = tuple(x.shape[-1 - len(getattr(module, "kernel_size", ())) :])
-        share = 1.0 if rows is None else float(rows.inputs.sum()) / rows.inputs.numel()
+        share = 1.0 if found is None else float(found.inputs.sum()) / found.inputs.numel()
         self._other_macs += share * layer_cost(module, shape).macs * (x.numel() // math.prod(shape))
-
-    def _watch(self, name: str) -> Callable[..., Any]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-            again = in_backward()  # a recomputation shows nothing new, but has the gradients where it is reentrant
-            rows = None if again else self._take(name, module, layer_input(args, kwargs))
-            if not isinstance(output, Tensor) or not output.is_floating_point():
-                return None
-            root = self.starts_gradients and torch.is_grad_enabled() and not output.requires_grad
-            if root:
-                # nothing before it has gradients; a copy, since a leaf may not be changed in place
-                output = output.detach().requires_grad_().clone()
-            if output.requires_grad:
-                self._traced.add(name)
-                self._half = self._half or output.dtype == torch.float16
-                output.register_hook(self._watch_gradient(name, module, self._batch, rows, again))
-            return output if root else None
-
-        return hook
-
-    @torch.no_grad()
-    def _take(self, name: str, module: nn.Module, x: Tensor) -> Kept | None:
-        batched = as_batch(module, x.detach())
-        rows = self.padding.of(module, x, batched)
-        table = is_embedding(module)
-        stats = self._stats.layers.get(name)
-        if stats is None:
-            groups, _, size = linear_shape(module)
-            moments = Moments.zeros(size, weight_of(module).device, groups=groups, diagonal=table)
-            stats = self._stats.layers[name] = LayerStats(moments, input_shape=tuple(batched.shape[1:]))
-            self._rows[name] = 0
-        before = stats.inputs.rows
-        if table:
-            looked_up = batched if rows is None else batched[rows.inputs]
-            taken = looked_up.numel()
-            if isinstance(module, nn.EmbeddingBag) and module.padding_idx is not None:
-                looked_up = looked_up[looked_up != module.padding_idx]  # no part of its bag
-            stats.inputs.update_counts(looked_up)
-        else:
-            for part in data_rows(module, batched, rows):
-                stats.inputs.update(part)
-            taken = stats.inputs.rows - before
-        self._rows[name] += taken
-        if taken and name not in self._longest:
-            self._longest[name] = max(1, taken // len(batched) if rows is None else rows.longest)
-            stats.input_shape = tuple(batched.shape[1:]) if rows is None else rows.sample
-        if rows is not None:
-            self._kept[name, rows.outputs.numel()] = rows
-        return rows
-
-    def _watch_gradient(
-        self, name: str, module: nn.Module, samples: int, kept: Kept | None, again: bool
-    ) -> Callable[[Tensor], None]:
-        def hook(gradient: Tensor) -> None:
-            if self._peak is not None:
-                self._peak = torch.maximum(self._peak, gradient.detach().abs().amax().float().to(self._peak.device))
-                return
-            rows = output_rows(module, gradient.detach())
-            found = self._kept.get((name, rows.shape[-2])) if again else kept
-            rows = rows if found is None else rows[..., found.outputs.flatten(), :]
-            if name not in self._gradients:
-                groups = rows.shape[0] if rows.ndim == 3 else 1
-                self._gradients[name] = Moments.zeros(rows.shape[-1], rows.device, groups=groups)
-            # the loss is a mean over the batch; the moment is that of one sample's loss
-            self._gradients[name].update(rows * (samples / self._scale))
-
-        return hook
 
 
 def _check_gradients(model: nn.Module, stats: Statistics, batch: Any, loss: Loss) -> None:
-    """Refuses a loss whose gradients are zero, or so small that they may be the rounding of zeros, and are."""
+    """Raises for a loss whose gradients are zero, or the rounding of zeros."""
     found = [each.gradients for each in stats.values() if each.gradients is not None]
     largest = max((float(moment.abs().max()) ** 0.5 for moment in found), default=0.0)
     doubtful = largest < _TINY and not isinstance(loss, SampledCrossEntropy)
@@ -294,16 +208,8 @@ def _check_gradients(model: nn.Module, stats: Statistics, batch: Any, loss: Loss
         )
 
 
-def as_batch(module: nn.Module, x: Tensor) -> Tensor:
-    """The input with a batch dimension, which torch's layers do without."""
-    return x if x.ndim > 1 + (len(module.kernel_size) if isinstance(module, ConvNd) else 0) else x[None]
-
-
-def _calibrated_layers(model: nn.Module) -> list[tuple[str, Any]]:
-    def fits(module: nn.Module) -> bool:
-        known = isinstance(module, CALIBRATED) or LowRankTransposedLinear.stands_for(module)
-        if is_embedding(module) and type(module).forward not in (nn.Embedding.forward, nn.EmbeddingBag.forward):
-            return False  # subclasses that compute positions take lengths and masks, not indices
-        return known and not is_derived(module)
-
-    return [(name, module) for name, module in walk_layers(model) if fits(module)]
+def _is_calibrated(module: nn.Module) -> bool:
+    known = isinstance(module, CALIBRATED) or LowRankTransposedLinear.stands_for(module)
+    if is_embedding(module) and type(module).forward not in (nn.Embedding.forward, nn.EmbeddingBag.forward):
+        return False  # subclasses that compute positions take lengths and masks, not indices
+    return known and not is_derived(module)

@@ -11,21 +11,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import LowRankError
-from .masks import IGNORED, spread
+from .batch_masks import IGNORED
+from .masks import mask_of_rows
 
 
 class SampledCrossEntropy:
-    """Cross-entropy against labels drawn from the model's own softened prediction: gives the Fisher matrix.
+    """Cross-entropy against labels that are drawn from the model's own softened prediction; needs no labels.
 
-    No labels are needed. At temperature 1 a network that fits its training data is so sure of itself that the
-    sampled gradients vanish for almost every sample; a softened prediction keeps them alive. ResNet-20 at half the
-    parameters, channel SVD: 85.38 % at temperature 1, 88.04 % at 4; at 30 %: 73.48 and 76.34 %
-    (``benchmarks/results``).
+    The second moment of its gradients is the Fisher matrix of the prediction. At temperature 1 a network that fits its
+    training data is so sure of itself that the sampled gradients vanish for almost every sample; a softened prediction
+    keeps them alive. ResNet-20 at half the parameters, channel SVD: 85.38 % at temperature 1, 88.04 % at 4; at 30 %:
+    73.48 and 76.34 % (``benchmarks/results``).
 
     Args:
         temperature: divides the logits.
         class_dim: the dimension of the classes.
-        seed: of the drawn labels; the global generator is left alone.
+        seed: seed of the drawn labels; the global generator is left alone.
 
     Shape:
         output ``[N, ..., classes]``; an object with ``.logits`` is taken too. Of the target only entries of -100 are
@@ -48,7 +49,7 @@ class SampledCrossEntropy:
         self._generator = torch.Generator().manual_seed(seed)
 
     def __call__(self, output: Any, target: Any = None, mask: Tensor | None = None) -> Tensor:
-        """The scalar loss, averaged over the batch and all positions that are data."""
+        """Returns the scalar loss, averaged over the batch and all positions that are data."""
         logits = getattr(output, "logits", output)
         if not isinstance(logits, Tensor) or logits.ndim < 2:
             remedy = (
@@ -73,18 +74,18 @@ class SampledCrossEntropy:
 
 
 def _chosen(lead: tuple[int, ...], target: object, mask: Tensor | None) -> Tensor | None:
-    """Which positions draw a label, ``None`` for all."""
+    """The positions that draw a label; ``None`` if all do."""
     chosen = None
     if isinstance(target, Tensor) and tuple(target.shape) == lead and not target.is_floating_point():
         chosen = target != IGNORED
-    found = None if mask is None else spread(mask != 0, lead)
+    found = None if mask is None else mask_of_rows(mask != 0, lead)
     if found is not None:
         chosen = found[0] if chosen is None else chosen.to(found[0].device) & found[0]
     return chosen
 
 
 def main_output(output: Any) -> Tensor | None:
-    """The tensor that a loss most likely looks at: the logits, or the first one with a batch and something else."""
+    """Returns the tensor that a loss most likely looks at: the logits, or the first one of two dimensions or more."""
     logits = getattr(output, "logits", output)
     if isinstance(logits, Tensor):
         return logits
@@ -92,7 +93,7 @@ def main_output(output: Any) -> Tensor | None:
 
 
 def describe_output(output: object) -> str:
-    """What a model returned, in words.
+    """Describes what a model returned, in words.
 
     Examples:
         >>> describe_output((torch.zeros(2, 3), torch.tensor(0.0)))
@@ -108,13 +109,13 @@ def describe_output(output: object) -> str:
 
 
 def main_part(output: object) -> str:
-    """How to write the part of an output that a loss may be about: ``[0]``, ``.last_hidden_state``."""
+    """Returns how to write the part of an output that a loss may look at: ``[0]``, ``.last_hidden_state``."""
     main = main_output(output)
     return next((how for how, value in _parts(output) if value is main and main is not None), ".your_part")
 
 
 def _parts(output: object) -> list[tuple[str, object]]:
-    """The parts of an output, and how to write each."""
+    """The parts of an output, each after how it is written."""
     if is_dataclass(output) and not isinstance(output, type):
         return [(f".{each.name}", getattr(output, each.name)) for each in fields(output)]
     if isinstance(output, Mapping):

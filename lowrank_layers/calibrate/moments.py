@@ -13,7 +13,7 @@ class Moments:
     """Running mean and second moment of rows, in fp64.
 
     Args:
-        mean: ``[n]``, or ``[groups, n]``.
+        mean: ``E[x]``, ``[n]`` or ``[groups, n]``.
         second: ``E[x x^T]``, ``[n, n]`` (``[groups, n, n]``); its diagonal ``[n]`` for one-hot rows (embeddings).
         rows: how many rows went in.
     """
@@ -24,18 +24,18 @@ class Moments:
 
     @classmethod
     def zeros(cls, n: int, device: torch.device, *, groups: int = 1, diagonal: bool = False) -> Moments:
-        """Nothing seen yet."""
+        """Returns the moments before any row was seen."""
         device = torch.device("cpu") if device.type == "mps" else device  # mps has no fp64
         mean = torch.zeros((n,) if groups == 1 else (groups, n), dtype=torch.float64, device=device)
         return cls(mean, mean.clone() if diagonal else mean.new_zeros(*mean.shape, n))
 
     def update(self, rows: Tensor) -> None:
-        """Takes in ``[count, n]`` (``[groups, count, n]``): products in fp32 at least, sums in fp64."""
+        """Adds rows ``[count, n]`` (``[groups, count, n]``): products in fp32 at least, sums in fp64."""
         if rows.shape[-2]:
             self._add(*sums(rows), rows.shape[-2])
 
     def update_counts(self, indices: Tensor) -> None:
-        """Takes in one-hot rows, given by their index."""
+        """Adds one-hot rows, given by their index."""
         counts = torch.bincount(indices.flatten(), minlength=len(self.mean))
         self._add(counts, counts, indices.numel())
 
@@ -48,18 +48,18 @@ class Moments:
         self.second.mul_(keep).add_(products.to(self.second), alpha=1 / self.rows)
 
     def covariance(self) -> Tensor:
-        """``E[x x^T] - E[x] E[x]^T``; a diagonal stays as it is, since one-hot rows are not centred."""
+        """Returns ``E[x x^T] - E[x] E[x]^T``; a diagonal as it is, since one-hot rows are not centred."""
         if self.second.ndim == 1:
             return self.second
         return self.second - self.mean[..., :, None] * self.mean[..., None, :]
 
     def group(self, index: int) -> Moments:
-        """Those of one group."""
+        """Returns the moments of one group."""
         return self if self.mean.ndim == 1 else Moments(self.mean[index], self.second[index], self.rows)
 
 
 def sums(rows: Tensor, others: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The sum of ``others [count, n]``, by default the rows themselves, and ``others^T rows``.
+    """Returns the sum of ``others [count, n]``, by default the rows themselves, and ``others^T rows``.
 
     Products are formed in fp32 at least, whatever autocast says, of rows scaled towards one: squares of 1e25 do not
     overflow, those of 1e-25 do not vanish. The sums are returned in fp64.

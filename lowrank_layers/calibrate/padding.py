@@ -11,12 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ..errors import LowRankError
 from ..layers import ConvNd, LowRankMultiheadAttention
-from .masks import Kept, fits, kept, labelled, output_mask, read_mask
-
-MaskOf = str | Callable[[Any], Tensor]
-"""How the padding of a batch is found: a key of dict batches, or a function from a batch to a mask ``[B, T]``."""
+from .batch_masks import MaskOf, find_mask, labelled, read_mask
+from .masks import DataRows, find_data_rows, may_run_over, output_mask
 
 _OWN = ("decoder_attention_mask", "attention_mask", "tgt_key_padding_mask", "src_key_padding_mask", "key_padding_mask")
 """Masks of the sequence that a module works on."""
@@ -28,7 +25,7 @@ _OTHER = {
 }
 """Tensors of another sequence, and their masks."""
 _MEMORY = ("encoder_hidden_states", "memory")
-"""What a decoder is told of its encoder."""
+"""Arguments by which a decoder is given its encoder's states."""
 
 
 @dataclass(eq=False)
@@ -39,7 +36,14 @@ class _Mask:
 
 @dataclass(eq=False)
 class _Scope:
-    """What holds inside one call of a module: masks, the likeliest first."""
+    """What holds inside one call of a module.
+
+    Args:
+        masks: the masks that may apply, the likeliest first.
+        own: the mask that the module was called with.
+        decodes: whether it is a decoder or lies in one.
+        time_first: whether time comes before the batch.
+    """
 
     masks: list[_Mask]
     own: _Mask | None
@@ -48,7 +52,7 @@ class _Scope:
 
 
 class Padding:
-    """The context in which the masks of every forward pass are followed.
+    """Follows the masks of every forward pass of a model, as a context manager.
 
     Every module that is called with ``attention_mask`` or ``*_key_padding_mask`` of shape ``[B, T]`` sets the mask of
     what happens inside it. A decoder takes its own, and what an encoder returned keeps the encoder's. Where a decoder,
@@ -86,23 +90,35 @@ class Padding:
         self._scopes.clear()
 
     def start(self, batch: Any, mask: MaskOf | None, target: object = None) -> None:
-        """What the next forward pass is about: its batch, how its mask is found, and a target beside the inputs."""
+        """Prepares the next forward pass.
+
+        Args:
+            batch: its batch.
+            mask: how the mask of the batch is found.
+            target: the target beside the inputs, whose labels may tell where a sample ends.
+        """
         self._given = None if mask is None else find_mask(batch, mask)
         self._target = target
 
     def samples(self) -> int | None:
-        """How many samples of the forward pass have data, where a mask is known."""
+        """Returns how many samples of the forward pass have data; ``None`` where no mask is known."""
         known = [mask.real.flatten(1).any(1).cpu() for mask in self._scopes[0].masks] if self._scopes else []
         return int(torch.stack(known).any(0).sum()) if known and len({len(k) for k in known}) == 1 else None
 
-    def of(self, module: nn.Module, x: Tensor, batched: Tensor) -> Kept | None:
-        """The rows of a layer's input that are data; ``None`` where all are."""
+    def of(self, module: nn.Module, x: Tensor, batched: Tensor) -> DataRows | None:
+        """Returns which rows of a layer's input are data; ``None`` where all are.
+
+        Args:
+            module: the layer.
+            x: its input.
+            batched: the same with a batch dimension.
+        """
         if not self._scopes:
             return None
         scope = self._scopes[-1]
         for mask in [*self._tagged(x), *self._now(scope)]:
             mask.real = mask.real.to(batched.device)
-            found = kept(mask.real, module, batched, time_first=scope.time_first, full=mask.full)
+            found = find_data_rows(mask.real, module, batched, time_first=scope.time_first, full=mask.full)
             if found is None:
                 continue
             if isinstance(module, ConvNd) and not mask.full:
@@ -111,11 +127,11 @@ class Padding:
         return None
 
     def of_output(self, output: Tensor | None) -> Tensor | None:
-        """The mask of what the model returned, ``[B, T]`` (``[T, B]`` if that is); ``None`` where all is data."""
+        """Returns the mask of the model's output, ``[B, T]`` or ``[T, B]`` as it is; ``None`` where all is data."""
         masks = self._base()
         if output is None or not masks:
             return None
-        mask = next((m for m in masks if fits(m.real, tuple(output.shape))), masks[0])
+        mask = next((m for m in masks if may_run_over(m.real, tuple(output.shape))), masks[0])
         mask.real = mask.real.to(output.device)
         if mask.full:
             return None
@@ -137,7 +153,7 @@ class Padding:
                 self._scopes.append(self._inner(tensors, self._scopes[-1], late))
             for name, mask_name in _OTHER.items():
                 mask, states = self._mask(mask_name, tensors), tensors.get(name)
-                if states is not None and mask is not None and fits(mask.real, tuple(states.shape)):
+                if states is not None and mask is not None and may_run_over(mask.real, tuple(states.shape)):
                     self._states[states] = mask
                 elif name in _MEMORY and states is not None and states.ndim > 2 and states not in self._states:
                     # another sequence without a mask: that of the decoder is not its
@@ -153,7 +169,7 @@ class Padding:
             return
         values = output.values() if isinstance(output, Mapping) else output
         for value in values if isinstance(output, (Mapping, tuple, list)) else [output]:
-            if isinstance(value, Tensor) and value.ndim > 2 and fits(scope.own.real, tuple(value.shape)):
+            if isinstance(value, Tensor) and value.ndim > 2 and may_run_over(scope.own.real, tuple(value.shape)):
                 self._states[value] = scope.own
 
     def _first(self, tensors: dict[str, Tensor], late: bool | None) -> _Scope:
@@ -190,7 +206,7 @@ class Padding:
         if decodes and not outer.decodes:
             return _Scope([] if self._decoder is None else [self._decoder], self._decoder, True, late)
         held = list(tensors.values())
-        inside = not held or any(fits(m.real, tuple(t.shape)) for m in self._now(outer) for t in held)
+        inside = not held or any(may_run_over(m.real, tuple(t.shape)) for m in self._now(outer) for t in held)
         return _Scope(outer.masks if inside else [], None, decodes, late)
 
     def _now(self, scope: _Scope) -> list[_Mask]:
@@ -228,34 +244,6 @@ class Padding:
                 scope.masks = [*scope.masks, _Mask(real, full=False)]
 
 
-def find_mask(batch: Any, mask: MaskOf) -> Tensor:
-    """The mask of a batch, true at data.
-
-    Raises:
-        LowRankError: if there is no such key, or what is found is no tensor ``[B, T]``.
-    """
-    if isinstance(mask, str):
-        if not isinstance(batch, Mapping) or mask not in batch:
-            keys = f"a dict of {sorted(batch)}" if isinstance(batch, Mapping) else f"a {type(batch).__name__}"
-            raise LowRankError(f"mask={mask!r}: expected it among the keys of every batch, got {keys}.")
-        found = batch[mask]
-    else:
-        found = mask(batch)
-    if not isinstance(found, Tensor) or found.ndim < 2:
-        got = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
-        raise LowRankError(f"mask: got {got} for a batch, expected a tensor [B, T], nonzero where a position is data.")
-    return found.detach() != 0
-
-
-def check_mask(mask: object, owner: str) -> None:
-    """Refuses what is neither a key nor a function."""
-    if mask is not None and not isinstance(mask, str) and not callable(mask):
-        raise LowRankError(
-            f"{owner}: got mask of type {type(mask).__name__}, expected a key of the batches, or a function from a"
-            " batch to a tensor [B, T], nonzero where a position is data."
-        )
-
-
 def in_backward() -> bool:
     """Whether a backward pass is running: a forward pass inside it is a recomputation (activation checkpointing)."""
     task: int = torch._C._current_graph_task_id()
@@ -267,7 +255,7 @@ def _has_memory(tensors: dict[str, Tensor]) -> bool:
 
 
 def _time_first(module: nn.Module) -> bool | None:
-    """Whether time comes before the batch inside, as ``batch_first=False`` says; ``None`` if nothing is said."""
+    """Whether time comes before the batch inside, as ``batch_first=False`` says; ``None`` if nothing says so."""
     if isinstance(module, LowRankMultiheadAttention):
         return False  # it transposes
     return True if any(getattr(m, "batch_first", True) is False for m in module.modules()) else None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass, replace
@@ -13,20 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import LowRankError
+from .batch_masks import MaskOf
 from .fisher import describe_output, main_output, main_part
-from .masks import over
-from .padding import MaskOf, Padding
-
-_PEAK = 2.0**8
-"""The largest gradient in fp16, after scaling: far from 65,504 and from 6e-8."""
-_TRIES = 6
+from .masks import broadcastable
+from .padding import Padding
 
 Loss = Callable[..., Tensor]
 """``loss(output, target) -> scalar``, or ``loss(output, target, mask=...)``."""
 
 
 def check_batches(batches: object, owner: str) -> None:
-    """Refuses one batch in the place of several."""
+    """Raises for one batch in the place of several."""
     if isinstance(batches, (Tensor, Mapping)):
         raise LowRankError(f"{owner}: got one {type(batches).__name__}, expected a list of batches; write [batch].")
     if not isinstance(batches, Iterable):
@@ -34,17 +30,25 @@ def check_batches(batches: object, owner: str) -> None:
 
 
 def batch_loss(model: nn.Module, batch: Any, loss: Loss, padding: Padding, mask: MaskOf | None, owner: str) -> Tensor:
-    """The loss of one batch, to which positions that are padding add nothing.
+    """Returns the loss of one batch, to which positions that are padding add nothing.
 
     A loss that takes no mask and still looks at padding is taken for a mean over all positions: its gradients there are
     dropped, and the others are those of the mean over data.
+
+    Args:
+        model: the model.
+        batch: its inputs and its target.
+        loss: the loss.
+        padding: follows the masks of the forward pass.
+        mask: how the mask of the batch is found.
+        owner: the function that errors name.
     """
     padding.start(batch, mask, target_of(batch))
     output, target = forward(model, _with_gradients(batch), with_target=True)
     main = main_output(output)
     real = padding.of_output(main)
     if main is not None and real is not None and main.requires_grad and not _takes_mask(loss):
-        found = over(real, tuple(main.shape))
+        found = broadcastable(real, tuple(main.shape))
         if found is not None:
             shown = main.view_as(main)  # later hooks of one tensor run later
             shown.register_hook(_of_data(found))
@@ -82,27 +86,8 @@ def is_minimum(model: nn.Module, batch: Any, loss: Loss) -> bool:
     return size(main) <= 1e-3 * size(main * (1 + 0.01 * signs.view_as(main)))
 
 
-def fitting_scale(largest: Callable[[float], float], dtype: torch.dtype) -> float:
-    """The power of two to multiply a loss of this dtype by, so that gradients in fp16 neither overflow nor vanish.
-
-    Args:
-        largest: from a scale to the largest gradient that is found with it.
-        dtype: of the loss.
-    """
-    least, most = (2.0**-14, 2.0**15) if dtype == torch.float16 else (2.0**-60, 2.0**60)
-    scale = 2.0**10
-    for _ in range(_TRIES):
-        peak = largest(scale)
-        found = math.isfinite(peak) and peak > 0
-        step = 2.0 ** math.floor(math.log2(_PEAK / peak)) if found else 2.0**-8 if peak else 2.0**8
-        scale = min(max(scale * step, least), most)
-        if found:
-            break
-    return scale
-
-
 def check_loss(value: object, owner: str, output: object = None) -> Tensor:
-    """The loss, if it is a scalar that something can be learned from."""
+    """Returns the loss; raises if it is no scalar with a gradient."""
     if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
         got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         came = "" if output is None else f" The model returned {describe_output(output)}."
@@ -113,14 +98,14 @@ def check_loss(value: object, owner: str, output: object = None) -> Tensor:
 
 
 def target_of(batch: Any) -> Any:
-    """What stands beside the inputs of a batch."""
+    """Returns the target of a batch: the labels of a dict, or the last item of a tuple."""
     if isinstance(batch, Mapping):
         return batch.get("labels")
     return batch[-1] if isinstance(batch, (tuple, list)) and len(batch) > 1 else None
 
 
 def forward(model: nn.Module, batch: Any, *, with_target: bool) -> tuple[Any, Any]:
-    """Runs one batch; returns output and target."""
+    """Runs a model on one batch; returns its output and the target."""
     args: Sequence[Any] = ()
     kwargs: Mapping[str, Any] = {}
     target = None
@@ -147,7 +132,7 @@ def forward(model: nn.Module, batch: Any, *, with_target: bool) -> tuple[Any, An
 def _check_signature(
     model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], error: TypeError, *, with_target: bool
 ) -> None:
-    """Turns the error of a batch that does not fit the model's signature into one that says so."""
+    """Raises if it was the batch that did not fit the model's signature."""
     try:
         inspect.signature(model.forward).bind(*args, **kwargs)
     except TypeError as mismatch:
@@ -164,7 +149,7 @@ def _check_signature(
 
 @contextmanager
 def quiet_eval(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside; afterwards every module's own flag again."""
+    """Puts a model in eval mode inside, and gives every module its own flag back afterwards."""
     flags = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -176,7 +161,7 @@ def quiet_eval(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Inside, no parameter requires gradients; afterwards those that did do again."""
+    """Lets no parameter require gradients inside; afterwards those that did do so again."""
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in learning:
         parameter.requires_grad_(False)
@@ -188,14 +173,14 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 
 def layer_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """The one tensor that a layer was called with."""
+    """Returns the one tensor that a layer was called with."""
     x = args[0] if args else kwargs["input"]
     assert isinstance(x, Tensor)
     return x
 
 
 def _with_gradients(batch: Any) -> Any:
-    """The batch with floating point inputs that require gradients, as reentrant checkpoints need them to give any.
+    """The batch with floating point inputs that require gradients, which reentrant checkpoints need.
 
     They are copies, and no leaves, so that a model may change them in place.
     """

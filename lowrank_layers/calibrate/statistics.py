@@ -1,4 +1,4 @@
-"""What calibration knows of each layer."""
+"""The statistics of every layer that calibration has taken."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from .moments import Moments
 
 @dataclass
 class LayerStats:
-    """What calibration knows of one layer.
+    """Second moments of the inputs and of the output gradients of one layer.
 
     Args:
-        inputs: moments of the inputs (a convolution's patches, group by group); of those that the already compressed
-            prefix delivers, when ``cross`` is there.
+        inputs: moments of the inputs (a convolution's patches, group by group). When ``cross`` is given, they are those
+            of the inputs that the already compressed prefix delivers.
         gradients: ``E[g g^T]`` of the loss's gradients at the output, ``[m, m]``, or ``None``.
         input_shape: shape of one sample's input, without the batch.
         positions: rows per sample of the model, summed over calls; padding is not counted.
-        repeats: how many such inputs the layer takes for one sample of the model (a shared layer: one a call); fewer
-            where other samples have fewer positions.
+        repeats: inputs of ``input_shape`` per sample of the model: one per call of a shared layer, and less where other
+            samples have fewer positions.
         cross: ``E[x x'^T] - E[x] E[x']^T`` of the dense model's inputs ``x`` and the compressed one's ``x'``.
         target_mean: ``E[x]``.
         traced: whether its outputs were part of a graph of gradients (not so under ``torch.no_grad``).
@@ -40,7 +40,11 @@ class LayerStats:
     free_bias: bool = True
 
     def group(self, index: int) -> LayerStats:
-        """Those of one group of a grouped convolution."""
+        """Returns the statistics of one group of a grouped convolution.
+
+        Args:
+            index: the group.
+        """
         if self.inputs.mean.ndim == 1:
             return self
         parts = (None if t is None else t[index] for t in (self.gradients, self.cross, self.target_mean))
@@ -51,7 +55,7 @@ class LayerStats:
 
 @dataclass
 class Statistics(Mapping[str, LayerStats]):
-    """Layer name to :class:`LayerStats`, and how they were taken.
+    """The :class:`LayerStats` of every layer by name, and how they were taken.
 
     Args:
         layers: the statistics of every calibrated layer that was called.

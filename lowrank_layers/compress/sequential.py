@@ -11,7 +11,17 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..calibrate import Kept, MaskOf, Padding, as_batch, data_rows, forward, layer_input, quiet_eval, target_of
+from ..calibrate import (
+    DataRows,
+    MaskOf,
+    Padding,
+    as_batch,
+    forward,
+    layer_input,
+    masked_input_rows,
+    quiet_eval,
+    target_of,
+)
 from ..calibrate.moments import sums
 from ..calibrate.statistics import LayerStats, Statistics
 from ..errors import LowRankError
@@ -118,8 +128,10 @@ class _Pair:
             ours, theirs = (self._inputs(model, name, batch, calls) for model in (self.work, self.dense))
             if [x.shape for x, _ in ours] != [x.shape for x, _ in theirs]:
                 return stats
-            for (x, kept), (x_dense, _) in zip(ours, theirs, strict=True):
-                for rows, rows_dense in zip(data_rows(layer, x, kept), data_rows(layer, x_dense, kept), strict=True):
+            for (x, found), (x_dense, _) in zip(ours, theirs, strict=True):
+                for rows, rows_dense in zip(
+                    masked_input_rows(layer, x, found), masked_input_rows(layer, x_dense, found), strict=True
+                ):
                     count = rows.shape[-2]
                     if not count:
                         continue
@@ -133,9 +145,9 @@ class _Pair:
         cross = cross - target_mean[..., :, None] * inputs.mean[..., None, :]
         return replace(stats, inputs=inputs, cross=cross, target_mean=target_mean)
 
-    def _inputs(self, model: nn.Module, name: str, batch: Any, calls: int) -> list[tuple[Tensor, Kept | None]]:
+    def _inputs(self, model: nn.Module, name: str, batch: Any, calls: int) -> list[tuple[Tensor, DataRows | None]]:
         """The inputs of a layer, call by call; the forward pass ends at the last one."""
-        seen: list[tuple[Tensor, Kept | None]] = []
+        seen: list[tuple[Tensor, DataRows | None]] = []
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = layer_input(args, kwargs)

@@ -1,0 +1,134 @@
+"""Taking the second moments of one layer's inputs and output gradients, call by call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..layers import ConvNd, is_embedding, linear_shape, weight_of
+from ..layers.patches import output_rows
+from .loss_scale import LossScale
+from .masks import DataRows, masked_input_rows
+from .moments import Moments
+from .padding import Padding, in_backward
+from .run import layer_input
+from .statistics import LayerStats
+
+
+@dataclass
+class Pass:
+    """What all layers have to know of the forward or backward pass that is running.
+
+    Args:
+        padding: the masks of the pass.
+        starts_gradients: whether layers whose inputs need no gradients start a graph of gradients.
+        samples: how many samples the batch has.
+        scale: the scale of its loss.
+    """
+
+    padding: Padding
+    starts_gradients: bool = False
+    samples: int = 0
+    scale: LossScale = field(default_factory=LossScale)
+
+
+class LayerRecorder:
+    """The moments of one layer, taken by a forward hook.
+
+    Args:
+        current: the pass that is running.
+
+    Attributes:
+        stats: what was taken; ``None`` before the first call.
+    """
+
+    def __init__(self, current: Pass) -> None:
+        self.stats: LayerStats | None = None
+        self._pass = current
+        self._gradients: Moments | None = None
+        self._traced = False
+        self._rows = 0
+        self._longest = 1
+        self._data_rows: dict[int, DataRows] = {}  # of this pass, by the number of rows that the output has
+
+    def hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """Takes the inputs in, and watches for the gradient of the output."""
+        again = in_backward()  # a recomputation shows nothing new, but has the gradients where it is reentrant
+        rows = None if again else self._take(module, layer_input(args, kwargs))
+        if not isinstance(output, Tensor) or not output.is_floating_point():
+            return None
+        root = self._pass.starts_gradients and torch.is_grad_enabled() and not output.requires_grad
+        if root:
+            # nothing before it has gradients; a copy, since a leaf may not be changed in place
+            output = output.detach().requires_grad_().clone()
+        if output.requires_grad:
+            self._traced = True
+            self._pass.scale.needed |= output.dtype == torch.float16
+            output.register_hook(self._watch_gradient(module, rows, again))
+        return output if root else None
+
+    def start_pass(self) -> None:
+        """Forgets which rows of the last pass were data."""
+        self._data_rows.clear()
+
+    def finish(self, samples: int) -> None:
+        """Completes the statistics of the layer, over so many samples of the model."""
+        if self.stats is not None:
+            self.stats.gradients = None if self._gradients is None else self._gradients.second
+            self.stats.traced = self._traced
+            self.stats.positions = self.stats.inputs.rows / samples
+            self.stats.repeats = self._rows / self._longest / samples
+
+    @torch.no_grad()
+    def _take(self, module: nn.Module, x: Tensor) -> DataRows | None:
+        batched = as_batch(module, x.detach())
+        found = self._pass.padding.of(module, x, batched)
+        if self.stats is None:
+            groups, _, size = linear_shape(module)
+            moments = Moments.zeros(size, weight_of(module).device, groups=groups, diagonal=is_embedding(module))
+            self.stats = LayerStats(moments, input_shape=tuple(batched.shape[1:]))
+        before = self.stats.inputs.rows
+        if is_embedding(module):
+            indices = batched if found is None else batched[found.inputs]
+            taken = indices.numel()
+            if isinstance(module, nn.EmbeddingBag) and module.padding_idx is not None:
+                indices = indices[indices != module.padding_idx]  # no part of its bag
+            self.stats.inputs.update_counts(indices)
+        else:
+            for part in masked_input_rows(module, batched, found):
+                self.stats.inputs.update(part)
+            taken = self.stats.inputs.rows - before
+        if taken and not self._rows:
+            self._longest = max(1, taken // len(batched) if found is None else found.longest)
+            self.stats.input_shape = tuple(batched.shape[1:]) if found is None else found.sample
+        self._rows += taken
+        if found is not None:
+            self._data_rows[found.outputs.numel()] = found
+        return found
+
+    def _watch_gradient(self, module: nn.Module, found: DataRows | None, again: bool) -> Callable[[Tensor], None]:
+        samples = self._pass.samples
+
+        def hook(gradient: Tensor) -> None:
+            gradient = gradient.detach()
+            if self._pass.scale.is_measuring(gradient):
+                return
+            rows = output_rows(module, gradient)
+            data = self._data_rows.get(rows.shape[-2]) if again else found
+            rows = rows if data is None else rows[..., data.outputs.flatten(), :]
+            if self._gradients is None:
+                groups = rows.shape[0] if rows.ndim == 3 else 1
+                self._gradients = Moments.zeros(rows.shape[-1], rows.device, groups=groups)
+            # the loss is a mean over the batch; the moment is that of one sample's loss
+            self._gradients.update(rows * (samples / self._pass.scale.value))
+
+        return hook
+
+
+def as_batch(module: nn.Module, x: Tensor) -> Tensor:
+    """Returns the input of a layer with a batch dimension, which torch's layers do without."""
+    return x if x.ndim > 1 + (len(module.kernel_size) if isinstance(module, ConvNd) else 0) else x[None]
