@@ -9,6 +9,8 @@ from torch.utils.checkpoint import checkpoint
 
 import lowrank_layers as lr
 
+pytestmark = pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # tokens and checkpoints
+
 KINDS = {"plain": None, "not reentrant": {"use_reentrant": False}, "reentrant": {"use_reentrant": True}}
 
 

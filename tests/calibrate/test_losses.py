@@ -80,7 +80,9 @@ def against_itself() -> dict[str, Any]:
     return {
         "mean square": F.mse_loss,
         "KL": lambda a, b: F.kl_div(a.log_softmax(-1), b.softmax(-1), reduction="batchmean"),
-        "KL of logarithms": lambda a, b: F.kl_div(a.log_softmax(-1), b.log_softmax(-1), log_target=True),
+        "KL of logarithms": lambda a, b: F.kl_div(
+            a.log_softmax(-1), b.log_softmax(-1), reduction="batchmean", log_target=True
+        ),
         "cross-entropy": lambda a, b: F.cross_entropy(a, b.softmax(-1)),
         "cosine": lambda a, b: 1 - F.cosine_similarity(a, b).mean(),
     }

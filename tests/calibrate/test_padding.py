@@ -158,6 +158,7 @@ class Transformer(nn.Module):
         return self.head(self.inner(src, tgt, **masks))
 
 
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor is True")  # where time comes first
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize("sizes", [(5, 4), (6, 4), (7, 3)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float64])
