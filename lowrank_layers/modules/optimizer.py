@@ -29,9 +29,14 @@ class Succession:
 
 
 def check_optimizer(optimizer: object, owner: str) -> None:
-    """Raises if ``optimizer`` is given and is none of torch's."""
+    """Raises if ``optimizer`` is given and is none of torch's, or cannot be given other parameters."""
     if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
         raise LowRankError(f"{owner}: got optimizer of type {type(optimizer).__name__}, expected a torch.optim one.")
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise LowRankError(
+            f"{owner}: got LBFGS, whose state is that of all parameters together; leave optimizer out, and make a new"
+            " one afterwards."
+        )
 
 
 def remap_optimizer_(optimizer: torch.optim.Optimizer, successions: Iterable[Succession]) -> None:

@@ -117,16 +117,16 @@ def test_a_dict_batch_and_a_shared_layer():
     class Twice(nn.Module):
         def __init__(self):
             super().__init__()
-            self.table = nn.Embedding(10, 6)
+            self.embed = nn.Embedding(10, 6)
             self.layer = nn.Linear(6, 6)
 
         def forward(self, ids, labels=None):
-            return self.layer(self.layer(self.table(ids)))
+            return self.layer(self.layer(self.embed(ids)))
 
     model = Twice()
     ids = torch.randint(0, 10, (8, 3))
     stats = lr.calibrate(model, [{"ids": ids, "labels": ids}], loss=lambda out, labels: out.square().mean())
-    assert stats["table"].inputs.second.tolist() == pytest.approx(
+    assert stats["embed"].inputs.second.tolist() == pytest.approx(
         (torch.bincount(ids.flatten(), minlength=10) / 24).tolist()
     )
     assert stats["layer"].positions == 6

@@ -41,9 +41,9 @@ def test_accelerates_empty_weights_lose_the_tie_and_get_it_back(path):
 def test_parameters_that_have_values_stay_the_same_objects(path):
     model = Net()
     model.mid = nn.Linear(8, 8, device="meta")
-    table = model.embed.weight
+    weight = model.embed.weight
     loaded = lr.load(path, into=model)
-    assert loaded.embed.weight is loaded.head.weight is table
+    assert loaded.embed.weight is loaded.head.weight is weight
     assert not any(p.is_meta for p in loaded.parameters())
 
 

@@ -15,14 +15,14 @@ class Views(nn.Module):
             self.register_buffer(name, buffer)
 
 
-table = torch.arange(24.0).view(4, 6)
+weight = torch.arange(24.0).view(4, 6)
 APART = {
-    "halves": (table[:2], table[2:]),
-    "columns": (table[:, :3], table[:, 3:]),
-    "alternating columns": (table[:, ::2], table[:, 1::2]),
-    "a gap": (table[0], table[3]),
-    "other dtypes": (table[0], table[3].view(torch.int32)),
-    "expanded": (table[0, :1].expand(5), table[1]),
+    "halves": (weight[:2], weight[2:]),
+    "columns": (weight[:, :3], weight[:, 3:]),
+    "alternating columns": (weight[:, ::2], weight[:, 1::2]),
+    "a gap": (weight[0], weight[3]),
+    "other dtypes": (weight[0], weight[3].view(torch.int32)),
+    "expanded": (weight[0, :1].expand(5), weight[1]),
 }
 
 
@@ -36,13 +36,13 @@ def test_parts_of_one_tensor_without_common_elements_go_round(pair, tmp_path):
 
 
 OVERLAPPING = {
-    "a part": (table, table[:2]),
-    "a row and a column": (table[0], table[:, 0]),
-    "shifted": (table[:3], table[1:]),
-    "transposed": (table, table.mT),
-    "reshaped": (table, table.view(24)),
-    "as integers": (table, table.view(torch.int32)),
-    "as other sizes": (table[:2], table[1:].view(torch.int16)),
+    "a part": (weight, weight[:2]),
+    "a row and a column": (weight[0], weight[:, 0]),
+    "shifted": (weight[:3], weight[1:]),
+    "transposed": (weight, weight.mT),
+    "reshaped": (weight, weight.view(24)),
+    "as integers": (weight, weight.view(torch.int32)),
+    "as other sizes": (weight[:2], weight[1:].view(torch.int16)),
 }
 
 
@@ -54,10 +54,10 @@ def test_views_with_common_elements_are_refused_by_name(pair, tmp_path):
 
 
 def test_one_tensor_under_two_names_is_stored_once(tmp_path):
-    lr.save(Views(a=table, b=table), tmp_path / "m.safetensors")
+    lr.save(Views(a=weight, b=weight), tmp_path / "m.safetensors")
     loaded = lr.load(tmp_path / "m.safetensors", into=Views(a=torch.zeros(4, 6), b=torch.zeros(4, 6)))
-    assert torch.equal(loaded.a, table)
-    assert torch.equal(loaded.b, table)
+    assert torch.equal(loaded.a, weight)
+    assert torch.equal(loaded.b, weight)
 
 
 def test_a_weight_that_is_the_transpose_of_another_is_refused(tmp_path):
@@ -69,4 +69,4 @@ def test_a_weight_that_is_the_transpose_of_another_is_refused(tmp_path):
 
 def test_sparse_buffers_are_refused_by_name(tmp_path):
     with pytest.raises(lr.CheckpointError, match=r"'a' is a torch\.sparse_coo tensor.*to_dense"):
-        lr.save(Views(a=table.to_sparse()), tmp_path / "m.safetensors")
+        lr.save(Views(a=weight.to_sparse()), tmp_path / "m.safetensors")
