@@ -181,6 +181,6 @@ def test_what_is_no_optimizer_is_refused(act):
     model = nn.Sequential(nn.Linear(4, 4))
     with pytest.raises(lr.LowRankError, match="got optimizer of type dict"):
         act(model, {})
-    with pytest.raises(lr.LowRankError, match="got LBFGS.*make a new one afterwards"):
+    with pytest.raises(lr.LowRankError, match=r"got LBFGS.*make a new one afterwards"):
         act(model, torch.optim.LBFGS(model.parameters()))
     assert type(model[0]) is nn.Linear
