@@ -44,10 +44,10 @@ class Classifier(nn.Module):
 
 
 class EveryLayer(nn.Module):
-    """Every row of LAYERS in every smoke variant, side by side: as many inputs as layers, as many outputs.
+    """Every row of LAYERS in every smoke variant, in parallel: as many inputs and outputs as layers.
 
     Args:
-        keep: which of them.
+        keep: chooses rows and variants.
     """
 
     def __init__(self, keep: Callable[[LayerRow, str], bool]) -> None:
@@ -70,7 +70,7 @@ def rows_and_variants(keep: Callable[[LayerRow, str], bool]) -> list[tuple[Layer
 
 
 def is_pure(row: LayerRow, variant: str) -> bool:
-    """Whether forward leaves the weights alone; a table with ``max_norm`` renormalizes the rows that it looks up."""
+    """Whether forward leaves the weights alone; an embedding with ``max_norm`` renormalizes rows that it looks up."""
     return row.variants[variant].get("max_norm") is None
 
 
@@ -114,7 +114,7 @@ def loss_of(model: nn.Module, inputs: Iterable[Tensor]) -> Tensor:
 
 
 def train(model: nn.Module, batches: Iterable[tuple[Tensor, ...]], rate: float = 0.01) -> list[float]:
-    """One step of SGD with momentum a batch; the losses."""
+    """Takes one step of SGD with momentum per batch, and returns the losses."""
     optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9)
     losses = []
     for inputs in batches:

@@ -38,11 +38,11 @@ class Case:
     """A convolution, and an input that it takes.
 
     Args:
-        kind: class name in torch.nn.
-        kwargs: of its constructor.
-        size: of the input along each axis.
-        batch: of the input; ``None`` is unbatched.
-        seed: of weights and input.
+        kind: name of the class in torch.nn.
+        kwargs: arguments of its constructor.
+        size: size of the input along each axis.
+        batch: batch size of the input; ``None`` is unbatched.
+        seed: seed of weights and input.
     """
 
     kind: str
@@ -97,7 +97,7 @@ def cases(draw: st.DrawFn, family: str) -> Case:
 
 @st.composite
 def channels(draw: st.DrawFn) -> tuple[int, int, int]:
-    """Groups, and the channels of one: a plain convolution, a grouped one, a depthwise one with a multiplier."""
+    """Draws groups and channels per group: a plain, a grouped, or a depthwise convolution with a multiplier."""
     return draw(
         st.one_of(
             st.tuples(st.just(1), st.integers(1, 5), st.integers(1, 5)),
@@ -112,7 +112,7 @@ def per_axis(draw: st.DrawFn, dims: int, low: int, high: int) -> list[int]:
 
 
 def one_or_all(draw: st.DrawFn, values: list[int]) -> int | tuple[int, ...]:
-    """Torch takes one number for all axes as well."""
+    """One number for all axes where they are equal, which torch takes as well, or one per axis."""
     alike = len(set(values)) == 1
     return values[0] if alike and draw(st.booleans()) else tuple(values)
 
@@ -130,7 +130,7 @@ def distance(a: Tensor, b: Tensor) -> float:
 
 @torch.no_grad()
 def sum_of_sizes(conv: nn.Module, x: Tensor) -> float:
-    """What the terms of every output add up to when none cancels another: the scale of its rounding error."""
+    """The norm of the outputs if no terms cancelled: the scale of rounding errors."""
     positive = copy.deepcopy(conv).double()
     for parameter in positive.parameters():
         parameter.abs_()
@@ -164,7 +164,7 @@ families = pytest.mark.parametrize("family", FAMILIES)
 
 @families
 def test_at_full_rank_it_computes_what_the_dense_layer_computes(family):
-    @examples(300)
+    @examples(100)
     @given(cases(family))
     def every(case: Case) -> None:
         check(family, case, torch.float32, EXACT[torch.float32])

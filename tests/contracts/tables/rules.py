@@ -1,0 +1,107 @@
+"""One row per rank rule that reads singular values; a new rule is one more row in ``RULES``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import lowrank_layers as lr
+
+
+@dataclass(frozen=True)
+class RuleRow:
+    """A rank rule that reads singular values.
+
+    Args:
+        rule: the rule.
+        reference: its formula in plain numpy, from the singular values (descending, fp64) and the shape of the matrix.
+        noiseless: whether it finds the exact rank of a matrix with a little noise.
+    """
+
+    rule: Callable[[lr.Spectrum], int]
+    reference: Callable[[np.ndarray, tuple[int, int]], int]
+    noiseless: bool = False
+
+    @property
+    def name(self) -> str:
+        return str(self.rule)
+
+
+def _energy(fraction: float) -> Callable[[np.ndarray, tuple[int, int]], int]:
+    def reference(s: np.ndarray, shape: tuple[int, int]) -> int:
+        kept = np.cumsum(s**2)
+        return next(r + 1 for r, k in enumerate(kept) if k >= fraction * kept[-1])
+
+    return reference
+
+
+def _relative_error(bound: float) -> Callable[[np.ndarray, tuple[int, int]], int]:
+    def reference(s: np.ndarray, shape: tuple[int, int]) -> int:
+        total = np.linalg.norm(s)
+        return next(r for r in range(1, len(s) + 1) if np.linalg.norm(s[r:]) <= bound * total)
+
+    return reference
+
+
+def _gavish_donoho(s: np.ndarray, shape: tuple[int, int]) -> int:
+    b = min(shape) / max(shape)
+    return max(1, int((s > (0.56 * b**3 - 0.95 * b**2 + 1.82 * b + 1.43) * np.median(s)).sum()))
+
+
+def _elbow(s: np.ndarray, shape: tuple[int, int]) -> int:
+    """What stands before the value furthest below the chord: that one already belongs to the floor."""
+    chord = np.linspace(s[0], s[-1], len(s))
+    return max(1, int(np.argmax(chord - s)))
+
+
+def _evbmf(s: np.ndarray, shape: tuple[int, int]) -> int:
+    """Nakajima et al., JMLR 2013, with the free energy minimised on a fine grid."""
+    rows, columns = sorted(shape)
+    alpha = rows / columns
+    tau_bar = 2.5129 * math.sqrt(alpha)
+    x_bar = (1 + tau_bar) * (1 + alpha / tau_bar)
+    first = min(math.ceil(rows / (1 + alpha)) - 1, len(s)) - 1 + 1
+    highest = (s**2).sum() / (rows * columns)
+    lowest = max(s[first] ** 2 / (columns * x_bar), (s[first:] ** 2).mean() / columns)
+
+    def free_energy(variance: float) -> float:
+        x = s**2 / (columns * variance)
+        above, below = x[x > x_bar], x[x <= x_bar]
+        tau = 0.5 * (above - (1 + alpha) + np.sqrt((above - (1 + alpha)) ** 2 - 4 * alpha))
+        return float(
+            (below - np.log(below)).sum()
+            + (above - tau).sum()
+            + np.log((tau + 1) / above).sum()
+            + alpha * np.log(tau / alpha + 1).sum()
+        )
+
+    variance = min(np.geomspace(lowest, highest, 4000), key=free_energy)
+    return max(1, int((s > math.sqrt(columns * variance * x_bar)).sum()))
+
+
+RULES = [
+    RuleRow(lr.Energy(0.5), _energy(0.5)),
+    RuleRow(lr.Energy(0.9), _energy(0.9)),
+    RuleRow(lr.Energy(0.99), _energy(0.99)),
+    RuleRow(lr.RelativeError(0.05), _relative_error(0.05)),
+    RuleRow(lr.RelativeError(0.4), _relative_error(0.4)),
+    RuleRow(lr.EVBMF(), _evbmf, noiseless=True),
+    RuleRow(lr.GavishDonoho(), _gavish_donoho, noiseless=True),
+    RuleRow(lr.Elbow(), _elbow, noiseless=True),
+]
+
+
+def spectrum(matrix: Tensor) -> lr.Spectrum:
+    """What a layer shows to a rule for this matrix."""
+    return spectrum_of(torch.linalg.svdvals(matrix.double()), tuple(matrix.shape))
+
+
+def spectrum_of(values: Tensor | None, shape: tuple[int, int]) -> lr.Spectrum:
+    rows, columns = shape
+    step = rows + columns
+    return lr.Spectrum(values, shape, range(step, step * min(shape) + 1, step), rows * columns, "test")
