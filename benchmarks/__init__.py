@@ -1,1 +1,1 @@
-"""One script a claim: run each as ``python -m benchmarks.<name>``."""
+"""One script per claim, run as ``python -m benchmarks.<name>``."""

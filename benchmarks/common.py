@@ -1,4 +1,4 @@
-"""What every benchmark shares: its arguments, its machine line, paired timing, its result file."""
+"""Command-line arguments, paired timing and result files that all benchmarks share."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def arguments(description: str, *, threads: int = 2) -> argparse.ArgumentParser:
-    """``--device --threads --out``; add your own."""
+    """A parser with ``--device``, ``--threads`` and ``--out``; scripts add their own arguments."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--threads", type=int, default=threads, help="torch.set_num_threads")
+    parser.add_argument("--device", default="cpu", help="device: cpu or cuda")
+    parser.add_argument("--threads", type=int, default=threads, help="number of threads")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result file")
     return parser
 
 
 def machine(args: argparse.Namespace, *packages: str) -> str:
-    """One line on hardware, threads and versions; also sets the number of threads."""
+    """Describes hardware, threads and versions in one line, and sets the number of threads."""
     torch.set_num_threads(args.threads)
     if args.device == "cuda":
         hardware = torch.cuda.get_device_name()
@@ -40,7 +40,7 @@ def machine(args: argparse.Namespace, *packages: str) -> str:
 
 
 def paired_times(functions: Sequence[Callable[[], object]], *, rounds: int = 7, device: str = "cpu") -> list[float]:
-    """Median seconds of each, run in turn (a b c a b c ...), after one round that does not count."""
+    """Median seconds per function. The functions take turns (a b c a b c ...), after one warm-up round."""
     times: list[list[float]] = [[] for _ in functions]
     for k in range(rounds + 1):
         for function, taken in zip(functions, times, strict=True):
@@ -54,7 +54,7 @@ def paired_times(functions: Sequence[Callable[[], object]], *, rounds: int = 7, 
 
 
 def paired(functions: Sequence[Callable[[], object]], rounds: int) -> tuple[list[float], list[float]]:
-    """Median CPU seconds of each, run in turn (another one first every time), and of their ratios to the first's."""
+    """Median CPU seconds per function, and medians of their ratios to the first; they take turns to go first."""
     taken: list[list[float]] = [[] for _ in functions]
     for k in range(rounds + 1):
         for turn in range(len(functions)):
@@ -74,7 +74,7 @@ def markdown_table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str
 
 
 def write_result(args: argparse.Namespace, theme: str, text: str) -> Path:
-    """Writes ``<theme>_<hardware>_<yyyymm>.md``, under a temporary name first."""
+    """Writes ``<theme>_<hardware>_<yyyymm>.md`` atomically."""
     args.out.mkdir(parents=True, exist_ok=True)
     hardware = "cpu" if args.device == "cpu" else torch.cuda.get_device_name().lower().replace(" ", "-")
     path = args.out / f"{theme}_{hardware}_{datetime.date.today():%Y%m}.md"

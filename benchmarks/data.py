@@ -1,4 +1,4 @@
-"""Real data and real trained weights, shared by tests, examples and benchmarks; never part of the package.
+"""Data sets and trained weights that tests, examples and benchmarks read; not part of the package.
 
 They are read from the folder that the environment variable ``LOWRANK_DATA`` names, or from ``../shared/data`` beside
 the repository.
@@ -20,12 +20,12 @@ ROOT = Path(os.environ.get("LOWRANK_DATA", Path(__file__).resolve().parents[2] /
 
 
 def available(*names: str) -> bool:
-    """Whether all of these files or folders are there."""
+    """Returns whether all these files or folders exist."""
     return all((ROOT / name).exists() for name in names)
 
 
 def read_idx(path: Path) -> np.ndarray:
-    """MNIST's file format: two zero bytes, a type, the number of dimensions, the dimensions, the data."""
+    """Reads MNIST's idx format: two zero bytes, a type, the number of dimensions, the dimensions, data."""
     raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     ndim = raw[3]
     shape = np.frombuffer(raw, ">i4", ndim, 4)
@@ -33,7 +33,7 @@ def read_idx(path: Path) -> np.ndarray:
 
 
 def mnist(split: str, folder: Path | None = None) -> tuple[Tensor, Tensor]:
-    """Images normalised by the usual mean and deviation, and labels; ``split`` is ``"train"`` or ``"test"``."""
+    """MNIST's images, normalized as usual, and labels; ``split`` is ``"train"`` or ``"test"``."""
     folder = folder or ROOT / "lenet_mnist"
     prefix = {"train": "train", "test": "t10k"}[split]
 
@@ -49,7 +49,7 @@ def mnist(split: str, folder: Path | None = None) -> tuple[Tensor, Tensor]:
 
 
 def cifar10(split: str) -> tuple[Tensor, Tensor]:
-    """Images normalised as ResNet-20's weights expect, and labels; 10,000 for testing, 15,000 for training."""
+    """CIFAR-10's images, normalized for ResNet-20's weights, and labels: 10,000 for testing, 15,000 for training."""
     raw = np.load(ROOT / "cifar_resnet" / f"cifar10_{ {'train': 'train15k', 'test': 'test'}[split] }.npz")
     mean = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1)
     std = torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1)
@@ -57,7 +57,7 @@ def cifar10(split: str) -> tuple[Tensor, Tensor]:
 
 
 class LeNet(nn.Module):
-    """44,426 parameters."""
+    """LeNet for MNIST, 44,426 parameters."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -101,7 +101,7 @@ class BasicBlock(nn.Module):
 
 
 class ResNetCifar(nn.Module):
-    """He et al., 2016, section 4.2."""
+    """ResNet for CIFAR-10 (He et al., 2016, section 4.2)."""
 
     def __init__(self, depth: int) -> None:
         super().__init__()
@@ -133,7 +133,7 @@ def resnet20() -> ResNetCifar:
 
 @torch.no_grad()
 def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
-    """Percent right, in eval mode."""
+    """Percentage of correct predictions, in eval mode."""
     model.eval()
     device = next(model.parameters()).device
     right = 0
@@ -143,20 +143,20 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
 
 
 def digits() -> Tensor:
-    """scikit-learn's own 8x8 digits, which need no download: ``[1797, 64]``, 0 to 16."""
+    """The 8 x 8 digits of scikit-learn, which need no download: ``[1797, 64]``, 0 to 16."""
     from sklearn.datasets import load_digits
 
     return torch.from_numpy(load_digits().data).float()
 
 
 def olivetti_faces() -> Tensor:
-    """400 faces of 64x64 pixels, one a row: ``[400, 4096]``, 0 to 1."""
+    """The Olivetti faces, 400 images of 64 x 64 pixels, one per row: ``[400, 4096]``, 0 to 1."""
     raw = np.load(ROOT / "nmf" / "olivetti_faces.npz")
     return torch.from_numpy(raw["x"].reshape(400, -1)).float() / 255
 
 
 def newsgroup_counts(terms: int = 2000) -> Tensor:
-    """How often 2,000 posts of 20 newsgroups use the commonest English terms: ``[2000, terms]``, mostly zeros."""
+    """Term counts of 2,000 posts of 20 newsgroups for the most common terms: ``[2000, terms]``, mostly zeros."""
     from sklearn.feature_extraction.text import CountVectorizer
 
     with gzip.open(ROOT / "nmf" / "mini_newsgroups.jsonl.gz", "rt", encoding="utf-8") as lines:

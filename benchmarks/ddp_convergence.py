@@ -1,7 +1,7 @@
-"""What low-rank gradients cost in loss and accuracy, beside plain DDP and torch's hook: a small task, then ResNet-20.
+"""Loss and accuracy with low-rank gradients, beside plain DDP and torch's PowerSGD hook: a small task, then ResNet-20.
 
-In the small task an MLP learns what a fixed random network says, from fresh batches. Both parts run in 2 processes,
-every row with the same steps, seeds and data. ResNet-20 is trained by `examples/ddp_cifar.py`.
+In the small task an MLP learns the outputs of a fixed random network from new batches. Both parts run in 2 processes,
+and every row has the same steps, seeds and data. ResNet-20 is trained by `examples/ddp_cifar.py`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .data import available
 
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "ddp_cifar.py"
 START = 2
-"""Steps with whole gradients before: the fewest that torch's hook takes."""
+"""Steps with uncompressed gradients at the start: the fewest that torch's hook accepts."""
 SMALL: dict[str, dict[str, Any]] = {"plain DDP": {}}
 for _rank in (1, 4):
     SMALL |= {
@@ -55,7 +55,7 @@ POINTS, RATIO = 0.5, 50
 
 
 def teacher_batch(rows: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Inputs and what a fixed random network says of them."""
+    """Inputs, and the outputs of a fixed random network for them."""
     fixed = torch.Generator().manual_seed(1)
     first, second = torch.randn(64, 96, generator=fixed) / 8, torch.randn(96, 32, generator=fixed) / 10
     x = torch.randn(rows, 64, generator=generator)
@@ -63,7 +63,7 @@ def teacher_batch(rows: int, generator: torch.Generator) -> tuple[Tensor, Tensor
 
 
 def small_task(rank: int, folder: str, seeds: int, steps: int) -> None:
-    """One process: the end loss of every row of ``SMALL`` and seed, on data of their own."""
+    """The final loss of one process for each row of ``SMALL`` and each seed, on its own data."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=(Path(folder) / "store").as_uri(), rank=rank, world_size=2)
     found = {name: [end_loss(method, seed, steps) for seed in range(seeds)] for name, method in SMALL.items()}
@@ -119,7 +119,7 @@ def small_table(seeds: int, steps: int) -> tuple[str, list[str]]:
 
 
 def cifar_run(options: tuple[str, ...], seed: int, extra: list[str]) -> tuple[float, float]:
-    """Accuracy after the last epoch, and how many times fewer bytes were sent."""
+    """Accuracy after the last epoch, and the compression ratio of the bytes sent."""
     run = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(EXAMPLE))
     command = (sys.executable, *run, *options, "--seed", str(seed), "--every", "0", *extra)
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -147,20 +147,26 @@ def cifar_table(rows: list[str], seeds: int, extra: list[str]) -> tuple[str, lis
 
 def main() -> None:
     parser = arguments(__doc__ or "", threads=1)
-    parser.add_argument("--steps", type=int, default=400, help="of the small task")
+    parser.add_argument("--steps", type=int, default=400, help="steps of the small task")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--parts", nargs="+", default=["small", "resnet"], choices=["small", "resnet"])
-    parser.add_argument("--epochs", type=int, default=16, help="of ResNet-20")
+    parser.add_argument("--epochs", type=int, default=16, help="epochs of ResNet-20")
     parser.add_argument("--images", type=int, default=15_000)
-    parser.add_argument("--batch", type=int, default=16, help="images of ResNet-20 a process and step")
+    parser.add_argument("--batch", type=int, default=16, help="images per process and step of ResNet-20")
     parser.add_argument("--lr", type=float, default=0.02, help="of ResNet-20")
-    parser.add_argument("--rows", nargs="+", default=list(CIFAR), choices=list(CIFAR), help="the first is the base")
+    parser.add_argument(
+        "--rows",
+        nargs="+",
+        default=list(CIFAR),
+        choices=list(CIFAR),
+        help="rows to run, compared with the first",
+    )
     parser.add_argument("--smoke", action="store_true")
     args = parser.parse_args()
     if args.smoke:
         args.steps, args.seeds, args.parts = 4, 1, ["small"]
     line = machine(args)
-    text = f"# Convergence with low-rank gradients\n\n{line} a process; 2 processes, gloo; {args.seeds} seeds.\n\n"
+    text = f"# Convergence with low-rank gradients\n\n{line} per process; 2 processes, gloo; {args.seeds} seeds.\n\n"
     failed: list[str] = []
     if "small" in args.parts:
         table, failed = small_table(args.seeds, args.steps)
@@ -171,7 +177,7 @@ def main() -> None:
         failed += more
         text += (
             f"## ResNet-20, {args.images:,} images of CIFAR-10, {args.epochs} epochs\n\nTwo processes of {args.batch}"
-            f" images a step, SGD with momentum 0.9, lr {args.lr:g} falling as a cosine, weight decay 5e-4, bf16"
+            f" images per step, SGD with momentum 0.9, lr {args.lr:g} falling as a cosine, weight decay 5e-4, bf16"
             f" autocast; all 10,000 test images.\n\n{table}\n\n"
         )
     if not args.smoke:

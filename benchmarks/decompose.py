@@ -1,4 +1,4 @@
-"""Decompositions: time and error of ours beside tensorly's, torch's and scikit-learn's on the same tensors."""
+"""Time and error of decompositions, beside tensorly, torch and scikit-learn on the same tensors."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def synthetic_kernel(channels: int, *, noise: float = 0.134, seed: int = 0) -> T
 
 
 def squeezenet_kernels(count: int) -> dict[str, Tensor]:
-    """The biggest trained 3x3 kernels of SqueezeNet 1.1."""
+    """The largest trained 3 x 3 kernels of SqueezeNet 1.1."""
     from safetensors.torch import load_file
 
     state = load_file(data.ROOT / SQUEEZENET)
@@ -60,7 +60,7 @@ def dense_error(dense: Tensor, kernel: Tensor) -> float:
 
 
 def against(tensor: str, who: str, ours: tuple[float, float], theirs: tuple[float, float]) -> Row:
-    """One row: our seconds and error, compared with the peer's."""
+    """A row with our seconds and error, and both relative to the peer."""
     speed, error = theirs[0] / ours[0], ours[1] / theirs[1]
     return [tensor, who, f"{ours[0]:.3f}", f"{ours[1]:.5f}", f"{speed:.1f}x", f"{error:.4f}"]
 
@@ -70,7 +70,7 @@ def alone(tensor: str, who: str, found: tuple[float, float]) -> Row:
 
 
 def tucker_rows(name: str, kernel: Tensor, *, rounds: int) -> list[Row]:
-    """Tucker-2 at a quarter of the channels, both with their default settings; medians of paired runs."""
+    """Tucker-2 at a quarter of the channels, with the default settings of both; medians of paired runs."""
     import tensorly
     from tensorly.decomposition import partial_tucker
 
@@ -92,22 +92,22 @@ def tucker_rows(name: str, kernel: Tensor, *, rounds: int) -> list[Row]:
 
 
 def parafac(kernel: Tensor, rank: int, sweeps: int) -> tuple[float, float]:
-    """Seconds and relative error of one run of tensorly's, after a tiny one that does not count."""
+    """Seconds and relative error of one run of tensorly's ``parafac``, after a small warm-up."""
     import tensorly
     from tensorly.decomposition import parafac
 
     tensorly.set_backend("pytorch")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a rank above the kernel's height and width is what CP asks for
+        warnings.simplefilter("ignore")  # tensorly warns that the rank is above the kernel's height and width
         parafac(kernel[:8, :8].contiguous(), 4, n_iter_max=1)
         taken, found = seconds(lambda: parafac(kernel, rank, n_iter_max=sweeps, random_state=0))
     return taken, dense_error(tensorly.cp_to_tensor(found), kernel)
 
 
 def cp_rows(name: str, kernel: Tensor, rank: int, *, sweeps: int, ladder: list[int]) -> list[Row]:
-    """CP: ours at as many sweeps as theirs, at the fewest of ``ladder`` that reach their error, and by default.
+    """CP with as many sweeps as tensorly, with the fewest of ``ladder`` that reach its error, and with the defaults.
 
-    Theirs runs once (seconds a sweep); ours is the median of three.
+    tensorly runs once, since a sweep takes seconds; ours is the median of three.
     """
     theirs = parafac(kernel, rank, sweeps)
 
@@ -133,7 +133,7 @@ def cp_rows(name: str, kernel: Tensor, rank: int, *, sweeps: int, ladder: list[i
 
 
 def svd_rows(shape: tuple[int, int], rank: int, *, rounds: int, device: str) -> list[Row]:
-    """Truncated SVD of a matrix whose singular values fall like ``1 / sqrt(k)``: the hard, slow decay."""
+    """Truncated SVD of a matrix with singular values ``1 / sqrt(k)``, a slow decay that is hard to truncate."""
     from sklearn.utils.extmath import randomized_svd
 
     generator = torch.Generator().manual_seed(0)

@@ -1,4 +1,4 @@
-"""Import: CPU seconds beyond torch, beside PEFT. Fails above the budget of 0.3 s."""
+"""CPU seconds of importing this library and PEFT after torch. Fails above a budget of 0.3 s."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from .common import arguments, machine, markdown_table, write_result
 
 BUDGET = 0.3
 TORCHVISION = "from benchmarks.vision import import_torchvision\nimport_torchvision()"
-"""PEFT imports torchvision, which needs help beside a CPU-only torch; it counts for neither."""
+"""PEFT imports torchvision, which needs help beside a CPU-only torch; its time is not counted."""
 
 
 def import_seconds(package: str, rounds: int) -> float:
-    """Median CPU seconds beyond torch and torchvision, each in a process of its own."""
+    """Median CPU seconds of the import after torch and torchvision, each time in a new process."""
     timed = f"start = time.process_time()\nimport {package}\nprint(time.process_time() - start)"
     lines = f"{TORCHVISION}\nimport time, torch\n{timed}"
     command = [sys.executable, "-W", "ignore", "-c", lines]

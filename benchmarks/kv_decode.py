@@ -1,4 +1,4 @@
-"""Decoding from a low-rank key/value cache: one step of one layer beside SDPA on dense keys and values."""
+"""Time of one decoding step of one layer with a low-rank key/value cache, beside SDPA on dense keys and values."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .common import arguments, machine, markdown_table, paired, write_result
 QUERY_HEADS, HEADS, SIZE = 32, 8, 128
 LENGTHS, SMOKE = (2048, 8192, 32768), (512,)
 AFTER = {"rope": "after", "joint": False}
-"""The fast way: attention wholly in the subspace of each head."""
+"""The fast setting: attention entirely in the subspace of each head."""
 CACHES = {
     "r = 16": {"rank": 16, **AFTER},
     "r = 32": {"rank": 32, **AFTER},
@@ -34,7 +34,7 @@ MODELS = {
     "7B-like (14 GB of weights, 32 layers, 8 heads of 128, bfloat16)": (14e9, 32 * 2 * 8 * 128 * 2, 131072),
     "pycode_llama (5.5 M weights, 6 layers, 2 heads of 64, fp32)": (5.5e6 * 4, 6 * 2 * 2 * 64 * 4, 1024),
 }
-"""Bytes of the weights and of a token in the cache, and the longest context worth a line."""
+"""Bytes of the weights and per token in the cache, and the longest context that is listed."""
 
 
 def tokens(count: int) -> tuple[Tensor, Tensor]:
@@ -55,7 +55,7 @@ def rebuilt(cache: lr.LowRankKV, rows: Tensor) -> Tensor:
 
 @torch.no_grad()
 def step_rows(count: int, args: argparse.Namespace) -> list[list[object]]:
-    """Each way in turn with the fastest dense one; what is in the processor's caches is the other's."""
+    """Times of each setting in turn with the fastest dense one, so that neither finds its data in CPU caches."""
     keys, values = tokens(count)
     query = torch.randn(1, QUERY_HEADS, 1, SIZE)
     grouped = query.view(1, HEADS, -1, SIZE)
@@ -87,7 +87,7 @@ def step_rows(count: int, args: argparse.Namespace) -> list[list[object]]:
 
 
 def bound_rows(args: argparse.Namespace) -> list[list[object]]:
-    """What a whole step can gain at most: it reads the weights once, and every sequence's cache."""
+    """An upper bound on the speed-up of a whole step, which reads the weights once and the cache of each sequence."""
     rows: list[list[object]] = []
     for model, (weights, token, longest) in MODELS.items():
         for count in SMOKE if args.smoke else (1024, *LENGTHS):
@@ -106,7 +106,7 @@ def bound_rows(args: argparse.Namespace) -> list[list[object]]:
 
 @torch.no_grad()
 def cost_rows(count: int, args: argparse.Namespace) -> list[list[object]]:
-    """CPU milliseconds of the first fit, and of a block of 64 tokens: frozen, and fitted again."""
+    """CPU milliseconds of the first fit, and of a block of 64 tokens with and without fitting again."""
     rows: list[list[object]] = []
     for label, settings in CACHES.items():
         if settings["rank"] == 64:
@@ -153,7 +153,7 @@ def run(args: argparse.Namespace) -> str:
             " ratio of bytes: a step reads both once.",
             markdown_table(["model", "tokens", "batch", "r = 16", "r = 32"], bound_rows(args)),
             "## What compressing costs",
-            "CPU milliseconds a layer: the first fit to all tokens, then every block of 64, with the subspaces frozen,"
+            "CPU milliseconds per layer: the first fit to all tokens, then each block of 64, with the subspaces frozen,"
             " or fitted again.",
             markdown_table(["tokens", "cache", "first fit", "block, frozen", "block, fitted again"], costs),
         ]

@@ -1,4 +1,4 @@
-"""Resident memory of a low-rank key/value cache beside a dense one, each in a process of its own."""
+"""Resident memory of low-rank key/value caches and a dense one, each in its own process."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ import lowrank_layers as lr
 from .common import arguments, machine, markdown_table, write_result
 
 HEADS, SIZE, CHUNK, STEPS = 8, 128, 512, 192
-"""Heads of keys and values, their size, tokens a chunk of the prompt, single tokens after it."""
+"""Number and size of the key and value heads, tokens per chunk of the prompt, single tokens after it."""
 CACHES = {
     "dense": None,
-    "r = 16 after RoPE, a head": {"rank": 16, "rope": "after", "joint": False},
-    "r = 32 after RoPE, a head": {"rank": 32, "rope": "after", "joint": False},
+    "r = 16 after RoPE, per head": {"rank": 16, "rope": "after", "joint": False},
+    "r = 32 after RoPE, per head": {"rank": 32, "rope": "after", "joint": False},
     "r = 16 before RoPE, heads joint": {"rank": 16},
     "r = 16 before RoPE, heads joint, int8": {"rank": 16, "dtype": "int8"},
 }
 
 
 def resident() -> int:
-    """Bytes of this process, with what was freed given back to the system (Linux)."""
+    """Resident bytes of this process (Linux), after freed memory has been returned to the system."""
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
@@ -38,7 +38,7 @@ def resident() -> int:
 
 
 class Dense:
-    """Keys and values as they are, in buffers of their final length."""
+    """A dense cache: keys and values in buffers of their final length."""
 
     def __init__(self, length: int) -> None:
         self.kept = torch.zeros(2, 1, HEADS, length, SIZE)
@@ -50,7 +50,7 @@ class Dense:
         self.tokens = stop
 
     def compress(self) -> None:
-        """Nothing."""
+        """Does nothing."""
 
     def nbytes(self) -> int:
         return self.kept.nbytes
@@ -58,7 +58,7 @@ class Dense:
 
 @torch.no_grad()
 def fill(label: str, layers: int, length: int) -> dict[str, int]:
-    """A prompt in chunks, then single tokens, through every layer."""
+    """Appends a prompt in chunks, then single tokens, to the cache of each layer, and returns the bytes."""
     settings = CACHES[label]
 
     def cache() -> Dense | lr.LowRankKV:
@@ -126,7 +126,7 @@ def main() -> None:
     parser = arguments(__doc__, threads=1)
     parser.add_argument("--smoke", action="store_true", help="tiny shapes, seconds")
     parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--length", type=int, default=32768, help="tokens")
+    parser.add_argument("--length", type=int, default=32768, help="number of tokens")
     parser.add_argument("--fill", choices=CACHES, help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.manual_seed(0)

@@ -1,6 +1,6 @@
-"""What a compressed key/value cache costs a language model: perplexity against bytes, beside other ways to save them.
+"""Perplexity of a language model against the bytes of its key/value cache, for this and other ways to compress it.
 
-Needs transformers (an extra) and ``pycode_llama`` in ``LOWRANK_DATA``; ``--smoke`` makes a model of its own.
+Needs transformers (an extra) and ``pycode_llama`` in ``LOWRANK_DATA``; ``--smoke`` builds a small random model.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from .stories import stories_model, stories_tokens
 from .vision import import_torchvision
 
 DTYPE = torch.bfloat16
-"""Of the exact cache; the arithmetic is in fp32."""
+"""Bytes per number of the exact cache; the arithmetic is in fp32."""
 OURS = {
     "pycode_llama": ((14, 10, 32), (24, 20, 24), (16, 12, 64), (14, 10, 24), (12, 8, 32), (8, 6, 32)),
     "stories260K": ((5, 5, 32), (7, 7, 32), (6, 6, 32), (4, 4, 32), (3, 3, 32)),
 }
-"""Ranks of keys and of values, recent tokens; the first is varied below."""
+"""Ranks of keys and values, and the number of recent tokens; the first row is varied below."""
 BUDGETS = {"pycode_llama": ((0.22, 64), (0.16, 32), (0.14, 24)), "stories260K": ((0.5, 32), (0.35, 32))}
-"""Part of the exact bytes, recent tokens."""
+"""Fraction of the exact bytes, and the number of recent tokens."""
 EVICTED = (110, 150, 200)
 
 
@@ -41,10 +41,10 @@ class Store(Protocol):
     """The cache of one layer."""
 
     def update(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """More tokens; all keys and values for the attention."""
+        """Appends tokens and returns all keys and values for the attention."""
 
     def nbytes(self) -> int:
-        """All that is stored."""
+        """Bytes of everything that is stored."""
 
 
 class Exact:
@@ -62,7 +62,7 @@ class Exact:
 
 
 class Evicting(Exact):
-    """The first tokens and a window of the last ones; keys keep the rotation of their own position."""
+    """Eviction: keeps the first tokens and a window of the last ones; keys keep the rotation of their position."""
 
     def __init__(self, recent: int, first: int = 4) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ class Evicting(Exact):
 
 
 class FourBits:
-    """Tokens older than the recent ones in 4 bits, with an fp16 scale and zero a token and head."""
+    """Stores all but the recent tokens in 4 bits, with an fp16 scale and zero point per token and head."""
 
     def __init__(self, recent: int) -> None:
         self.recent, self.tail = recent, Exact()
@@ -111,7 +111,7 @@ class FourBits:
 
 
 class Theirs:
-    """A layer of transformers' ``QuantizedCache``."""
+    """Wraps a layer of transformers' ``QuantizedCache``."""
 
     def __init__(self, config: Any, backend: str, **options: Any) -> None:
         from transformers.cache_utils import QuantizedCache
@@ -127,7 +127,7 @@ class Theirs:
 
 
 def stored(value: Any) -> int:
-    """Bytes of the tensors in an attribute; a quantised tensor wraps plain ones."""
+    """Bytes of the tensors in an attribute; a quantized tensor wraps plain ones."""
     if isinstance(value, (tuple, list)):
         return sum(map(stored, value))
     if not isinstance(value, Tensor):
@@ -138,7 +138,7 @@ def stored(value: Any) -> int:
 
 
 class Ours:
-    """Handed to the attention rebuilt, which gives what :meth:`LowRankKV.attend` gives."""
+    """The low-rank cache; keys and values are rebuilt, which gives the same as :meth:`LowRankKV.attend`."""
 
     def __init__(self, settings: lr.KVSettings, rotation: lr.Rotation, subspaces: Any = None) -> None:
         self.cache = lr.LowRankKV(settings, rotation, subspaces)
@@ -154,11 +154,11 @@ class Ours:
 
 
 Make = Callable[[int], Store]
-"""The cache of a layer, by its index."""
+"""Makes the cache of the layer with this index."""
 
 
 class Driver:
-    """The model with caches of ours in place of transformers' own: no version of its interface matters."""
+    """Runs the model with these caches in place of transformers' own, independently of its version."""
 
     def __init__(self, model: Any) -> None:
         from transformers import AttentionInterface
@@ -198,7 +198,7 @@ def score(
     chunk: int,
     exact: Score | None,
 ) -> Score:
-    """The text after the prefix, ``chunk`` tokens a step, so that tokens age as in generation; mean bytes of a row."""
+    """Scores the text after the prefix, ``chunk`` tokens per step, as in generation; also the mean bytes per row."""
     driver.stores = [make(layer) for layer in range(len(prefix))]
     for store, (keys, values) in zip(driver.stores, prefix, strict=True):
         store.update(keys, values)
@@ -218,7 +218,7 @@ def score(
 
 @torch.no_grad()
 def prefilled(driver: Driver, tokens: Tensor, layers: int) -> list[tuple[Tensor, Tensor]]:
-    """Exact keys and values of every layer."""
+    """The exact keys and values of each layer."""
     stores = [Exact() for _ in range(layers)]
     driver.stores = list(stores)
     driver.logits(tokens, 0)
@@ -228,7 +228,7 @@ def prefilled(driver: Driver, tokens: Tensor, layers: int) -> list[tuple[Tensor,
 def offline(
     driver: Driver, tokens: Tensor, layers: int, rotation: lr.Rotation, rank: int, *, joint: bool, value_rank: int
 ) -> list[tuple[Subspace, Subspace]]:
-    """Fixed subspaces from other text, keys without their rotation."""
+    """Subspaces computed in advance from other text, with the rotation removed from keys."""
     found = []
     for keys, values in prefilled(driver, tokens, layers):
         together = keys.shape[1] if joint else 1
@@ -242,7 +242,7 @@ def offline(
 
 
 def load(args: argparse.Namespace) -> tuple[Any, Tensor]:
-    """The model, and the tokens of text it has not seen."""
+    """The model, and tokens of a text that it was not trained on."""
     import_torchvision()
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -264,13 +264,13 @@ def load(args: argparse.Namespace) -> tuple[Any, Tensor]:
 
 
 def spread(tokens: Tensor, count: int, length: int) -> Tensor:
-    """Windows at even distances; the settings above were found on those half a distance before."""
+    """Evenly spaced windows; the settings above were chosen on windows between them."""
     step = (len(tokens) - length) // count
     return torch.stack([tokens[k * step + step // 2 :][:length] for k in range(count)])
 
 
 class Bench:
-    """A model, its text and the caches of the prefix."""
+    """A model, its text, and the caches of the prefix."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.model, tokens = load(args)
@@ -312,7 +312,7 @@ class Bench:
 
 @torch.no_grad()
 def served(model: Any, windows: Tensor, make: Callable[[], Any], chunk: int) -> tuple[Tensor, float]:
-    """Log probabilities after the prompt and the cache's mean bytes, one window after another: the model's own call."""
+    """Log probabilities after the prompt and mean bytes of the cache; the model is called on one window at a time."""
     start, found, held = 3 * windows.shape[1] // 4, [], []
     for window in windows:
         cache, own = make(), []
@@ -331,7 +331,7 @@ def plain_tensors(cache: Any) -> list[tuple[str, Tensor]]:
 
 
 def served_rows(args: argparse.Namespace, windows: Tensor, pairs: Sequence[dict[str, Any]]) -> list[list[object]]:
-    """The model in bfloat16 with ``lr.LowRankCache``, beside the same model with transformers' cache."""
+    """Rows for the model in bfloat16 with ``lr.LowRankCache``, beside the same model with transformers' cache."""
     from transformers import DynamicCache
 
     model = load(args)[0].to(DTYPE)
@@ -413,7 +413,7 @@ def run(args: argparse.Namespace) -> str:
     theirs: dict[str, Make] = {"transformers' QuantizedCache, fp8": lambda layer: Theirs(config, "fp8")}
     if importlib.util.find_spec("optimum") and importlib.util.find_spec("optimum.quanto"):
         theirs["transformers' QuantizedCache, quanto int4"] = lambda layer: Theirs(config, "quanto", nbits=4)
-    theirs["int4 a token and head, 16 recent exact"] = lambda layer: FourBits(16)
+    theirs["int4 per token and head, 16 recent exact"] = lambda layer: FourBits(16)
     for kept in EVICTED:
         theirs[f"eviction: 4 first and {kept} recent"] = lambda layer, kept=kept: Evicting(kept)
     rows += [bench.row(label, make) for label, make in theirs.items()]
@@ -422,7 +422,7 @@ def run(args: argparse.Namespace) -> str:
     return "\n\n".join(
         [
             f"{'A small random Llama' if args.smoke else f'{args.model} on unseen text'}: {args.windows} windows of"
-            f" {args.window}, {tokens} tokens of prompt and the rest scored, {args.chunk} tokens a step, so that"
+            f" {args.window}, {tokens} tokens of prompt and the rest scored, {args.chunk} tokens per step, so that"
             " tokens leave the recent ones and are compressed as in generation. Arithmetic in fp32, exact keys and"
             " values in bfloat16. Bytes: all that a cache stores (coefficients, scales, bases, means, exact tokens, and"
             " room for more), the mean over the steps, all layers; subspaces from other text (the other half of it)"
@@ -443,8 +443,13 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="a random model, seconds")
     parser.add_argument("--model", choices=OURS, default="pycode_llama")
     parser.add_argument("--windows", type=int, default=16)
-    parser.add_argument("--window", type=int, default=None, help="tokens; by default what the model was trained on")
-    parser.add_argument("--chunk", type=int, default=8, help="tokens a step; 1 is generation to the letter")
+    parser.add_argument(
+        "--window",
+        type=int,
+        default=None,
+        help="tokens per window; by default the length of training",
+    )
+    parser.add_argument("--chunk", type=int, default=8, help="tokens per step; 1 is exactly generation")
     args = parser.parse_args()
     args.window = args.window or {"pycode_llama": 1024, "stories260K": 512}[args.model]
     if args.smoke:

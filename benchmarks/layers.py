@@ -1,4 +1,4 @@
-"""Layers: forward time of every factored layer beside dense torch.nn, tensorly-torch and the ideal."""
+"""Forward time of each factored layer, beside dense torch.nn, tensorly-torch and the ratio of MACs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Forward = Callable[[], object]
 
 
 def times(forwards: Sequence[Forward], args: argparse.Namespace) -> list[float]:
-    """Median seconds of one call of each, in turn; short calls repeat until the clock's reading weighs nothing."""
+    """Median seconds of one call per function; they take turns, and short calls are repeated."""
     least = 0.002 if args.smoke else 0.02
     once = paired_times(forwards, rounds=1, device=args.device)
     counts = [max(1, math.ceil(least / seconds)) for seconds in once]
@@ -55,7 +55,7 @@ def our_convs(dense: nn.Conv2d) -> dict[str, nn.Module]:
 
 
 def their_convs(dense: nn.Conv2d) -> dict[str, nn.Module | str]:
-    """tensorly-torch's Tucker and CP convolutions in both its implementations, or the name of what they raise."""
+    """tensorly-torch's Tucker and CP convolutions in both its implementations, or the name of the exception raised."""
     from tltorch import FactorizedConv
 
     c, kernel = dense.out_channels, tuple(dense.kernel_size)
@@ -80,7 +80,7 @@ def their_convs(dense: nn.Conv2d) -> dict[str, nn.Module | str]:
 
 
 def both_formats(label: str, layer: nn.Module, input: Tensor) -> dict[tuple[str, str], Forward]:
-    """Forward in both memory formats; each has a copy of the weights laid out its own way."""
+    """The forward pass in both memory formats, with the weights copied to each."""
     return {
         (label, name): partial(copy.deepcopy(layer).to(memory_format=form), input.to(memory_format=form))
         for name, form in FORMATS.items()

@@ -1,4 +1,4 @@
-"""Seconds a step over slow links: low-rank gradients beside plain DDP and torch's own hooks.
+"""Seconds per step over slow links: low-rank gradients beside plain DDP and torch's own hooks.
 
 Two processes in two network namespaces, joined by a veth pair whose rate `tc tbf` limits; needs Linux, root, iproute2.
 """
@@ -32,12 +32,12 @@ from lowrank_layers.distributed.fallback import STEPS
 from .common import arguments, machine, markdown_table, write_result
 
 LINKS = {"100 Mbit": ("100mbit", "32kb"), "1 Gbit": ("1gbit", "128kb"), "unlimited": None}
-"""Rate and burst; the burst is far below what a step sends at rank 4, so that it hides little."""
+"""Rate and burst; the burst is far below the bytes of a step at rank 4, so that it hides little."""
 BARS = {"100 Mbit": 20.0, "1 Gbit": 2.3}
 SLOWEST_FALLBACK = 1.05
 ONE_BUCKET = 10_000
 ALL_AGREED = 2 * STEPS + 2
-"""Steps after which a fallback has chosen."""
+"""Steps after which the fallback has decided."""
 
 METHODS: dict[str, dict[str, Any]] = {
     "plain DDP": {},
@@ -54,13 +54,13 @@ METHODS: dict[str, dict[str, Any]] = {
 
 
 def mlp(width: int) -> nn.Sequential:
-    """12.6 M parameters at a width of 2,048."""
+    """An MLP of width 2,048 with 12.6 M parameters."""
     layers = [nn.Linear(width, width) for _ in range(3)]
     return nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.ReLU(), layers[2])
 
 
 def wrapped(method: dict[str, Any], width: int) -> DistributedDataParallel:
-    """A model with the hook of one method."""
+    """A DDP model with the hook of one method."""
     torch.manual_seed(0)
     ddp = DistributedDataParallel(mlp(width), bucket_cap_mb=method.get("cap"))
     if "ours" in method:
@@ -74,7 +74,7 @@ def wrapped(method: dict[str, Any], width: int) -> DistributedDataParallel:
 
 
 def step_of(ddp: DistributedDataParallel, args: argparse.Namespace) -> Callable[[], None]:
-    """One step of training on the process' own batch."""
+    """A function that trains one step on this process's own batch."""
     optimizer = torch.optim.SGD(ddp.parameters(), lr=1e-3)
     x = torch.randn(args.batch, args.width, generator=torch.Generator().manual_seed(dist.get_rank()))
 
@@ -87,7 +87,7 @@ def step_of(ddp: DistributedDataParallel, args: argparse.Namespace) -> Callable[
 
 
 def work(args: argparse.Namespace) -> None:
-    """One process: every method warms up, then they take turns; writes seconds and sent bytes of every step."""
+    """Runs one process: each method warms up, then they take turns; writes seconds and sent bytes per step."""
     torch.set_num_threads(1)
     url = f"tcp://{args.master}:29555"
     dist.init_process_group("gloo", init_method=url, rank=args.worker, world_size=2, timeout=timedelta(seconds=300))
@@ -116,7 +116,7 @@ def sh(*command: str, check: bool = True) -> None:
 
 @contextlib.contextmanager
 def two_namespaces(limit: tuple[str, str] | None) -> Iterator[list[str]]:
-    """The names of two namespaces, a cable between them: ``<name>`` has the interface ``lr0`` at 10.77.0.1 or .2."""
+    """Creates two connected network namespaces, with an interface ``lr0`` at 10.77.0.1 and .2; gives their names."""
     names = [f"lowrank{os.getpid()}{end}" for end in "ab"]
     try:
         for name in names:
@@ -138,7 +138,7 @@ def two_namespaces(limit: tuple[str, str] | None) -> Iterator[list[str]]:
 
 
 def measure(limit: tuple[str, str] | None, args: argparse.Namespace) -> dict[str, tuple[float, float]]:
-    """Median seconds and sent bytes a step, by method: of the slower process at every step."""
+    """Median seconds and sent bytes per step for each method, of the slower process at each step."""
     options = ("--rounds", str(args.rounds), "--width", str(args.width), "--batch", str(args.batch))
     env = {**os.environ, "GLOO_SOCKET_IFNAME": "lr0", "OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryDirectory() as folder, two_namespaces(limit) as names:
@@ -168,7 +168,7 @@ def measure(limit: tuple[str, str] | None, args: argparse.Namespace) -> dict[str
 
 
 def why_not() -> str | None:
-    """Why the link cannot be made, if it cannot."""
+    """The reason why the link cannot be created; empty if it can."""
     missing = [tool for tool in ("ip", "tc") if shutil.which(tool) is None]
     if missing:
         return f"{' and '.join(missing)} missing (iproute2)"
@@ -180,7 +180,7 @@ def why_not() -> str | None:
 
 
 def judge(found: dict[str, dict[str, tuple[float, float]]]) -> list[str]:
-    """The bars that are not met."""
+    """The claims that are not met."""
     failed = []
     for link, rows in found.items():
         seconds = {name: row[0] for name, row in rows.items()}
@@ -200,9 +200,9 @@ def judge(found: dict[str, dict[str, tuple[float, float]]]) -> list[str]:
 
 def main() -> None:
     parser = arguments(__doc__ or "", threads=1)
-    parser.add_argument("--rounds", type=int, default=7, help="steps of every method that count")
+    parser.add_argument("--rounds", type=int, default=7, help="measured steps per method")
     parser.add_argument("--width", type=int, default=2048)
-    parser.add_argument("--batch", type=int, default=64, help="rows a process")
+    parser.add_argument("--batch", type=int, default=64, help="rows per process")
     parser.add_argument("--links", nargs="+", default=list(LINKS), choices=list(LINKS))
     parser.add_argument("--smoke", action="store_true", help="a small model on one link")
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
@@ -220,15 +220,15 @@ def main() -> None:
     found = {link: measure(LINKS[link], args) for link in args.links}
     parameters = sum(p.numel() for p in mlp(args.width).parameters())
     text = (
-        f"# Slow links\n\n{line} a process; 2 processes, gloo, an MLP of {parameters:,} parameters, {args.batch} rows a"
-        f" process.\nMedian seconds a step of {args.rounds} (speed-up over plain DDP); bytes that one process put on"
-        " the wire, by the interface's counter.\n\n"
+        f"# Slow links\n\n{line} per process; 2 processes, gloo, an MLP of {parameters:,} parameters,"
+        f" {args.batch} rows per process.\nMedian seconds per step of {args.rounds} (speed-up over plain DDP); bytes"
+        " that one process put on the wire, by the interface's counter.\n\n"
     )
     rows = []
     for name in METHODS:
         cells = [f"{v[name][0]:.3f} ({v['plain DDP'][0] / v[name][0]:.2f})" for v in found.values()]
         rows.append((name, *cells, f"{next(iter(found.values()))[name][1]:,.0f}"))
-    text += markdown_table(("", *found, "bytes a step"), rows) + "\n\n"
+    text += markdown_table(("", *found, "bytes per step"), rows) + "\n\n"
     failed = [] if args.smoke else judge(found)
     if not args.smoke:
         text += "All bars met." if not failed else "Not met: " + "; ".join(failed) + "."

@@ -1,4 +1,4 @@
-"""LoRA: time, memory, mixed batches and recompiles of adapters, beside PEFT and the frozen layer without any."""
+"""Time, memory, mixed batches and recompilations of LoRA, beside PEFT and the frozen layer alone."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def peft() -> Any:
 
 @torch.no_grad()
 def filled(model: nn.Module) -> nn.Module:
-    """With deltas that are not zero."""
+    """Gives all adapters products that are not zero."""
     for name, parameter in model.named_parameters():
         if name.endswith(".B") or "lora_B." in name:
             parameter.normal_(std=0.02)
@@ -60,7 +60,7 @@ def theirs(layer: nn.Module, rank: int, names: Sequence[str] = ("default",)) -> 
 
 
 def saved_bytes(model: nn.Module, x: Tensor) -> int:
-    """What autograd keeps from forward to backward: every storage once, parameters and buffers not counted."""
+    """Bytes that autograd keeps from forward to backward: each storage once, without parameters and buffers."""
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     kept: dict[int, int] = {}
 
@@ -134,7 +134,7 @@ def mixed_rows(width: int, rank: int, tokens: int, args: argparse.Namespace) -> 
 
 
 def recompiles(model: nn.Module, changes: Sequence[Callable[[], object]]) -> int:
-    """Graphs compiled after the first call, over all changes."""
+    """Number of graphs compiled after the first call, over all changes."""
     count = 0
 
     def backend(graph: Any, inputs: Any) -> Any:
@@ -260,7 +260,7 @@ def init_rows(args: argparse.Namespace) -> list[list[object]]:
 
 
 def extraction_rows(args: argparse.Namespace) -> list[list[object]]:
-    """How much of what a full fine-tune gains in loss its extracted adapters gain."""
+    """The fraction of a full fine-tune's gain in loss that the extracted adapters keep."""
     (x, y, odd), rows = digits(), []
     ranks = (1, 2, 4, 8)
     for steps in (5,) if args.smoke else (50, 300):
@@ -303,7 +303,7 @@ def run(args: argparse.Namespace) -> str:
             markdown_table(["n, r", "layers", "forward, ms", "forward + backward, ms", "saved, MiB"], dropped),
             "## A batch of many adapters",
             f"{ROWS} rows, {ADAPTERS} adapters, forward.",
-            markdown_table(["n, r, tokens a row", "frozen, us", "ours, us", "PEFT, us", "largest difference"], mixed),
+            markdown_table(["n, r, tokens per row", "frozen, us", "ours, us", "PEFT, us", "largest difference"], mixed),
             "## Recompiles",
             "Graphs compiled anew by a compiled model.",
             markdown_table(["change", "ours", "PEFT"], recompile_rows()),

@@ -1,4 +1,4 @@
-"""Non-negative matrix factorization: time and objective of ours beside scikit-learn's on the same matrices."""
+"""Time and objective of non-negative matrix factorization, beside scikit-learn on the same matrices."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Row = list[object]
 
 
 def objective(matrix: Tensor, f: lr.NMF, loss: str) -> float:
-    """``||X - W H||^2 / 2`` or the generalised Kullback-Leibler divergence, in fp64."""
+    """``||X - W H||^2 / 2`` or the generalized Kullback-Leibler divergence, in fp64."""
     x, model = matrix.double(), f.w.double() @ f.h.double()
     if loss == "frobenius":
         return float((x - model).square().sum()) / 2
@@ -42,7 +42,7 @@ def sklearn_nmf(array: np.ndarray | csr_matrix, rank: int, solver: str, loss: st
 
 
 def nmf_rows(name: str, matrix: Tensor, rank: int, pair: tuple[str, str, str], args: argparse.Namespace) -> list[Row]:
-    """Both by default, and ours at the fewest sweeps of the ladder that come within 1 % of theirs."""
+    """Both with their defaults, and ours with the fewest sweeps of the ladder that come within 1 % of scikit-learn."""
     solver, loss, peer = pair
     on_device, array = matrix.to(args.device), matrix.numpy()
 

@@ -1,4 +1,4 @@
-"""Other libraries' optimizers with projected gradients; none of them is a dependency."""
+"""Optimizers with projected gradients of other libraries, which are no dependencies."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def has(name: str) -> bool:
 
 
 def peer(name: str) -> Any:
-    """The module ``galore_torch`` or ``apollo_torch``, whose 8-bit variants import bitsandbytes: here a name only."""
+    """The module ``galore_torch`` or ``apollo_torch``, with an empty bitsandbytes (only 8-bit variants need it)."""
     if has("torchvision"):
         import_torchvision()
     if not has("bitsandbytes"):

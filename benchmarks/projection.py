@@ -1,4 +1,4 @@
-"""Projected gradients: optimizer state, end loss and step time of a small Llama, beside AdamW, GaLore and APOLLO."""
+"""Optimizer state, final loss and step time of projected gradients on a small Llama, beside AdamW, GaLore, APOLLO."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def transformers() -> Any:
 
 
 def model_and_tokens(args: argparse.Namespace) -> tuple[nn.Module, Tensor]:
-    """The small Llama and a text that it has not seen; random ones with ``--smoke``."""
+    """The small Llama and a text that it was not trained on; random ones with ``--smoke``."""
     library = transformers()
     if args.smoke:
         torch.manual_seed(0)
@@ -107,7 +107,7 @@ def contenders(args: argparse.Namespace) -> dict[str, Callable[[nn.Module], Opti
 
 
 def state_bytes(optimizer: Optimizer) -> int:
-    """With the projectors, which the peers keep in objects of their own."""
+    """Bytes of the optimizer's state, with the projectors, which the peers keep in their own objects."""
     if isinstance(optimizer, lr.LowRankProjection):
         return optimizer.state_bytes()
     values = [value for state in optimizer.state.values() for value in state.values()]
@@ -120,7 +120,7 @@ def loss_of(model: nn.Module, ids: Tensor) -> Tensor:
 
 
 def train(args: argparse.Namespace, base: nn.Module, tokens: Tensor, seed: int) -> dict[str, dict[str, Any]]:
-    """Every contender on its own copy, on the same batches; at every step another one goes first."""
+    """Trains each optimizer on its own copy and the same batches; each step is led by another one."""
     held = tokens[-args.batch * 8 * args.length :].view(-1, args.batch, args.length)
     train_tokens = tokens[: -held.numel()]
     runs: dict[str, dict[str, Any]] = {}
@@ -181,7 +181,7 @@ def rows(args: argparse.Namespace, seeds: list[dict[str, dict[str, Any]]]) -> li
 
 
 def verdict(seeds: list[dict[str, dict[str, Any]]]) -> str:
-    """The bars, at the same projectors as galore-torch's: bytes, losses, seconds of a step."""
+    """Compares bytes, losses and seconds per step with galore-torch, with the same projectors."""
     own, peer_label = "ours, svd", "galore-torch, svd"
     if not {own, peer_label, "AdamW"} <= seeds[0].keys():
         return ""

@@ -1,8 +1,8 @@
-"""The honest counter-example: ResNet-20 on CIFAR-10, where plain loss estimates mislead.
+"""Accuracy and time of a compressed ResNet-20 on CIFAR-10, where plain estimates of the loss mislead.
 
 Every row is a setting of the same pipeline; no fine-tuning; the whole test set. The row in bold is the default.
-"time" is the CPU time of a forward pass at batch 64 over the dense model's, the median of pairs; "estimated" is what
-the plan says of it, and a plan above 1 prints a warning with it. The default must not be slower without that warning.
+"time" is the CPU time of a forward pass at batch 64 relative to the dense model, the median of pairs; "estimated" is
+the plan's own estimate, which it prints as a warning above 1. The default must not be slower without that warning.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ EVERY_ROW = (0.5, 0.3)
 SVD = [lr.SVDMethod()]
 FAST = [method for method in lr.METHODS.values() if method.name != "cp"]
 NOISE = 1.05
-"""A measured ratio below this may be a time of 1."""
+"""A measured ratio below this may be noise around 1."""
 
 
 def uniform_plan(model: nn.Module, fraction: float, stats: lr.Statistics | None) -> lr.Plan:
-    """The same ratio in every layer, the largest one that fits."""
+    """A plan with the same ratio in every layer, the largest that meets the budget."""
     low, high = 0.01, 1.0
     for _ in range(20):
         middle = (low + high) / 2
@@ -38,7 +38,7 @@ def uniform_plan(model: nn.Module, fraction: float, stats: lr.Statistics | None)
 
 @torch.no_grad()
 def time_ratio(dense: nn.Module, model: nn.Module, images: Tensor, rounds: int) -> float:
-    """CPU time of a forward pass over the dense model's."""
+    """CPU time of a forward pass relative to the dense model."""
     return paired([lambda: dense(images), lambda: model(images)], rounds)[1][1]
 
 
@@ -57,7 +57,7 @@ def main() -> None:
     sharp = lr.calibrate(dense, batches, loss=lr.SampledCrossEntropy(temperature=1.0))
 
     def settings(fraction: float):
-        """(label, sequential, statistics, plan) of every row."""
+        """``(label, sequential, statistics, plan)`` of each row."""
         budget = lr.Budget(params=fraction)
 
         def plan(stats, units, methods=SVD):

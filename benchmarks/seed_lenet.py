@@ -1,6 +1,6 @@
-"""The seed experiment: a published SVD compression table of LeNet on MNIST, reproduced, and ours beside it.
+"""Reproduces a published SVD compression table of LeNet on MNIST, and sets our plans beside it.
 
-No fine-tuning anywhere; calibration sees training images only; accuracy is on the 10,000 test images.
+Nothing is fine-tuned, calibration uses training images only, and accuracy is measured on the 10,000 test images.
 """
 
 from __future__ import annotations

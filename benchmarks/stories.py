@@ -1,4 +1,4 @@
-"""The smallest of Karpathy's TinyStories models, 260 thousand weights, in transformers' clothes."""
+"""The smallest of Karpathy's TinyStories models (260 thousand weights) as a Llama of transformers."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ NAMES = {
     "mlp.down_proj": ("layers", "dim", "hidden"),
     "mlp.up_proj": ("layers", "hidden", "dim"),
 }
-"""The file's order after the table."""
+"""The order of the weights in the file, after the embedding."""
 
 
 def stories_model() -> Any:
-    """``LlamaForCausalLM`` with the weights of llama2.c's file."""
+    """A ``LlamaForCausalLM`` with the weights of llama2.c's file."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     raw = (ROOT / "stories260K" / "stories260K.bin").read_bytes()
@@ -61,7 +61,7 @@ def stories_model() -> Any:
 
 
 def stories_tokens(count: int) -> Tensor:
-    """So many tokens of stories that the model has not seen, each after a token that begins one."""
+    """``count`` tokens of stories that the model was not trained on, each story after a start token."""
     scores = vocabulary()
     index = {word: k for k, (word, _) in enumerate(scores)}
     text = (ROOT / "text" / "tinystories_v2_valid_slice.txt").read_text(encoding="utf-8")
@@ -79,7 +79,7 @@ def stories_tokens(count: int) -> Tensor:
 
 
 def vocabulary() -> list[tuple[bytes, float]]:
-    """Words and scores, in order."""
+    """The words of the vocabulary and their scores, in order."""
     raw = (ROOT / "stories260K" / "tok512.bin").read_bytes()
     at, found = 4, []
     while at < len(raw):
@@ -90,7 +90,7 @@ def vocabulary() -> list[tuple[bytes, float]]:
 
 
 def encoded(text: str, scores: list[tuple[bytes, float]], index: dict[bytes, int]) -> list[int]:
-    """The best-scored pair is merged first, again and again; unknown letters are their bytes."""
+    """Byte-pair encoding: merges the pair with the best score until there is none; unknown letters become bytes."""
     found: list[int] = []
     for letter in text:
         own = letter.encode()

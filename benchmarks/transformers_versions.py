@@ -1,9 +1,9 @@
-"""Runs the tests of the key/value cache against several versions of transformers; for development only.
+"""Runs the tests of the key/value cache with several versions of transformers; for development only.
 
     python -m benchmarks.transformers_versions 5.2.0 5.23.0
 
-Each version is installed beside this environment (``pip install --target``, with what it needs itself), in
-``--target-root``, where a folder of its name that exists already is used as it is.
+Each version is installed into a folder of ``--target-root`` (``pip install --target``, with its own requirements). A
+folder that exists already is used as it is.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ TESTS = "tests/kv_cache"
 
 
 def needs(version: str) -> list[str]:
-    """What a version asks for that newer ones do not accept."""
+    """Requirements of this version that differ from those of newer ones."""
     number = tuple(map(int, version.split(".")))
     found = []
     if number < (5, 17):
@@ -61,8 +61,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("versions", nargs="*", default=VERSIONS)
     parser.add_argument("--target-root", type=Path, default=Path(".venv/transformers"))
-    parser.add_argument("--also", nargs="*", default=[], help="version:folder, more folders that a version needs")
-    parser.add_argument("--only", help="pytest's -k")
+    parser.add_argument("--also", nargs="*", default=[], help="version:folder, further folders for a version")
+    parser.add_argument("--only", help="only the tests that match, as pytest's -k")
     options = parser.parse_args()
     rows = []
     for version in options.versions:

@@ -1,4 +1,4 @@
-"""torchvision, imported even where its compiled operators do not fit torch; never part of the package."""
+"""Imports torchvision even where its compiled operators do not fit torch; not part of the package."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SCHEMA = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
 
 
 def import_torchvision() -> ModuleType:
-    """The module ``torchvision``, with its models and transforms.
+    """Imports ``torchvision`` with its models and transforms.
 
     PyPI's torchvision is compiled for CUDA. Beside a CPU-only torch its operators do not load, and the import ends in
     ``operator torchvision::nms does not exist``, because it describes two of them to torch unconditionally. Models

@@ -1,7 +1,7 @@
-"""Compression where no loss is at hand: only the inputs of every layer are known, or nothing at all.
+"""Compression without a loss, from the inputs of each layer or from the weights alone.
 
-The yardstick is one ratio for all layers. Each plan may keep exactly as many parameters as that one does, and the
-default must not fall below it; the other units show why it is the default. Channel SVD alone, one shot, no
+The baseline is the same ratio in every layer. Each plan may keep exactly as many parameters as the baseline, and the
+default must not score below it; the other units show why it is the default. Channel SVD alone, one shot, no
 fine-tuning, no labels, no gradients. The sentence model counts its encoder only (its embeddings are left alone) and is
 scored by the mean cosine between its sentence embeddings and the dense model's, on sentences that it was not
 calibrated on; the image models are scored by accuracy. The sentence model is looked for in the package
@@ -34,7 +34,7 @@ SVD = [lr.SVDMethod()]
 
 @dataclass
 class Case:
-    """A trained model, what it is calibrated on, how it is scored, and the score below which nothing is left."""
+    """A trained model with its calibration data, its score, and the score of chance."""
 
     name: str
     model: nn.Module
@@ -68,7 +68,7 @@ def sentence_model(count: int) -> Case | None:
     model, tokenizer = AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
 
     def batches(texts: list[str]) -> list[dict[str, Tensor]]:
-        """Sentences of one length together, so that nothing is padded."""
+        """Batches of sentences of equal length, so that nothing is padded."""
         lengths: dict[int, list[list[int]]] = {}
         for text in texts:
             tokens = tokenizer(text, truncation=True, max_length=64)["input_ids"]
@@ -107,7 +107,7 @@ def image_models(images: int) -> Iterator[Case]:
 
 
 def rows(case: Case, stats: lr.Statistics | None) -> Iterator[tuple[float, int, dict[str, float]]]:
-    """For every size: what part is kept, how many parameters that are, and the score of every rule."""
+    """For each size: the fraction that is kept, the number of parameters, and the score of each rule."""
 
     def score(plan: lr.Plan) -> float:
         return case.score(lr.factorize_(copy.deepcopy(case.model), plan, stats=stats))

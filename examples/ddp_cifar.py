@@ -1,10 +1,10 @@
-"""Train ResNet-20 on CIFAR-10 in several processes with low-rank gradients, and go on after a crash.
+"""Train ResNet-20 on CIFAR-10 in several processes with low-rank gradients, and continue after a crash.
 
 torchrun --nproc-per-node 2 --max-restarts 3 examples/ddp_cifar.py [--hook none|lowrank|powersgd] [--rank 4]
 
-Every ``--every`` steps each process writes its part of a checkpoint: the first one the model and the optimizer, all of
-them what their hook remembers. When a process dies, torchrun starts all anew, and they go on from the newest complete
-checkpoint, with the same images in the same order. The images are read from ../shared/data.
+Every ``--every`` steps each process writes its part of a checkpoint: the first one the model and the optimizer, and all
+of them the state of their hook. When a process dies, torchrun restarts all of them, and they continue from the newest
+complete checkpoint, with the same images in the same order. The images are read from ../shared/data.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ TEN_SECONDS = timedelta(seconds=10)
 
 
 def join() -> None:
-    """The process group; torchrun may keep its store when it starts all anew, with addresses that are gone."""
+    """Joins the process group; torchrun may keep its store, with stale addresses, over a restart: hence the prefix."""
     store, rank, size = next(rendezvous("env://"))
     store = dist.PrefixStore(f"start{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=60))
 
 
 def data(source: str, images: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Images and labels to train and to test on."""
+    """Images and labels for training and for testing."""
     if source == "cifar":
         return *(part[:images] for part in cifar10("train")), *cifar10("test")
     generator = torch.Generator().manual_seed(0)
@@ -59,7 +59,7 @@ def model_of(name: str) -> nn.Module:
 
 
 def batch_of(x: Tensor, y: Tensor, args: argparse.Namespace, step: int) -> tuple[Tensor, Tensor]:
-    """This process' images of a step, shifted and mirrored: a matter of seed, step and process alone."""
+    """This process's images of a step, shifted and mirrored; they depend only on seed, step and process."""
     share = args.batch * dist.get_world_size()
     epoch, place = divmod(step, len(x) // share)
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(1000 * args.seed + epoch))
@@ -72,7 +72,7 @@ def batch_of(x: Tensor, y: Tensor, args: argparse.Namespace, step: int) -> tuple
 
 
 class Run:
-    """What is trained, and its checkpoints."""
+    """A training run and its checkpoints."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         torch.manual_seed(args.seed)
@@ -96,7 +96,7 @@ class Run:
         self.kind = args.hook
 
     def save(self) -> None:
-        """Whole files only; what is older goes when all processes have written theirs."""
+        """Writes this process's part atomically; deletes older checkpoints when all processes have written theirs."""
         new = self.folder / f"step{self.step:08}"
         new.mkdir(parents=True, exist_ok=True)
         if self.rank == 0:
@@ -109,7 +109,7 @@ class Run:
                     shutil.rmtree(old)
 
     def resume(self) -> None:
-        """From the newest checkpoint that every process has its part of."""
+        """Loads the newest checkpoint of which every process has its part."""
         names = ["model.pt", *(f"hook{rank}.pt" for rank in range(dist.get_world_size()))]
         found = [0] + [int(p.name[4:]) for p in self.folder.glob("step*") if all((p / n).exists() for n in names)]
         newest = torch.tensor(max(found))
@@ -126,7 +126,7 @@ class Run:
         print(f"process {self.rank}: goes on after step {self.step}", flush=True)
 
     def traffic(self, steps: int) -> tuple[int, float]:
-        """Bytes that this process gave to collectives since it started, and how much less that is than all."""
+        """Bytes that this process has sent since it started, and the compression ratio."""
         whole = steps * sum(p.nbytes for p in self.model.parameters())
         if self.kind == "lowrank":
             sent = self.hook.stats()["bytes_sent"]
@@ -148,15 +148,15 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hook", default="lowrank", choices=["none", "lowrank", "powersgd"])
     parser.add_argument("--rank", type=int, default=4)
-    parser.add_argument("--alternate", action="store_true", help="one collective a step, half the bytes")
-    parser.add_argument("--wire", choices=["float16", "bfloat16", "int8"], help="dtype on the wire; fp32 without")
+    parser.add_argument("--alternate", action="store_true", help="one collective per step, half the bytes")
+    parser.add_argument("--wire", choices=["float16", "bfloat16", "int8"], help="dtype sent; by default fp32")
     parser.add_argument("--model", default="resnet20", choices=["resnet20", "small"])
     parser.add_argument("--data", default="cifar", choices=["cifar", "random"])
     parser.add_argument("--images", type=int, default=15_000)
     parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--batch", type=int, default=64, help="images a process and step")
+    parser.add_argument("--batch", type=int, default=64, help="images per process and step")
     parser.add_argument("--lr", type=float, default=0.1)
-    parser.add_argument("--bf16", action="store_true", help="autocast; faster where the processor has it")
+    parser.add_argument("--bf16", action="store_true", help="autocast to bfloat16")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--every", type=int, default=100, help="steps between checkpoints; 0 writes none")
     parser.add_argument("--out", type=Path, default=Path("ddp_cifar_out"))
@@ -164,7 +164,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
 
 
 def train(args: argparse.Namespace) -> None:
-    """From the newest checkpoint to the end, in each process of a group."""
+    """Trains from the newest checkpoint to the end; called in each process of a group."""
     x, y, test_x, test_y = data(args.data, args.images)
     run = Run(args)
     run.resume()

@@ -1,10 +1,10 @@
-"""Text from a trained model with the exact and with a low-rank key/value cache, side by side.
+"""Generate text with the exact and with a low-rank key/value cache, side by side.
 
 python examples/generate.py [--model DIR] [--text FILE] [--prompt 768] [--tokens 128] [--out generate_out]
 
-Prints both texts, tokens a second, bytes and the first token that differs, and draws perplexity against bytes. The
-model is a small Llama trained on Python code, the prompt is code that it has not seen; both are read from
-../shared/data unless other ones are named. Needs the extras transformers and plot.
+Prints both texts, tokens per second, bytes and the first token that differs, and plots perplexity against bytes. The
+model is a small Llama trained on Python code, the prompt is code that it was not trained on; both are read from
+../shared/data unless others are given. Needs the extras transformers and plot.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ RANKS = (8, 10, 12, 16, 24, 32)
 
 
 def small_cache(rank: int) -> Any:
-    """Keys and values share one subspace a layer, coefficients in int8."""
+    """A cache with one subspace per layer for all heads of the keys, one for the values, and int8 coefficients."""
     return lr.LowRankCache(rank=rank, keep_recent=RECENT, keep_first=1, block=STEP, dtype=torch.int8)
 
 
 def nbytes(cache: Any) -> int:
-    """Of any cache."""
+    """Bytes of any cache."""
     if isinstance(cache, lr.LowRankCache):
         return cache.nbytes()
     return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
@@ -41,7 +41,7 @@ def nbytes(cache: Any) -> int:
 
 @torch.no_grad()
 def generate(model: nn.Module, prompt: Tensor, count: int, cache: Any) -> tuple[list[int], float, int]:
-    """Greedy tokens, tokens a second, and the bytes of the cache at the end."""
+    """Greedy tokens, tokens per second, and the bytes of the cache at the end."""
     start = time.perf_counter()
     out = model.generate(
         prompt, past_key_values=cache, max_new_tokens=count, min_new_tokens=count, do_sample=False, pad_token_id=0
@@ -51,7 +51,7 @@ def generate(model: nn.Module, prompt: Tensor, count: int, cache: Any) -> tuple[
 
 @torch.no_grad()
 def perplexity(model: nn.Module, window: Tensor, prompt: int, cache: Any) -> float:
-    """Of what follows the prompt, a few tokens a step, so that tokens are compressed as they age."""
+    """Perplexity of the text after the prompt, a few tokens per step, so that tokens are compressed as they age."""
     model(window[:, :prompt], past_key_values=cache)
     found = []
     for at in range(prompt, window.shape[1] - 1, STEP):
@@ -67,7 +67,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=768)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--windows", type=int, default=4, help="of text, for the picture")
+    parser.add_argument("--windows", type=int, default=4, help="windows of text for the plot")
     parser.add_argument("--out", type=Path, default=Path("generate_out"))
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""What the examples of language models share: the small Llama in ../shared/data, and its tokenizer."""
+"""Loads the small Llama in ../shared/data and its tokenizer, for the examples with language models."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ DATA = Path(os.environ.get("LOWRANK_DATA", Path(__file__).resolve().parents[2] /
 
 
 def load(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
-    """The model and its tokenizer."""
+    """Loads a model and its tokenizer from a folder."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     if importlib.util.find_spec("torchvision"):
         # transformers imports it, and beside a CPU-only torch it needs help

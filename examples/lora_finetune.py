@@ -1,9 +1,9 @@
-"""Fine-tune a trained Llama on text that it has not seen: LoRA against PiSSA against all of its weights.
+"""Fine-tune a trained Llama on new text with LoRA, with PiSSA, and in full.
 
 python examples/lora_finetune.py [--model DIR] [--text FILE] [--steps 60] [--rank 16] [--out lora_out]
 
 The model is a small Llama trained on Python code, the text is Shakespeare's; both are read from ../shared/data unless
-other ones are named. Needs the extras transformers and plot.
+others are given. Needs the extras transformers and plot.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ LENGTH = 128
 
 
 def windows(tokens: Tensor, count: int, seed: int) -> Tensor:
-    """Random pieces of the text, ``[count, LENGTH + 1]``."""
+    """Random windows of the text, ``[count, LENGTH + 1]``."""
     starts = torch.randint(len(tokens) - LENGTH, (count,), generator=torch.Generator().manual_seed(seed))
     return torch.stack([tokens[start : start + LENGTH + 1] for start in starts])
 
@@ -38,13 +38,13 @@ def loss_of(model: nn.Module, batch: Tensor) -> Tensor:
 
 @torch.no_grad()
 def held_out(model: nn.Module, batches: Tensor) -> float:
-    """The mean loss on text that was not trained on."""
+    """Mean loss on held-out text."""
     model.eval()
     return float(torch.stack([loss_of(model, batch) for batch in batches.split(8)]).mean())
 
 
 def train(model: nn.Module, groups: list, tokens: Tensor, steps: int, batch: int, label: str) -> list[float]:
-    """AdamW on random windows; the loss of every step."""
+    """Trains with AdamW on random windows and returns the loss of each step."""
     optimizer = torch.optim.AdamW(groups, lr=1e-3)
     model.train()
     seen = []
@@ -60,7 +60,7 @@ def train(model: nn.Module, groups: list, tokens: Tensor, steps: int, batch: int
 
 @torch.no_grad()
 def generate(model: nn.Module, tokenizer: object, prompt: str, count: int = 40) -> str:
-    """Greedy text."""
+    """Text generated greedily after the prompt."""
     model.eval()
     ids = torch.tensor([tokenizer.encode(prompt).ids])
     out = model.generate(input_ids=ids, max_new_tokens=count, do_sample=False, pad_token_id=0)

@@ -38,9 +38,13 @@ def documented_parameters(value: Any) -> list[str] | None:
 
 
 def signature_parameters(value: Any) -> list[str]:
-    """The names of a signature's parameters as a docstring writes them."""
+    """The names of a signature's parameters as a docstring writes them; private ones do not count."""
     stars = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
-    return [stars.get(p.kind, "") + name for name, p in parameters(value).items() if name not in ("self", "cls")]
+    is_method = inspect.isfunction(value) and "." in value.__qualname__
+    names = [stars.get(parameter.kind, "") + name for name, parameter in parameters(value).items()]
+    if is_method and names[:1] in (["self"], ["cls"]):
+        del names[0]
+    return [name for name in names if name[0] != "_"]
 
 
 def with_args() -> dict[str, Any]:
