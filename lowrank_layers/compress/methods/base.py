@@ -34,11 +34,11 @@ class Option:
 class Method(Protocol):
     """A way to factorize layers. Implementations are frozen dataclasses; their fields are settings.
 
-    Add one with :func:`register_method`.
+    Write one as a class with these members, and add an instance with :func:`register_method`.
     """
 
     name: ClassVar[str]
-    """What plans and files call it."""
+    """Its name in plans and files."""
 
     @property
     def layers(self) -> tuple[type[FactoredModule], ...]:
@@ -46,19 +46,39 @@ class Method(Protocol):
 
     @property
     def form(self) -> Mapping[str, Any]:
-        """What it asks of them besides the rank: see :attr:`FactoredModule.form`."""
+        """Keywords of these layers' ``like`` besides the rank; see :attr:`FactoredModule.form`."""
 
     def matches(self, layer: Candidate) -> bool:
-        """Whether it can factorize this layer."""
+        """Returns whether the method can factorize this layer.
+
+        Args:
+            layer: the dense layer, perhaps on the meta device and without statistics.
+        """
 
     def options(self, layer: Candidate) -> list[Option]:
-        """Ranks worth considering, with cost and estimated loss; smaller than the dense layer."""
+        """Returns the ranks worth considering, each with its cost (:func:`factored_costs`) and estimated loss.
+
+        A factored layer that has no fewer parameters than the dense one is left out.
+
+        Args:
+            layer: a dense layer that matches.
+        """
 
     def choose(self, layer: Candidate, rank: Any) -> Any:
-        """The rank that an integer or a rule means here, on the weighted spectrum where there are statistics."""
+        """Returns the rank that an integer or a rule means.
+
+        Args:
+            layer: a dense layer that matches; a rule sees its weighted spectrum.
+            rank: what :func:`make_plan` was given as ``rank=``.
+        """
 
     def build(self, layer: Candidate, rank: Any) -> FactoredModule:
-        """The factored layer; with statistics the one that minimises the weighted error."""
+        """Returns the factored layer; with statistics the one that minimises the weighted error.
+
+        Args:
+            layer: a dense layer that matches; it is not changed.
+            rank: a rank out of ``options`` or ``choose``.
+        """
 
 
 def layer_for(method: Method, module: nn.Module) -> type[FactoredModule] | None:

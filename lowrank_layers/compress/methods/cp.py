@@ -35,11 +35,11 @@ SWEEPS = 30
 
 @dataclass(frozen=True)
 class CPMethod:
-    """Sums of separable kernels, for convolutions without groups (those of a group are small already).
+    """Replaces a convolution by a sum of separable kernels (CP; Lebedev et al., 2015).
 
-    The components come from the kernel weighted on its channel modes; given the thin factors, the expansion is the
-    optimum of the weighted regression. With statistics transposed convolutions are left to other methods, as in
-    :class:`TuckerMethod`.
+    Convolutions with groups are left to other methods: their kernels are small already. The components come from the
+    kernel weighted on its channel modes; given the thin factors, the expansion is the optimum of the weighted
+    regression. With statistics transposed convolutions are left to other methods, as in :class:`TuckerMethod`.
 
     Args:
         steps: number of ranks considered; each one is a decomposition of its own.
@@ -59,13 +59,13 @@ class CPMethod:
     steps: int = 8
 
     def matches(self, layer: Candidate) -> bool:
-        """Whether it can factorize this layer: a 1 x 1 kernel is a matrix."""
+        """Returns whether the method can factorize this layer; a 1 x 1 kernel is a matrix."""
         module = layer.module
         fits = layer_for(self, module) is not None
         return fits and kernel_area(module) > 1 and len(kernel_of(module)) == 1
 
     def options(self, layer: Candidate) -> list[Option]:
-        """A handful of ranks, smaller than the dense layer."""
+        """Returns a handful of ranks at which the layer is smaller than the dense one."""
         if is_transposed(layer.module) and layer.stats is not None:
             return []
         limit = cp_limit(tuple(kernel_of(layer.module).shape[1:]))
@@ -78,13 +78,13 @@ class CPMethod:
         return options
 
     def choose(self, layer: Candidate, rank: Any) -> int:
-        """The rank that an integer or a rule on sizes means."""
+        """Returns the rank that an integer or a rule on sizes means."""
         cls = layer_for(self, layer.module)
         assert cls is not None
         return cp_rank(rank, tuple(kernel_of(layer.module).shape[1:]), cls.__name__)
 
     def build(self, layer: Candidate, rank: int) -> FactoredModule:
-        """The factored layer; with statistics the one that minimises the weighted error."""
+        """Returns the factored layer; with statistics the one that minimises the weighted error."""
         module = layer.module
         cls = layer_for(self, module)
         assert cls is not None

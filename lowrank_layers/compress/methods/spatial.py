@@ -1,4 +1,4 @@
-"""k x 1, then 1 x k: a separable pair for 2-d convolutions."""
+"""Spatial SVD: a k x 1 and a 1 x k convolution for a k x k one."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from ..regression import FirstStage, joint_bias
 from .base import Option, factored_costs, layer_for, smaller_ranks, spread
 
 _AXES = (0,)
-"""The spatial axes of the first convolution."""
+"""Spatial axes of the first convolution."""
 
 
 @dataclass(frozen=True)
 class SpatialMethod:
-    """A vertical and a horizontal convolution in the place of a 2-d one (Jaderberg et al., 2014).
+    """Replaces a 2-d convolution by a vertical and a horizontal one (Jaderberg et al., 2014).
 
     The vertical one comes from the kernel weighted on its channel modes; given that, the horizontal one is the optimum
     of the weighted regression.
@@ -38,11 +38,11 @@ class SpatialMethod:
     steps: int = 8
 
     def matches(self, layer: Candidate) -> bool:
-        """Whether it can factorize this layer: its kernel must have two axes."""
+        """Returns whether the method can factorize this layer, whose kernel must have two axes."""
         return layer_for(self, layer.module) is not None and min(kernel_size_of(layer.module)) > 1
 
     def options(self, layer: Candidate) -> list[Option]:
-        """A handful of ranks, smaller than the dense layer."""
+        """Returns a handful of ranks at which the layer is smaller than the dense one."""
         out, into, height, width = kernel_of(layer.module).shape[1:]
         top = len(smaller_ranks(self, layer, min(out * width, into * height)))
         ranks = spread(top, self.steps)
@@ -53,14 +53,14 @@ class SpatialMethod:
         ]
 
     def choose(self, layer: Candidate, rank: Any) -> int:
-        """The rank that an integer or a rule means, on the weighted kernel where there are statistics."""
+        """Returns the rank that an integer or a rule means; a rule sees the weighted kernel."""
         matrices = torch.stack([_as_matrix(kernel) for kernel, _ in layer.weighted_kernels])
         values = torch.linalg.svdvals(matrices).square().mean(0).sqrt()
         rows, columns = matrices.shape[1:]
         return choose_rank(rank, pair_spectrum(rows, columns, values, LowRankConv2d.__name__), min(rows, columns))
 
     def build(self, layer: Candidate, rank: int) -> FactoredModule:
-        """The factored layer; with statistics the one that minimises the weighted error."""
+        """Returns the factored layer; with statistics the one that minimises the weighted error."""
         module = layer.module
         if layer.stats is None:
             return LowRankConv2d.from_dense(module, rank=rank, **self.form)

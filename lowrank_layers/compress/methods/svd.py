@@ -1,4 +1,4 @@
-"""A pair for every matrix."""
+"""Truncated SVD: a pair of factors for every matrix."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from .base import Option, factored_costs, factored_like, layer_for, smaller_rank
 
 @dataclass(frozen=True)
 class SVDMethod:
-    """Linear layers, convolutions (channel SVD) and embeddings as pairs, which solve the weighted problem exactly."""
+    """Replaces linear layers, convolutions (channel SVD) and embeddings by pairs, by SVD of the weighted matrix."""
 
     name: ClassVar[str] = "svd"
     form: ClassVar[dict[str, Any]] = {}
@@ -49,11 +49,11 @@ class SVDMethod:
     )
 
     def matches(self, layer: Candidate) -> bool:
-        """Whether it can factorize this layer."""
+        """Returns whether the method can factorize this layer."""
         return layer_for(self, layer.module) is not None
 
     def options(self, layer: Candidate) -> list[Option]:
-        """Every rank that is smaller than the dense layer."""
+        """Returns every rank at which the layer is smaller than the dense one."""
         ranks = smaller_ranks(self, layer, min(linear_shape(layer.module)[1:]))
         if not ranks:
             return []
@@ -61,7 +61,7 @@ class SVDMethod:
         return list(map(Option, ranks, factored_costs(self, layer, ranks), losses))
 
     def choose(self, layer: Candidate, rank: Any) -> int:
-        """The rank that an integer or a rule means, on the weighted spectrum where there are statistics."""
+        """Returns the rank that an integer or a rule means; a rule sees the weighted spectrum."""
         _, rows, columns = linear_shape(layer.module)
         values = None
         if not isinstance(rank, int):
@@ -70,7 +70,7 @@ class SVDMethod:
         return choose_rank(rank, pair_spectrum(rows, columns, values, owner), min(rows, columns))
 
     def build(self, layer: Candidate, rank: int) -> FactoredModule:
-        """The factored layer; with statistics the one that minimises the weighted error."""
+        """Returns the factored layer; with statistics the one that minimises the weighted error."""
         module = layer.module
         cls = layer_for(self, module)
         assert cls is not None

@@ -22,7 +22,7 @@ from .base import Option, factored_cost, layer_for
 
 @dataclass(frozen=True)
 class TensorizedMethod:
-    r"""Embeddings as tensor trains, by TT-SVD: for those whose structure lies along the digits of their indices.
+    r"""Replaces a large embedding by a tensor train over the digits of its indices, by TT-SVD.
 
     TT-SVD is quasi-optimal: within :math:`\sqrt{2}` of the best train of three cores in the norm in which it works.
     That norm can weight digits, not rows: frequencies of the rows and curvatures of the columns enter as the product of
@@ -42,12 +42,12 @@ class TensorizedMethod:
     steps: int = 6
 
     def matches(self, layer: Candidate) -> bool:
-        """Whether it can factorize this layer, whatever its size; a padding row that is not zero cannot be kept."""
+        """Returns whether the method can factorize this layer; a padding row that is not zero cannot be kept."""
         module = layer.module
         return layer_for(self, module) is not None and isinstance(module, nn.Embedding) and padding_is_zero(module)
 
     def options(self, layer: Candidate) -> list[Option]:
-        """A handful of bonds, smaller than the dense layer; what loses more than a smaller one is left out."""
+        """Returns a handful of bonds at which the train is smaller than the embedding; losses fall with the size."""
         weight, padding = _weight(layer.module), layer.module.padding_idx
         split = _split(weight)
         ladder = [bonds for bonds in uniform_bonds(split) if train_size(bonds, split) < weight.numel()]
@@ -67,7 +67,7 @@ class TensorizedMethod:
         return options
 
     def choose(self, layer: Candidate, rank: Any) -> tuple[int, ...]:
-        """The bonds that an integer, a tuple or a rule on sizes means."""
+        """Returns the bonds that an integer, a tuple or a rule on sizes means."""
         weight = _weight(layer.module)
         return choose_bonds(rank, _split(weight), weight.numel(), TensorizedEmbedding.__name__)
 

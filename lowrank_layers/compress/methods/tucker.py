@@ -30,11 +30,11 @@ from .base import Option, factored_cost, factored_costs, layer_for, spread
 
 @dataclass(frozen=True)
 class TuckerMethod:
-    """Reduce the channels, convolve, expand.
+    """Replaces a convolution by three, which reduce the channels, convolve, and expand the channels (Kim et al., 2016).
 
     The reduction is the leading input subspace of the kernel, weighted by channel moments and curvature; given that,
     core and expansion are the optimum of the weighted regression. With statistics transposed convolutions are left to
-    other methods: the patches that they make overlap, and an output subspace of patches is none of channels.
+    other methods: the patches that they make overlap, and a subspace of patches is no subspace of channels.
 
     Args:
         steps: number of input ranks considered.
@@ -54,11 +54,11 @@ class TuckerMethod:
     steps: int = 10
 
     def matches(self, layer: Candidate) -> bool:
-        """Whether it can factorize this layer: a 1 x 1 kernel has nothing between the channel modes."""
+        """Returns whether the method can factorize this layer; a 1 x 1 kernel has nothing between the channel modes."""
         return layer_for(self, layer.module) is not None and kernel_area(layer.module) > 1
 
     def options(self, layer: Candidate) -> list[Option]:
-        """All output ranks at a handful of input ranks, where smaller than the dense layer."""
+        """Returns all output ranks at a handful of input ranks at which the layer is smaller than the dense one."""
         if is_transposed(layer.module) and layer.stats is not None:
             return []
         top_out, top_in = tucker_limits(kernel_of(layer.module).shape[1:])
@@ -74,7 +74,7 @@ class TuckerMethod:
         return [option for option in options if option.cost.params < layer.before.params]
 
     def choose(self, layer: Candidate, rank: Any) -> tuple[int, int]:
-        """The ranks that integers or rules mean, on the weighted kernel where there are statistics."""
+        """Returns the ranks that integers or rules mean; rules see the weighted kernel."""
         known = replace(layer, stats=None) if is_transposed(layer.module) else layer
         kernels = torch.stack([kernel for kernel, _ in known.weighted_kernels])
         cls = layer_for(self, layer.module)
@@ -82,7 +82,7 @@ class TuckerMethod:
         return choose_tucker_rank(rank, tuple(kernels[0].shape), kernels, cls.__name__)
 
     def build(self, layer: Candidate, rank: Any) -> FactoredModule:
-        """The factored layer; with statistics the one that minimises the weighted error."""
+        """Returns the factored layer; with statistics the one that minimises the weighted error."""
         module = layer.module
         cls = layer_for(self, module)
         assert cls is not None
