@@ -67,7 +67,7 @@ class Allocation:
 
     Args:
         layers: the layers by name.
-        offers: what each of them may become.
+        offers: the options of each layer, dense first.
         budget: the limit.
         total: cost of the whole dense model.
         units: how the losses of different layers compare.
@@ -99,7 +99,7 @@ class Allocation:
         return {name: self.offers[name][picks[name]] for name in self.layers}
 
     def _left_for(self, costs: dict[str, list[int]]) -> int:
-        """What the budget leaves for the planned layers."""
+        """The part of the budget that is left for the planned layers."""
         budget, unit = self.budget, self.budget.unit
         planned = sum((layer.before for layer in self.layers.values()), Cost())
         whole = planned if budget.of == "planned" else self.total

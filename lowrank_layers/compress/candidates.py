@@ -1,4 +1,4 @@
-"""One layer in planning: its weighted problems, costs and energies, each computed once, when it is first asked for."""
+"""One layer in planning: its weighted problems, costs and energies, computed lazily and once."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ TRIMMED = 0.01
 
 @dataclass(frozen=True, eq=False)
 class Candidate:
-    """A dense layer and what is known of it: what a :class:`Method` is given.
+    """A dense layer with everything that planning knows of it.
 
-    Everything is computed lazily and once, so that methods which compete for a layer share it. The big matrices are let
-    go of by :meth:`release`; energies and tails stay.
+    Every :class:`Method` is given one. All is computed lazily and once, so that methods which compete for a layer share
+    it. :meth:`release` lets go of the big matrices; energies, tails and prices stay.
 
     Args:
         module: the dense layer.
         stats: its statistics, where the model was calibrated.
         damping: ridges on the moments in the statistics.
         cost_model: prices the layer and its options.
-        idle: whether the loss does not depend on this layer, although it depends on others.
+        idle: True if the loss does not depend on this layer, although it depends on others.
 
     Examples:
         >>> layer = lr.Candidate(nn.Linear(64, 32))
@@ -62,7 +62,7 @@ class Candidate:
 
     @property
     def has_bias(self) -> bool:
-        """Whether the factored layer has a bias: once the input means are known, it corrects the mean of the output."""
+        """True if the factored layer has a bias, which corrects the output's mean once the input means are known."""
         free = self.stats is not None and self.stats.free_bias
         return bias_of(self.module) is not None or (free and takes_bias(self.module))
 

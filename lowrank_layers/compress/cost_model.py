@@ -1,4 +1,4 @@
-"""What a layer costs, dense or factored: the seam for costs that are not counts."""
+"""Prices of layers, dense or factored, and the interface for costs that are not counts."""
 
 from __future__ import annotations
 
@@ -13,18 +13,27 @@ from ..layers import layer_cost
 
 
 class CostModel(Protocol):
-    """Prices a layer. :func:`make_plan` asks it for the cost of every dense layer and of every option.
+    """A way to price layers. :func:`make_plan` prices every dense layer and every option with it.
 
-    Write a class with these two members for a cost that is not a count, and pass an instance as ``cost_model=``.
-    Subclass or call :class:`CountedCost` for the fields of :class:`Cost` that stay as they are.
+    For a cost that is not a count write a class with these two members and pass an instance as ``cost_model=``. A
+    subclass of :class:`CountedCost` counts the fields of :class:`Cost` that it does not replace.
+
+    Examples:
+        >>> class Int8Cost(lr.CountedCost):
+        ...     def cost(self, layer, stats):
+        ...         counted = super().cost(layer, stats)
+        ...         return lr.Cost(counted.params, counted.macs, bytes=counted.params)
+        >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+        >>> lr.make_plan(model, lr.Budget(bytes=2_000), cost_model=Int8Cost()).after.bytes <= 2_000
+        True
     """
 
     @property
     def affine(self) -> bool:
-        """Whether the cost is affine in each rank, so that prices at ranks 1 and 2 give those at all ranks."""
+        """True if the cost is affine in each rank, so that prices at ranks 1 and 2 give those at all ranks."""
 
     def cost(self, layer: nn.Module, stats: LayerStats | None) -> Cost:
-        """Cost of a layer for one sample of the model.
+        """Returns the cost of a layer for one sample of the model.
 
         Args:
             layer: the dense layer, or a factored layer on the meta device, which has shapes and no values.
@@ -35,7 +44,7 @@ class CostModel(Protocol):
 
 @dataclass(frozen=True)
 class CountedCost:
-    """Counts parameters, multiply-accumulates and bytes: the default.
+    """The default cost model: counts parameters, multiply-accumulates and bytes.
 
     Examples:
         >>> lr.CountedCost().cost(nn.Linear(8, 4), None)
@@ -45,7 +54,7 @@ class CountedCost:
     affine: ClassVar[bool] = True
 
     def cost(self, layer: nn.Module, stats: LayerStats | None) -> Cost:
-        """:func:`layer_cost` for one sample of the model, which may call the layer several times.
+        """Returns :func:`layer_cost` for one sample of the model, which may call the layer several times.
 
         Args:
             layer: the dense or factored layer.

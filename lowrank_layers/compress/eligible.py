@@ -1,4 +1,4 @@
-"""Which layers of a model are planned, and why the others stay as they are."""
+"""The layers of a model that are planned, and the reasons why others stay as they are."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def eligible_layers(
 
 
 def without_gradient(stats: Statistics) -> set[str]:
-    """Layers that no gradient of the loss reached, where it reached others: the loss does not depend on them."""
+    """Layers on which the loss does not depend: no gradient reached them, although one reached others."""
     reached = {
         name for name, each in stats.items() if each.gradients is not None and bool(each.gradients.count_nonzero())
     }
@@ -71,7 +71,7 @@ def without_gradient(stats: Statistics) -> set[str]:
 
 
 def _unmatched(name: str, module: nn.Module) -> Iterator[tuple[str, str]]:
-    """Names and reasons for what no method takes: a layer, or the parameters that a larger module holds itself."""
+    """Yields name and reason for a layer that no method takes, or for parameters that a larger module holds itself."""
     kind = type(module).__name__
     known = {"nn.MultiheadAttention", *(cls.dense_name() for method in METHODS.values() for cls in method.layers)}
     parents = [parent for parent in type(module).__mro__ if f"nn.{parent.__name__}" in known]

@@ -41,11 +41,11 @@ def make_plan(
     cost_model: CostModel | None = None,
     progress: bool = False,
 ) -> Plan:
-    r"""Chooses, for every layer, a method and a rank, or to leave it dense, under one budget; exactly.
+    r"""Chooses a method and a rank for every layer, or leaves it dense, so that the loss grows least under a budget.
 
-    Every method offers options with a cost and an estimated growth of the loss; a multiple-choice knapsack picks
-    at most one per layer. With statistics the estimate is the curvature-weighted error of the layer's output,
-    :math:`\tfrac12 \|G^{1/2} (W - \hat W) X^{1/2}\|^2`; without, that of its weight.
+    Every method offers options with a cost and an estimated growth of the loss; the multiple-choice knapsack problem,
+    one option per layer, is solved exactly. With statistics the estimate is the curvature-weighted error of the
+    layer's output, :math:`\tfrac12 \|G^{1/2} (W - \hat W) X^{1/2}\|^2`; without, that of its weight.
 
     ``units`` says how the estimates of different layers compare:
 

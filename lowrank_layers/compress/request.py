@@ -1,4 +1,4 @@
-"""What a plan is asked for, as one value that is passed through planning."""
+"""The arguments of make_plan that concern single layers, as one value."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from .methods import Method
 
 @dataclass(frozen=True)
 class Request:
-    """What weights, prices and factorizes the layers of one plan.
+    """The methods that compete for the layers of a plan, and how layers are weighted and priced.
 
     Args:
-        methods: those that compete for a layer.
-        stats: what calibration found.
+        methods: the methods, in order of preference where one rank or rule is given.
+        stats: the result of :func:`calibrate`, if there is one.
         damping: ridges on the moments in the statistics.
         cost_model: prices layers and options.
     """

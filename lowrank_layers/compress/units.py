@@ -1,4 +1,4 @@
-"""How the estimated losses of different layers compare."""
+"""Units in which the estimated losses of different layers are compared."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def default_units(layers: Iterable[Candidate]) -> Units:
 
 
 def comparable(layer: Candidate, losses: Iterable[float], units: Units) -> list[float]:
-    """The estimated losses of one layer's options in units in which layers may be added."""
+    """The estimated losses of one layer's options in units in which those of all layers may be added."""
     if units == "trimmed":
         scale = max(layer.trimmed_energy, 1e-12 * layer.energy, 1e-300)
         return [(loss / scale) ** 2 for loss in losses]

@@ -45,7 +45,7 @@ class Quantized(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.table = nn.Parameter(torch.randn(8, 8))
+        self.codes = nn.Parameter(torch.randn(8, 8))
 
 
 LINEAR: dict[str, tuple[Callable[[], nn.Module], str]] = {
@@ -65,10 +65,10 @@ LINEAR: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "LSTMCell": (lambda: nn.LSTMCell(8, 8), "no method for LSTMCell"),
     "Bilinear": (lambda: nn.Bilinear(8, 8, 8), "no method for Bilinear"),
     "subclass": (lambda: OwnLinear(8, 8), r"no method for OwnLinear, a subclass of nn\.Linear"),
-    "a table with max": (lambda: nn.EmbeddingBag(8, 8, mode="max"), "no method for EmbeddingBag with mode='max'"),
+    "embedding bag with max": (lambda: nn.EmbeddingBag(8, 8, mode="max"), "no method for EmbeddingBag with mode='max'"),
     "unknown": (Quantized, "no method for Quantized"),
     "convolution, weight_norm": (lambda: parametrizations.weight_norm(nn.Conv2d(4, 4, 3)), "parametri"),
-    "table, spectral_norm": (lambda: parametrizations.spectral_norm(nn.Embedding(8, 8)), "parametri"),
+    "embedding, spectral_norm": (lambda: parametrizations.spectral_norm(nn.Embedding(8, 8)), "parametri"),
 }
 
 
@@ -108,16 +108,16 @@ def test_what_was_folded_is_planned():
     assert plan.skipped == {}
 
 
-@pytest.mark.parametrize("first", ["table", "head"])
+@pytest.mark.parametrize("first", ["embedding", "head"])
 def test_a_tied_table_and_head_name_each_other(first):
-    parts = {"table": nn.Embedding(30, 8), "head": nn.Linear(8, 30, bias=False)}
-    parts["head"].weight = parts["table"].weight
+    parts = {"embedding": nn.Embedding(30, 8), "head": nn.Linear(8, 30, bias=False)}
+    parts["head"].weight = parts["embedding"].weight
     order = [first, *(name for name in parts if name != first)]
     model = nn.ModuleDict({**{name: parts[name] for name in order}, "fc": nn.Linear(8, 8)})
     plan = lr.make_plan(model, rank=2)
     assert plan.skipped == {
-        "table": "its parameters are tied to 'head'",
-        "head": "its parameters are tied to 'table'",
+        "embedding": "its parameters are tied to 'head'",
+        "head": "its parameters are tied to 'embedding'",
     }
     assert plan.total.params == 30 * 8 + 72
 

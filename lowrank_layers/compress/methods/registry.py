@@ -1,4 +1,4 @@
-"""Every method by its name, open to those of users."""
+"""The registry of methods, open to those of users."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ METHODS: dict[str, Method] = {}
 """Every method by the name that plans and files use; those of the library are registered first."""
 
 DENSE = "dense"
-"""What plans and files call the choice to leave a layer as it is."""
+"""The name, in plans and files, of the choice to leave a layer as it is."""
 
 
 def register_method(method: Method) -> Method:
@@ -69,7 +69,7 @@ def register_method(method: Method) -> Method:
 
 
 def check_registered(method: object) -> Method:
-    """Raises unless the class of the method is the one that is registered under its name."""
+    """Returns the method; raises unless its class is registered."""
     known = {type(each) for each in METHODS.values()}
     if type(method) in known:
         settings_of(method)
@@ -117,17 +117,17 @@ def with_settings(name: str, settings: dict[str, Any]) -> Method:
 
 
 def as_tuples(value: Any) -> Any:
-    """Plain values with tuples for lists, as a frozen method holds them."""
+    """Replaces lists by tuples, as a frozen method holds them."""
     return tuple(map(as_tuples, value)) if isinstance(value, list) else value
 
 
 def _is_plain(value: object) -> bool:
-    """Whether a value is the same after a round trip through JSON, lists read as tuples."""
+    """True if a value is the same after a round trip through JSON in which lists are read as tuples."""
     if isinstance(value, tuple):
         return all(map(_is_plain, value))
     return value is None or isinstance(value, (bool, int, float, str))
 
 
 def _path(method: Method) -> tuple[str, str]:
-    """Where the class was defined; a notebook's cell that runs again defines the same one anew."""
+    """Module and name of the class. A notebook's cell that runs again defines the same class anew."""
     return type(method).__module__, type(method).__qualname__
