@@ -18,20 +18,22 @@ from .compress import (
     Candidate as Candidate,
     CostModel as CostModel,
     CountedCost as CountedCost,
-    CPMethod as CPMethod,
     Damping as Damping,
     Entry as Entry,
     Method as Method,
     Option as Option,
     Plan as Plan,
-    SpatialMethod as SpatialMethod,
-    SVDMethod as SVDMethod,
-    TensorizedMethod as TensorizedMethod,
-    TuckerMethod as TuckerMethod,
     densify_ as densify_,
     factorize_ as factorize_,
     make_plan as make_plan,
     register_method as register_method,
+)
+from .compress.methods import (
+    CPMethod as CPMethod,
+    SpatialMethod as SpatialMethod,
+    SVDMethod as SVDMethod,
+    TensorizedMethod as TensorizedMethod,
+    TuckerMethod as TuckerMethod,
 )
 from .cost import Cost as Cost
 from .decompose import cp as cp, nmf as nmf, svd as svd, tucker as tucker

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import lowrank_layers as lr
-from lowrank_layers.compress.methods import factored_like
+from lowrank_layers.compress.method import factored_like
 from lowrank_layers.layers import FACTORED_LAYERS, PROJECTIONS
 
 README = Path(__file__).resolve().parents[1] / "README.md"

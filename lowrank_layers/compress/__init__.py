@@ -1,5 +1,6 @@
-"""A trained model, to a budget: methods, allocation, plan, factorization."""
+"""Compression of a trained model to a budget: methods, allocation, plan, factorization."""
 
+from . import methods as methods
 from .candidates import Candidate as Candidate
 from .cost_model import CostModel as CostModel, CountedCost as CountedCost
 from .damping import Damping as Damping
@@ -7,15 +8,6 @@ from .densify import densify_ as densify_
 from .entry import Entry as Entry
 from .factorize import factorize_ as factorize_
 from .make_plan import make_plan as make_plan
-from .methods import (
-    METHODS as METHODS,
-    CPMethod as CPMethod,
-    Method as Method,
-    Option as Option,
-    SpatialMethod as SpatialMethod,
-    SVDMethod as SVDMethod,
-    TensorizedMethod as TensorizedMethod,
-    TuckerMethod as TuckerMethod,
-    register_method as register_method,
-)
+from .method import Method as Method, Option as Option
 from .plan import Plan as Plan
+from .registry import METHODS as METHODS, register_method as register_method

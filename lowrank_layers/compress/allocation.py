@@ -11,9 +11,9 @@ from ..layers.config import describe
 from ..rank import Budget, allocate
 from .candidates import Candidate
 from .entry import Entry
-from .methods import Method, Option
-from .methods.registry import DENSE, settings_of
+from .method import Method, Option
 from .plan import Plan
+from .registry import DENSE, settings_of
 from .units import Units, comparable
 
 HARDLY_ANYTHING = 0.01

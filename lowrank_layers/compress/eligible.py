@@ -11,7 +11,7 @@ from ..errors import LowRankError
 from ..layers import is_derived, is_factored
 from ..modules import reasons_to_keep, walk_layers
 from .candidates import Candidate
-from .methods import METHODS
+from .registry import METHODS
 from .request import Request
 
 UNREACHED = "smallest rank, since no gradient of the loss reaches it"

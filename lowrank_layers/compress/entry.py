@@ -9,8 +9,8 @@ from typing import Any
 from ..cost import Cost
 from ..layers import layer_cost, layer_writes
 from ..layers.config import Spec, blank
-from .methods import METHODS, Method, factored_like
-from .methods.registry import DENSE, as_tuples, settings_of, with_settings
+from .method import Method, factored_like
+from .registry import DENSE, METHODS, as_tuples, settings_of, with_settings
 
 MACS_PER_VALUE = 150
 """Multiply-accumulates in the time of writing one value (convolutions at batch 64 on one x86 core with AVX-512)."""

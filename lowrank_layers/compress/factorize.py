@@ -17,8 +17,8 @@ from ..linalg import check_tensor
 from ..modules import check_model, check_optimizer, opened_attentions, reasons_to_keep, replace_, walk_layers
 from .build import build_layer, write_
 from .candidates import Candidate
-from .methods.registry import DENSE
 from .planned_layers import PlannedLayers
+from .registry import DENSE
 from .sequential import Refit, build_in_sequence
 
 

@@ -21,9 +21,9 @@ from .cost_model import CostModel, CountedCost
 from .damping import Damping
 from .eligible import UNREACHED, eligible_layers
 from .entry import Entry
-from .methods import METHODS, Method, Option, factored_cost
-from .methods.registry import check_registered
+from .method import Method, Option, factored_cost
 from .plan import Plan, model_cost
+from .registry import METHODS, check_registered
 from .request import Request
 from .units import Units, check_units, default_units
 

@@ -22,9 +22,9 @@ from ..modules import ModelDescription, check_factors, check_model
 from .candidates import Candidate
 from .entry import Entry, read_entry
 from .factorize import factorize_
-from .methods import METHODS, Method
-from .methods.registry import DENSE, settings_of
+from .method import Method
 from .planned_layers import PlannedLayers
+from .registry import DENSE, METHODS, settings_of
 
 FORMAT = "lowrank_layers.plan"
 VERSION = 1

@@ -9,7 +9,7 @@ from ..cost import Cost
 from ..errors import LowRankError
 from .damping import Damping
 from .entry import Entry
-from .methods.registry import DENSE
+from .registry import DENSE
 
 _HEAD = ("layer", "method", "rank", "params", "", "MACs", "", "error")
 

@@ -10,7 +10,7 @@ from ..calibrate.statistics import LayerStats, Statistics
 from .candidates import Candidate
 from .cost_model import CostModel
 from .damping import Damping
-from .methods import Method
+from .method import Method
 
 
 @dataclass(frozen=True)

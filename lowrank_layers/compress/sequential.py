@@ -28,8 +28,8 @@ from ..errors import LowRankError
 from ..layers import is_embedding
 from ..modules import replace_
 from .build import build_layer, refit, write_
-from .methods.registry import DENSE
 from .planned_layers import PlannedLayers
+from .registry import DENSE
 
 Refit = tuple[Tensor, Tensor | None]
 """New weight and bias of a layer that stays dense."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import lowrank_layers as lr
-from lowrank_layers.compress.methods import factored_costs
+from lowrank_layers.compress.method import factored_costs
 from lowrank_layers.layers import FACTORED_LAYERS
 from lowrank_layers.layers.conversion import adopt, fill
 

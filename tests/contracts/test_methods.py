@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import lowrank_layers as lr
-from lowrank_layers.compress.methods import factored_cost
+from lowrank_layers.compress.method import factored_cost
 from lowrank_layers.layers import matrices_of
 
 METHOD_ROWS = [

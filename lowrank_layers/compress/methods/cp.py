@@ -26,8 +26,8 @@ from ...layers import (
 from ...layers.kernel import kernel_area, kernel_of
 from ...linalg import khatri_rao
 from ..candidates import Candidate
+from ..method import Option, factored_costs, layer_for, smaller_ranks, spread
 from ..regression import FirstStage, joint_bias
-from .base import Option, factored_costs, layer_for, smaller_ranks, spread
 
 SWEEPS = 30
 """Sweeps of alternating least squares, as many for the estimate as for the layer that is built."""

@@ -13,8 +13,8 @@ from ...layers.kernel import kernel_of, kernel_size_of, matrix_of
 from ...linalg import exact_svd
 from ...rank import choose_rank, pair_spectrum
 from ..candidates import Candidate
+from ..method import Option, factored_costs, layer_for, smaller_ranks, spread
 from ..regression import FirstStage, joint_bias
-from .base import Option, factored_costs, layer_for, smaller_ranks, spread
 
 _AXES = (0,)
 """Spatial axes of the first convolution."""

@@ -25,8 +25,8 @@ from ...layers import (
 from ...layers.conversion import fill
 from ...rank import choose_rank, pair_spectrum
 from ..candidates import Candidate
+from ..method import Option, factored_costs, factored_like, layer_for, smaller_ranks
 from ..regression import joint_bias
-from .base import Option, factored_costs, factored_like, layer_for, smaller_ranks
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from ...layers import FactoredModule, TensorizedEmbedding, weight_of
 from ...layers.tt_embedding import padding_is_zero
 from ...linalg import check_tensor, train_product
 from ..candidates import Candidate
+from ..method import Option, factored_cost, layer_for
 from ..regression import Regression, diagonal_of
-from .base import Option, factored_cost, layer_for
 
 
 @dataclass(frozen=True)

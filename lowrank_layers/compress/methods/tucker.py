@@ -24,8 +24,8 @@ from ...layers import (
 from ...layers.kernel import kernel_area, kernel_of
 from ...linalg import Root, exact_svd, leading_eigenvectors, mode_product, unfold
 from ..candidates import Candidate
+from ..method import Option, factored_cost, factored_costs, layer_for, spread
 from ..regression import FirstStage, joint_bias
-from .base import Option, factored_cost, factored_costs, layer_for, spread
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import fields, replace
 from typing import Any, cast
 
-from ...errors import LowRankError
-from ...layers import FactoredModule
-from .base import Method
+from ..errors import LowRankError
+from ..layers import FactoredModule
+from .method import Method
 
 METHODS: dict[str, Method] = {}
 """Every method by the name that plans and files use; those of the library are registered first."""

@@ -10,10 +10,10 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import nn
 
-from ...cost import Cost
-from ...errors import LowRankError
-from ...layers import FactoredModule, meta_twin
-from ..candidates import Candidate
+from ..cost import Cost
+from ..errors import LowRankError
+from ..layers import FactoredModule, meta_twin
+from .candidates import Candidate
 
 
 @dataclass(frozen=True)
