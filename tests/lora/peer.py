@@ -11,6 +11,20 @@ from torch import nn
 
 from benchmarks.vision import import_torchvision
 
+strict = pytest.mark.filterwarnings(
+    "error",
+    "ignore::DeprecationWarning",
+    "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning",
+    "ignore:fan_in_fan_out is set to",
+    "ignore:.lora_bias=True. was passed but the targeted layer",
+    "ignore:LoRA adapter added to ConvNd layer with groups",
+    "ignore:Model has `tie_word_embeddings=True` and a tied layer is part of the adapter",
+    "ignore:Setting `save_embedding_layers` to `True`",
+    "ignore:PiSSA changes the base weights of the model",
+    "ignore:Adapter .* LoRA tensor.* have invalid shape.*lora_B.bias",
+)
+"""Warnings are errors, but for those that PEFT and transformers give of what is right."""
+
 
 def peft() -> ModuleType:
     """The peer, or a skip; it imports torchvision on its way, which may need help."""

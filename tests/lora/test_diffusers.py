@@ -15,9 +15,11 @@ from benchmarks.vision import import_torchvision
 from lowrank_layers.lora.adapter import Adapter
 from lowrank_layers.lora.stable_diffusion import original_names
 
+from .peer import strict
+
 if importlib.util.find_spec("torchvision"):
     import_torchvision()  # transformers imports it where it is installed
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = strict
 
 
 class Attention(nn.Module):

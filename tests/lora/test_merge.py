@@ -169,3 +169,25 @@ def test_a_sum_that_is_not_finite_is_refused_and_nothing_merged(value):
     assert not torch.isfinite(model[1]._parameters["weight"]).all()
     lr.unmerge_lora_(model)
     assert all(torch.equal(layer._parameters["weight"], own) for layer, own in zip(model, kept, strict=True))
+
+
+class Projection(nn.Module):
+    """A parameter that is called as a slice of an attention is, and is none."""
+
+    def __init__(self):
+        super().__init__()
+        self.q_proj = nn.Parameter(torch.randn(6, 8))
+
+    def forward(self, x):
+        return x @ self.q_proj.mT
+
+
+def test_a_parameter_with_the_name_of_a_slice_is_merged_as_any_other():
+    model, x = nn.Sequential(Projection()), torch.randn(3, 8)
+    base = model[0].q_proj.detach().clone()
+    lr.add_lora_(model, ["q_proj"], rank=2, init="gaussian")
+    scramble(model)
+    out = model(x)
+    assert not torch.allclose(out, x @ base.mT, atol=1e-3)
+    assert torch.allclose(lr.merge_lora_(model)(x), out, atol=1e-5)
+    assert torch.equal(lr.remove_lora_(model)[0].q_proj, base)

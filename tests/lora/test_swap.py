@@ -12,9 +12,11 @@ import lowrank_layers as lr
 from benchmarks.vision import import_torchvision
 from lowrank_layers.lora.adapter import Adapter
 
+from .peer import strict
+
 if importlib.util.find_spec("torchvision"):
     import_torchvision()  # transformers imports it where it is installed
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = strict
 
 
 class Net(nn.Module):

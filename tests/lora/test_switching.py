@@ -326,3 +326,35 @@ def test_merging_leaves_the_copies_and_disabling_does_not_use_them():
     with lr.lora_disabled(model):
         assert torch.equal(model(x), outs[None])
     assert torch.allclose(model(x), outs["a"], atol=1e-5)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_the_bias_of_an_adapter_counts_merged_and_row_by_row(dora):
+    model, x = lr.add_lora_(nn.Sequential(nn.Linear(8, 6)), rank=2, bias=True, dora=dora), torch.randn(2, 8)
+    base = copy.deepcopy(model[0]).bias
+    with torch.no_grad():
+        model[0].lora_weight.adapters["default"].bias.add_(1)
+    out = run(model, x)
+    assert torch.allclose(run(lr.merge_lora_(model), x), out, atol=1e-5)
+    lr.unmerge_lora_(model)
+    assert torch.allclose(out - nn.functional.linear(x, model[0].weight, base), torch.ones(2, 6), atol=1e-5)
+    if not dora:
+        with lr.lora_rows(model, ["default", None]):
+            mixed = run(model, x)
+        assert torch.allclose(mixed[0], out[0], atol=1e-6)
+        with lr.lora_disabled(model):
+            assert torch.allclose(mixed[1], run(model, x)[1], atol=1e-6)
+
+
+def test_rows_of_a_batch_through_transformers_conv1d():
+    from .peft.models import gpt2, tokens
+
+    model, x = gpt2().eval(), tokens()
+    for name in ("a", "b"):
+        lr.add_lora_(model, ["c_attn"], rank=2, name=name)
+        scramble(model)
+    with torch.no_grad():
+        outs = {name: lr.use_adapter(model, name)(x).logits for name in ("a", "b")}
+        with lr.lora_rows(model, ["b", "a"]):
+            mixed = model(x).logits
+    assert torch.allclose(mixed, torch.stack([outs["b"][0], outs["a"][1]]), atol=1e-5)

@@ -12,7 +12,7 @@ from ...modules import module_aliases
 from ..adapted_weight import AdaptedWeight, adapted_weights, base_modules
 from ..adapter import Adapter
 from ..trainable_tokens import TokenRows
-from ..weight_layout import SLICES, Matrix
+from ..weight_layout import Matrix
 from .keys import is_plain_target
 
 
@@ -75,7 +75,7 @@ def _why_not(weight: AdaptedWeight, label: str, adapter: Adapter) -> str | None:
     kind = getattr(module, "_plain_class", type(module)).__name__
     if weight.is_factored:
         return f"is a {kind}: call densify_ first"
-    if weight.parameter in SLICES:
+    if weight.is_slice:
         return "is a part of a fused attention, which PEFT adapts whole: choose 'in_proj_weight'"
     if isinstance(module, nn.MultiheadAttention):
         special = adapter.magnitude is not None or module.in_proj_weight is None
