@@ -17,7 +17,8 @@ from .adapted_weight import AdaptedWeight
 from .adapter import Adapter, adapter_dtype, check_dtype
 from .adapter_file import AdapterFile, LoadedAdapter, read_tensors, refuse
 from .attach import attach_, freeze_
-from .diffusers import FILE as DIFFUSERS_FILE, find_diffusion, is_diffusion_file
+from .diffusers import FILE as DIFFUSERS_FILE, find_diffusion
+from .diffusion_keys import is_diffusion_file
 from .inject import DEFAULT
 from .loralib import find_loralib
 from .mixed_groups import MixedGroups
