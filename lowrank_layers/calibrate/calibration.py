@@ -84,7 +84,7 @@ def calibrate(
         stats.with_target, stats.mask = loss is not None, mask
         batch: Any = None
         for batch in tqdm(batches, desc="calibrate", disable=not progress):
-            calibration.run(batch, loss, mask)
+            calibration._run(batch, loss, mask)
     if not stats.layers:
         raise LowRankError(
             "calibrate: no layer saw any data; batches is empty, or the model has no layer to calibrate."
@@ -148,7 +148,7 @@ class Calibration:
                         f"calibrate: layer {name!r} has NaN or Inf in its inputs or gradients; look at the batches."
                     )
 
-    def run(self, batch: Any, loss: Loss | None, mask: MaskOf | None) -> None:
+    def _run(self, batch: Any, loss: Loss | None, mask: MaskOf | None) -> None:
         """Runs one batch forward, and its loss backward where there is one.
 
         Args:
