@@ -6,17 +6,14 @@ from transformers import DynamicCache
 
 import lowrank_layers as lr
 
-from ..tiny import model
+from .caches import IDS, IMPLEMENTATIONS as BOTH, KEEP, WARNINGS
+from .tiny_models import tiny
 
-pytestmark = pytest.mark.filterwarnings("ignore")
-IDS = torch.randint(2, 96, (2, 40), generator=torch.Generator().manual_seed(1))
-KEEP = {"keep_recent": 6, "keep_first": 2, "block": 4}
-BOTH = pytest.mark.parametrize("implementation", ["lowrank", "sdpa"])
+pytestmark = WARNINGS
 
 
 def filled(implementation, rank=16, **changes):
-    lr.LowRankCache  # noqa: B018 - transformers knows the implementation from here on
-    net, caches = model("llama", implementation, **changes), (lr.LowRankCache(rank, **KEEP), DynamicCache())
+    net, caches = tiny("llama", implementation, **changes), (lr.LowRankCache(rank, **KEEP), DynamicCache())
     with torch.no_grad():
         for cache in caches:
             net(IDS, past_key_values=cache)
@@ -33,7 +30,7 @@ def test_keys_and_values_of_a_layer_are_tensors(implementation):
             assert type(found) is torch.Tensor
             torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
             assert found.numpy().shape == expected.shape
-    empty = lr.LowRankCache(config=model("llama").config)
+    empty = lr.LowRankCache(config=tiny("llama").config)
     assert [layer.keys for layer in empty.layers] == [layer.values for layer in empty.layers] == [None, None]
 
 

@@ -15,7 +15,7 @@ import lowrank_layers as lr
 from lowrank_layers.kv_cache import LatentAttention
 from lowrank_layers.kv_cache.compressed_tokens import HeadGroups
 
-from .tiny_models import SIZE, cached, generated, logits, prompts, tiny, transformers
+from .tiny_models import SIZE, cached, generated, logits, peaked, prompts, transformers
 
 LAYOUTS = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "phi", "cohere", "smollm3", "opt", "gpt_oss")
 
@@ -25,7 +25,7 @@ def attentions(model: nn.Module) -> list[Any]:
 
 
 def biased(**settings: Any) -> nn.Module:
-    return tiny("llama", attention_bias=True, **settings)
+    return peaked("llama", attention_bias=True, **settings)
 
 
 def statistics(model: nn.Module, batches: int = 4) -> lr.Statistics:
@@ -43,7 +43,7 @@ def rebuilt(side: Any, x: Tensor, size: int = SIZE) -> Tensor:
 @pytest.mark.parametrize("kind", LAYOUTS)
 def test_full_rank_is_the_model(kind, joint):
     ids, mask = prompts()
-    model = tiny(kind)
+    model = peaked(kind)
     dense = copy.deepcopy(model)
     assert lr.factorize_kv_(model, rank=SIZE, joint=joint) is model
     exact = logits(dense, ids, mask)
@@ -64,7 +64,7 @@ def test_full_rank_with_statistics(implementation):
 @pytest.mark.parametrize(("joint", "width"), [(True, 2), (False, 2)])
 def test_cache_holds_latents(joint, width):
     ids, mask = prompts()
-    model = tiny("llama")
+    model = peaked("llama")
     before = sum(k.nbytes + v.nbytes for k, v in cached(model, ids, mask))
     lr.factorize_kv_(model, rank=4, value_rank=8, joint=joint)
     layers = cached(model, ids, mask)
@@ -95,7 +95,7 @@ def test_absorbed_and_lifted_values_agree():
 
 @pytest.mark.parametrize("joint", [True, False])
 def test_plain_error_is_the_discarded_singular_values(joint):
-    model = tiny("qwen2")
+    model = peaked("qwen2")
     linear = model.get_submodule("model.layers.0.self_attn.k_proj")
     first = attentions(lr.factorize_kv_(model, rank=5, joint=joint))[0]
     eye = torch.eye(linear.in_features)[None]
@@ -108,7 +108,7 @@ def test_plain_error_is_the_discarded_singular_values(joint):
 @pytest.mark.parametrize("joint", [True, False])
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
 def test_weighted_error_is_the_discarded_singular_values(kind, joint):
-    model = tiny(kind)
+    model = peaked(kind)
     linear = model.get_submodule("model.layers.1.self_attn.k_proj")
     seen: list[Tensor] = []
     hook = linear.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
@@ -125,7 +125,7 @@ def test_weighted_error_is_the_discarded_singular_values(kind, joint):
 
 
 def test_statistics_help_where_they_were_taken():
-    model = tiny("llama")
+    model = peaked("llama")
     stats = statistics(model)
     ids = torch.randint(3, 97, (4, 40))
     mask = torch.ones_like(ids)
@@ -139,7 +139,7 @@ def test_statistics_help_where_they_were_taken():
 
 def test_rank_rules_give_every_head_its_own():
     ids, mask = prompts()
-    model = tiny("llama")
+    model = peaked("llama")
     for module in model.modules():
         if hasattr(module, "k_proj"):
             module.k_proj.weight.data[SIZE + 3 : 2 * SIZE] = 0  # the second head has three directions
@@ -157,7 +157,7 @@ def test_steps_are_the_whole(kind, monkeypatch):
     """A prompt in pieces gives what it gives at once, over several tiles of rebuilt keys."""
     for module in ("segments", "rope", "transformers.latent_tokens"):
         monkeypatch.setattr(import_module(f"lowrank_layers.kv_cache.{module}"), "TILE", 5)
-    model = lr.factorize_kv_(tiny(kind), rank=6)
+    model = lr.factorize_kv_(peaked(kind), rank=6)
     ids = torch.randint(3, 97, (2, 17))
     past = transformers.DynamicCache()
     with torch.no_grad():
@@ -175,7 +175,7 @@ def test_what_is_cached_is_never_rebuilt_whole(monkeypatch):
 
     monkeypatch.setattr(import_module("lowrank_layers.kv_cache.segments"), "TILE", 4)
     monkeypatch.setattr(HeadGroups, "rebuilt", counted)
-    model = lr.factorize_kv_(tiny("llama"), rank=6)
+    model = lr.factorize_kv_(peaked("llama"), rank=6)
     past = transformers.DynamicCache()
     with torch.no_grad():
         model(prompts()[0], past_key_values=past, use_cache=True)
@@ -202,7 +202,7 @@ def test_copies_and_state():
 
 
 def test_trains_after_inference_mode():
-    model = lr.factorize_kv_(tiny("qwen3"), rank=5)
+    model = lr.factorize_kv_(peaked("qwen3"), rank=5)
     ids, mask = prompts()
     with torch.inference_mode():
         model(ids, attention_mask=mask)
@@ -213,7 +213,7 @@ def test_trains_after_inference_mode():
 
 def test_half_precision():
     ids, mask = prompts()
-    model = tiny("llama").to(torch.bfloat16)
+    model = peaked("llama").to(torch.bfloat16)
     exact = logits(model, ids, mask).float()
     lr.factorize_kv_(model, rank=SIZE)
     assert cached(model, ids, mask)[0][0].dtype == torch.bfloat16
@@ -222,7 +222,7 @@ def test_half_precision():
 
 
 def test_target():
-    model = lr.factorize_kv_(tiny("llama"), rank=4, target=["model.layers.1"])
+    model = lr.factorize_kv_(peaked("llama"), rank=4, target=["model.layers.1"])
     assert [a.layer_idx for a in attentions(model)] == [1]
     lr.factorize_kv_(model, rank=8, target=["layers.0.self_attn"])
     assert [a.k_proj.down.out_features for a in attentions(model)] == [16, 8]
@@ -236,7 +236,7 @@ def refused(model: nn.Module, match: str, **settings: Any) -> None:
 
 
 def test_bad_input_changes_nothing():
-    model = tiny("llama")
+    model = peaked("llama")
     refused(model, "rank 17 for 'model.layers.0.self_attn.k_proj'", rank=17)
     refused(model, "ParameterFraction", rank=0.5)
     refused(model, "rank 0", value_rank=0)
@@ -244,7 +244,7 @@ def test_bad_input_changes_nothing():
     refused(model, "target=", target=["mlp"])
     refused(model, "expected what lr.calibrate returns", stats={})
     refused(model, "calibrate this very model", stats=lr.Statistics())
-    refused(model, "calibrate this very model", stats=statistics(tiny("llama", hidden_size=32, head_dim=SIZE)))
+    refused(model, "calibrate this very model", stats=statistics(peaked("llama", hidden_size=32, head_dim=SIZE)))
     refused(nn.Linear(4, 4), "no attention with k_proj")
     last = model.get_submodule("model.layers.1.self_attn")
     last.v_proj.weight.data[0, 0] = torch.nan
@@ -255,13 +255,13 @@ def test_bad_input_changes_nothing():
 
 
 def test_other_layouts_are_refused():
-    refused(tiny("gpt2"), "'c_attn' makes queries, keys and values at once")
-    refused(tiny("olmo2"), "needs the whole key")
-    refused(lr.factorize_kv_(tiny("llama"), rank=4), "factorized already")
+    refused(peaked("gpt2"), "'c_attn' makes queries, keys and values at once")
+    refused(peaked("olmo2"), "needs the whole key")
+    refused(lr.factorize_kv_(peaked("llama"), rank=4), "factorized already")
     dynamic = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
-    refused(tiny("llama", rope_parameters=dynamic), "frequencies change")
+    refused(peaked("llama", rope_parameters=dynamic), "frequencies change")
 
-    model = tiny("llama")
+    model = peaked("llama")
     for module in model.modules():
         if hasattr(module, "k_proj"):
             module.q_proj.register_forward_hook(lambda _, __, out: out.tanh())
@@ -270,7 +270,7 @@ def test_other_layouts_are_refused():
 
 
 def test_what_it_does_not_compute_is_noticed():
-    model = tiny("llama")
+    model = peaked("llama")
 
     class Gated(type(model.get_submodule("model.layers.0.self_attn"))):
         def forward(self, *args, **kwargs):
@@ -283,7 +283,7 @@ def test_what_it_does_not_compute_is_noticed():
 
 def test_caches_and_masks_that_do_not_fit():
     ids, mask = prompts()
-    model = lr.factorize_kv_(tiny("llama"), rank=4)
+    model = lr.factorize_kv_(peaked("llama"), rank=4)
     static = transformers.StaticCache(config=model.config, max_cache_len=32)
     with pytest.raises(lr.LowRankError, match="DynamicCache"), torch.no_grad():
         model(ids, past_key_values=static)

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 import lowrank_layers as lr
 from lowrank_layers.kv_cache.transformers.mla import SharedLatentSegment
 
-from .tiny_models import cached, generated, logits, prompts, tiny, transformers
+from .tiny_models import cached, generated, logits, peaked, prompts, transformers
 
 KINDS = ("deepseek_v2", "deepseek_v3", "minicpm3")
 
 
 def latent(kind: str, **settings: Any) -> nn.Module:
-    model = tiny(kind, **settings)
+    model = peaked(kind, **settings)
     if not any(hasattr(module, "expand_kv") for module in model.modules()):
         pytest.skip("transformers before 5.15 caches expanded keys and values")
     return model
@@ -124,7 +124,7 @@ def test_gradients_pass():
 
 def test_bad_input_changes_nothing():
     with pytest.raises(lr.LowRankError, match="no latent attention"):
-        lr.absorb_mla_(tiny("llama"))
+        lr.absorb_mla_(peaked("llama"))
     sparse = latent("deepseek_v32")
     kinds = [type(module) for module in sparse.modules()]
     with pytest.raises(lr.LowRankError, match="indexer"):

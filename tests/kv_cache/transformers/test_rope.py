@@ -11,10 +11,11 @@ from transformers import DynamicCache
 import lowrank_layers as lr
 from lowrank_layers.kv_cache.transformers import rope as reader
 
-from ..tiny import SIZES, model
+from .caches import IDS, KEEP, WARNINGS
+from .tiny_models import SIZES, tiny
 
-IDS = torch.randint(3, 96, (2, 40), generator=torch.Generator().manual_seed(1))
-KEEP = {"keep_recent": 6, "keep_first": 2, "block": 4}
+pytestmark = WARNINGS
+
 SHARED = {
     "head_dim": 16,
     "num_hidden_layers": 4,
@@ -96,9 +97,7 @@ def found(cache):
 
 @pytest.mark.parametrize("implementation", ["lowrank", "eager"])
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.filterwarnings("ignore:LowRankCache. this attention needs whole")
 def test_rotations_are_read_off_every_kind_of_function(kind, implementation):
-    lr.LowRankCache  # noqa: B018 - transformers knows the implementation from here on
     net = made(kind)
     expected = logits(net, "eager", DynamicCache())
     for rope in ("before", "after"):
@@ -114,7 +113,6 @@ def test_rotations_are_read_off_every_kind_of_function(kind, implementation):
 @pytest.mark.parametrize("kind", KINDS)
 def test_keys_without_their_rotation_are_one_point(kind):
     """Equal vectors at all positions lie in one plane a pair when they are turned; turned back they are one."""
-    lr.LowRankCache  # noqa: B018
     cache, net = lr.LowRankCache(4, **KEEP), made(kind)
     logits(net, "lowrank", cache)
     kv = next(layer.kv for layer in cache.layers if layer.kv is not None and layer.kv.rotation is not None)
@@ -127,11 +125,9 @@ def test_keys_without_their_rotation_are_one_point(kind):
     torch.testing.assert_close(again.dense()[0], turned, rtol=0, atol=1e-4)
 
 
-@pytest.mark.filterwarnings("ignore:LowRankCache. this attention needs whole")
 @pytest.mark.parametrize("broken", ["function", "class", "missing"])
 def test_what_cannot_be_read_is_said_once_and_compressed_as_it_comes(broken, monkeypatch):
-    lr.LowRankCache  # noqa: B018
-    net = model("llama")
+    net = tiny("llama")
     expected = logits(net, "eager", DynamicCache())
     code = sys.modules[type(net.model.layers[0].self_attn).__module__]
     if broken == "class":
@@ -152,7 +148,6 @@ def test_what_cannot_be_read_is_said_once_and_compressed_as_it_comes(broken, mon
 
 
 def test_layers_that_share_keys_see_a_prompt_as_it_is():
-    lr.LowRankCache  # noqa: B018
     net = made("one tensor")
     expected = logits(net, "eager", DynamicCache())[:, :28]
     cache = lr.LowRankCache(1, **KEEP)

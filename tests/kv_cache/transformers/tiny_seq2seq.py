@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import copy
+import sys
 from typing import Any
 
 import pytest
 import torch
 import transformers
 from torch import nn
+from transformers import DynamicCache, EncoderDecoderCache
+
+import lowrank_layers as lr
+
+from .caches import KEEP
 
 TOKENS = {"vocab_size": 97, "pad_token_id": 0, "eos_token_id": 96, "bos_token_id": 1, "decoder_start_token_id": 2}
 TOKENS |= {"tie_word_embeddings": False}
@@ -84,6 +90,30 @@ def padded(kind: str) -> dict[str, torch.Tensor]:
     mask = torch.ones_like(found["input_ids"])
     mask[1, 20:] = 0
     return {"input_ids": torch.where(mask.bool(), found["input_ids"], 0), "attention_mask": mask}
+
+
+def exact(kind: str | None, **changes: Any) -> EncoderDecoderCache:
+    """Coefficients that hold everything, of the decoder's own tokens and of the encoder's."""
+    own, encoder = (lr.LowRankCache(**{"rank": 16, **KEEP, **changes}) for _ in range(2))
+    return EncoderDecoderCache(own, DynamicCache() if kind == "t5gemma" else encoder)
+
+
+def compressed(cache: EncoderDecoderCache) -> bool:
+    """Whether every layer of ours has coefficients."""
+    both = cache.self_attention_cache, cache.cross_attention_cache
+    ours = [each for each in both if isinstance(each, lr.LowRankCache)]
+    return all(each.layers and all(layer.compressed > 0 for layer in each.layers) for each in ours)
+
+
+def twice(make: Any) -> tuple[Any, Any]:
+    """Two caches."""
+    return make(), make()
+
+
+def check_it_calls_an_attention(model: nn.Module) -> None:
+    """Skips a test of a model that computes with keys and values itself."""
+    if not hasattr(sys.modules[type(model).__module__], "eager_attention_forward"):
+        pytest.skip("in this version it computes with keys and values itself")
 
 
 def _made(config: str, network: str, sizes: dict[str, Any], changes: dict[str, Any]) -> Any:

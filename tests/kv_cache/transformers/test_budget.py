@@ -5,8 +5,10 @@ import torch
 
 import lowrank_layers as lr
 
-from . import tiny
+from .caches import WARNINGS
+from .tiny_models import tiny
 
+pytestmark = WARNINGS
 PROMPT = torch.randint(3, 90, (2, 150), generator=torch.Generator().manual_seed(0))
 SMALL = {"keep_recent": 8, "keep_first": 2, "block": 16}
 
@@ -14,8 +16,7 @@ SMALL = {"keep_recent": 8, "keep_first": 2, "block": 16}
 @pytest.mark.parametrize("implementation", ["lowrank", "sdpa"])
 @pytest.mark.parametrize("budget", [0.6, 120_000])
 def test_a_budget_is_kept_after_the_prompt(implementation, budget):
-    lr.LowRankCache  # noqa: B018  registers the implementation
-    net, cache = tiny.model("llama", implementation), lr.LowRankCache(budget=budget, **SMALL)
+    net, cache = tiny("llama", implementation), lr.LowRankCache(budget=budget, **SMALL)
     exact = 2 * 2 * 2 * 150 * 2 * 16 * 4
     with torch.no_grad():
         net(PROMPT, past_key_values=cache)
@@ -31,7 +32,7 @@ def test_a_budget_is_kept_after_the_prompt(implementation, budget):
 
 
 def test_a_budget_that_nothing_fits_in_leaves_the_prompt_as_it_was():
-    net, cache = tiny.model("llama"), lr.LowRankCache(budget=0.05, **SMALL)
+    net, cache = tiny("llama"), lr.LowRankCache(budget=0.05, **SMALL)
     with torch.no_grad():
         net(PROMPT, past_key_values=cache)
         with pytest.raises(lr.BudgetError, match="bytes are left"):
@@ -40,7 +41,7 @@ def test_a_budget_that_nothing_fits_in_leaves_the_prompt_as_it_was():
 
 
 def test_subspaces_from_calibration_serve_every_sequence():
-    net = tiny.model("llama")
+    net = tiny("llama")
     settings = lr.KVSettings(rank=8, **SMALL)
     stats = lr.calibrate(net, [{"input_ids": PROMPT}])
     subspaces = lr.kv_subspaces(net, stats, settings, head_size=16)
@@ -59,7 +60,7 @@ def test_subspaces_from_calibration_serve_every_sequence():
 
 
 def test_subspaces_of_too_few_layers_and_a_budget_beside_them_are_refused():
-    net = tiny.model("llama")
+    net = tiny("llama")
     settings = lr.KVSettings(rank=4, **SMALL)
     subspaces = lr.kv_subspaces(net, lr.calibrate(net, [{"input_ids": PROMPT}]), settings, head_size=16)
     with pytest.raises(lr.LowRankError, match="subspaces of 1 layers"), torch.no_grad():

@@ -1,0 +1,63 @@
+"""A cache in a file: what it holds, and files that are torn or foreign."""
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import lowrank_layers as lr
+
+from .caches import IDS, WARNINGS, exact, through_a_file
+from .tiny_models import tiny
+
+pytestmark = WARNINGS
+
+
+@pytest.mark.parametrize("kind", ["gemma3", "mistral", "gpt2"])
+def test_files_hold_layers_with_windows_and_without_rotation(kind, tmp_path):
+    net = tiny(kind, "lowrank")
+    cache = exact(config=net.config)
+    with torch.no_grad():
+        net(IDS, past_key_values=cache)
+        other = through_a_file(cache, tmp_path)
+        a, b = (net(IDS[:, :1], past_key_values=c).logits for c in (cache, other))
+    assert torch.equal(a, b)
+
+
+def test_files_that_are_torn_or_foreign(tmp_path):
+    cache, path = exact(), tmp_path / "cache.safetensors"
+    with torch.no_grad():
+        tiny("llama", "lowrank")(IDS, past_key_values=cache)
+    with pytest.raises(lr.CheckpointError, match="does not exist"):
+        cache.save(tmp_path / "none" / "cache.safetensors")
+    with pytest.raises(lr.CheckpointError, match="no such file"):
+        lr.LowRankCache.load(path)
+    cache.save(path)
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(lr.CheckpointError, match="torn"):
+        lr.LowRankCache.load(path)
+    path.write_bytes(whole)
+    tensors = load_file(path)
+    save_file(tensors, path)
+    with pytest.raises(lr.CheckpointError, match="was not written by"):
+        lr.LowRankCache.load(path)
+    path.write_bytes(whole)
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    for change in (
+        lambda t: t.pop("0.keys.tail"),
+        lambda t: t.update(more=torch.ones(2)),
+        lambda t: t["1.values.0.values"].fill_(float("nan")),
+        lambda t: t.update({"0.keys.0.basis": t["0.keys.0.basis"][:, :, :, :3].contiguous()}),
+        lambda t: t.update({"0.keys.0.values": t["0.keys.0.values"][..., :3].contiguous()}),
+    ):
+        spoiled = load_file(path)
+        change(spoiled)
+        save_file(spoiled, tmp_path / "spoiled.safetensors", metadata=metadata)
+        with pytest.raises(lr.CheckpointError, match="damaged"):
+            lr.LowRankCache.load(tmp_path / "spoiled.safetensors")
+    save_file(tensors, path, metadata=metadata | {"lowrank_layers.cache": '{"version": 9}'})
+    with pytest.raises(lr.CheckpointError, match="damaged"):
+        lr.LowRankCache.load(path)
