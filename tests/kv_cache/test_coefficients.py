@@ -95,3 +95,14 @@ def test_products_with_coefficients_are_products_with_what_is_read(dtype, monkey
     torch.testing.assert_close(store.scores(rows, shift), rows @ read + shift, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(store.mixed(weights), weights @ read.mT, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(store.read(150, 160, torch.float32), read[..., 150:160])
+
+
+def test_int8_is_off_by_at_most_half_a_step():
+    store = coefficients.coefficients_for(torch.int8)
+    values = torch.randn(2, 3, 5, 200)
+    store.append(values)
+    steps = values.abs().amax(2, keepdim=True) / 127
+    assert bool(((store.read(0, 200, torch.float32) - values).abs() <= steps * 0.501).all())
+    zeros = coefficients.coefficients_for(torch.int8)
+    zeros.append(torch.zeros(1, 1, 5, 3))
+    assert not zeros.read(0, 3, torch.float32).any()

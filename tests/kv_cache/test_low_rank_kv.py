@@ -11,7 +11,6 @@ from torch import Tensor
 
 import lowrank_layers as lr
 from lowrank_layers.kv_cache import attend as attend_module
-from lowrank_layers.kv_cache.subspace import Scatter
 
 SIZE, HEADS = 16, 4
 ROTATIONS = {
@@ -171,21 +170,6 @@ def test_a_row_with_padding_on_the_left_keeps_its_rank():
     torch.testing.assert_close(cache.dense()[0], keys, atol=1e-4, rtol=1e-4)
 
 
-def test_int8_is_off_by_at_most_half_a_step():
-    exact = lr.LowRankKV(settings(joint=False, dtype=torch.float32))
-    small = lr.LowRankKV(settings(joint=False, dtype=torch.int8))
-    for cache in (exact, small):
-        filled(cache)
-    part = small.old[1].parts[0]
-    steps = part.coefficients.codes["scales"].float()[:, :, None]
-    rows = tokens(200)[1][:, :, 3:-8]
-    target = part.subspace.coefficients(rows)
-    read = part.coefficients.read(0, part.coefficients.tokens, torch.float32)
-    assert bool(((read - target).abs() <= steps * 0.501).all())
-    assert part.coefficients.dtype == torch.int8
-    assert small.nbytes() < exact.nbytes()
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
 @pytest.mark.parametrize("joint", [True, False])
 def test_bytes_are_those_of_the_formula(joint, dtype):
@@ -253,18 +237,6 @@ def test_the_subspace_follows_when_the_tokens_change(joint):
         errors[refresh] = float((rebuilt[:, :, 200:256] - values[:, :, :56]).norm() / values[:, :, :56].norm())
         torch.testing.assert_close(rebuilt[:, :, :150], before, atol=2e-3, rtol=1e-3)
     assert errors[2.0] < 1e-3 < 0.1 < errors[None]
-
-
-def test_scatters_add_up_to_that_of_all_rows():
-    rows = torch.randn(2, 3, 50, 8)
-    parts = Scatter.of(rows[:, :, :20]) + Scatter.of(rows[:, :, 20:])
-    whole = Scatter.of(rows)
-    torch.testing.assert_close(parts.mean, whole.mean)
-    torch.testing.assert_close(parts.second, whole.second, atol=1e-4, rtol=1e-4)
-    fit = whole.fit(8, torch.float32)
-    latent = Scatter.of_coefficients(fit, fit.coefficients(rows))
-    torch.testing.assert_close(latent.second, whole.second, atol=1e-3, rtol=1e-3)
-    torch.testing.assert_close(latent.mean, whole.mean, atol=1e-5, rtol=1e-5)
 
 
 def test_short_prompts_stay_exact_until_there_is_a_block():
