@@ -68,6 +68,7 @@ def test_export_with_a_dynamic_batch_survives_a_file(build, tmp_path):
 
 
 @models
+@pytest.mark.filterwarnings("ignore:# The axis name")  # torch names one of the axes that are all the batch
 def test_onnxruntime_computes_the_same(build):
     pytest.importorskip("onnxscript")
     runtime = pytest.importorskip("onnxruntime")

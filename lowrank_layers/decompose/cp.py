@@ -127,6 +127,7 @@ class _Run:
         return self.weights[by_size], factors
 
     def _sweep_once(self) -> None:
+        """Solves for every factor once."""
         others = self.factors[1]
         for factor in self.factors[2:]:
             others = khatri_rao(others, factor)
@@ -177,6 +178,7 @@ class _Run:
 
 
 def _gram(factor: Tensor) -> Tensor:
+    """Computes ``F^T F`` in fp64."""
     return factor.mT.double() @ factor.double()
 
 

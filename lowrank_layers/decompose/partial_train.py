@@ -19,7 +19,7 @@ def trains_of_known(tensor: Tensor, known: Tensor, ranks: Sequence[Sequence[int]
     entries is returned where its error on the known entries is smaller.
 
     Args:
-        tensor: in the dtype to compute in; zero where it is not known.
+        tensor: the tensor, in the dtype to compute in; zero where it is not known.
         known: boolean tensor of the same shape.
         ranks: bond ranks of each train, as in :func:`tensor_trains`.
 

@@ -23,7 +23,7 @@ def tensor_trains(tensor: Tensor, ranks: Sequence[Sequence[int]]) -> Iterator[li
     for all ranks.
 
     Args:
-        tensor: in the dtype to compute in; Gram matrices are formed in fp64.
+        tensor: the tensor, in the dtype to compute in; Gram matrices are formed in fp64.
         ranks: bond ranks of each train, one fewer than there are modes, none above that of its unfolding.
 
     Shape:

@@ -1,4 +1,4 @@
-"""What every factorization of a tensor can say and do, and the errors that all of them measure alike."""
+"""The interface of factorizations, and their relative errors."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ class FactoredConv(FactoredModule):
         self.reset_parameters()
 
     def _take(self, *settings: Any) -> None:
-        """Lets torch check the settings on the meta device, and keeps what it makes of them."""
+        """Checks the settings by building the dense layer on the meta device, and copies them from it."""
         try:
             dense = self.dense_type(*settings)
         except (ValueError, RuntimeError) as error:
@@ -160,6 +160,7 @@ class FactoredConv(FactoredModule):
             return self._pointwise(into, out, **more)
 
         def only(value: Any, neutral: int) -> Any:
+            """Keeps a setting along the axes taken; named paddings stay."""
             if isinstance(value, str):
                 return value
             return tuple(value[axis] if axis in taken else neutral for axis in range(dims))

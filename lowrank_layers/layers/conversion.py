@@ -60,6 +60,7 @@ def own_attributes(kind: type[nn.Module]) -> frozenset[str]:
 
 
 def _match_bias(new: nn.Module, old: nn.Module) -> None:
+    """Copies ``requires_grad`` of the bias, where both have one."""
     bias, model = bias_of(new), bias_of(old)
     if bias is not None and model is not None:
         bias.requires_grad_(model.requires_grad)

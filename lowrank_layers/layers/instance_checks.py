@@ -107,6 +107,7 @@ def _held(module: nn.Module) -> list[str]:
 
 
 def _more(key: str, kind: str) -> str:
+    """Says that an instance holds something that its class does not."""
     return f"it holds {key!r}, which {kind} does not have"
 
 

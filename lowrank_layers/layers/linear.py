@@ -69,6 +69,7 @@ class LowRankLinear(FactoredModule):
 
     @property
     def _limit(self) -> int:
+        """The largest rank of use."""
         return min(self.in_features, self.out_features)
 
     @property

@@ -17,7 +17,7 @@ _CHUNK = 2**24
 
 
 class Window(NamedTuple):
-    """What a convolution reads at once.
+    """Kernel size, stride and dilation of a convolution.
 
     Args:
         size: size of the kernel, per axis.

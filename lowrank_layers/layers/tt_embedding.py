@@ -107,7 +107,7 @@ class TensorizedEmbedding(FactoredModule):
 
     @classmethod
     def stands_for(cls, module: nn.Module) -> bool:
-        """Whether this is an ``nn.Embedding`` without ``max_norm``, ``scale_grad_by_freq`` and ``sparse``."""
+        """Returns whether a module is an ``nn.Embedding`` without ``max_norm``, ``scale_grad_by_freq``, ``sparse``."""
         if type(module) is not nn.Embedding:
             return False
         return module.max_norm is None and not module.scale_grad_by_freq and not module.sparse
@@ -288,7 +288,7 @@ class TensorizedEmbedding(FactoredModule):
 
 
 def padding_is_zero(embedding: nn.Embedding) -> bool:
-    """Whether the embedding has no padding row, or a zero one; on the meta device it is taken to be zero."""
+    """Returns whether an embedding has no padding row or a zero one, which it is taken to be on the meta device."""
     padding, weight = embedding.padding_idx, embedding.weight
     return padding is None or weight.is_meta or not bool(weight[padding].any())
 
@@ -301,6 +301,7 @@ def _split(rows: int, columns: int, order: int, split: Sequence[Sequence[int]] |
 
 
 def _refuse(max_norm: float | None, scale_grad_by_freq: bool, sparse: bool) -> None:
+    """Raises for settings that cores cannot have."""
     why = {
         f"max_norm={max_norm}": (
             max_norm is not None,

@@ -44,9 +44,13 @@ class UnfusedAttention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """Computes attention as ``nn.MultiheadAttention.forward`` does; nested tensors are not supported."""
         if query.is_nested or key.is_nested or value.is_nested:
-            raise LowRankError("LowRankMultiheadAttention: got a nested tensor; pass padded ones and key_padding_mask.")
+            raise LowRankError(
+                "LowRankMultiheadAttention: got a nested tensor; give padded tensors and key_padding_mask instead."
+            )
         if is_causal and attn_mask is None:
-            raise LowRankError("LowRankMultiheadAttention: is_causal is a hint for attn_mask, which is missing.")
+            raise LowRankError(
+                "LowRankMultiheadAttention: got is_causal=True without attn_mask; give the causal mask as well."
+            )
         batched = query.ndim == 3
         if not batched:
             query, key, value = query[None], key[None], value[None]

@@ -48,6 +48,7 @@ class DenseProducts:
         return torch.cat(products, dim=1), float(torch.stack(logs).sum())
 
     def _quotients(self, w: Tensor, h: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Yields rows, that part of the matrix, and its quotient by ``W H``."""
         buffer = torch.empty_like(self.matrix[self.chunks[0]])
         for rows in self.chunks:
             part = self.matrix[rows]
@@ -119,5 +120,5 @@ def _sampled(sparse: Tensor, own: Tensor, other: Tensor) -> Tensor:
 
 
 def _has_kernels(tensor: Tensor) -> bool:
-    """Whether torch has fast sparse kernels for the device of a tensor."""
+    """Returns whether torch has fast sparse kernels for the device of a tensor."""
     return tensor.is_cuda or (tensor.device.type == "cpu" and torch.backends.mkl.is_available())
