@@ -10,10 +10,12 @@ import lowrank_layers as lr
 from lowrank_layers.interop import from_tltorch, to_tltorch
 
 from ..contracts.tables import relative
+from ..layers.peers import peer_warnings
 
 tltorch = pytest.importorskip("tltorch", reason="tensorly-torch is not installed (extra: tensorly)")
 tensorly = pytest.importorskip("tensorly", reason="tensorly is not installed (extra: tensorly)")
 
+pytestmark = peer_warnings
 TIGHT = 1e-5
 SIZES = {1: (12,), 2: (9, 8), 3: (5, 6, 4)}
 KERNELS = {1: (3,), 2: (3, 2), 3: (2, 3, 1)}
