@@ -40,6 +40,7 @@ class _DroppedLinear(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         input, weight, kept, ctx.scale = inputs
         ctx.save_for_backward(input, weight, kept)
+        ctx.save_for_forward(input, weight, kept)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -51,3 +52,11 @@ class _DroppedLinear(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             to_weight = (gradient.mT @ (input * kept).to(gradient.dtype)).to(weight.dtype)
         return to_input, to_weight, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
+        input, weight, kept = ctx.saved_tensors
+        of_input, of_weight = (None if t is None else t * ctx.scale for t in tangents[:2])
+        parts = [] if of_input is None else [F.linear(of_input * kept, weight)]
+        parts += [] if of_weight is None else [F.linear(input * kept, of_weight)]
+        return sum(parts[1:], parts[0])

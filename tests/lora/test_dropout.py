@@ -140,7 +140,7 @@ def test_gradients_are_those_of_finite_differences_twice():
         return torch.func.functional_call(layer, values, (x,))
 
     x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(run, (x, *factors))
+    assert torch.autograd.gradcheck(run, (x, *factors), check_forward_ad=True, check_batched_grad=True)
     assert torch.autograd.gradgradcheck(run, (x, *factors))
 
 
