@@ -58,41 +58,42 @@ def add_lora_(
             that parameter), ``"all-linear"``, a regular expression that must match the whole name, or a predicate
             ``(name, module) -> bool``. ``"all-linear"`` is every linear layer; of a transformers model it leaves out
             the output head (``lm_head``, ``score``, ``classifier``), as in PEFT.
-        rank: of the product: an integer, or a rank rule that reads the singular values of what the init takes its
-            directions from (the weight, for EVA the inputs, for LoRA-GA the gradient). Where a matrix has no more, an
+        rank: rank of the adapters: an integer, or a rank rule that reads the singular values of what the init takes its
+            directions from (the weight; for EVA the inputs, for LoRA-GA the gradient). Where a matrix has no more, an
             integer is lowered to what it has, with a warning that names the layers.
-        alpha: the product is scaled by ``alpha / rank``; ``None`` is ``rank``, a scale of one.
-        name: of the adapter; several coexist.
-        exclude: what to leave out of the target, in the same ways.
+        alpha: the product is scaled by ``alpha / rank``; ``None`` stands for ``rank``, a scale of one.
+        name: name of the adapter; a model can have several.
+        exclude: what to leave out of the target, in the same forms.
         modules_to_save: names, or ends of names, of modules that this adapter trains whole, such as a new classifier:
-            it gets a copy of each, which is used, switched, saved and taken off with the adapter. The base keeps its
-            own, and the target takes nothing in them.
-        trainable_tokens: indices of tokens whose rows of the input embedding this adapter trains, as it does the rest:
-            a list, or lists by the names of embeddings or heads. A tied head sees the same rows. ``target=[]`` trains
-            nothing else.
-        dropout: on the input of ``A``, in training. Where a weight is read instead of called it cannot be applied.
-        init: ``"kaiming"`` (the usual one: ``B`` is zero; of an embedding ``A``, so that only rows that occur learn),
-            ``"gaussian"``, ``"orthogonal"``, ``"pissa"`` or ``"olora"``; :class:`EVA` or :class:`CorDA`, which look at
-            the inputs, :class:`LoRAGA`, which looks at the gradients, or :class:`LoftQ`, which restores what quantizing
-            took; or your own :class:`LoRAInit`. PiSSA, OLoRA, CorDA and LoRA-GA start from a product that is not zero,
-            which is taken off again: the base is never touched.
-        rank_pattern: ranks for the modules or parameters of these names or ends of names; also rules.
-        alpha_pattern: likewise alpha.
+            it gets a copy of each, which is used, switched, saved and removed with the adapter. The base keeps its
+            own, and the target selects nothing in them.
+        trainable_tokens: indices of tokens whose rows of the input embedding this adapter trains as well: a list, or
+            lists by the names of embeddings or heads. A tied head sees the same rows. With ``target=[]`` nothing else
+            is trained.
+        dropout: probability of dropout on the input of ``A`` in training, with a mask of its own for every layer. It
+            cannot be applied to weights that are read as a whole, such as those of an attention.
+        init: how the adapters start: ``"kaiming"``, ``"gaussian"``, ``"orthogonal"``, ``"pissa"`` or ``"olora"``, or an
+            object: :class:`EVA` or :class:`CorDA`, which look at the inputs, :class:`LoRAGA`, which looks at the
+            gradients, :class:`LoftQ`, which restores what quantizing took, or your own :class:`LoRAInit`. Of
+            ``"kaiming"``, ``"gaussian"``, ``"orthogonal"`` and EVA ``B`` starts at zero (of an embedding ``A``, so that
+            only rows that occur learn). PiSSA, OLoRA, CorDA and LoRA-GA start from a product that is not zero and is
+            taken off again; the base is never written.
+        rank_pattern: ranks, or rank rules, by the names of modules or parameters, or ends of such names.
+        alpha_pattern: values of ``alpha`` by such names.
         rslora: scales by ``alpha / sqrt(rank)`` (Kalajdzievski, 2023).
-        dora: trains the lengths of the outputs too (Liu et al., 2024).
-        freeze_a: trains ``B`` only (LoRA-FA; Zhang et al., 2023); of an embedding, whose ``A`` starts at zero, only
+        dora: trains the lengths of the weight's output vectors too (Liu et al., 2024).
+        freeze_a: trains only ``B`` (LoRA-FA; Zhang et al., 2023); of an embedding, whose ``A`` starts at zero, only
             ``A``.
         bias: adds a trained bias to the output of linear layers.
-        dtype: of the adapters and of modules that are trained whole; ``None`` is fp32, also on a base in half
-            precision, where the outputs stay in the dtype of the base.
-        seed: of the initial values; ``None`` draws from the global generator.
+        dtype: dtype of the adapters and of modules that are trained whole; ``None`` is fp32, also on a base in half
+            precision, where the outputs keep the dtype of the base.
+        seed: seed of the initial values; ``None`` draws them from the global generator.
 
     Returns:
         The model.
 
     Raises:
-        LowRankError: if nothing matches, the name is taken, or an init does not fit;
-            the model is as it was then.
+        LowRankError: if nothing matches, the name is taken, or an init does not fit; nothing is changed then.
 
     Examples:
         >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
