@@ -15,9 +15,10 @@ BIN := .venv/bin
 quickstart: .venv/installed
 	$(BIN)/python examples/quickstart.py $(ARGS)
 
-# two workers of one thread each; a file stays with one of them, since its models are shared
+# Two workers of one thread each. A file stays with one of them, since its models are shared; tests/conftest.py has the
+# order of files, which xdist would replace by its own.
 test: lint type
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: .venv/installed
 	$(BIN)/ruff check .
