@@ -12,7 +12,7 @@ from ..errors import BudgetError, LowRankError
 _UNITS = ("params", "macs", "bytes")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Budget:
     """A limit on the parameters, the multiply-accumulates or the bytes of a model.
 
@@ -58,6 +58,10 @@ class Budget:
             )
         if self.of not in ("model", "planned"):
             raise BudgetError(f"Budget: got of={self.of!r}, expected 'model' or 'planned'.")
+
+    def __repr__(self) -> str:
+        of = "" if self.of == "model" else f", of={self.of!r}"
+        return f"Budget({self.unit}={getattr(self, self.unit)!r}{of})"
 
     @property
     def unit(self) -> str:

@@ -1,7 +1,9 @@
 """Every method keeps the same contract; a new one adds a row to METHOD_ROWS."""
 
 import copy
+import functools
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -50,12 +52,16 @@ def batches_for(layer):
     return [torch.einsum("nc...,cd->nd...", torch.randn(64, *shape) + 0.5, mix) for _ in range(3)]
 
 
-def calibrated(layer):
+@functools.cache
+def calibrated(make):
+    """A layer, its statistics and the batches that they are of: once for all tests, which leave the layer as it was."""
+    torch.manual_seed(0)
+    layer = make()
     model = nn.Sequential(layer, nn.Flatten(), nn.LazyLinear(4))
     data = batches_for(layer)
     with torch.no_grad():
         model(data[0])
-    return model, lr.calibrate(model, data, loss=lr.SampledCrossEntropy()), data
+    return layer, lr.calibrate(model, data, loss=lr.SampledCrossEntropy())["0"], data
 
 
 def weighted_error(problem, matrix):
@@ -73,9 +79,8 @@ def test_every_registered_method_has_a_row():
 @pytest.mark.parametrize(**ids)
 @pytest.mark.parametrize("with_stats", [False, True])
 def test_full_rank_is_the_dense_layer(method, make, full, with_stats):
-    layer = make()
-    _, stats, data = calibrated(layer)
-    built = method.build(lr.Candidate(layer, stats["0"] if with_stats else None), full)
+    layer, stats, data = calibrated(make)
+    built = method.build(lr.Candidate(layer, stats if with_stats else None), full)
     expected = layer(data[0])
     assert torch.dist(built(data[0]), expected) <= 2e-5 * expected.norm()
 
@@ -83,9 +88,8 @@ def test_full_rank_is_the_dense_layer(method, make, full, with_stats):
 @pytest.mark.parametrize(**ids)
 @pytest.mark.parametrize("with_stats", [False, True])
 def test_options_cost_what_is_built(method, make, full, with_stats):
-    layer = make()
-    _, stats, _ = calibrated(layer)
-    known = stats["0"] if with_stats else None
+    layer, stats, _ = calibrated(make)
+    known = stats if with_stats else None
     candidate = lr.Candidate(layer, known)
     options = method.options(candidate)
     assert options
@@ -99,9 +103,8 @@ def test_options_cost_what_is_built(method, make, full, with_stats):
 @pytest.mark.parametrize(**ids)
 def test_the_estimate_is_the_weighted_error_of_what_is_built(method, make, full):
     """``1/2 P tr(G E C E^T)`` of the built layer's error ``E``, with the damped moments of the estimate."""
-    layer = make()
-    _, stats, _ = calibrated(layer)
-    candidate = lr.Candidate(layer, stats["0"])
+    layer, stats, _ = calibrated(make)
+    candidate = lr.Candidate(layer, stats)
     for option in method.options(candidate)[::3]:
         built = method.build(candidate, option.rank).to_dense()
         measured = sum(map(weighted_error, candidate.problems, matrices_of(built)))
@@ -112,9 +115,8 @@ def test_the_estimate_is_the_weighted_error_of_what_is_built(method, make, full)
 
 @pytest.mark.parametrize("make", [lambda: nn.Linear(12, 9), lambda: nn.Embedding(40, 6)], ids=["linear", "embedding"])
 def test_the_loss_of_the_best_pair_is_the_tail(make):
-    layer = make()
-    _, stats, _ = calibrated(layer)
-    (problem,) = lr.Candidate(layer, stats["0"]).problems
+    layer, stats, _ = calibrated(make)
+    (problem,) = lr.Candidate(layer, stats).problems
     tails = problem.tails
     for rank in (1, 3, 5):
         up, down = problem.pair(rank)
@@ -124,9 +126,8 @@ def test_the_loss_of_the_best_pair_is_the_tail(make):
 
 @pytest.mark.parametrize(**ids)
 def test_weighting_lowers_the_error_of_the_outputs(method, make, full):
-    layer = make()
-    _, _, data = calibrated(layer)
-    candidate = lr.Candidate(layer, lr.calibrate(nn.Sequential(layer), data)["0"])
+    layer, stats, data = calibrated(make)
+    candidate = lr.Candidate(layer, replace(stats, gradients=None))
     options = method.options(candidate)
     rank = options[len(options) // 3].rank
     plain, weighted = method.build(lr.Candidate(layer), rank), method.build(candidate, rank)
@@ -136,9 +137,8 @@ def test_weighting_lowers_the_error_of_the_outputs(method, make, full):
 
 @pytest.mark.parametrize(**ids)
 def test_more_rank_never_costs_more_loss(method, make, full):
-    layer = make()
-    _, stats, _ = calibrated(layer)
-    options = method.options(lr.Candidate(layer, stats["0"]))
+    layer, stats, _ = calibrated(make)
+    options = method.options(lr.Candidate(layer, stats))
     if isinstance(method, lr.TuckerMethod):
         options = [o for o in options if o.rank[1] == options[-1].rank[1]]
     losses = [o.loss_increase for o in options]
@@ -147,10 +147,19 @@ def test_more_rank_never_costs_more_loss(method, make, full):
 
 
 @pytest.mark.parametrize(**ids)
+def test_options_do_not_depend_on_what_is_cached(method, make, full):
+    layer, stats, _ = calibrated(make)
+    candidate = lr.Candidate(layer, stats)
+    first = method.options(candidate)
+    assert method.options(candidate) == first
+    candidate.release()
+    assert method.options(candidate) == first
+
+
+@pytest.mark.parametrize(**ids)
 def test_the_source_layer_is_left_as_it_was(method, make, full):
-    layer = make()
-    _, stats, _ = calibrated(layer)
+    layer, stats, _ = calibrated(make)
     before = copy.deepcopy(layer.state_dict())
-    candidate = lr.Candidate(layer, stats["0"])
+    candidate = lr.Candidate(layer, stats)
     method.build(candidate, method.options(candidate)[0].rank)
     assert all(torch.equal(before[k], v) for k, v in layer.state_dict().items())
