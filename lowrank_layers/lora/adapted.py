@@ -1,4 +1,4 @@
-"""A module under adapters stays what it is: the same object, a subclass of its own class, the same base parameters."""
+"""The class of a module with adapters: a subclass of its own class, so that the module stays the same object."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Adapted:
     """Mixed into the class of a module that has adapters: reading an adapted parameter gives it with all deltas.
 
     So whatever the module's own forward does with it (a fused attention, a recurrent kernel, padding, a fast path), it
-    is right. Linear layers, convolutions and tables have a faster forward that never forms the delta.
+    is right. Linear layers, convolutions and embeddings have a faster forward that never forms the delta.
     """
 
     _plain_class: type[nn.Module]
@@ -47,14 +47,14 @@ class Adapted:
         return refuse_scripting()
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """What an assignment of a parameter comes to: the base weight, whose shape must stay."""
+        """Sets the base weight, whose shape must stay; an assignment of a parameter comes here."""
         if name in self._adapted_names:
             check_same_shape(self, name, param)
             self.__dict__.get("_former_parameters", {}).pop(name, None)
         super().register_parameter(name, param)  # type: ignore[misc]
 
     def lift_(self) -> tuple[nn.Module, Callable[[nn.Module], nn.Module]]:
-        """The module without its adapters, and what puts them on again, fitted to a vocabulary of another size."""
+        """Takes the adapters off; the function returned puts them on again, fitted to a vocabulary of another size."""
         module = cast(nn.Module, self)
         names, banks = self._adapted_names, banks_of(module)
         for bank in banks.values():
@@ -74,7 +74,7 @@ class Adapted:
 
 
 def change_class_(module: nn.Module, cls: type[nn.Module]) -> None:
-    """Changes the class, also in the bound forward that hooks of accelerate keep on the instance."""
+    """Changes the class of a module, also in the bound forward that accelerate's hooks keep on the instance."""
     before, module.__class__ = type(module).forward, cls
     for name in ("forward", "_old_forward"):
         if getattr(vars(module).get(name), "__func__", None) is before:
@@ -169,7 +169,10 @@ def replaceable(name: str, read: Callable[[Any], Tensor]) -> property:
 
 
 def _guarded(self: nn.Module, name: str, weight: Tensor) -> Tensor:
-    """For whoever reads it, but for torch's own forwards, which leave their fast paths for anything but a tensor."""
+    """A read weight as a tensor that refuses to be written to; torch's own forwards get a plain one.
+
+    They leave their fast paths for anything but a plain tensor.
+    """
     if torch.compiler.is_compiling():
         return weight
     reader = sys._getframe(2)
@@ -197,7 +200,7 @@ def _flat_weights(self: Any) -> list[Tensor | None]:
 
 
 def _choose(cls: type[nn.Module], fast: Fast) -> Callable[..., Any]:
-    """The fast forward, or the class' own with the formed weight where there is a magnitude."""
+    """A forward that takes the fast path, or the class' own with the formed weight where there is a magnitude."""
 
     def forward(self: Any, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         bank = self._modules.get("lora_weight")

@@ -1,4 +1,4 @@
-"""One named delta of one weight, and the bank of all that a layer has."""
+"""An adapter, which is a low-rank delta of one weight, and the bank of all adapters of a weight."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from .weight_layout import Matrix, WeightLayout
 
 
 def adapter_dtype(weight: Tensor, dtype: torch.dtype | None = None) -> torch.dtype:
-    """The dtype of the adapters of a weight: fp32, or the weight's where that is wider, unless another is asked for.
+    """The dtype for adapters of a weight: fp32, or the weight's where that is wider, unless another is asked for.
 
-    In half precision most steps of an optimizer are smaller than half a unit in the last place and would vanish.
+    In half precision most steps of an optimizer are smaller than half a unit in the last place, and would be lost.
     """
     if dtype is not None:
         return dtype
@@ -24,26 +24,26 @@ def adapter_dtype(weight: Tensor, dtype: torch.dtype | None = None) -> torch.dty
 
 
 def check_dtype(dtype: object, who: str) -> None:
-    """Raises if this is no dtype for adapters; ``None`` is one."""
+    """Raises if ``dtype`` is neither a floating point dtype nor ``None``."""
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise LowRankError(f"{who}: got dtype {dtype!r}, expected a floating point dtype such as torch.float32.")
 
 
 class Adapter(nn.Module):
-    """``scaling (B A - B0 A0)`` for one weight; with a magnitude, the weight's outputs are renormalised (DoRA).
+    """``scaling (B A - B0 A0)`` for one weight; with a magnitude, the weight's outputs are renormalized (DoRA).
 
     Args:
         a: ``A``.
         b: ``B``.
         scaling: what the product is multiplied by.
-        dropout: on the input of ``A``, in training.
-        start: ``(A0, B0)``, frozen, where the initial product is not zero: it is taken off again, so that the base need
-            not be touched.
-        magnitude: the lengths of the weight's outputs.
-        bias: added to the output.
+        dropout: probability of dropout on the input of ``A``, in training.
+        start: the frozen ``(A0, B0)``, where the initial product is not zero: it is subtracted again, so that the base
+            stays unchanged.
+        magnitude: trained lengths of the weight's outputs.
+        bias: trained vector that is added to the output.
 
-    What decides an output is in its state dict: ``scaling`` and ``gate``, which is 1 while the adapter is in use and 0
-    while it is not, are buffers.
+    All that decides an output is in the state dict: ``scaling`` and ``gate``, which is 1 while the adapter is in use
+    and 0 while it is not, are buffers.
     """
 
     scaling: Tensor
@@ -76,13 +76,13 @@ class Adapter(nn.Module):
         self.withheld: Tensor | None = None  # the gate that comes back after lora_disabled
 
     def use_(self, on: bool) -> None:
-        """Makes the adapter count or not. One that does not count does not learn: its gradients are ``None``."""
+        """Turns the adapter on or off. While it is off it does not learn: its gradients are ``None``."""
         gate = self.gate if self.withheld is None else self.withheld
         gate.detach().fill_(float(on))
         let_learn_(self, on)
 
     def withhold_(self) -> None:
-        """Makes it count for nothing until :meth:`restore_`."""
+        """Turns the adapter off until :meth:`restore_`."""
         self.withheld = self.gate.clone()
         self.gate.detach().zero_()
 
@@ -94,7 +94,7 @@ class Adapter(nn.Module):
 
     @property
     def in_use(self) -> bool:
-        """Whether it counts, or will once ``lora_disabled`` ends."""
+        """Whether the adapter is on, or will be once ``lora_disabled`` ends."""
         return bool(self.gate if self.withheld is None else self.withheld)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Adapter:
@@ -126,7 +126,7 @@ class Adapter(nn.Module):
 
     @torch.no_grad()
     def resize_(self, layout: WeightLayout, weight: Tensor) -> None:
-        """Fits it to a weight with more or fewer rows: the rows that stay keep their delta, new ones have none."""
+        """Fits the adapter to a weight with more or fewer rows: rows that stay keep their delta, new ones have none."""
         shapes = layout.shapes(weight, self.A.shape[-2])
         self.A.data, self.B.data = _cut_or_filled(self.A, shapes[0]), _cut_or_filled(self.B, shapes[1])
         if self.a0 is not None and self.b0 is not None:
@@ -141,13 +141,13 @@ class Adapter(nn.Module):
             parameter.grad = None
 
     def extra_repr(self) -> str:
-        """The shapes, as printed."""
+        """The shapes and the scaling, as printed."""
         text = f"A={list(self.A.shape)}, B={list(self.B.shape)}, scaling={float(self.scaling):g}"
         return text + (f", dropout={self.dropout}" if self.dropout else "")
 
 
 def _cut_or_filled(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Cut or filled with zeros at the end of each dimension."""
+    """The tensor cut, or filled with zeros, at the end of each dimension."""
     result = tensor.new_zeros(shape)
     part = tuple(slice(min(old, new)) for old, new in zip(tensor.shape, shape, strict=True))
     result[part] = tensor[part].detach()
@@ -157,11 +157,10 @@ def _cut_or_filled(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
 class Bank(nn.Module):
     """The adapters of one weight, by name.
 
-    Their gates are values in tensors: switching frozen adapters, scaling and disabling change no code, and so nothing
-    is recompiled.
+    Their gates are values in tensors, so that switching frozen adapters, scaling and disabling recompile nothing.
 
     Args:
-        layout: the layout of the weight.
+        layout: layout of the weight.
     """
 
     merged: Tensor | None
@@ -170,31 +169,31 @@ class Bank(nn.Module):
         super().__init__()
         self.layout = layout
         self.adapters = nn.ModuleDict()
-        self.rows: Tensor | None = None  # [N, adapters]: a gate for each row of a batch
+        self.rows: Tensor | None = None  # [N, adapters]: one gate per row of a batch
         # the base weight, while the adapters are part of it; a buffer, so that it follows the model's device and dtype
         self.register_buffer("merged", None, persistent=False)
 
     def add(self, name: str, adapter: Adapter) -> None:
-        """One more; it counts at once."""
+        """Adds an adapter, which is in use at once."""
         self.adapters[name] = adapter
 
     def drop(self, name: str) -> None:
-        """Removes one."""
+        """Removes the adapter of that name."""
         del self.adapters[name]
 
     @property
     def names(self) -> list[str]:
-        """In the order in which they came."""
+        """The names of the adapters, in the order in which they were added."""
         return list(self.adapters)
 
     @property
     def gates(self) -> Tensor:
-        """How much each adapter counts, in the order of the names."""
+        """What each adapter is multiplied by, 1 or 0, in the order of the names."""
         return torch.stack([adapter.gate for adapter in self])
 
     @property
     def disabled(self) -> bool:
-        """Whether this is inside ``lora_disabled``."""
+        """Whether the model is inside ``lora_disabled``."""
         return any(adapter.withheld is not None for adapter in self)
 
     def check_resizable(self, owner: str) -> None:
@@ -216,7 +215,7 @@ class Bank(nn.Module):
             adapter.resize_(self.layout, weight)
 
     def named(self, name: str) -> list[Adapter]:
-        """The adapter of that name, if there is one."""
+        """The adapter of that name in a list, which is empty where there is none."""
         return [adapter for own, adapter in zip(self.names, self, strict=True) if own == name]
 
     def __iter__(self) -> Iterator[Adapter]:
@@ -234,7 +233,7 @@ class Bank(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def effective(self, weight: Tensor) -> Tensor:
-        """The weight with every adapter in it, summed in the wider of the dtypes and rounded once."""
+        """The weight with the deltas of all adapters in use, summed in the wider of the dtypes and rounded once."""
         if self.merged is not None:
             return weight
         if self.rows is not None:
@@ -250,11 +249,11 @@ class Bank(nn.Module):
         for adapter in self:
             if adapter.magnitude is not None:
                 gate = adapter.gate.to(result.dtype, copy=True)
-                result = result + gate * (self._renormalised(adapter, result) - result)
+                result = result + gate * (self._renormalized(adapter, result) - result)
         return result.to(weight.dtype)
 
-    def _renormalised(self, adapter: Adapter, weight: Tensor) -> Tensor:
-        """``m W / |W|``, the length taken as a constant (Liu et al., 2024, section 4.3)."""
+    def _renormalized(self, adapter: Adapter, weight: Tensor) -> Tensor:
+        """``m W / |W|`` with the length as a constant (DoRA; Liu et al., 2024, section 4.3)."""
         assert adapter.magnitude is not None
         lengths = self.layout.lengths(weight.detach().to(torch.promote_types(weight.dtype, torch.float32)))
         return self.layout.scaled(weight, (adapter.magnitude / lengths).to(weight.dtype))

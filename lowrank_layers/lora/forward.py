@@ -1,4 +1,4 @@
-"""Forwards that add the delta to the output of the base without ever forming it."""
+"""Fast forwards of adapted layers: they add ``B A x`` to the output and never form the delta of the weight."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def fast_forward(cls: type[nn.Module]) -> Fast | None:
 
 
 def add_biases(self: Any, bank: Bank, out: Tensor) -> Tensor:
-    """What the adapters add to the output beside their product, row by row where rows differ."""
+    """The output with the biases of the adapters added, per row of the batch where rows differ."""
     if all(adapter.bias is None for adapter in bank):
         return out
     gates = bank.gates if bank.rows is None else bank.rows.mT
@@ -65,7 +65,7 @@ def add_biases(self: Any, bank: Bank, out: Tensor) -> Tensor:
 
 
 def _is_convolution(cls: type[nn.Module]) -> bool:
-    """Whether it convolves as torch's do, with the weight as it is: not standardised, not masked."""
+    """Whether a class convolves with its plain weight as torch's does, without standardizing or masking it."""
     return any(
         cls.forward is conv.forward and cls._conv_forward is conv._conv_forward  # type: ignore[attr-defined]
         for conv in (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -106,7 +106,7 @@ def _alike(bank: Bank) -> bool:
 
 
 def _add_rows(bank: Bank, rows: Tensor, out: Tensor, x: Tensor) -> None:
-    """Every row has at most one adapter and many tokens: its own factors are gathered, not all of them multiplied."""
+    """Adds the deltas where each row has at most one adapter: its factors are gathered, in place of using all."""
     gate, index = rows.max(1)
     a = torch.stack([adapter.A.to(x.dtype) for adapter in bank])[index]
     b = torch.stack([adapter.B.to(out.dtype) for adapter in bank])[index]
@@ -117,7 +117,7 @@ def _add_rows(bank: Bank, rows: Tensor, out: Tensor, x: Tensor) -> None:
 
 
 def _embedding(cls: type[nn.Module], self: Any, bank: Bank, input: Tensor) -> Tensor:
-    """Thin rows, looked up as those of the base are, then ``B``."""
+    """The base's rows, plus rows of ``A^T`` that are looked up likewise and multiplied by ``B``."""
     _check_rows(bank, self, input.shape[0] if input.ndim else None)
     plain = parameter_of(self, "weight")
     if plain is None:
@@ -135,7 +135,7 @@ def _embedding(cls: type[nn.Module], self: Any, bank: Bank, input: Tensor) -> Te
 
 
 def _convolution(cls: type[nn.Module], self: Any, bank: Bank, input: Tensor) -> Tensor:
-    """A thin convolution with the settings of the base, then a pointwise one."""
+    """The base's convolution, plus one to ``r`` channels with the same settings and a pointwise one."""
     _check_rows(bank, self, input.shape[0] if input.ndim == len(self.kernel_size) + 2 else None)
     plain = parameter_of(self, "weight")
     conv = (F.conv1d, F.conv2d, F.conv3d)[len(self.kernel_size) - 1]
@@ -149,7 +149,7 @@ def _convolution(cls: type[nn.Module], self: Any, bank: Bank, input: Tensor) -> 
 def _transposed(
     cls: type[nn.Module], self: Any, bank: Bank, input: Tensor, output_size: Sequence[int] | None = None
 ) -> Tensor:
-    """A thin pointwise convolution, then a transposed one with the settings of the base, to the size of its output."""
+    """The base's transposed convolution, plus a pointwise one to ``r`` channels and a transposed one to its size."""
     dims = len(self.kernel_size)
     _check_rows(bank, self, input.shape[0] if input.ndim == dims + 2 else None)
     out: Tensor = cls.forward(self, input, output_size)
@@ -174,7 +174,7 @@ def _bag(
     offsets: Tensor | None = None,
     per_sample_weights: Tensor | None = None,
 ) -> Tensor:
-    """Sums and means pass through a projection: bags of thin rows, then ``B``."""
+    """The base's bags, plus bags of rows of ``A^T`` times ``B``: sums and means commute with a projection."""
     plain = parameter_of(self, "weight")
     bag = self.down if plain is None else self
     more: dict[str, Any] = {"include_last_offset": bag.include_last_offset, "padding_idx": bag.padding_idx}
@@ -194,7 +194,7 @@ WITH_MORE = (_transposed, _bag)
 
 
 def _weighted(self: Any, bank: Bank, inner: Tensor) -> Tensor:
-    """Every inner channel times how much it counts."""
+    """The inner channels, each multiplied by its gate and scaling."""
     strength = _strengths(bank)
     if bank.rows is not None:
         strength = strength.view(len(strength), -1)
@@ -205,7 +205,7 @@ def _weighted(self: Any, bank: Bank, inner: Tensor) -> Tensor:
 
 
 def _stacked(bank: Bank) -> tuple[Tensor, Tensor]:
-    """All ``A`` one below the other, all ``B`` side by side; a frozen start counts as ``[A; A0]``, ``[B, -B0]``."""
+    """All ``A`` stacked vertically and all ``B`` horizontally; a frozen start gives ``[A; A0]`` and ``[B, -B0]``."""
     below: list[Tensor] = []
     beside: list[Tensor] = []
     for adapter in bank:
@@ -222,10 +222,10 @@ def _stacked(bank: Bank) -> tuple[Tensor, Tensor]:
 
 
 def _strengths(bank: Bank) -> Tensor:
-    """How much each inner index counts, ``[sum of ranks]`` (with a gate a row: ``[N, sum of ranks]``).
+    """Gate times scaling of each inner channel, ``[sum of ranks]`` (with gates per row, ``[N, sum of ranks]``).
 
-    One number, ``[1]``, where there is one adapter. They are as wide as the adapters: in half precision a scaling of
-    4 / 3 would be wrong by the same part for all entries.
+    One number, ``[1]``, where there is one adapter. The dtype is that of the adapters: in half precision a scaling of
+    4 / 3 would be wrong by the same factor for all entries.
     """
     if bank.rows is None and len(bank.adapters) == 1:
         (only,) = bank
@@ -244,12 +244,12 @@ def _dropped(bank: Bank, x: Tensor) -> Tensor:
 
 
 def _dropout_probability(bank: Bank) -> float:
-    """The largest of the adapters', since all of them read one input; zero in eval mode."""
+    """The largest dropout of the adapters, since all of them read one input; zero in eval mode."""
     return max(adapter.dropout for adapter in bank) if bank.training else 0.0
 
 
 def _check_rows(bank: Bank, module: nn.Module, found: int | None) -> None:
-    """Refuses another number of names than the batch has samples."""
+    """Raises unless ``lora_rows`` was given as many names as the batch has samples."""
     if bank.rows is not None and len(bank.rows) != found:
         kind = getattr(module, "_plain_class", type(module)).__name__
         what = "an input without a batch dimension" if found is None else f"{found} samples in a batch"

@@ -1,4 +1,4 @@
-"""Putting adapters on a model."""
+"""``add_lora_``: adapters for chosen weights of a model."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def add_lora_(
 ) -> nn.Module:
     r"""Adds :math:`\tfrac{\alpha}{r} B A` to chosen weights, in place, and freezes everything else (Hu et al., 2022).
 
-    Modules stay what they are: an ``nn.Linear`` is still one, the keys of its own parameters are unchanged, and a state
-    dict of the base still loads. Whatever reads an adapted weight (a fused attention, a recurrent kernel, torch's fast
+    An adapted module stays an instance of its class, the keys of its own parameters are unchanged, and a state dict of
+    the base still loads. Whatever reads an adapted weight (a fused attention, a recurrent kernel, torch's fast
     paths) sees it with its adapters.
 
     Args:
@@ -78,7 +78,8 @@ def add_lora_(
             ``"kaiming"``, ``"gaussian"``, ``"orthogonal"`` and EVA ``B`` starts at zero (of an embedding ``A``, so that
             only rows that occur learn). PiSSA, OLoRA, CorDA and LoRA-GA start from a product that is not zero and is
             taken off again; the base is never written.
-        rank_pattern: ranks, or rank rules, by the names of modules or parameters, or ends of such names.
+        rank_pattern: ranks, or rank rules, by the names of modules or parameters, or ends of such names. Keys that
+            match nothing are ignored with a warning.
         alpha_pattern: values of ``alpha`` by such names.
         rslora: scales by ``alpha / sqrt(rank)`` (Kalajdzievski, 2023).
         dora: trains the lengths of the weight's output vectors too (Liu et al., 2024).

@@ -1,4 +1,4 @@
-"""Which parameters of a module learn, remembered while it is not in use."""
+"""Which parameters of a module learn, remembered while the module is not in use."""
 
 from __future__ import annotations
 

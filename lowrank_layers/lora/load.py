@@ -38,25 +38,26 @@ def load_lora(
     prefix: str | None = None,
     dtype: torch.dtype | None = None,
 ) -> nn.Module:
-    """Puts the adapter that :func:`save_lora`, PEFT, diffusers, kohya's scripts or ComfyUI wrote on a model, in place.
+    """Reads an adapter from a file of PEFT, diffusers, kohya, ComfyUI, loralib or torchtune onto a model, in place.
 
-    Everything is read and compared first: settings, names, shapes, values. If anything does not fit, or a setting
-    cannot be honoured, the error lists it and the model is as it was. Modules that the file holds whole
+    Everything is read and compared first: settings, names, shapes, values. If anything does not fit, or a setting is
+    not supported, the error lists it and the model is as it was. Modules that the file holds whole
     (``modules_to_save``) become copies that belong to the adapter; biases and embeddings replace the base's values.
 
     Args:
         model: the plain base; a compressed one is fine too, where a layer still is one matrix.
-        folder: with ``adapter_config.json`` and ``adapter_model.safetensors`` (or ``.bin``); or a single file, of
-            diffusers (``unet.``, ``transformer.``, ``text_encoder.``), of kohya's scripts (``lora_unet_``,
-            ``lora_te_``), of ComfyUI (``diffusion_model.``), of loralib or of torchtune.
-        name: of the new adapter.
+        folder: folder with ``adapter_config.json`` and ``adapter_model.safetensors`` (or ``.bin``), as
+            :func:`save_lora` and PEFT write it; or a single file: of diffusers (``unet.``, ``transformer.``,
+            ``text_encoder.``), kohya's scripts (``lora_unet_``, ``lora_te_``), ComfyUI (``diffusion_model.``), loralib
+            or torchtune.
+        name: name of the new adapter.
         trainable: whether it learns.
-        rank: of a single file, where it is to be checked.
-        alpha: of a single file that has none: the product is scaled by ``alpha / rank``. Files of loralib and torchtune
+        rank: rank in a single file, where it is to be checked.
+        alpha: numerator of the scale ``alpha / rank``, for a single file that has none. Files of loralib and torchtune
             need it; those for diffusion models are added as they are without it.
-        prefix: of a single file with adapters for several models (``"unet"``, ``"lora_te2"``): which of them belong to
-            this one; may be left out where only those of one fit.
-        dtype: of the adapter, as in :func:`add_lora_`: ``None`` is fp32, whatever the file and the base have.
+        prefix: prefix of the keys that belong to this model (``"unet"``, ``"lora_te2"``), for a single file with
+            adapters for several models; may be left out where only those of one fit.
+        dtype: dtype of the adapter, as in :func:`add_lora_`: ``None`` is fp32, whatever the file and the base have.
 
     Returns:
         The model.
@@ -120,9 +121,9 @@ def read_adapter_file(
         model: the model that the names belong to.
         path: of the folder or file.
         name: the adapter's name in the model, which must be new; ``None`` where its values are swapped.
-        rank: as in :func:`load_lora`.
-        alpha: as in :func:`load_lora`.
-        prefix: as in :func:`load_lora`.
+        rank: rank in a single file, where it is to be checked.
+        alpha: numerator of the scale ``alpha / rank``, for a single file that has none.
+        prefix: prefix of the keys that belong to this model, for a single file with adapters for several models.
 
     Raises:
         CheckpointError: if it is torn, foreign, or for another model.

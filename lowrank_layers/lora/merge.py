@@ -1,4 +1,4 @@
-"""Adapters into the weights, and out again, to the bit."""
+"""``merge_lora_`` and ``unmerge_lora_``: adapters into the weights, and out again to the bit."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Users = dict[int, list[tuple[str, nn.Module]]]
 
 @torch.no_grad()
 def merge_lora_(model: nn.Module, *, ties: Ties = "refuse", safe_merge: bool = True, unload: bool = False) -> nn.Module:
-    """Adds what the adapters that are in use give to their weights, in fp32 with one rounding, in place.
+    """Adds the deltas of all adapters in use to their weights, in place: in fp32, rounded once.
 
     The base weights are kept aside, so that :func:`unmerge_lora_` brings them back to the bit. Until then the model is
     copied and pickled as it is, but its state dict is refused: it would be loaded as if nothing were merged.
@@ -32,16 +32,16 @@ def merge_lora_(model: nn.Module, *, ties: Ties = "refuse", safe_merge: bool = T
         model: an adapted model.
         ties: what to do where an adapted weight also belongs to a module that is not adapted: ``"refuse"``, or
             ``"untie"``, which leaves that module the base weight.
-        safe_merge: refuses a sum with NaN or Inf entries, as a broken adapter gives; ``False`` does not look.
-        unload: whether to take the adapters off afterwards, with their merged weights left in the plain model: classes,
+        safe_merge: whether to refuse sums with NaN or Inf entries, as a broken adapter gives.
+        unload: whether to take the adapters off afterwards and leave a plain model with the merged weights: classes,
             keys and ``requires_grad`` are as before the first adapter, and nothing is kept aside. Adapters that are
-            merged already are taken off likewise.
+            merged already are taken off too.
 
     Returns:
         The model.
 
     Raises:
-        LowRankError: if they are merged already, a weight is tied, quantised, or a product of factors, a bias of an
+        LowRankError: if they are merged already, a weight is tied, quantized, or a product of factors, a bias of an
             adapter has none to be added to, or a sum is not finite; nothing changes then.
 
     Examples:
@@ -151,7 +151,7 @@ def _check_ties(label: str, parameter: nn.Parameter, module: nn.Module, users: U
 
 
 def _bias(weight: AdaptedWeight, users: Users, ties: Ties) -> Tensor | None:
-    """What the adapters add to the output beside their product, or ``None``."""
+    """The sum of the biases of the adapters of a weight, or ``None``."""
     found = [adapter.gate * adapter.bias for adapter in weight.bank if adapter.bias is not None]
     if not found:
         return None
@@ -212,7 +212,7 @@ def _holder(weight: AdaptedWeight) -> nn.Parameter:
 
 
 def users_of(model: nn.Module) -> Users:
-    """The modules of every parameter, with its name there."""
+    """The names of every parameter in the model with their modules, by the parameter's ``id``."""
     users: Users = defaultdict(list)
     for owner, module in model.named_modules():
         for name, parameter in module._parameters.items():

@@ -18,7 +18,7 @@ class MixedGroups(Adapter):
     """``A`` is ``[r, in, *k]``, ``B`` ``[out, r / groups, 1, ...]``; their product fits no weight with groups."""
 
     def delta(self, layout: WeightLayout, dtype: torch.dtype | None = None) -> Tensor:
-        """Refuses.
+        """Raises: no weight of a grouped convolution can hold the product.
 
         Raises:
             LowRankError: always.
@@ -31,7 +31,7 @@ class MixedGroups(Adapter):
 
 
 def mixes_groups(bank: Bank) -> bool:
-    """Whether one of the adapters does."""
+    """Whether one of the adapters mixes the groups of a convolution."""
     return any(isinstance(adapter, MixedGroups) for adapter in bank)
 
 
@@ -64,7 +64,7 @@ def mixed_forward(self: Any, bank: Bank, input: Tensor) -> Tensor:
 
 
 def _surplus(weight: Tensor, gated: list[tuple[Adapter, Tensor]], layout: Kernel) -> Tensor | None:
-    """What DoRA multiplies each output with, less one; adapter after adapter, the lengths taken as constants."""
+    """What DoRA multiplies each output by, minus one; adapter by adapter, with the lengths as constants."""
     if all(adapter.magnitude is None for adapter, _ in gated):
         return None
     mixed = [(adapter, gate * adapter.scaling) for adapter, gate in gated if isinstance(adapter, MixedGroups)]
@@ -78,7 +78,7 @@ def _surplus(weight: Tensor, gated: list[tuple[Adapter, Tensor]], layout: Kernel
 
 
 def lengths_with(weight: Tensor, mixed: list[tuple[Tensor, Tensor, Tensor]], layout: Kernel) -> Tensor:
-    """The norm of what belongs to each output, with ``strength B A`` over all channels beside the weight.
+    """The norm of the entries of each output, of the weight plus ``strength B A`` over all channels.
 
     ``|W + D|^2 = |W|^2 + 2 <W, D> + |D|^2``, where only the output's own group of ``D = B A`` meets ``W``, and
     ``|D|^2 = B (A A^T) B^T``: the wide ``D`` is never formed.
@@ -97,16 +97,16 @@ def lengths_with(weight: Tensor, mixed: list[tuple[Tensor, Tensor, Tensor]], lay
 
 
 def dora_ratio(weight: Tensor, a: Tensor, b: Tensor, scaling: float, groups: int) -> Tensor:
-    """Our magnitude over PEFT's, in a file: PEFT (0.21) divides by the lengths of another delta where there are groups.
+    """Ratio of our magnitude to PEFT's, whose lengths (0.21) are those of another delta where there are groups.
 
     It multiplies ``B`` as ``[out / groups, r]`` with ``A`` as ``[r, in * area]``. With the ratio the outputs are equal.
 
     Args:
-        weight: of the convolution.
-        a: ``[r, in, *k]``.
-        b: ``[out, r / groups, 1, ...]``.
+        weight: weight of the convolution.
+        a: ``A`` of the file, ``[r, in, *k]``.
+        b: ``B`` of the file, ``[out, r / groups, 1, ...]``.
         scaling: what their product is multiplied by.
-        groups: of the convolution.
+        groups: number of groups of the convolution.
     """
     wide = torch.promote_types(weight.dtype, torch.float32)
     weight, a, b = weight.to(wide), a.to(weight.device, wide), b.to(weight.device, wide)

@@ -17,7 +17,7 @@ COPIES = "lora_whole"
 
 
 class Copies(nn.ModuleDict):
-    """The copies of one module by the names of adapters, and which of them is in use (``None``: the module itself).
+    """The copies of one module by the names of adapters; ``active`` names the one in use, ``None`` the module itself.
 
     The state dict holds the choice too: a one for the copy in use, zeros for the others, in the order of their names.
     """
@@ -25,12 +25,12 @@ class Copies(nn.ModuleDict):
     def __init__(self) -> None:
         super().__init__()
         self.active: str | None = None
-        self.rows: list[str | None] | None = None  # a name for each row of a batch
+        self.rows: list[str | None] | None = None  # one name per row of a batch
         self.disabled = False
         self.untouched: list[str] = []  # prefixes of the copies that the state dict loaded last does not mention
 
     def choose(self, names: Iterable[str]) -> None:
-        """Uses the copy of one of these adapters; only that one learns."""
+        """Uses the copy of the first of these adapters that has one; only that copy learns."""
         self.active = next((name for name in names if name in self), None)
         for name, own in self.items():
             let_learn_(own, name == self.active)

@@ -17,7 +17,7 @@ from .trained_whole import HALVES, TrainedWhole, whole_class
 
 
 def find_whole(model: nn.Module, wanted: Iterable[str], name: str, who: str = "add_lora_") -> dict[str, nn.Module]:
-    """The modules of these names, or ends of names, once it is sure that an adapter can train each of them whole.
+    """The modules of these names, or ends of names, each of which an adapter can train whole.
 
     Containers (``nn.Sequential``, ``nn.ModuleList``, ``nn.ModuleDict``) stand for the modules in them.
 
@@ -43,7 +43,7 @@ def find_whole(model: nn.Module, wanted: Iterable[str], name: str, who: str = "a
 
 
 def _opened(owner: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """What is to be copied of a container: it runs its children, and must not get one more."""
+    """The modules in a container, which itself must not get one more child: it would run it."""
     if not isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)) or module._parameters:
         yield owner, module
         return
@@ -53,7 +53,7 @@ def _opened(owner: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _trouble(modules: dict[str, nn.Module], owner: str, module: nn.Module, name: str) -> str | None:
-    """Why a module cannot be trained whole."""
+    """Why a module cannot be trained whole, in words."""
     above = [modules[owner[:k]] for k, letter in enumerate(owner) if letter == "." and owner[:k] in modules]
     if isinstance(module, torch.jit.ScriptModule):
         return "is scripted; script the model after training instead"
@@ -82,7 +82,14 @@ def _trouble(modules: dict[str, nn.Module], owner: str, module: nn.Module, name:
 def attach_whole_(
     module: nn.Module, name: str, own: nn.Module | None = None, dtype: torch.dtype | None = None
 ) -> nn.Module:
-    """Gives an adapter its copy of a module, which is then the one in use; returns the copy."""
+    """Gives an adapter its copy of a module, which is used from now on; returns the copy.
+
+    Args:
+        module: the module that is trained whole.
+        name: name of the adapter.
+        own: the copy; ``None`` makes one.
+        dtype: dtype of a copy that is made, as in :func:`plain_copy`.
+    """
     copies = copies_in(module)
     if own is None:
         own = plain_copy(module, dtype)
@@ -98,8 +105,11 @@ def attach_whole_(
 
 
 def plain_copy(module: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-    """A copy of the module as it was before it had copies, all of which learns; in fp32 where it is in half precision,
-    unless another dtype is asked for.
+    """A copy of a module without its other copies, all of which learns.
+
+    Args:
+        module: the module.
+        dtype: dtype of what is in half precision; ``None`` is fp32.
     """
     plain = _own_copy(module)
     plain._apply(lambda t: t.to(adapter_dtype(t, dtype)) if t.dtype in HALVES else t)
@@ -121,7 +131,7 @@ def _own_copy(module: nn.Module) -> nn.Module:
 
 
 def drop_whole_(model: nn.Module, name: str | None) -> None:
-    """Takes the copies of one adapter off, or of all."""
+    """Takes the copies of one adapter off, in place, or those of all."""
     for owner, copies in copies_of(model).items():
         for own in [own for own in copies if name in (None, own)]:
             del copies[own]
@@ -132,7 +142,7 @@ def drop_whole_(model: nn.Module, name: str | None) -> None:
 
 
 def adopt_whole_(model: nn.Module) -> None:
-    """Makes every copy in use the module itself; a tied parameter is parted from its other owners."""
+    """Puts every copy in use in the place of its module's own values; tied parameters become the module's own."""
     for owner, copies in copies_of(model).items():
         module = model.get_submodule(owner)
         own = None if copies.active is None else copies[copies.active]
@@ -153,7 +163,7 @@ def _detach(module: nn.Module) -> None:
 
 
 def _without_copies(module: nn.Module, incompatible: Any) -> None:
-    """A state dict of the base fits: copies that it does not mention stay as they are."""
+    """Lets a state dict of the base fit: copies that it does not mention stay as they are."""
     copies = copies_in(module)
     untouched = () if copies is None else tuple(copies.untouched)
     incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if not key.startswith(untouched)]

@@ -1,4 +1,4 @@
-"""Taking adapters off a model, with or without what they learned."""
+"""``remove_lora_``: taking adapters off a model, with or without what they learned."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ Keep = Literal["base", "merged"]
 
 
 def remove_lora_(model: nn.Module, name: str | None = None, *, keep: Keep = "base") -> nn.Module:
-    """Takes adapters off, in place, without a trace: classes, keys and ``requires_grad`` are as before the first one.
+    """Takes adapters off, in place: classes, keys and ``requires_grad`` are then as before the first one.
 
     Args:
         model: an adapted model.
-        name: which adapter to take off; ``None`` takes off all of them. Merged adapters are unmerged first, and those
-            that stay are merged again.
+        name: name of the adapter to take off; ``None`` takes off all of them. Merged adapters are unmerged first, and
+            those that stay are merged again.
         keep: ``"base"`` leaves the base weights, ``"merged"`` the base weights with all adapters that are in use added
             to them, as ``merge_lora_(model, unload=True)`` does; that takes off all adapters, so that no name can be
             given.

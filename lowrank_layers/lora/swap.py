@@ -1,4 +1,4 @@
-"""Putting the values of another file into an adapter that is there already, without new modules or new shapes."""
+"""``swap_lora_``: the values of a file in an adapter that is there, without new modules or new shapes."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ def swap_lora_(
 
     Args:
         model: an adapted model, compiled or not.
-        folder: what to read, as in :func:`load_lora`.
-        name: of the adapter whose values are replaced; may be left out where there is one only.
-        rank: as in :func:`load_lora`.
-        alpha: as in :func:`load_lora`.
-        prefix: as in :func:`load_lora`.
+        folder: folder or single file, of any format that :func:`load_lora` reads.
+        name: name of the adapter whose values are replaced; may be left out where there is one only.
+        rank: rank in a single file, where it is to be checked.
+        alpha: numerator of the scale ``alpha / rank``, for a single file that has none.
+        prefix: prefix of the keys that belong to this model, for a single file with adapters for several models.
 
     Returns:
         The model.
@@ -119,7 +119,7 @@ def _trouble(loaded: LoadedAdapter, name: str) -> str | None:
 
 
 def _trouble_tokens(weight: AdaptedWeight, rows: TokenRows, name: str) -> str | None:
-    """Why the file's rows of an embedding do not fit those that are there."""
+    """Why the file's rows of an embedding do not fit those that are there, in words."""
     own = weight.adapter(name)
     if isinstance(own, TokenRows) and torch.equal(own.tokens, rows.tokens):
         return None
@@ -143,7 +143,7 @@ def _trouble_beside(model: nn.Module, name: str, file: AdapterFile) -> list[str]
 
 
 def _rooms(adapter: Adapter, layout: WeightLayout) -> list[tuple[Tensor, Tensor]]:
-    """Where directions can be put: the trained factors, and those of the start, whose product is taken off."""
+    """Factors that take directions: the trained ones, and those of the start, whose product is subtracted."""
     rooms = [layout.directions(adapter.A, adapter.B)]
     if adapter.a0 is not None and adapter.b0 is not None:
         rooms.append(layout.directions(adapter.a0, adapter.b0))

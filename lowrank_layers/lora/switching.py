@@ -1,4 +1,4 @@
-"""Choosing between the adapters of a model: for good, for a while, or sample by sample."""
+"""Choosing between the adapters of a model: for good, inside a context, or per sample."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def use_adapter(model: nn.Module, name: str | Iterable[str] | None) -> nn.Module
 
     Args:
         model: an adapted model.
-        name: one adapter, or several, which add up; ``None`` is none of them.
+        name: name of one adapter, or names of several, which add up; ``None`` is none of them.
 
     Returns:
         The model.
@@ -59,7 +59,9 @@ def use_adapter(model: nn.Module, name: str | Iterable[str] | None) -> nn.Module
 
 @contextmanager
 def lora_disabled(model: nn.Module) -> Iterator[nn.Module]:
-    """Inside, the model is exactly its base, also where adapters are merged: those are merged again afterwards.
+    """Turns all adapters off inside the context, so that the model is exactly its base.
+
+    Merged adapters are unmerged meanwhile, and merged again afterwards.
 
     With activation checkpointing, call ``backward`` inside as well: what is computed again has to be the same.
 
@@ -88,7 +90,7 @@ def lora_disabled(model: nn.Module) -> Iterator[nn.Module]:
 
 @contextmanager
 def lora_rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[nn.Module]:
-    """Inside, every sample of a batch has the adapter of its name (``None``: the base), whatever is in use.
+    """Gives every sample of a batch its own adapter inside the context, whichever adapters are in use.
 
     Linear layers, convolutions and embeddings; a weight that is read as a whole (attention, recurrent, DoRA) refuses.
     It can be trained: those adapters learn that are in use, so name all of them in :func:`use_adapter` before. With
@@ -96,7 +98,7 @@ def lora_rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[nn.Modu
 
     Args:
         model: an adapted model.
-        names: one for each sample of the first dimension.
+        names: one name per sample of the first dimension; ``None`` is the base.
 
     Raises:
         LowRankError: for an unknown name, or if the adapters are merged; in the forward pass if there are more or fewer
@@ -127,14 +129,16 @@ def lora_rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[nn.Modu
 def lora_parameters(
     model: nn.Module, name: str | None = None, *, lr: float | None = None, ratio: float = 16.0
 ) -> list[Any]:
-    """What to train: the parameters of all adapters that are in use, or of one; with ``lr``, as optimizer groups in
-    which ``B`` learns ``ratio`` times as fast as ``A`` (LoRA+; Hayou et al., 2024).
+    """Returns the parameters to train: those of all adapters in use, or of one adapter.
+
+    With ``lr`` they come as optimizer groups in which ``B`` learns ``ratio`` times as fast as ``A`` (LoRA+; Hayou et
+    al., 2024).
 
     Args:
         model: an adapted model.
-        name: one adapter; its parameters are given whether it is in use or not.
-        lr: learning rate of ``A``; ``None`` gives a list of parameters.
-        ratio: between the learning rates of ``B`` and ``A``.
+        name: name of one adapter, whose parameters are returned whether it is in use or not; ``None`` is all in use.
+        lr: learning rate of ``A``; ``None`` returns a plain list of parameters.
+        ratio: learning rate of ``B`` divided by that of ``A``.
 
     Raises:
         LowRankError: for an unknown name.
@@ -165,12 +169,12 @@ def lora_parameters(
 
 
 def _set_until(after: ExitStack, owner: nn.Module, name: str, value: Any) -> None:
-    """Sets an attribute until the end of a context."""
+    """Sets an attribute until the context ends."""
     after.callback(setattr, owner, name, getattr(owner, name))
     setattr(owner, name, value)
 
 
 def check_unmerged(model: nn.Module, who: str) -> None:
-    """Refuses to choose between adapters whose sum is part of the weights."""
+    """Raises if adapters are merged, so that none can be chosen."""
     if any(bank.merged is not None for bank in banks(model)):
         raise LowRankError(f"{who}: the adapters are merged into the weights; call unmerge_lora_(model) first.")

@@ -1,4 +1,4 @@
-"""Training chosen rows of an embedding only, such as those of new tokens."""
+"""``trainable_tokens``: training only chosen rows of an embedding, such as those of new tokens."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ Tokens = Iterable[int] | Mapping[str, Iterable[int]]
 
 
 class TokenRows(Adapter):
-    """What is added to chosen rows of an embedding, or of a head: a low-rank product with one frozen factor.
+    """Trained changes of chosen rows of an embedding or of a head: a low-rank product with one frozen factor.
 
     With the selection ``S [n, V]``, one 1 in a row, the change of the embedding is ``S^T R``, and only the rows
     ``R [n, D]`` learn; they start at zero.
 
     Args:
-        rows: ``R``; the layers of a tied model share it.
-        tokens: the indices of the rows, ``[n]``.
-        size: ``V``.
+        rows: the parameter ``R``, which the layers of a tied model share.
+        tokens: indices of the rows, ``[n]``.
+        size: number ``V`` of rows of the embedding.
         head: whether the layer is linear, with ``[V, D]`` read as ``[out, in]``.
     """
 
@@ -46,12 +46,12 @@ class TokenRows(Adapter):
 
     @property
     def A(self) -> Tensor:  # type: ignore[override]
-        """``[n, in]``."""
+        """The right factor, ``[n, in]``."""
         return self.rows if self.head else self.selection
 
     @property
     def B(self) -> Tensor:  # type: ignore[override]
-        """``[out, n]``."""
+        """The left factor, ``[out, n]``."""
         return self.selection.mT if self.head else self.rows.mT
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
@@ -59,7 +59,7 @@ class TokenRows(Adapter):
         self.selection.copy_(F.one_hot(self.tokens, self.size))
 
     def resize_(self, layout: WeightLayout, weight: Tensor) -> None:
-        """Selects the same rows of a weight with more or fewer of them; those that are gone count for nothing."""
+        """Selects the same rows of a weight with more or fewer of them; rows that are gone add nothing."""
         self.size = layout.matrix(weight).shape[-2 if self.head else -1]
         every = torch.arange(self.size, device=self.tokens.device)
         self.selection = (self.tokens[:, None] == every).to(self.selection)
@@ -77,7 +77,7 @@ def find_tokens(
     Args:
         model: where to look.
         wanted: indices of tokens of the input embedding, or by the names of layers, or ends of them.
-        name: of the adapter; with ``None`` it may be there already.
+        name: name of the adapter; with ``None`` it may be there already.
         taken: the names of modules that the adapter changes otherwise.
         ties: whether layers with the same parameter as an embedding get the same rows.
 
@@ -154,7 +154,7 @@ def _checked(indices: Iterable[int], size: int, owner: str) -> list[int]:
 
 
 def _tied(layers: Mapping[str, nn.Module], owner: str, named: Mapping[str, Any]) -> list[str]:
-    """Other layers with the same parameter, which are to see the same rows."""
+    """The names of other layers with the same parameter, which get the same rows."""
     weight = layers[owner]._parameters.get("weight")
     return [
         other

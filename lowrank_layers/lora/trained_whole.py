@@ -33,7 +33,7 @@ class TrainedWhole:
         return refuse_scripting()
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """A parameter takes the place of a tensor that was set meanwhile."""
+        """Sets a parameter of the module itself, also where a plain tensor stands in its place."""
         self.__dict__.get("_former_parameters", {}).pop(name, None)
         super().register_parameter(name, param)  # type: ignore[misc]
 
@@ -56,7 +56,7 @@ def whole_class(cls: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]
 
 
 def _in_use(name: str) -> property:
-    """Reading a parameter gives that of the copy in use, for whoever does not call the module."""
+    """A property that reads the parameter of the copy in use, for code that does not call the module."""
 
     def read(self: nn.Module) -> Tensor:
         copies, base = copies_in(self), parameter_of(self, name)
@@ -94,7 +94,7 @@ def _forward_of(cls: type[nn.Module]) -> Callable[..., Any]:
 
 
 def _run(base: nn.Module, own: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """What a copy gives; one in fp32 of a module in half precision runs under autocast, to the module's dtype."""
+    """The output of a copy; one in fp32 of a module in half precision runs under autocast, to the module's dtype."""
     first, theirs = (next(_parameters(module), None) for module in (base, own))
     if first is None or first.dtype not in HALVES or theirs is None or theirs.dtype == first.dtype:
         return own(*args, **kwargs)
@@ -115,7 +115,7 @@ def _parameters(module: nn.Module) -> Iterator[Tensor]:
 def _by_rows(
     cls: type[nn.Module], self: nn.Module, copies: Copies, rows: list[str | None], input: Any, *args: Any, **kwargs: Any
 ) -> Tensor:
-    """Each row of the batch through the copy of its adapter."""
+    """The output with each row of the batch run through the copy of its own adapter."""
     result: Tensor | None = None
     for name in dict.fromkeys(rows):
         if not isinstance(input, Tensor) or len(input) != len(rows):

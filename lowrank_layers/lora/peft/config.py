@@ -1,4 +1,4 @@
-"""The settings of PEFT's adapter files: what they mean, and which of them cannot be honoured."""
+"""The settings in PEFT's ``adapter_config.json``: what they mean, and which of them are not supported."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 NOTHING = "dummy-target-modules"
-"""PEFT's word for an adapter without LoRA layers, which trains only tokens."""
+"""PEFT's ``target_modules`` for an adapter without LoRA layers, which trains only tokens."""
 BIASES = ("none", "all", "lora_only")
-# inits after which the file alone says what was learned: they leave the base as it is
+# inits that leave the base unchanged, so that the file holds all that was learned
 _HARMLESS_INITS = (True, False, "gaussian", "eva", "orthogonal", "mica")
 # settings that say nothing about what is computed once the adapter is there
 _HARMLESS = {
@@ -27,7 +27,7 @@ _HARMLESS |= {"revision", "runtime_config", "task_type"}
 
 @dataclass
 class Config:
-    """What ``adapter_config.json`` says, as far as it is about the computation."""
+    """The settings of ``adapter_config.json`` that decide what is computed, under PEFT's names."""
 
     r: int = 8
     lora_alpha: float = 8
@@ -68,7 +68,7 @@ class Config:
 
 
 def config_of(body: Any) -> tuple[Config, list[str]]:
-    """The settings, and what is wrong with them."""
+    """The settings in a parsed ``adapter_config.json``, and what is wrong with them, in words."""
     if not isinstance(body, dict):
         return Config(), [f"it holds a {type(body).__name__}, expected settings by name"]
     if body.get("peft_type") != "LORA":

@@ -49,15 +49,15 @@ def save_lora(
     modules_to_save: Iterable[str] | None = None,
     bias: Bias | None = None,
 ) -> None:
-    """Writes an adapter as PEFT does: ``adapter_config.json`` and ``adapter_model.safetensors``.
+    """Writes an adapter in PEFT's format: a folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
 
-    ``PeftModel.from_pretrained`` loads it onto the plain base, also where the adapter starts from singular values: such
-    a one is written with twice the rank, its start taken off. Both files are written under temporary names and renamed.
+    ``PeftModel.from_pretrained`` loads it onto the plain base. An adapter that starts from singular values is written
+    with twice the rank, so that its start is subtracted. Both files are written under temporary names and renamed.
 
     Args:
         model: an adapted model.
-        folder: made where it is missing.
-        name: of the adapter; may be left out where there is one only.
+        folder: folder to write to, which is made where it is missing.
+        name: name of the adapter; may be left out where there is one only.
         modules_to_save: names, or ends of names, of modules of the base to write as a whole, running statistics
             included. By default those outside the adapters whose parameters learn. What the adapter itself trains whole
             (``add_lora_(modules_to_save=)``) is always written.
