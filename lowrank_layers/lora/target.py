@@ -75,9 +75,9 @@ def _matching(model: nn.Module, target: Target, what: str = "target") -> list[Ad
                 f"add_lora_: got {target!r}, expected a regular expression that compiles: {error}."
             ) from None
         found = [weight for weight in weights if _matches(pattern, weight, aliases[weight.module])]
-        return found + [
-            part for part in slices if any(pattern.fullmatch(name) for name in _full_names(part, aliases[part.module]))
-        ]
+        known = {part for weight in found for part in _slices(weight)}  # of fused weights that match as a whole
+        others = [part for part in slices if part not in known]
+        return found + [part for part in others if any(map(pattern.fullmatch, _full_names(part, aliases[part.module])))]
     if callable(target):
         return [weight for weight in weights if any(target(alias, weight.module) for alias in aliases[weight.module])]
     chosen: set[AdaptedWeight] = set()
@@ -90,6 +90,11 @@ def _matching(model: nn.Module, target: Target, what: str = "target") -> list[Ad
             which = "" if what == "target" else f"{what} has "
             raise LowRankError(f"add_lora_: {which}{name!r} matches no layer that can be adapted.{hint}")
         chosen |= taken
+    for weight in chosen if what == "target" else ():
+        if any(part in chosen for part in _slices(weight)):
+            raise LowRankError(
+                f"add_lora_: target has {weight.name!r} and a slice of it; name either the whole or the slices."
+            )
     return [weight for weight in (*weights, *slices) if weight in chosen]
 
 
@@ -141,8 +146,8 @@ def _full_names(weight: AdaptedWeight, aliases: Iterable[str]) -> list[str]:
 
 def _ends(weight: AdaptedWeight, aliases: Iterable[str], name: str) -> bool:
     """Whether a name, or the end of one, means a weight: its module's name, or that with the parameter behind."""
-    for alias in aliases:
-        full = f"{alias}.{weight.parameter}" if alias else weight.parameter
+    names = list(aliases)
+    for alias, full in zip(names, _full_names(weight, names), strict=True):
         if any(own == name or own.endswith(f".{name}") for own in (alias, full, full.removesuffix("_weight"))):
             return True
     return False

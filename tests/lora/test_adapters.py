@@ -268,6 +268,21 @@ BAD = {
 }
 
 
+def test_a_fused_attention_is_adapted_whole_or_in_slices_but_not_both():
+    model, x = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, dropout=0.0).eval(), torch.randn(2, 5, 16)
+    lr.add_lora_(model, ".*", rank=2, init="gaussian")
+    assert model.self_attn._adapted_names == ("in_proj_weight",)
+    scramble(model)
+    assert torch.allclose(model(x), lr.merge_lora_(copy.deepcopy(model), unload=True)(x), atol=1e-5)
+    lr.remove_lora_(model)
+    with pytest.raises(lr.LowRankError, match=r"'self_attn.in_proj_weight' and a slice of it"):
+        lr.add_lora_(model, ["self_attn", "q_proj"], rank=2)
+    lr.add_lora_(model, ".*[qv]_proj", rank=2)
+    assert model.self_attn._adapted_names == ("q_proj", "v_proj")
+    with pytest.raises(lr.LowRankError, match="overlaps with a part of it"):
+        lr.add_lora_(model, ["self_attn"], rank=2, name="second")
+
+
 @pytest.mark.parametrize("case", BAD)
 def test_bad_calls_are_refused_and_change_nothing(case):
     attempt, word = BAD[case]
