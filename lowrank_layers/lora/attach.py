@@ -65,6 +65,12 @@ def adapter_names(model: nn.Module) -> list[str]:
     return sorted(names | {own for copies in copies_of(model).values() for own in copies})
 
 
+def check_new_name(name: str, who: str) -> None:
+    """Raises if an adapter cannot be called so."""
+    if not isinstance(name, str) or not name or "." in name:
+        raise LowRankError(f"{who}: got name {name!r}, expected a string without dots.")
+
+
 def check_name(model: nn.Module, name: str) -> None:
     """Raises if the model has no adapter of that name."""
     known = adapter_names(model)

@@ -15,7 +15,7 @@ from ..checks import check_integer, is_number
 from ..errors import LowRankError
 from ..linalg import exact_svd
 from .adapter import Adapter, Bank
-from .attach import adapter_names, banks, check_name
+from .attach import adapter_names, banks, check_name, check_new_name
 from .mixed_groups import MixedGroups
 from .module_copies import copies_of, trained_whole_by
 from .modules_to_save import attach_whole_
@@ -127,8 +127,7 @@ def _check_adapters(model: nn.Module, weights: Mapping[str, float], name: str) -
         check_name(model, each)
         if not is_number(weight) or not math.isfinite(weight):
             raise LowRankError(f"combine_lora_: got the weight {weight!r} for {each!r}, expected a finite number.")
-    if not name or "." in name:
-        raise LowRankError(f"combine_lora_: got name {name!r}, expected one without dots.")
+    check_new_name(name, "combine_lora_")
     shared = trained_whole_by(model, weights)
     if shared is not None:
         raise LowRankError(

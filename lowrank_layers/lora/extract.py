@@ -13,7 +13,7 @@ from ..modules import check_model, update_shortcuts_
 from ..rank import Energy, Rank, Spectrum, choose_rank
 from .adapted_weight import AdaptedWeight
 from .adapter import Adapter, adapter_dtype
-from .attach import attach_, freeze_
+from .attach import attach_, check_new_name, freeze_
 from .checks import check_adaptable
 from .lookup import tensor_for
 from .target import Target, targets
@@ -68,8 +68,7 @@ class Extraction(dict[tuple[str, str], Extracted]):
             LowRankError: if the model lacks one of the weights, or has an adapter of that name; nothing changes then.
         """
         check_model(model)
-        if not name or "." in name:
-            raise LowRankError(f"Extraction.apply_: got name {name!r}, expected one without dots.")
+        check_new_name(name, "Extraction.apply_")
         made = {_check_fits(model, key, found, name): found for key, found in self.items()}
         freeze_(model)
         for weight, found in made.items():

@@ -14,7 +14,7 @@ from ..modules import check_model, update_shortcuts_
 from ..rank import Rank, check_rank
 from .adapted_weight import AdaptedWeight
 from .adapter import Adapter, adapter_dtype, check_dtype
-from .attach import attach_, freeze_
+from .attach import attach_, check_new_name, freeze_
 from .checks import check_adaptable
 from .inits import InitContext, LoRAInit, find_init
 from .modules_to_save import attach_whole_, find_whole
@@ -106,8 +106,7 @@ def add_lora_(
         (True, ['0.lora_weight.adapters.default.A', '0.lora_weight.adapters.default.B'])
     """
     check_model(model, quantized=True)
-    if "." in name or not name:
-        raise LowRankError(f"add_lora_: got name {name!r}, expected one without dots.")
+    check_new_name(name, "add_lora_")
     if not 0 <= dropout < 1:
         raise LowRankError(f"add_lora_: got dropout {dropout!r}, expected a number in [0, 1).")
     start = find_init(init)

@@ -16,7 +16,7 @@ from ..modules import check_model, module_aliases, named_tensors, update_shortcu
 from .adapted_weight import AdaptedWeight
 from .adapter import Adapter, adapter_dtype, check_dtype
 from .adapter_file import AdapterFile, LoadedAdapter, read_tensors, refuse
-from .attach import attach_, freeze_
+from .attach import attach_, check_new_name, freeze_
 from .diffusers import FILE as DIFFUSERS_FILE, find_diffusion
 from .diffusion_keys import is_diffusion_file
 from .inject import DEFAULT
@@ -80,8 +80,7 @@ def load_lora(
         ['french']
     """
     check_model(model, quantized=True)
-    if "." in name or not name:
-        raise LowRankError(f"load_lora: got name {name!r}, expected one without dots.")
+    check_new_name(name, "load_lora")
     check_dtype(dtype, "load_lora")
     path = Path(folder)
     file = read_adapter_file(model, path, name, rank=rank, alpha=alpha, prefix=prefix)
