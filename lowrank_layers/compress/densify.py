@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ..layers import FactoredModule
+from ..layers import PROJECTIONS, FactoredModule, LowRankMultiheadAttention
 from ..linalg import full_precision
 from ..modules import (
     check_densifiable,
@@ -44,6 +44,11 @@ def densify_(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -
     check_densifiable(model)
     factored = {name: module for name, module in walk_layers(model) if isinstance(module, FactoredModule)}
     replace_(model, {name: module.to_dense() for name, module in factored.items()}, optimizer)
-    opened = {name: attention for name, attention in open_attentions(model).items() if not any(attention.rank)}
-    replace_(model, {name: attention.to_dense() for name, attention in opened.items()}, optimizer)
+    closable = {name: attention for name, attention in open_attentions(model).items() if _is_dense(attention)}
+    replace_(model, {name: attention.to_dense() for name, attention in closable.items()}, optimizer)
     return model
+
+
+def _is_dense(attention: LowRankMultiheadAttention) -> bool:
+    """Whether all projections are plain linear layers: what an adapter adds to one would not survive closing."""
+    return all(type(getattr(attention, name)) is nn.Linear for name in PROJECTIONS)
