@@ -6,6 +6,7 @@
 - :func:`update_shortcuts_` is for those who change a layer where it stands, as adapters do.
 - :func:`check_model` first: it refuses what cannot be changed in place. :func:`walk_layers` visits the layers,
   :func:`select` chooses some by name, type or predicate, :func:`reasons_to_keep` says which must stay, and why.
+- :class:`ModelDescription` is what tells a factored model from the dense one, for plans and files.
 """
 
 from .attention import (

@@ -26,13 +26,13 @@ def openable_attentions(model: nn.Module) -> dict[str, nn.MultiheadAttention]:
         for parameter in module.parameters(recurse=False):
             users[id(parameter)].update(names)
     found = {}
-    for name, module in walk_layers(model):
-        if not name or type(module) is not nn.MultiheadAttention:
+    for module, names in aliases.items():
+        if names[0] == "" or type(module) is not nn.MultiheadAttention:
             continue
-        own = {inside for alias in aliases[module] for inside in (alias, f"{alias}.out_proj")}
+        own = {inside for name in names for inside in (name, f"{name}.out_proj")}
         shared = any(not users[id(parameter)] <= own for parameter in module.parameters())
         if not shared and all(reason_to_keep(part) is None for part in module.modules()):
-            found[name] = module
+            found[names[0]] = module
     return found
 
 

@@ -23,23 +23,22 @@ class Resizable(Protocol):
         """Returns the plain layer with the vocabulary's rows, and what puts the rest around it once it is resized."""
 
 
-def update_resizing_(model: nn.Module) -> None:
-    """Lets transformers resize low-rank and adapted embeddings and heads, in every model that has such.
+def update_resizing_(module: nn.Module) -> None:
+    """Lets a transformers model resize its embedding and head where they are low-rank or adapted.
 
     The model is given a ``resize_token_embeddings`` of its own that puts plain layers in their place meanwhile: that of
-    transformers would leave an adapter behind, or take a product of factors for a weight. Models without such layers
-    keep transformers' method.
+    transformers would leave an adapter behind, or take a product of factors for a weight. Other modules, and models
+    without such layers, keep what they have.
     """
-    for module in model.modules():
-        if not hasattr(type(module), _METHOD):
-            continue
-        ends = _ends(module)
-        special = any(map(_is_special, (*ends.values(), *_tied_to(module, ends).values())))
-        own = vars(module).get(_METHOD)
-        if special and own is None:
-            module.__dict__[_METHOD] = partial(_resize, module)
-        elif not special and getattr(own, "func", None) is _resize:
-            del module.__dict__[_METHOD]
+    if not hasattr(type(module), _METHOD):
+        return
+    ends = _ends(module)
+    special = any(map(_is_special, (*ends.values(), *_tied_to(module, ends).values())))
+    own = vars(module).get(_METHOD)
+    if special and own is None:
+        module.__dict__[_METHOD] = partial(_resize, module)
+    elif not special and getattr(own, "func", None) is _resize:
+        del module.__dict__[_METHOD]
 
 
 def _resize(

@@ -28,16 +28,21 @@ def update_shortcuts_(model: nn.Module) -> None:
     To be called after layers of the model became low-rank, adapted or plain; :func:`replace_` does so itself.
     """
     for module in model.modules():
-        for kind, (flag, off) in _FAST_PATHS.items():
-            if not isinstance(module, kind):
-                continue
-            special = any(map(_has_own_forward, module.modules()))
-            if special and _DENSE_VALUE not in module.__dict__:
-                module.__dict__[_DENSE_VALUE] = getattr(module, flag)
-                setattr(module, flag, off)
-            elif not special and _DENSE_VALUE in module.__dict__:
-                setattr(module, flag, module.__dict__.pop(_DENSE_VALUE))
-    update_resizing_(model)
+        _update_fast_path_(module)
+        update_resizing_(module)
+
+
+def _update_fast_path_(module: nn.Module) -> None:
+    """Forbids a transformer module its fast path while a layer inside computes something of its own."""
+    for kind, (flag, off) in _FAST_PATHS.items():
+        if not isinstance(module, kind):
+            continue
+        special = any(map(_has_own_forward, module.modules()))
+        if special and _DENSE_VALUE not in module.__dict__:
+            module.__dict__[_DENSE_VALUE] = getattr(module, flag)
+            setattr(module, flag, off)
+        elif not special and _DENSE_VALUE in module.__dict__:
+            setattr(module, flag, module.__dict__.pop(_DENSE_VALUE))
 
 
 def _has_own_forward(module: nn.Module) -> bool:

@@ -55,6 +55,26 @@ def test_a_description_is_the_one_of_the_plan():
         assert (entry.rank, entry.bias, entry.layer) == (spec.rank, spec.bias, spec.dense)
 
 
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (nn.Sequential(nn.Linear(8, 6)), "'0.self_attn': is an open attention, but the model has no such module"),
+        (nn.Sequential(nn.TransformerEncoderLayer(8, 2, 8)), "'1': the model has no such layer"),
+        (nn.Sequential(nn.TransformerEncoderLayer(8, 2, 8), nn.Conv1d(8, 6, 1)), "'1': replaces nn.Linear, but the"),
+        (nn.Sequential(nn.TransformerEncoderLayer(8, 2, 8), nn.Linear(8, 7)), "'1': was saved with out_features 6"),
+        (
+            nn.Sequential(nn.TransformerEncoderLayer(8, 2, 8), lr.LowRankLinear(8, 6, rank=1)),
+            "'1': is LowRankLinear of",
+        ),
+    ],
+)
+def test_another_model_is_refused_and_stays_as_it_is(other, message):
+    before = list(other.modules())
+    with pytest.raises(lr.LowRankError, match=message):
+        ModelDescription.of(factored()).build(other)
+    assert list(other.modules()) == before
+
+
 def hooked() -> nn.Module:
     model = dense()
     model[0].self_attn.out_proj.register_forward_hook(lambda *_: None)
