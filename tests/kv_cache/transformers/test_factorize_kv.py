@@ -18,6 +18,7 @@ from lowrank_layers.kv_cache.compressed_tokens import HeadGroups
 from .tiny_models import SIZE, cached, generated, logits, peaked, prompts, transformers
 
 LAYOUTS = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "phi", "cohere", "smollm3", "opt", "gpt_oss")
+LAYOUTS += ("cohere2", "nanochat")  # rotated in some layers only, and the other way round
 
 
 def attentions(model: nn.Module) -> list[Any]:

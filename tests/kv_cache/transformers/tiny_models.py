@@ -56,6 +56,8 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "smollm3": ("SmolLM3", {"no_rope_layers": [1, 0]}),
     "opt": ("OPT", {"ffn_dim": 96, "word_embed_proj_dim": 64}),
     "olmo2": ("Olmo2", {}),
+    "cohere2": ("Cohere2", WINDOW),
+    "nanochat": ("NanoChat", {}),
     "gpt_oss": ("GptOss", _EAGER | {"num_local_experts": 4}),
     "deepseek_v2": ("DeepseekV2", LATENT | {"num_local_experts": 4}),
     "deepseek_v3": ("DeepseekV3", LATENT),
