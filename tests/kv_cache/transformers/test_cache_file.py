@@ -48,6 +48,8 @@ def test_files_that_are_torn_or_foreign(tmp_path):
         metadata = file.metadata()
     for change in (
         lambda t: t.pop("0.keys.tail"),
+        lambda t: t.pop("0.values.0.values"),
+        lambda t: t.pop("1.keys.first"),
         lambda t: t.update(more=torch.ones(2)),
         lambda t: t["1.values.0.values"].fill_(float("nan")),
         lambda t: t.update({"0.keys.0.basis": t["0.keys.0.basis"][:, :, :, :3].contiguous()}),
@@ -61,3 +63,11 @@ def test_files_that_are_torn_or_foreign(tmp_path):
     save_file(tensors, path, metadata=metadata | {"lowrank_layers.cache": '{"version": 9}'})
     with pytest.raises(lr.CheckpointError, match="damaged"):
         lr.LowRankCache.load(path)
+
+
+def test_a_rank_rule_of_the_users_own_cannot_be_saved(tmp_path):
+    cache = exact(rank=lambda spectrum: 4)
+    cache.update(torch.randn(1, 2, 40, 16), torch.randn(1, 2, 40, 16), 0)
+    with pytest.raises(lr.LowRankError, match="one of lowrank_layers' rules"):
+        cache.save(tmp_path / "cache.safetensors")
+    assert not list(tmp_path.iterdir())

@@ -154,3 +154,20 @@ def test_layers_that_share_keys_see_a_prompt_as_it_is():
     ours = logits(net, "lowrank", cache)[:, :28]
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
     assert all(layer.compressed for layer in cache.layers)
+
+
+def test_positions_with_several_axes_are_read_as_one():
+    """Text has the same position on all axes, and its keys are rotated as those of a model with one."""
+    if not hasattr(transformers, "Qwen2VLTextModel"):
+        pytest.skip("this version of transformers has no Qwen2VLTextModel")
+    torch.manual_seed(0)
+    net = transformers.Qwen2VLTextModel(transformers.Qwen2VLTextConfig(**SIZES, **AXES)).eval()
+    caches = lr.LowRankCache(16, **KEEP), DynamicCache()
+    out = []
+    for cache, implementation in zip(caches, ("lowrank", "eager"), strict=True):
+        net.set_attn_implementation(implementation)
+        with torch.no_grad():
+            parts = [net(part, past_key_values=cache).last_hidden_state for part in IDS.split([28, 1, 1, 10], 1)]
+        out.append(torch.cat(parts, 1))
+    torch.testing.assert_close(*out, rtol=1e-3, atol=1e-4)
+    assert found(caches[0]) == [(8, False, 0)] * 2
