@@ -95,7 +95,7 @@ def test_svd_krylov_of_a_tall_sparse_matrix_as_of_its_dense_form():
     g = generator(1)
     places = torch.stack([torch.randint(size, (90_000,), generator=g) for size in (30_000, 6_000)])
     values = torch.rand(90_000, generator=g, dtype=torch.float64) / (1 + places[1] % 50)
-    sparse = torch.sparse_coo_tensor(places, values, (30_000, 6_000))
+    sparse = torch.sparse_coo_tensor(places, values, (30_000, 6_000), check_invariants=True)
     f = lr.svd(sparse, 12)
     peer = scipy.sparse.coo_matrix((values.numpy(), places.numpy()), shape=(30_000, 6_000)).tocsr()
     expected = scipy.sparse.linalg.svds(peer, 12, return_singular_vectors=False, random_state=0)
