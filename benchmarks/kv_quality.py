@@ -10,7 +10,7 @@ import importlib.util
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,11 +22,10 @@ from lowrank_layers.kv_cache.subspace import Scatter, Subspace
 
 from .common import arguments, machine, markdown_table, write_result
 from .data import ROOT, available
+from .kv_stores import DTYPE, Evicting, Exact, FourBits, LowRank, Make, Quantized, Store
 from .stories import stories_model, stories_tokens
 from .vision import import_torchvision
 
-DTYPE = torch.bfloat16
-"""Bytes per number of the exact cache; the arithmetic is in fp32."""
 OURS = {
     "pycode_llama": ((14, 10, 32), (24, 20, 24), (16, 12, 64), (14, 10, 24), (12, 8, 32), (8, 6, 32)),
     "stories260K": ((5, 5, 32), (7, 7, 32), (6, 6, 32), (4, 4, 32), (3, 3, 32)),
@@ -35,126 +34,6 @@ OURS = {
 BUDGETS = {"pycode_llama": ((0.22, 64), (0.16, 32), (0.14, 24)), "stories260K": ((0.5, 32), (0.35, 32))}
 """Fraction of the exact bytes, and the number of recent tokens."""
 EVICTED = (110, 150, 200)
-
-
-class Store(Protocol):
-    """The cache of one layer."""
-
-    def update(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Appends tokens and returns all keys and values for the attention."""
-
-    def nbytes(self) -> int:
-        """Bytes of everything that is stored."""
-
-
-class Exact:
-    def __init__(self) -> None:
-        self.kept: tuple[Tensor, Tensor] | None = None
-
-    def update(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        if self.kept is not None:
-            keys, values = torch.cat([self.kept[0], keys], 2), torch.cat([self.kept[1], values], 2)
-        self.kept = keys, values
-        return self.kept
-
-    def nbytes(self) -> int:
-        return sum(t.nbytes for t in self.kept or ())
-
-
-class Evicting(Exact):
-    """Eviction: keeps the first tokens and a window of the last ones; keys keep the rotation of their position."""
-
-    def __init__(self, recent: int, first: int = 4) -> None:
-        super().__init__()
-        self.recent, self.first = recent, first
-
-    def update(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        seen = super().update(keys, values)
-        if seen[0].shape[2] > self.first + self.recent:
-            keys, values = (torch.cat([t[:, :, : self.first], t[:, :, -self.recent :]], 2) for t in seen)
-            self.kept = keys, values
-        return seen
-
-
-class FourBits:
-    """Stores all but the recent tokens in 4 bits, with an fp16 scale and zero point per token and head."""
-
-    def __init__(self, recent: int) -> None:
-        self.recent, self.tail = recent, Exact()
-        self.codes: list[tuple[Tensor, Tensor, Tensor]] = []
-
-    def update(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        tail = self.tail.update(keys, values)
-        old = [[self.decoded(*c) for c in self.codes[side::2]] for side in (0, 1)]
-        seen = torch.cat([*old[0], tail[0]], 2), torch.cat([*old[1], tail[1]], 2)
-        left = tail[0].shape[2] - self.recent
-        if left > 0:
-            self.codes += [self.coded(t[:, :, :left]) for t in tail]
-            keys, values = (t[:, :, left:] for t in tail)
-            self.tail.kept = keys, values
-        return seen
-
-    @staticmethod
-    def coded(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        low, high = (f(x.float(), dim=-1, keepdim=True).half() for f in (torch.amin, torch.amax))
-        scale = ((high.float() - low.float()) / 15).clamp_min(1e-6).half()
-        codes = ((x.float() - low.float()) / scale.float()).round().clamp(0, 15).to(torch.uint8)
-        return codes[..., 0::2] * 16 + codes[..., 1::2], scale, low
-
-    @staticmethod
-    def decoded(codes: Tensor, scale: Tensor, low: Tensor) -> Tensor:
-        wide = torch.stack([codes // 16, codes % 16], -1).flatten(-2)
-        return (wide * scale.float() + low.float()).to(DTYPE)
-
-    def nbytes(self) -> int:
-        return self.tail.nbytes() + sum(t.nbytes for each in self.codes for t in each)
-
-
-class Theirs:
-    """Wraps a layer of transformers' ``QuantizedCache``."""
-
-    def __init__(self, config: Any, backend: str, **options: Any) -> None:
-        from transformers.cache_utils import QuantizedCache
-
-        self.layer = QuantizedCache(backend, config, **options).layers[0]
-
-    def update(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        keys, values = self.layer.update(keys, values)
-        return keys, values
-
-    def nbytes(self) -> int:
-        return sum(stored(value) for value in vars(self.layer).values())
-
-
-def stored(value: Any) -> int:
-    """Bytes of the tensors in an attribute; a quantized tensor wraps plain ones."""
-    if isinstance(value, (tuple, list)):
-        return sum(map(stored, value))
-    if not isinstance(value, Tensor):
-        return 0
-    if hasattr(value, "__tensor_flatten__"):
-        return sum(stored(getattr(value, name)) for name in value.__tensor_flatten__()[0])
-    return value.nbytes
-
-
-class Ours:
-    """The low-rank cache; keys and values are rebuilt, which gives the same as :meth:`LowRankKV.attend`."""
-
-    def __init__(self, settings: lr.KVSettings, rotation: lr.Rotation, subspaces: Any = None) -> None:
-        self.cache = lr.LowRankKV(settings, rotation, subspaces)
-
-    def update(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        self.cache.append(keys, values)
-        seen = self.cache.dense()
-        self.cache.compress()
-        return seen
-
-    def nbytes(self) -> int:
-        return self.cache.nbytes()
-
-
-Make = Callable[[int], Store]
-"""Makes the cache of the layer with this index."""
 
 
 class Driver:
@@ -295,7 +174,7 @@ class Bench:
                 offline(self.driver, self.training, self.layers, self.rotation, rank,
                         joint=chosen.joint, value_rank=value_rank)
             )  # fmt: skip
-        return lambda layer: Ours(chosen, self.rotation, given[layer])
+        return lambda layer: LowRank(chosen, self.rotation, given[layer])
 
     def row(self, label: str, make: Make) -> list[object]:
         found = score(self.driver, self.windows, self.prefix, make, self.chunk, self.exact)
@@ -410,15 +289,15 @@ def run(args: argparse.Namespace) -> str:
             bench.row(f"K {rank}, V {value_rank}, {recent} recent, but {label}", bench.ours(**{**pairs[0], **changed}))
         )
     config = bench.model.config
-    theirs: dict[str, Make] = {"transformers' QuantizedCache, fp8": lambda layer: Theirs(config, "fp8")}
+    theirs: dict[str, Make] = {"transformers' QuantizedCache, fp8": lambda layer: Quantized(config, "fp8")}
     if importlib.util.find_spec("optimum") and importlib.util.find_spec("optimum.quanto"):
-        theirs["transformers' QuantizedCache, quanto int4"] = lambda layer: Theirs(config, "quanto", nbits=4)
+        theirs["transformers' QuantizedCache, quanto int4"] = lambda layer: Quantized(config, "quanto", nbits=4)
     theirs["int4 per token and head, 16 recent exact"] = lambda layer: FourBits(16)
     for kept in EVICTED:
         theirs[f"eviction: 4 first and {kept} recent"] = lambda layer, kept=kept: Evicting(kept)
     rows += [bench.row(label, make) for label, make in theirs.items()]
     tokens = 3 * args.window // 4
-    head = ["cache", "KiB a sequence", "bytes saved", "perplexity", "increase, %", "KL from exact, 1e-4"]
+    head = ["cache", "KiB per sequence", "bytes saved", "perplexity", "increase, %", "KL from exact, 1e-4"]
     return "\n\n".join(
         [
             f"{'A small random Llama' if args.smoke else f'{args.model} on unseen text'}: {args.windows} windows of"

@@ -70,6 +70,14 @@ def test_smoke(name, tmp_path, monkeypatch):
         assert all(math.isfinite(float(number.replace(",", ""))) for number in numbers)
 
 
+@pytest.mark.parametrize("name", IN_FULL)
+def test_the_others_start(name, monkeypatch, capsys):
+    """What they import exists; running them would take too long."""
+    monkeypatch.setattr(sys, "argv", [name, "--help"])
+    assert exit_code(importlib.import_module(f"benchmarks.{name}").main) == 0
+    assert "--threads" in capsys.readouterr().out
+
+
 def test_every_benchmark_is_run():
     scripts = (ROOT / "benchmarks").glob("*.py")
     writing = {path.stem for path in scripts if re.search(r"^(?!def ).*write_result\(", path.read_text(), re.M)}
