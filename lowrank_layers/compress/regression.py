@@ -90,7 +90,11 @@ class Regression:
     @cached_property
     def matrix(self) -> Tensor:
         """``M``, whose squared singular values are the captured loss, ``[m, n]``."""
-        return self.outputs.root.times(self.inputs.root.times(self.full.mT).mT)
+        root = self.inputs.root
+        if self.cross is None:
+            return self.outputs.root.times(root.times(self.weight.mT).mT)
+        # F X^(1/2)^T = W C X^-1 L^T = W C L^-1, with L^T L = X
+        return self.outputs.root.times(root.divide_columns(self.weight @ self.cross))
 
     @cached_property
     def _gram(self) -> Tensor:

@@ -26,6 +26,13 @@ class Root(NamedTuple):
         solution: Tensor = torch.linalg.solve_triangular(self.factor, matrix, upper=True)
         return solution
 
+    def divide_columns(self, matrix: Tensor) -> Tensor:
+        """Computes ``matrix @ L^-1``."""
+        if self.factor.ndim == 1:
+            return matrix / self.factor
+        solution: Tensor = torch.linalg.solve_triangular(self.factor, matrix, upper=True, left=False)
+        return solution
+
     def solve(self, matrix: Tensor) -> Tensor:
         """Computes ``A^-1 @ matrix``."""
         if self.factor.ndim == 1:

@@ -21,6 +21,7 @@ def test_root_of_a_regular_moment():
     m = torch.randn(6, 4, dtype=torch.float64)
     assert torch.allclose(root.times(m), root.factor @ m)
     assert torch.allclose(root.divide(root.times(m)), m)
+    assert torch.allclose(root.divide_columns(m.mT) @ root.factor, m.mT)
     assert torch.allclose(a @ root.solve(m), m, atol=1e-9)
 
 
@@ -34,6 +35,7 @@ def test_a_vector_is_a_diagonal_matrix():
     m = torch.randn(6, 3, dtype=torch.float64)
     for name in ("times", "divide", "solve"):
         assert torch.allclose(getattr(vector, name)(m), getattr(matrix, name)(m), rtol=1e-8)
+    assert torch.allclose(vector.divide_columns(m.mT), matrix.divide_columns(m.mT), rtol=1e-8)
 
 
 @pytest.mark.parametrize("samples", [1, 3, 5])
