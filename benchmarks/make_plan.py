@@ -83,6 +83,12 @@ def measured(checkout: Path, depth: int, args: argparse.Namespace) -> dict[str, 
     return result
 
 
+def commit(checkout: Path) -> str:
+    """Name of the commit that a folder holds."""
+    command = ["git", "-C", str(checkout), "rev-parse", "--short", "HEAD"]
+    return f"commit {subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()}"
+
+
 def median(runs: list[dict[str, Any]], key: str) -> float:
     """Median of one measurement over the runs."""
     return statistics.median(run[key] for run in runs)
@@ -90,7 +96,7 @@ def median(runs: list[dict[str, Any]], key: str) -> float:
 
 def rows(depth: int, args: argparse.Namespace) -> list[list[object]]:
     """One row per checkout, measured in turn, each time another one first."""
-    checkouts = {"ours": HERE, **({"other checkout": args.against.resolve()} if args.against else {})}
+    checkouts = {"ours": HERE, **({commit(args.against): args.against.resolve()} if args.against else {})}
     runs: dict[str, list[dict[str, Any]]] = {label: [] for label in checkouts}
     for k in range(args.rounds):
         for label in sorted(checkouts, reverse=bool(k % 2)):
@@ -119,7 +125,7 @@ def run(args: argparse.Namespace) -> str:
 
 def main() -> None:
     parser = arguments(__doc__, threads=1)
-    parser.add_argument("--against", type=Path, help="folder of another checkout of this library")
+    parser.add_argument("--against", type=Path, help="git checkout of another commit of this library")
     parser.add_argument("--depths", type=int, nargs="+", default=[30, 210], help="numbers of layers")
     parser.add_argument("--rounds", type=int, default=3, help="plans per checkout and depth")
     parser.add_argument("--smoke", action="store_true", help="tiny shapes, seconds")
