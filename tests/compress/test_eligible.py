@@ -1,4 +1,4 @@
-"""Every weight that a plan leaves dense has a reason there, in words."""
+"""Every weight is planned, or the plan says why it stays dense."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def test_what_was_folded_is_planned():
 
 
 @pytest.mark.parametrize("first", ["embedding", "head"])
-def test_a_tied_table_and_head_name_each_other(first):
+def test_a_tied_embedding_and_head_name_each_other(first):
     parts = {"embedding": nn.Embedding(30, 8), "head": nn.Linear(8, 30, bias=False)}
     parts["head"].weight = parts["embedding"].weight
     order = [first, *(name for name in parts if name != first)]
@@ -154,6 +154,72 @@ def test_what_calibration_never_reached_says_so():
 def test_what_was_asked_says_so():
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
     assert lr.make_plan(model, rank=2, skip=["1"]).skipped == {"1": "as asked"}
+
+
+class Routed(nn.Module):
+    """Two experts; every row goes to the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(16, 16) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([expert(rows) for expert, rows in zip(self.experts, (x, x[:0]), strict=True)])
+
+
+@pytest.mark.parametrize("loss", [None, lr.SampledCrossEntropy()])
+def test_an_expert_that_saw_no_rows_stays_dense(loss):
+    """Its moments are zero, which is no knowledge of what it costs to cut it."""
+    model = Routed()
+    stats = lr.calibrate(model, [torch.randn(50, 16)], loss=loss)
+    plan = lr.make_plan(model, lr.Budget(params=0.8), stats=stats)
+    assert plan.skipped == {"experts.1": "calibration never reached it"}
+
+
+class FixedFeatures(nn.Module):
+    """A backbone without gradients, on which everything depends."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone, self.neck, self.head = nn.Linear(16, 32), nn.Linear(32, 32), nn.Linear(32, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            x = torch.relu(self.backbone(x))
+        return self.head(torch.relu(self.neck(x)))
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+def test_what_ran_without_gradients_is_no_layer_without_effect(trainable):
+    model = FixedFeatures().requires_grad_(trainable)
+    stats = lr.calibrate(model, [torch.randn(50, 16)], loss=lr.SampledCrossEntropy())
+    plan = lr.make_plan(model, lr.Budget(params=0.7), stats=stats)
+    assert plan.skipped.keys() == {"backbone"}
+    assert "its effect on the loss is not known" in plan.skipped["backbone"]
+    assert plan.notes == {}
+    # without a loss all three are known equally well
+    assert len(lr.make_plan(model, lr.Budget(params=0.7), stats=lr.calibrate(model, [torch.randn(50, 16)]))) == 3
+
+
+class Holder(nn.Module):
+    """As a vision transformer: parameters of its own beside its layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.class_token = nn.Parameter(torch.randn(1, 1, 16))
+        self.scale = nn.Parameter(torch.ones(16))
+        self.inner = nn.ModuleDict({"fc": nn.Linear(16, 16)})
+        self.inner.register_parameter("position", nn.Parameter(torch.randn(4, 16)))
+
+
+def test_parameters_that_a_model_holds_itself_are_listed_by_their_names():
+    plan = lr.make_plan(Holder(), rank=2)
+    assert plan.skipped == {
+        "class_token": "a parameter of Holder itself, which no layer holds",
+        "inner.position": "a parameter of ModuleDict itself, which no layer holds",
+    }
+    with pytest.raises(lr.LowRankError, match="'class_token'; it was skipped: a parameter of Holder"):
+        plan["class_token"]
 
 
 def test_every_weight_is_planned_or_has_a_reason():
