@@ -16,7 +16,8 @@ class CostModel(Protocol):
     """A way to price layers. :func:`make_plan` prices every dense layer and every option with it.
 
     For a cost that is not a count write a class with these two members and pass an instance as ``cost_model=``. A
-    subclass of :class:`CountedCost` counts the fields of :class:`Cost` that it does not replace.
+    subclass of :class:`CountedCost` counts the fields of :class:`Cost` that it does not replace. What is edited later,
+    by :meth:`Plan.set_rank`, is priced by count.
 
     Examples:
         >>> class Int8Cost(lr.CountedCost):
@@ -30,7 +31,7 @@ class CostModel(Protocol):
 
     @property
     def affine(self) -> bool:
-        """True if the cost is affine in each rank, so that prices at ranks 1 and 2 give those at all ranks."""
+        """True if costs are integers, affine in each rank: those at ranks 1 and 2 give those at all ranks."""
 
     def cost(self, layer: nn.Module, stats: LayerStats | None) -> Cost:
         """Returns the cost of a layer for one sample of the model.

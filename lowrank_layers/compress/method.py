@@ -118,7 +118,8 @@ def factored_costs(method: Method, layer: Candidate, ranks: Sequence[Any]) -> li
         for corner in corners
     ]
     shares = [torch.where(torch.tensor(corner) == 2, steps, 1 - steps).prod(1) for corner in corners]
-    return [Cost(*row) for row in (torch.stack(shares, 1) @ torch.tensor(prices)).tolist()]
+    exact = torch.stack(shares, 1) @ torch.tensor(prices, dtype=torch.int64)
+    return [Cost(*row) for row in exact.tolist()]
 
 
 def smaller_ranks(method: Method, layer: Candidate, limit: int) -> range:
