@@ -51,6 +51,13 @@ class Entry:
         """Returns the method that builds the layer, with its settings."""
         return with_settings(self.method, self.settings)
 
+    @property
+    def label(self) -> str:
+        """The method's name, with the settings in which it differs from the registered instance."""
+        usual = settings_of(METHODS[self.method]) if self.method in METHODS else {}
+        own = [f"{name}={value!r}" for name, value in self.settings.items() if value != usual.get(name)]
+        return f"{self.method}({', '.join(own)})" if own else self.method
+
     def with_rank(self, method: str, rank: Any) -> Entry:
         """Returns the same layer at another rank, priced by count.
 

@@ -100,7 +100,7 @@ class PlannedLayers:
 def _row(entry: Entry) -> tuple[str, ...]:
     rank = "x".join(map(str, entry.rank)) if isinstance(entry.rank, tuple) else str(entry.rank or "")
     error = "" if entry.error is None else f"{entry.error:.1%}"
-    return entry.name, entry.method, rank, *_costs(entry.before, entry.after), error
+    return entry.name, entry.label, rank, *_costs(entry.before, entry.after), error
 
 
 def _costs(before: Cost, after: Cost) -> tuple[str, ...]:

@@ -128,6 +128,8 @@ def test_two_instances_compete_and_each_layer_is_built_with_the_settings_that_wo
     plan = lr.make_plan(model, lr.Budget(params=0.6), methods=both)
     assert [(entry.method, entry.rank) for entry in plan] == [("columns", 4)] * 2
     assert [entry.settings["keep"] for entry in plan] == ["first", "last"]
+    assert [entry.label for entry in plan] == ["columns", "columns(keep='last')"]
+    assert "columns(keep='last')" in str(plan)
     plan.save(tmp_path / "plan.json")
     loaded = lr.Plan.load(tmp_path / "plan.json")
     assert loaded == plan
