@@ -92,14 +92,7 @@ from .layers import (
     layer_cost as layer_cost,
 )
 from .lora import (
-    EVA as EVA,
-    CorDA as CorDA,
     Extraction as Extraction,
-    InitContext as InitContext,
-    LoftQ as LoftQ,
-    LoRAFactors as LoRAFactors,
-    LoRAGA as LoRAGA,
-    LoRAInit as LoRAInit,
     LoraRankAllocator as LoraRankAllocator,
     add_lora_ as add_lora_,
     combine_lora_ as combine_lora_,
@@ -117,19 +110,18 @@ from .lora import (
     use_adapter as use_adapter,
     weight_gradients as weight_gradients,
 )
+from .lora.inits.base import InitContext as InitContext, LoRAFactors as LoRAFactors, LoRAInit as LoRAInit
+from .lora.inits.corda import CorDA as CorDA
+from .lora.inits.eva import EVA as EVA
+from .lora.inits.loftq import LoftQ as LoftQ
+from .lora.inits.lora_ga import LoRAGA as LoRAGA
 from .optim import LowRankProjection as LowRankProjection
-from .rank import (
-    EVBMF as EVBMF,
-    Budget as Budget,
-    Elbow as Elbow,
-    Energy as Energy,
-    GavishDonoho as GavishDonoho,
-    ParameterFraction as ParameterFraction,
-    Rank as Rank,
-    RankRule as RankRule,
-    RelativeError as RelativeError,
-    Spectrum as Spectrum,
-)
+from .rank import Budget as Budget, Rank as Rank, RankRule as RankRule, Spectrum as Spectrum
+from .rank.elbow import Elbow as Elbow
+from .rank.energy import Energy as Energy, RelativeError as RelativeError
+from .rank.evbmf import EVBMF as EVBMF
+from .rank.gavish_donoho import GavishDonoho as GavishDonoho
+from .rank.size import ParameterFraction as ParameterFraction
 
 if torch.distributed.is_available():  # torch may be built without it
     from .distributed import (

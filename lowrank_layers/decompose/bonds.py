@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..errors import LowRankError
-from ..rank import ParameterFraction, Spectrum, check_rank, choose_rank
+from ..rank import Spectrum, check_rank, choose_rank
+from ..rank.size import ParameterFraction
 from .digits import Split
 
 BondRank = int | ParameterFraction | Sequence[int]

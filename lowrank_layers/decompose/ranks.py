@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ..errors import LowRankError
 from ..linalg import SparseMatrix, scaled_to_unit
-from ..rank import ParameterFraction, Rank, Spectrum, check_rank, choose_rank, pair_spectrum
+from ..rank import Rank, Spectrum, check_rank, choose_rank, pair_spectrum
+from ..rank.size import ParameterFraction
 
 
 def matrix_rank(rank: Rank, matrix: Tensor | SparseMatrix, owner: str) -> int:

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ..errors import LowRankError
 from ..linalg import full_precision, scaled_to_unit, unfold
-from ..rank import ParameterFraction, Rank, RankRule, Spectrum, check_rank, choose_rank
+from ..rank import Rank, RankRule, Spectrum, check_rank, choose_rank
+from ..rank.size import ParameterFraction
 from .ranks import singular_values
 
 

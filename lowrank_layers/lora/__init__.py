@@ -4,15 +4,6 @@ from .adalora import LoraRankAllocator as LoraRankAllocator
 from .combine import combine_lora_ as combine_lora_
 from .extract import Extraction as Extraction, extract_lora as extract_lora
 from .gradients import weight_gradients as weight_gradients
-from .inits import (
-    EVA as EVA,
-    CorDA as CorDA,
-    InitContext as InitContext,
-    LoftQ as LoftQ,
-    LoRAFactors as LoRAFactors,
-    LoRAGA as LoRAGA,
-    LoRAInit as LoRAInit,
-)
 from .inject import add_lora_ as add_lora_
 from .load import load_lora as load_lora
 from .loftq import loftq_ as loftq_

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from ..decompose import svd
 from ..errors import LowRankError
 from ..modules import check_model, update_shortcuts_
-from ..rank import Energy, Rank, Spectrum, choose_rank
+from ..rank import Rank, Spectrum, choose_rank
+from ..rank.energy import Energy
 from .adapted_weight import AdaptedWeight
 from .adapter import Adapter, adapter_dtype
 from .attach import attach_, check_new_name, freeze_

@@ -16,7 +16,8 @@ from .adapted_weight import AdaptedWeight
 from .adapter import Adapter, adapter_dtype, check_dtype
 from .attach import attach_, check_new_name, freeze_
 from .checks import check_adaptable
-from .inits import InitContext, LoRAInit, find_init
+from .inits import find_init
+from .inits.base import InitContext, LoRAInit
 from .modules_to_save import attach_whole_, find_whole
 from .ranks import note_lowered, of_pattern, rank_for, warn_unmatched
 from .target import Target, targets

@@ -14,8 +14,8 @@ from ..modules import check_model
 from ..rank import Rank, check_rank
 from .adapted_weight import AdaptedWeight
 from .checks import check_adaptable
-from .inits import InitContext, LoftQ
-from .inits.base import leading_triplets
+from .inits.base import InitContext, leading_triplets
+from .inits.loftq import LoftQ
 from .inject import DEFAULT, add_lora_
 from .merge import users_of
 from .ranks import note_lowered, rank_for

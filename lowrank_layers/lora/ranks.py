@@ -9,7 +9,7 @@ from typing import Any
 
 from ..rank import Rank, Spectrum, check_rank, choose_rank
 from .adapted_weight import AdaptedWeight
-from .inits import InitContext, LoRAInit
+from .inits.base import InitContext, LoRAInit
 
 _SHOWN = 8
 

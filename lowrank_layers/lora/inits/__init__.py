@@ -1,18 +1,12 @@
 """How adapters start, one init per file; :class:`LoRAInit` is what an init of one's own derives from."""
 
 from ...errors import LowRankError
-from .base import InitContext, LoRAFactors, LoRAInit
-from .corda import CorDA
-from .eva import EVA
+from .base import LoRAInit
 from .gaussian import Gaussian
 from .kaiming import Kaiming
-from .loftq import LoftQ
-from .lora_ga import LoRAGA
 from .olora import OLoRA
 from .orthogonal import Orthogonal
 from .pissa import PiSSA
-
-__all__ = ["EVA", "CorDA", "InitContext", "LoRAFactors", "LoRAGA", "LoRAInit", "LoftQ", "find_init"]
 
 INITS: dict[str, type[LoRAInit]] = {
     "kaiming": Kaiming,
