@@ -11,6 +11,8 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 import lowrank_layers as lr
 from lowrank_layers.lora.adapter import Adapter
 
+pytestmark = pytest.mark.filterwarnings("ignore:FSDP is switching to use `NO_SHARD`:UserWarning")  # one process
+
 
 @pytest.fixture
 def _group():

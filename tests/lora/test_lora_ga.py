@@ -176,6 +176,7 @@ def test_the_first_step_is_along_the_best_approximation_of_twice_the_rank(name):
     assert float((got - factor * best).norm() / (factor * best).norm()) < 1e-4
 
 
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning")  # hooks of PEFT
 def test_it_starts_as_peft_does_but_for_what_peft_adds():
     """PEFT multiplies ``B`` by its singular values, and ``A`` by nothing; the paper and its code do neither."""
     library = peer.peft()

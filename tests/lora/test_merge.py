@@ -12,6 +12,8 @@ import lowrank_layers as lr
 
 from .peer import scramble
 
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+
 EPS = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8}
 """Half a unit in the last place: the relative error of one rounding."""
 

@@ -11,6 +11,9 @@ import lowrank_layers as lr
 
 from .peer import peft, wrapped
 
+pytestmark = pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups > 1:UserWarning")
+"""What PEFT says of every such adapter."""
+
 CONVOLUTIONS = {
     "1d": lambda: (nn.Conv1d(4, 6, 3, padding=1, groups=2), torch.randn(2, 4, 9)),
     "2d": lambda: (nn.Conv2d(8, 8, 3, stride=2, groups=4, bias=False), torch.randn(2, 8, 7, 7)),
