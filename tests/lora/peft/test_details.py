@@ -10,10 +10,10 @@ from torch import nn
 import lowrank_layers as lr
 from lowrank_layers.lora.adapter import Adapter
 
-from ..peer import strict
+from ..peer import known_warnings
 from .models import Experts, gpt2, llama, mlp, peft, run, scramble, tokens, transformers
 
-pytestmark = strict
+pytestmark = known_warnings
 
 
 @pytest.mark.parametrize("groups", [2, 4])

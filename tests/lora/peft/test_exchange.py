@@ -9,10 +9,10 @@ from torch import nn
 
 import lowrank_layers as lr
 
-from ..peer import strict
+from ..peer import known_warnings
 from .models import Attention, gpt2, llama, mlp, peft, run, scramble, stack, tokens
 
-pytestmark = strict
+pytestmark = known_warnings
 
 KINDS = {
     "linear": (mlp, lambda: torch.randn(4, 8), ["0", "3"]),

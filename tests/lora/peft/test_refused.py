@@ -10,10 +10,10 @@ from torch import nn
 
 import lowrank_layers as lr
 
-from ..peer import strict
+from ..peer import known_warnings
 from .models import mlp, scramble
 
-pytestmark = strict
+pytestmark = known_warnings
 
 REFUSED = {
     "recurrent": (lambda: nn.Sequential(nn.LSTM(4, 6)), ["0"], r"'0\.weight_ih_l0'.*'0\.weight_hh_l0'"),
