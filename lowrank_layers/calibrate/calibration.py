@@ -80,11 +80,12 @@ def calibrate(
     check_batches(batches, "calibrate")
     check_mask(mask, "calibrate")
     calibration = Calibration(model)
+    calibration._pass.padding.mask = mask
     with quiet_eval(model), calibration as stats, frozen(model), torch.set_grad_enabled(loss is not None):
         stats.with_target, stats.mask = loss is not None, mask
         batch: Any = None
         for batch in tqdm(batches, desc="calibrate", disable=not progress):
-            calibration._run(batch, loss, mask)
+            calibration._run(batch, loss)
     if not stats.layers:
         raise LowRankError(
             "calibrate: no layer saw any data; batches is empty, or the model has no layer to calibrate."
@@ -148,20 +149,15 @@ class Calibration:
                         f"calibrate: layer {name!r} has NaN or Inf in its inputs or gradients; look at the batches."
                     )
 
-    def _run(self, batch: Any, loss: Loss | None, mask: MaskOf | None) -> None:
-        """Runs one batch forward, and its loss backward where there is one.
-
-        Args:
-            batch: a batch as :func:`calibrate` takes it.
-            loss: the loss; ``None`` runs the model forward only.
-            mask: how the padding of the batch is found.
-        """
+    def _run(self, batch: Any, loss: Loss | None) -> None:
+        """Runs one batch forward, and its loss backward where there is one."""
+        padding = self._pass.padding
         if loss is None:
-            self._pass.padding.start(batch, mask)
+            padding.start(batch)
             forward(self._model, batch, with_target=False)
         else:
             self._pass.starts_gradients = True
-            self._pass.scale.backward(batch_loss(self._model, batch, loss, self._pass.padding, mask, "calibrate"))
+            self._pass.scale.backward(batch_loss(batch, loss, padding, "calibrate"))
 
     def _start_pass(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if in_backward():

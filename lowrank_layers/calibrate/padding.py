@@ -59,11 +59,13 @@ class Padding:
     or a model, has none, the labels of the batch give it: what follows the last label other than -100 is padding.
 
     Args:
-        model: whose forward passes are followed.
+        model: the model whose forward passes are followed.
+        mask: how the mask of a batch is found, where the model is called with none.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
+    def __init__(self, model: nn.Module, mask: MaskOf | None = None) -> None:
+        self.model = model
+        self.mask = mask
         self._hooks: list[Any] = []
         self._scopes: list[_Scope] = []
         self._given: Tensor | None = None
@@ -75,8 +77,8 @@ class Padding:
         self._read: Any = WeakTensorKeyDictionary()
 
     def __enter__(self) -> Padding:
-        for module in self._model.modules():
-            if module is self._model or next(module.children(), None) is not None:
+        for module in self.model.modules():
+            if module is self.model or next(module.children(), None) is not None:
                 names = _arguments(type(module).forward)
                 enter = self._enter(names, _time_first(module))
                 self._hooks.append(module.register_forward_pre_hook(enter, with_kwargs=True))
@@ -89,15 +91,14 @@ class Padding:
         self._hooks.clear()
         self._scopes.clear()
 
-    def start(self, batch: Any, mask: MaskOf | None, target: object = None) -> None:
+    def start(self, batch: Any, target: object = None) -> None:
         """Prepares the next forward pass.
 
         Args:
             batch: its batch.
-            mask: how the mask of the batch is found.
             target: the target beside the inputs, whose labels may tell where a sample ends.
         """
-        self._given = None if mask is None else find_mask(batch, mask)
+        self._given = None if self.mask is None else find_mask(batch, self.mask)
         self._target = target
 
     def samples(self) -> int | None:
@@ -147,7 +148,7 @@ class Padding:
                 return
             given = {**dict(zip(names, args, strict=False)), **kwargs}
             tensors = {name: value for name, value in given.items() if isinstance(value, Tensor)}
-            if module is self._model:
+            if module is self.model:
                 self._scopes = [self._first(tensors, late)]
             elif self._scopes:
                 self._scopes.append(self._inner(tensors, self._scopes[-1], late))
@@ -162,7 +163,7 @@ class Padding:
         return hook
 
     def _leave(self, module: nn.Module, _: Any, output: Any) -> None:
-        if in_backward() or module is self._model or len(self._scopes) < 2:
+        if in_backward() or module is self.model or len(self._scopes) < 2:
             return
         scope = self._scopes.pop()
         if scope.own is None:
@@ -176,7 +177,7 @@ class Padding:
         """The scope of the model itself."""
         self._states.clear()
         self._read.clear()
-        config = getattr(self._model, "config", None)
+        config = getattr(self.model, "config", None)
         own = self._own(tensors)
         label_mask = labelled(tensors.get("labels", self._target))
         labels = [] if label_mask is None else [_Mask(label_mask, full=False)]

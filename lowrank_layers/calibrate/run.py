@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import LowRankError
-from .batch_masks import MaskOf
 from .fisher import describe_output, main_output, main_part
 from .masks import broadcastable
 from .padding import Padding
@@ -29,22 +28,20 @@ def check_batches(batches: object, owner: str) -> None:
         raise LowRankError(f"{owner}: got {type(batches).__name__}, expected a list of batches.")
 
 
-def batch_loss(model: nn.Module, batch: Any, loss: Loss, padding: Padding, mask: MaskOf | None, owner: str) -> Tensor:
-    """Returns the loss of one batch, to which positions that are padding add nothing.
+def batch_loss(batch: Any, loss: Loss, padding: Padding, owner: str) -> Tensor:
+    """Runs a model on one batch; returns the loss, to which positions that are padding add nothing.
 
     A loss that takes no mask and still looks at padding is taken for a mean over all positions: its gradients there are
     dropped, and the others are those of the mean over data.
 
     Args:
-        model: the model.
-        batch: its inputs and its target.
+        batch: inputs and target.
         loss: the loss.
-        padding: follows the masks of the forward pass.
-        mask: how the mask of the batch is found.
+        padding: the model, and what follows the masks of its forward pass.
         owner: the function that errors name.
     """
-    padding.start(batch, mask, target_of(batch))
-    output, target = forward(model, _with_gradients(batch), with_target=True)
+    padding.start(batch, target_of(batch))
+    output, target = forward(padding.model, _with_gradients(batch), with_target=True)
     main = main_output(output)
     real = padding.of_output(main)
     if main is not None and real is not None and main.requires_grad and not _takes_mask(loss):

@@ -158,8 +158,8 @@ class _Pair:
 
         handle = model.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True)
         try:
-            with torch.no_grad(), Padding(model) as padding:
-                padding.start(batch, self.mask, target_of(batch) if self.with_target else None)
+            with torch.no_grad(), Padding(model, self.mask) as padding:
+                padding.start(batch, target_of(batch) if self.with_target else None)
                 forward(model, batch, with_target=self.with_target)
         except _Reached:
             pass

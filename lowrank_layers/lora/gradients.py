@@ -65,14 +65,14 @@ def weight_gradients(
     sums: list[Tensor | None] = [None] * len(weights)
     count = 0
     try:
-        with quiet_eval(model), frozen(model), torch.enable_grad(), Padding(model) as padding:
+        with quiet_eval(model), frozen(model), torch.enable_grad(), Padding(model, mask) as padding:
             for weight in weights:
                 if weight._post_accumulate_grad_hooks:
                     weight._post_accumulate_grad_hooks = {}  # an optimizer's step, perhaps
                 weight.requires_grad_(True)
             for batch in batches:
                 count += 1
-                value = batch_loss(model, batch, loss, padding, mask, "weight_gradients")
+                value = batch_loss(batch, loss, padding, "weight_gradients")
                 found = _backward(value, weights)
                 sums = [_plus(total, gradient) for total, gradient in zip(sums, found, strict=True)]
     finally:
