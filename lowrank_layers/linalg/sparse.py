@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
+from collections.abc import Iterator
 from typing import Any, Protocol, TypeGuard
 
 import torch
@@ -42,8 +44,7 @@ class SparseMatrix:
     @classmethod
     def of(cls, matrix: Tensor) -> SparseMatrix:
         """Converts a tensor of any layout; duplicate entries are summed."""
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch warns that this layout is in beta
+        with _unwarned():
             coordinates = matrix.to_sparse_coo().coalesce()
             return cls(coordinates.to_sparse_csr(), coordinates.mT.coalesce().to_sparse_csr())
 
@@ -156,8 +157,15 @@ def _from_scipy(matrix: ScipySparse, who: str) -> Tensor:
 
 def with_values(sparse: Tensor, values: Tensor) -> Tensor:
     """Returns a matrix in compressed rows with other entries in the same places."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with _unwarned():
         return torch.sparse_csr_tensor(
             sparse.crow_indices(), sparse.col_indices(), values, sparse.shape, check_invariants=False
         )
+
+
+@contextlib.contextmanager
+def _unwarned() -> Iterator[None]:
+    """Silences torch's notices that the layout is in beta and that it does not check invariants by default."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse (CSR tensor support|invariant checks)", UserWarning)
+        yield

@@ -12,6 +12,8 @@ from lowrank_layers.linalg import SparseMatrix, krylov_svd
 
 from ..contracts.tables import generator, relative
 
+pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+
 FORMS = {
     "coo": lambda dense: dense.to_sparse_coo(),
     "csr": lambda dense: dense.to_sparse_csr(),
@@ -151,7 +153,7 @@ def test_nmf_of_a_large_matrix_never_makes_it_dense(large, dtype, solver, loss):
 
 @pytest.mark.parametrize("function", [lr.svd, lr.nmf])
 def test_nothing_but_zeros(function):
-    empty = torch.sparse_coo_tensor(torch.zeros(2, 0, dtype=torch.long), torch.zeros(0), (6, 5))
+    empty = torch.sparse_coo_tensor(torch.zeros(2, 0, dtype=torch.long), torch.zeros(0), (6, 5), check_invariants=True)
     for sparse in (empty, empty.to_sparse_csr(), scipy.sparse.csr_matrix((6, 5))):
         f = function(sparse, 2)
         assert f.rank == 2
@@ -177,7 +179,7 @@ def test_sparse_matrices_that_cannot_be_factorized_are_refused_by_name(function)
     refused = [
         (bad, "NaN"),
         (sparse.long(), "int64.*floating-point"),
-        (torch.sparse_coo_tensor(size=(0, 4)), "empty"),
+        (torch.sparse_coo_tensor(size=(0, 4), check_invariants=True), "empty"),
         (torch.ones(2, 3, 4).to_sparse(), r"shape \(2, 3, 4\), expected 2 dimensions"),
         (scipy.sparse.csr_matrix([[1, 2], [3, 4]]), r"a sparse matrix of int64.*astype\('float32'\)"),
         (scipy.sparse.csr_matrix([[1.0, math.inf], [3, 4]]), "Inf"),
