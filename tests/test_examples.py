@@ -1,4 +1,4 @@
-"""Every example and every Python block of the README runs."""
+"""Every example runs, and does what it says."""
 
 import os
 import re
@@ -15,15 +15,28 @@ from benchmarks.data import ROOT as DATA, available
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def run(*args, cwd):
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"}
-    done = subprocess.run([sys.executable, *args], cwd=cwd, env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """Runs an example in the folder ``tmp_path`` and returns what it prints."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    monkeypatch.syspath_prepend(ROOT / "examples")
+
+    def example(name, *arguments):
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        runpy.run_path(str(ROOT / "examples" / name), run_name="__main__")
+        return capsys.readouterr().out
+
+    return example
 
 
 def test_quickstart(tmp_path):
-    out = run(str(ROOT / "examples" / "quickstart.py"), "--budget", "0.3", "--epochs", "12", cwd=tmp_path)
+    """As a user starts it."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"}
+    command = [sys.executable, str(ROOT / "examples" / "quickstart.py"), "--budget", "0.3", "--epochs", "12"]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    out = done.stdout
     assert "whole model" in out
     assert "outputs identical to the bit" in out
     before, after = map(float, re.search(r"test accuracy, %\s+([\d.]+)\s+([\d.]+)", out).groups())
@@ -47,25 +60,9 @@ def test_quickstart_takes_mnists_files():
     assert example["accuracy"](model.eval(), x_test[:1_000], y_test[:1_000]) > 60
 
 
-def readme_blocks():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    return re.findall(r"```python\n(.*?)```", text, flags=re.S)
-
-
-def test_readme_has_blocks():
-    assert readme_blocks()
-
-
-@pytest.mark.parametrize("block", readme_blocks())
-def test_readme_block(block, tmp_path):
-    (tmp_path / "block.py").write_text(block, encoding="utf-8")
-    run("block.py", cwd=tmp_path)
-
-
 @pytest.mark.skipif(not available("pycode_llama", "text"), reason="needs pycode_llama and text in LOWRANK_DATA")
-def test_lora_finetune(tmp_path):
-    script = str(ROOT / "examples" / "lora_finetune.py")
-    out = run(script, "--model", str(DATA / "pycode_llama"), "--steps", "4", "--batch", "2", cwd=tmp_path)
+def test_lora_finetune(tmp_path, run):
+    out = run("lora_finetune.py", "--model", DATA / "pycode_llama", "--steps", "4", "--batch", "2")
     assert "PiSSA disabled is the base to the bit: True" in out
     losses = [float(number) for number in re.findall(r"(?:saved and loaded|merged): held-out loss ([\d.]+)", out)]
     rows = re.findall(r"^(base|LoRA|PiSSA) +[\d,]+ +([\d.]+) +[\d.]+$", out, flags=re.M)
@@ -79,10 +76,9 @@ def test_lora_finetune(tmp_path):
 
 
 @pytest.mark.skipif(not available("pycode_llama"), reason="needs pycode_llama in LOWRANK_DATA")
-def test_generate(tmp_path):
-    script = str(ROOT / "examples" / "generate.py")
-    options = ("--model", str(DATA / "pycode_llama"), "--text", str(DATA / "pycode_llama" / "valid.txt"))
-    out = run(script, *options, "--prompt", "512", "--tokens", "24", "--windows", "1", cwd=tmp_path)
+def test_generate(tmp_path, run):
+    options = ("--model", DATA / "pycode_llama", "--text", DATA / "pycode_llama" / "valid.txt")
+    out = run("generate.py", *options, "--prompt", "512", "--tokens", "24", "--windows", "1")
     assert re.search(r"first token that differs: (none|\d+ of 24)", out)
     assert float(re.search(r"([\d.]+) times fewer bytes", out)[1]) > 2
     curves = {

@@ -1,7 +1,9 @@
-"""README's table of layers is what the registry of methods says."""
+"""README's Python blocks run, and its table of layers is what the registry of methods says."""
 
+import re
 from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
 
@@ -51,3 +53,12 @@ def test_the_table_of_layers_is_the_registry():
 def test_every_factored_layer_is_built_by_a_method():
     built = {cls for method in lr.METHODS.values() for cls in method.layers}
     assert built == set(FACTORED_LAYERS.values())
+
+
+BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.S)
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
+def test_a_block_runs_as_it_stands(block, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    exec(compile(block, "README.md", "exec"), {"__name__": "__main__"})
