@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import pytest
 import torch
 from torch import nn
@@ -20,25 +22,38 @@ def stats(model) -> lr.Statistics:
     return lr.calibrate(model, [torch.randn(40, 3, 8, 8)], loss=lr.SampledCrossEntropy())
 
 
-def test_moments_and_costs_are_computed_once_per_layer(model, stats, monkeypatch):
+class CountedStats(lr.LayerStats):
+    """Statistics that note how often they are read."""
+
+    reads: ClassVar[list[int]] = []
+
+    def group(self, index: int) -> lr.LayerStats:
+        self.reads.append(id(self))
+        return super().group(index)
+
+
+class CountedPrices(lr.CountedCost):
+    """Prices that note what was priced."""
+
+    priced: ClassVar[list[object]] = []
+
+    def cost(self, layer: nn.Module, stats: lr.LayerStats | None) -> lr.Cost:
+        factored = isinstance(layer, lr.FactoredModule)
+        self.priced.append((id(stats), type(layer), layer.rank, str(layer.form)) if factored else layer)
+        return super().cost(layer, stats)
+
+
+def test_a_layer_is_weighted_once_and_every_rank_priced_once(model, stats):
     """All methods compete, and the units and the errors of the plan ask for the energies again."""
-    calls = {"centred moments": 0, "dense costs": 0}
-    addr, cost = torch.addr, lr.CountedCost.cost
-
-    def counted_addr(*args, **kwargs):
-        calls["centred moments"] += 1
-        return addr(*args, **kwargs)
-
-    def counted_cost(self, layer, known):
-        calls["dense costs"] += not isinstance(layer, lr.FactoredModule)
-        return cost(self, layer, known)
-
-    monkeypatch.setattr(torch, "addr", counted_addr)
-    monkeypatch.setattr(lr.CountedCost, "cost", counted_cost)
-    plan = lr.make_plan(model, lr.Budget(params=0.5), stats=stats, units="trimmed", methods=list(lr.METHODS.values()))
-    assert len(plan) == 3
-    # the cost model prices a layer once; the model's total counts every layer twice more
-    assert calls == {"centred moments": 3, "dense costs": 9}
+    CountedStats.reads.clear()
+    CountedPrices.priced.clear()
+    known = lr.Statistics({name: CountedStats(**vars(each)) for name, each in stats.items()}, samples=stats.samples)
+    methods = list(lr.METHODS.values())
+    settings = {"units": "trimmed", "methods": methods, "cost_model": CountedPrices()}
+    plan = lr.make_plan(model, lr.Budget(params=0.5), stats=known, **settings)
+    assert plan == lr.make_plan(model, lr.Budget(params=0.5), stats=stats, units="trimmed", methods=methods)
+    assert len(CountedStats.reads) == len(set(CountedStats.reads)) == 3
+    assert len(CountedPrices.priced) == len(set(CountedPrices.priced)) > 3
 
 
 def test_what_is_cached_for_all_layers_at_once_is_small(model, stats):
