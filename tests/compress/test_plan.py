@@ -103,17 +103,6 @@ def test_the_plan_is_deterministic(model, data):
     assert plans[0] == plans[1]
 
 
-def test_an_entry_without_settings_is_built_by_the_registered_method(model, stats):
-    plan = lr.make_plan(model, lr.Budget(params=0.4), stats=stats)
-    body = json.loads(plan.to_json())
-    for entry in body["entries"]:
-        del entry["settings"]
-    loaded = lr.Plan.from_json(json.dumps(body))
-    ours, theirs = (each.apply(copy.deepcopy(model), stats=stats) for each in (plan, loaded))
-    x = torch.randn(2, 3, 8, 8)
-    assert torch.equal(ours(x), theirs(x))
-
-
 @pytest.mark.parametrize(
     "damage",
     [
