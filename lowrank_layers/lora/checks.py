@@ -17,7 +17,7 @@ def check_adaptable(weight: AdaptedWeight, name: str | None, dora: bool = False)
 
     Args:
         weight: where the adapter shall go.
-        name: name of the adapter; with ``None`` it may be there already.
+        name: name of the adapter; with ``None`` it is there already, and others may be merged.
         dora: whether the adapter renormalizes the weight's outputs.
 
     Raises:
@@ -30,7 +30,7 @@ def check_adaptable(weight: AdaptedWeight, name: str | None, dora: bool = False)
         raise LowRankError(
             f"add_lora_: {label!r} is trained whole by another adapter (modules_to_save); leave it out with exclude=."
         )
-    if weight.is_adapted and weight.bank.merged is not None:
+    if name is not None and weight.is_adapted and weight.bank.merged is not None:
         raise LowRankError(f"add_lora_: the adapters of {label!r} are merged; call unmerge_lora_ first.")
     if weight.is_adapted and name in weight.bank.names:
         raise LowRankError(f"add_lora_: {label!r} has an adapter {name!r} already; give another name.")

@@ -22,13 +22,13 @@ _ENDS = {
 
 
 def original_names(names: Sequence[str]) -> dict[str, str]:
-    """The original name of every layer of a U-Net in diffusers' naming, to that one; nothing for another model.
+    """The names of a U-Net's layers in diffusers by their names in the original code; empty for another model.
 
-    With ``L`` layers per block, block ``i`` of the way down has the input blocks ``(L + 1) i + 1`` to
-    ``(L + 1) (i + 1)``, and block ``i`` of the way up the output blocks ``(L + 1) i`` to ``(L + 1) i + L``.
+    With ``L`` layers per block, ``down_blocks.i`` holds the input blocks ``(L + 1) i + 1`` to ``(L + 1) (i + 1)``, and
+    ``up_blocks.i`` the output blocks ``(L + 1) i`` to ``(L + 1) i + L``.
 
     Args:
-        names: of the layers.
+        names: names of the layers in the model.
     """
     firsts = [re.match(r"down_blocks\.0\.resnets\.(\d+)\.", name) for name in names]
     layers = 1 + max((int(match[1]) for match in firsts if match), default=-1)

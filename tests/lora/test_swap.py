@@ -196,6 +196,18 @@ def test_an_adapter_is_swapped_while_another_one_is_merged(base, dora, tmp_path)
     assert torch.allclose(model(x), other(x), atol=1e-5)
 
 
+def test_rows_of_tokens_are_swapped_while_another_adapter_of_the_embedding_is_merged(base, tmp_path):
+    other, x = saved(base, tmp_path, ["fc"], trainable_tokens={"embed": [1, 5]}), torch.randint(9, (4, 5))
+    model = lr.add_lora_(copy.deepcopy(base), ["fc"], rank=2, name="slot", trainable_tokens={"embed": [1, 5]})
+    lr.add_lora_(model, ["embed"], rank=2, name="merged")
+    scramble(model)
+    out = lr.merge_lora_(lr.use_adapter(model, "merged"))(x)
+    lr.swap_lora_(model, tmp_path, "slot")
+    assert torch.equal(model(x), out)
+    lr.use_adapter(lr.unmerge_lora_(model), "slot")
+    assert torch.allclose(model(x), other(x), atol=1e-5)
+
+
 def test_biases_of_the_base_are_not_swapped(base, tmp_path):
     other = lr.add_lora_(copy.deepcopy(base), ["fc"], rank=2)
     other.fc.bias.requires_grad_(True)
