@@ -12,7 +12,7 @@ from lowrank_layers.linalg import SparseMatrix, krylov_svd
 
 from ..contracts.tables import generator, relative
 
-pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+pytestmark = pytest.mark.filterwarnings(r"ignore:Sparse \w+ tensor support is in beta")
 
 FORMS = {
     "coo": lambda dense: dense.to_sparse_coo(),
