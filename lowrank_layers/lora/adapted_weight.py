@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from torch import Tensor, nn
 
@@ -55,7 +56,7 @@ class AdaptedWeight:
         """The parameter, or the slice of it; ``None`` for a factored layer, which stores no such tensor."""
         return dense_weight(self.module, self.parameter)
 
-    @property
+    @cached_property
     def layout(self) -> WeightLayout:
         """How ``B A`` lies in the weight."""
         return self.bank.layout if self.is_adapted else layout_of(self.module, self.parameter)
