@@ -19,9 +19,7 @@ fusable = pytest.mark.parametrize(
     [row for row in LAYERS if "out_channels" in row.variants["plain"] or "out_features" in row.variants["plain"]],
     ids=lambda row: row.name,
 )
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:Using padding='same' with even kernel lengths", "ignore:.*is deprecated", "ignore:.*are deprecated"
-)
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 
 
 @rows

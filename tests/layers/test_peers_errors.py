@@ -148,7 +148,9 @@ def test_export_with_a_dynamic_batch_fails_on_the_linear_layer(strict):
 
 
 @convs
-@pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning")  # torch's exporter calls its own old functions
+@pytest.mark.filterwarnings(
+    "ignore:.isinstance.treespec, LeafSpec.. is deprecated:FutureWarning"
+)  # by torch's exporter
 def test_onnx_export_fails(cls):
     """Users of the peers ask for it (tensorly/torch #11, #33)."""
     pytest.importorskip("onnxscript")
