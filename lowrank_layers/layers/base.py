@@ -105,7 +105,12 @@ class FactoredModule(nn.Module):
 
     @classmethod
     def from_dense(cls: type[Self], dense: nn.Module, /, *, rank: Any) -> Self:
-        """Factorizes a trained dense layer."""
+        """Factorizes a trained dense layer.
+
+        Args:
+            dense: the dense layer; it stays as it is.
+            rank: the rank, in the form that the class takes.
+        """
         raise LowRankError(f"{cls.__name__} does not define from_dense.")
 
     def to_dense(self) -> nn.Module:

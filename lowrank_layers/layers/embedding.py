@@ -144,6 +144,11 @@ class LowRankEmbedding(EmbeddingPair):
         """Builds a layer with the settings of ``embedding`` from factors ``[n, r]`` and ``[dim, r]``.
 
         A padding row that is zero stays exactly zero.
+
+        Args:
+            embedding: the dense embedding.
+            down: the factor ``[n, r]`` whose rows are looked up.
+            up: the factor ``[dim, r]`` that maps them to the embedding dimension.
         """
         return cls.like(embedding, rank=down.shape[1])._filled(embedding, down, up)
 

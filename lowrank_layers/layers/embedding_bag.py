@@ -137,7 +137,13 @@ class LowRankEmbeddingBag(EmbeddingPair):
 
     @classmethod
     def from_pair(cls, bag: nn.Module, down: Tensor, up: Tensor) -> LowRankEmbeddingBag:
-        """Builds a layer with the settings of ``bag`` from factors ``[n, r]`` and ``[dim, r]``."""
+        """Builds a layer with the settings of ``bag`` from factors ``[n, r]`` and ``[dim, r]``.
+
+        Args:
+            bag: the dense embedding bag.
+            down: the factor ``[n, r]`` whose rows are looked up.
+            up: the factor ``[dim, r]`` that maps them to the embedding dimension.
+        """
         return cls.like(bag, rank=down.shape[1])._filled(bag, down, up)
 
     def to_dense(self) -> nn.EmbeddingBag:

@@ -63,14 +63,26 @@ class LowRankTransposedLinear(LowRankLinear):
 
     @classmethod
     def from_dense(cls, linear: nn.Module, *, rank: Rank) -> LowRankTransposedLinear:
-        """Factorizes a trained ``Conv1D`` by its truncated SVD, with ``sqrt(S)`` on both sides."""
+        """Factorizes a trained ``Conv1D`` by its truncated SVD, with ``sqrt(S)`` on both sides.
+
+        Args:
+            linear: transformers' ``Conv1D``; it stays as it is.
+            rank: an integer or a rank rule.
+        """
         weight = check_dense(cls, linear)
         up, down = truncated_pair(weight.mT, rank, cls.__name__)
         return fill(cls.like(linear, rank=len(down)), [down, up], bias_of(linear))
 
     @staticmethod
     def blank(nf: int, nx: int, device: torch.device | str, dtype: torch.dtype) -> nn.Module:
-        """Builds an uninitialized ``Conv1D`` from transformers' own arguments."""
+        """Builds an uninitialized ``Conv1D`` from transformers' own arguments.
+
+        Args:
+            nf: number of outputs.
+            nx: number of inputs.
+            device: device of the parameters.
+            dtype: dtype of the parameters.
+        """
         try:
             from transformers.pytorch_utils import Conv1D
         except ImportError:

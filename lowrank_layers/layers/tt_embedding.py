@@ -250,6 +250,10 @@ class TensorizedEmbedding(FactoredModule):
         """Builds a layer with the settings of ``embedding`` from cores ``[r_{k-1}, n_k, d_k, r_k]``.
 
         The cores are rescaled to equal norms. Bond ranks above the largest of use are rounded off first.
+
+        Args:
+            embedding: the dense embedding.
+            cores: the cores of the tensor train, from first to last.
         """
         split = tuple(core.shape[1] for core in cores), tuple(core.shape[2] for core in cores)
         bonds = tuple(core.shape[3] for core in cores[:-1])

@@ -135,7 +135,12 @@ class LoRAInit(ABC):
         return singular_values(context.matrix)
 
     def ranks(self, contexts: Sequence[InitContext], rank: int) -> list[int]:
-        """The ranks of all weights where ``rank`` is asked for each; by default all are that."""
+        """Returns the rank of each weight; by default each gets ``rank``.
+
+        Args:
+            contexts: the weights that get adapters, in order.
+            rank: the rank asked for.
+        """
         return [rank] * len(contexts)
 
 
