@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from ..checks import check_integer, is_number
 from ..errors import LowRankError
-from ..modules import Succession, check_model, remap_optimizer_, update_shortcuts_
+from ..modules import Succession, check_model, remap_optimizer_
 from .adapted_weight import adapted_weights
-from .attach import choose_name
+from .attach import adapting, choose_name
 from .cutting import check_optimizer
 from .importance import TrackedAdapter
 from .trainable_tokens import TokenRows
@@ -168,12 +168,12 @@ class LoraRankAllocator:
         if optimizer is not None:
             check_optimizer(optimizer, [p for each in self._tracked.values() for p in each.adapter.parameters()])
         successions: list[Succession] = []
-        for each in self._tracked.values():
-            successions += each.cut_()
+        with adapting(self.model):
+            for each in self._tracked.values():
+                successions += each.cut_()
         if optimizer is not None:
             remap_optimizer_(optimizer, successions)
         self._finished = True
-        update_shortcuts_(self.model)
         return self.model
 
     def state_dict(self) -> dict[str, Tensor]:

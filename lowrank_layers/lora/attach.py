@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -15,6 +17,24 @@ from .module_copies import copies_of
 from .modules_to_save import drop_whole_
 
 _LEARNED = "_learned_before_lora"
+
+
+@contextmanager
+def adapting(model: nn.Module) -> Iterator[None]:
+    """The context in which adapters of a model change: frozen before the first one, its shortcuts up to date afterwards.
+
+    Later adapters freeze nothing: what was thawed after the first one stays so, as in PEFT. What learned before the
+    first one is remembered on the model.
+    """
+    if _LEARNED not in model.__dict__:
+        own = {id(p) for part in (*banks(model), *copies_of(model).values()) for p in part.parameters()}
+        learned = model.__dict__[_LEARNED] = {}
+        for name, parameter in model.named_parameters():
+            if id(parameter) not in own:
+                learned[name] = parameter.requires_grad
+                parameter.requires_grad_(False)
+    yield
+    update_shortcuts_(model)
 
 
 def attach_(weight: AdaptedWeight, name: str, adapter: Adapter) -> None:
@@ -91,18 +111,3 @@ def choose_name(model: nn.Module, name: str | None, who: str) -> str:
     name = names[0] if name is None else name
     check_name(model, name)
     return name
-
-
-def freeze_(model: nn.Module) -> None:
-    """Freezes a model before its first adapter, in place; what learned before is remembered on the model.
-
-    Later adapters change nothing: what was thawed after the first one stays so, as in PEFT.
-    """
-    if _LEARNED in model.__dict__:
-        return
-    own = {id(p) for part in (*banks(model), *copies_of(model).values()) for p in part.parameters()}
-    learned = model.__dict__[_LEARNED] = {}
-    for name, parameter in model.named_parameters():
-        if id(parameter) not in own:
-            learned[name] = parameter.requires_grad
-            parameter.requires_grad_(False)

@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 from ..decompose import svd
 from ..errors import LowRankError
-from ..modules import check_model, update_shortcuts_
+from ..modules import check_model
 from ..rank import Rank, Spectrum, choose_rank
 from ..rank.energy import Energy
 from .adapted_weight import AdaptedWeight
 from .adapter import Adapter, adapter_dtype
-from .attach import attach_, check_new_name, freeze_
+from .attach import adapting, attach_, check_new_name
 from .checks import check_adaptable
 from .lookup import tensor_for
 from .target import Target, targets
@@ -71,11 +71,10 @@ class Extraction(dict[tuple[str, str], Extracted]):
         check_model(model)
         check_new_name(name, "Extraction.apply_")
         made = {_check_fits(model, key, found, name): found for key, found in self.items()}
-        freeze_(model)
-        for weight, found in made.items():
-            # copies: an extraction may be applied to several models, which are trained apart
-            attach_(weight, name, Adapter(found.a.clone(), found.b.clone(), scaling=1.0))
-        update_shortcuts_(model)
+        with adapting(model):
+            for weight, found in made.items():
+                # copies: an extraction may be applied to several models, which are trained apart
+                attach_(weight, name, Adapter(found.a.clone(), found.b.clone(), scaling=1.0))
         return model
 
     def __str__(self) -> str:

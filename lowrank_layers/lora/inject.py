@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from ..errors import LowRankError
-from ..modules import check_model, update_shortcuts_
+from ..modules import check_model
 from ..rank import Rank, check_rank
 from .adapted_weight import AdaptedWeight
 from .adapter import Adapter, adapter_dtype, check_dtype
-from .attach import attach_, check_new_name, freeze_
+from .attach import adapting, attach_, check_new_name
 from .checks import check_adaptable
 from .inits import find_init
 from .inits.base import InitContext, LoRAInit
@@ -155,10 +155,9 @@ def add_lora_(
         made[weight] = adapter
     note_lowered(lowered, "add_lora_", 2)
     warn_unmatched({"rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern}, chosen)
-    freeze_(model)
-    for weight, adapter in (made | rows).items():
-        attach_(weight, name, adapter)
-    for module in whole.values():
-        attach_whole_(module, name, dtype=dtype)
-    update_shortcuts_(model)
+    with adapting(model):
+        for weight, adapter in (made | rows).items():
+            attach_(weight, name, adapter)
+        for module in whole.values():
+            attach_whole_(module, name, dtype=dtype)
     return model

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from ..checks import is_number
 from ..errors import CheckpointError, LowRankError
 from ..layers import is_derived
-from ..modules import check_model, module_aliases, named_tensors, update_shortcuts_
+from ..modules import check_model, module_aliases, named_tensors
 from .adapted_weight import AdaptedWeight
 from .adapter import Adapter, adapter_dtype, check_dtype
 from .adapter_file import AdapterFile, LoadedAdapter, read_tensors, refuse
-from .attach import attach_, check_new_name, freeze_
+from .attach import adapting, attach_, check_new_name
 from .diffusers import FILE as DIFFUSERS_FILE, find_diffusion
 from .diffusion_keys import is_diffusion_file
 from .inject import DEFAULT
@@ -95,13 +95,12 @@ def load_lora(
         refuse(path, problems)
     made: dict[AdaptedWeight, Adapter] = {loaded.weight: _adapter(loaded, dtype) for loaded in file.adapters}
     copies = {owner: _copy(module, owner, file, dtype) for owner, module in modules.items()}
-    freeze_(model)
-    _write_base_(own, file, trainable)
-    for weight, adapter in (made | file.tokens).items():
-        attach_(weight, name, adapter.requires_grad_(trainable))
-    for owner, module in modules.items():
-        attach_whole_(module, name, copies[owner].requires_grad_(trainable))
-    update_shortcuts_(model)
+    with adapting(model):
+        _write_base_(own, file, trainable)
+        for weight, adapter in (made | file.tokens).items():
+            attach_(weight, name, adapter.requires_grad_(trainable))
+        for owner, module in modules.items():
+            attach_whole_(module, name, copies[owner].requires_grad_(trainable))
     return model
 
 
