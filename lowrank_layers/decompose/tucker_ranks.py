@@ -42,9 +42,9 @@ def mode_ranks(rank: RankRule | Sequence[Rank | None], tensor: Tensor, owner: st
     if shared:
         steps = max(shape[mode] for mode in shared)
         path = [_in_proportion(chosen, shape, shared, step / steps) for step in range(1, steps + 1)]
-        stored = [_tucker_size(ranks, shape) for ranks in path]
+        totals = [_tucker_size(ranks, shape) for ranks in path]
         for mode, fraction in shared.items():
-            spectrum = Spectrum(None, (shape[mode], tensor.numel() // shape[mode]), stored, tensor.numel(), owner)
+            spectrum = Spectrum(None, (shape[mode], tensor.numel() // shape[mode]), totals, tensor.numel(), owner)
             chosen[mode] = path[fraction(spectrum) - 1][mode]
     return chosen
 
