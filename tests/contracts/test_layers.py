@@ -9,17 +9,22 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import lowrank_layers as lr
 
-from .layer_checks import TIGHT, converted, no_padding_warning, rows, rows_and_variants, settings_of, unfolded
-from .tables import LAYERS, relative
+from .layer_checks import (
+    TIGHT,
+    converted,
+    no_padding_warning,
+    rows,
+    rows_and_variants,
+    settings_of,
+    unfolded,
+    with_variants,
+)
+from .tables import LAYERS, LayerRow, relative
 
 pytestmark = no_padding_warning
 
 
-@rows_and_variants
-@pytest.mark.parametrize("batch", [2, None], ids=["batched", "unbatched"])
-def test_full_rank_computes_what_the_dense_layer_computes(row, variant, batch):
-    if batch is None and not row.unbatched:
-        pytest.skip("takes no unbatched input without offsets")
+def check_full_rank(row: LayerRow, variant: str, batch: int | None) -> None:
     dense = row.dense(variant)
     factored = row.from_dense(dense, rank=row.full_rank(dense))
     x = row.input(dense, batch)
@@ -34,6 +39,16 @@ def test_full_rank_computes_what_the_dense_layer_computes(row, variant, batch):
     (expected * weights).sum().backward()
     (got * weights).sum().backward()
     assert relative(again.grad, x.grad) < TIGHT
+
+
+@rows_and_variants
+def test_full_rank_computes_what_the_dense_layer_computes(row, variant):
+    check_full_rank(row, variant, batch=2)
+
+
+@with_variants(lambda row, variant: row.unbatched)
+def test_full_rank_computes_what_the_dense_layer_computes_without_a_batch(row, variant):
+    check_full_rank(row, variant, batch=None)
 
 
 @rows_and_variants

@@ -1,4 +1,4 @@
-"""Factorizations as values: sizes, truncation, errors, and the ways back to a dense tensor."""
+"""Factorizations as values: sizes, truncation, errors, and multiplying out."""
 
 import dataclasses
 from dataclasses import dataclass
