@@ -176,7 +176,7 @@ class Plan(PlannedLayers):
         try:
             text = Path(path).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise LowRankError(f"{path}: cannot be read as a plan: {error}") from None
+            raise LowRankError(f"{path}: cannot be read as a plan: {error}.") from None
         return cls.from_json(text, name=str(path))
 
     @classmethod

@@ -54,7 +54,7 @@ class FactoredConv(FactoredModule):
         try:
             dense = self.dense_type(*settings)
         except (ValueError, RuntimeError) as error:
-            raise LowRankError(f"{type(self).__name__}: {error}") from None
+            raise LowRankError(f"{type(self).__name__}: {error}.") from None
         assert isinstance(dense, ConvNd)
         self.in_channels: int = dense.in_channels
         self.out_channels: int = dense.out_channels
