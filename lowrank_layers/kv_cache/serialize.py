@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import rank as rules
 from ..errors import CheckpointError, LowRankError
+from ..rank.elbow import Elbow
+from ..rank.energy import Energy, RelativeError
+from ..rank.evbmf import EVBMF
+from ..rank.gavish_donoho import GavishDonoho
+from ..rank.size import ParameterFraction
 from .coefficients import Coefficients, coefficients_for
 from .compressed_tokens import CompressedTokens, HeadGroups
 from .low_rank_kv import SIDES, LowRankKV
@@ -18,6 +22,9 @@ from .recent_tokens import RecentTokens
 from .rope import Rotation
 from .settings import KVSettings
 from .subspace import Subspace
+
+RULES = {rule.__name__: rule for rule in (EVBMF, Elbow, Energy, GavishDonoho, ParameterFraction, RelativeError)}
+"""The rank rules that a file can name."""
 
 
 def settings_to_json(settings: KVSettings) -> dict[str, Any]:
@@ -134,14 +141,14 @@ def _dtype_to_json(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _rank_to_json(rank: object) -> Any:
+def _rank_to_json(rank: Any) -> Any:
     if rank is None or isinstance(rank, int):
         return rank
     name = type(rank).__name__
-    if getattr(rules, name, None) is not type(rank) or not is_dataclass(rank) or isinstance(rank, type):
-        raise LowRankError(f"save: got the rank rule {rank!r}, expected an integer or one of lowrank_layers' rules.")
+    if RULES.get(name) is not type(rank):
+        raise LowRankError(f"save: got the rank rule {rank!r}, expected an integer or one of {', '.join(RULES)}.")
     return [name, {field.name: getattr(rank, field.name) for field in fields(rank)}]
 
 
 def _rank_from_json(body: Any) -> Any:
-    return getattr(rules, body[0])(**body[1]) if isinstance(body, list) else body
+    return RULES[body[0]](**body[1]) if isinstance(body, list) else body
