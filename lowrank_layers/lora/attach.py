@@ -21,7 +21,7 @@ _LEARNED = "_learned_before_lora"
 
 @contextmanager
 def adapting(model: nn.Module) -> Iterator[None]:
-    """The context in which adapters of a model change: frozen before the first one, its shortcuts up to date afterwards.
+    """Within it adapters of a model change: it is frozen before the first one, and shortcuts are up to date afterwards.
 
     Later adapters freeze nothing: what was thawed after the first one stays so, as in PEFT. What learned before the
     first one is remembered on the model.
