@@ -31,7 +31,7 @@ def corpus(name: str) -> torch.Tensor:
     """A part of a data set, for speed."""
     if name == "digits":
         return data.digits()[:600]
-    return data.olivetti_faces()[:200, ::4] if name == "faces" else data.newsgroup_counts(400)[::3]
+    return data.olivetti_faces()[:120, ::8] if name == "faces" else data.newsgroup_counts(400)[::6]
 
 
 def rand(*shape: int, seed: int = 0) -> torch.Tensor:
