@@ -39,7 +39,7 @@ def find_diffusion(
 
     Args:
         model: one of the pipeline's models.
-        path: of the file, for messages and its metadata.
+        path: path of the file, for messages and its metadata.
         tensors: what is in the file.
         rank: rank of all adapters, where it is to be checked.
         alpha: scale of the products where neither keys nor metadata have one; without any they are added as they are.

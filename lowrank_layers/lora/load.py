@@ -117,7 +117,7 @@ def read_adapter_file(
 
     Args:
         model: the model that the names belong to.
-        path: of the folder or file.
+        path: path of the folder or file.
         name: the adapter's name in the model, which must be new; ``None`` where its values are swapped.
         rank: rank in a single file, where it is to be checked.
         alpha: numerator of the scale ``alpha / rank``, for a single file that has none.

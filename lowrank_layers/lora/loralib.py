@@ -29,7 +29,7 @@ def find_loralib(
 
     Args:
         model: the model that the names belong to.
-        path: of the file, for messages.
+        path: path of the file, for messages.
         tensors: what is in the file.
         rank: rank of all adapters, where it is to be checked.
         alpha: the products are scaled by ``alpha / rank``.

@@ -226,7 +226,7 @@ def test_an_init_starts_from_the_base_in_half_precision(init, dtype):
     assert relative(model(x), expected) < 4 * EPS[dtype]
 
 
-def test_a_quantised_base_has_fp32_adapters():
+def test_a_quantized_base_has_fp32_adapters():
     quantization = pytest.importorskip("torchao.quantization")
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(64, 64)).bfloat16(), torch.randn(3, 64).bfloat16()

@@ -1,4 +1,4 @@
-"""Adapters that restore what quantising took."""
+"""Adapters that restore what quantizing took."""
 
 import copy
 
@@ -50,15 +50,15 @@ def test_the_error_is_that_of_the_best_approximation_of_the_residual(name, scale
     full = nn.Sequential(build())
     x = torch.randint(14, (2, 5)) if shape is None else torch.randn(shape)
     model = coarsen(copy.deepcopy(full))
-    base, quantised = model[0].weight.detach().clone(), model(x)
+    base, quantized = model[0].weight.detach().clone(), model(x)
     lr.add_lora_(model, everything, rank=3, init=lr.LoftQ(full), **scale)
     assert torch.equal(model[0]._parameters["weight"], base)
     left = float((full[0].weight - model[0].weight).detach().double().norm())
     assert left == pytest.approx(tail(model[0].lora_weight.layout, (full[0].weight - base).detach(), 3), rel=1e-4)
     assert left < 0.95 * float((full[0].weight.detach() - base).norm())
-    assert (model(x) - full(x)).norm() < (quantised - full(x)).norm()
+    assert (model(x) - full(x)).norm() < (quantized - full(x)).norm()
     with lr.lora_disabled(model):
-        assert torch.equal(model(x), quantised)
+        assert torch.equal(model(x), quantized)
     model(x).square().sum().backward()
     assert all(bool(p.grad.any()) for p in lr.lora_parameters(model))
     with pytest.raises(lr.LowRankError, match="positive scaling"):
@@ -142,7 +142,7 @@ def test_alternating_is_never_worse_than_one_step(name):
             model = lr.loftq_(copy.deepcopy(full), 3, coarse, steps=steps, target=everything, alpha=9)
             base = model[0]._parameters["weight"].detach()
             errors[steps] = float((model[0].weight.detach() - weight).norm())
-            assert len(base.unique()) <= 8  # is quantised
+            assert len(base.unique()) <= 8  # is quantized
             assert errors[steps] == pytest.approx(tail(model[0].lora_weight.layout, weight - base, 3), rel=1e-4)
             if steps == 1:
                 assert torch.equal(base, coarse(weight))
@@ -218,7 +218,7 @@ class TestTorchao:
 
     @pytest.mark.parametrize("init", ["kaiming", "pissa"])
     @pytest.mark.parametrize("dora", [False, True])
-    def test_it_computes_what_the_dequantised_model_computes(self, models, init, dora):
+    def test_it_computes_what_the_dequantized_model_computes(self, models, init, dora):
         full, model, x = models
         base, keys = model(x), list(model.state_dict())
         twin = copy.deepcopy(full)

@@ -38,7 +38,7 @@ def find_peft(model: nn.Module, path: Path, name: str | None) -> AdapterFile:
 
     Args:
         model: the model that the names belong to.
-        path: of the folder.
+        path: path of the folder.
         name: the adapter's name in the model, which must be new; ``None`` where its values are swapped.
 
     Raises:
