@@ -13,7 +13,7 @@ import lowrank_layers as lr
 from .cases import batches, difference, flat, lost, made, train, wrap
 
 EXACT, TIGHT = 0.0, 1e-5
-STEPS = 25
+STEPS = 50
 SETTINGS: dict[str, dict[str, Any]] = {
     "alternate": {"rank": 2, "alternate": True},
     "refresh": {"rank": 2, "refresh": 7},
