@@ -110,10 +110,12 @@ def test_methods_of_public_classes_have_args(path):
 
 
 def takes(function: Any, keyword: str) -> bool:
-    """Whether a function has this parameter, or takes any keyword and something in the package has it."""
+    """Whether a function has this parameter, or takes any keyword and its settings, or the package, have it."""
     found = parameters(function)
     open_ended = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in found.values())
-    return keyword in found or (open_ended and keyword in KNOWN)
+    kinds = re.findall(r"\w+Settings", str(found["settings"].annotation)) if "settings" in found else []
+    options = {name for kind in kinds for name in parameters(getattr(lr, kind))} if kinds else KNOWN
+    return keyword in found or (open_ended and keyword in options)
 
 
 def check_call(call: ast.Call, promise: Promise) -> None:
