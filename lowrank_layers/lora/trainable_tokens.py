@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..checks import is_number
 from ..errors import LowRankError
 from ..layers import is_embedding
 from .adapted_weight import AdaptedWeight, base_modules, base_weight
@@ -143,7 +144,7 @@ def _by_name(model: nn.Module, layers: Mapping[str, nn.Module], wanted: Tokens |
 
 def _checked(indices: Iterable[int], size: int, owner: str) -> list[int]:
     tokens = list(indices)
-    if not tokens or any(isinstance(token, bool) or not isinstance(token, int) for token in tokens):
+    if not tokens or not all(is_number(token) and isinstance(token, int) for token in tokens):
         raise LowRankError(f"add_lora_: got the trainable_tokens {tokens!r} for {owner!r}, expected a list of indices.")
     if min(tokens) < 0 or max(tokens) >= size or len(set(tokens)) < len(tokens):
         raise LowRankError(

@@ -58,21 +58,16 @@ Rank = int | RankRule
 
 def check_rank(rank: object, who: str) -> None:
     """Raises for what is neither an integer of at least 1 nor a rule."""
-    if isinstance(rank, bool) or not isinstance(rank, int):
-        if callable(rank) and not isinstance(rank, type):
-            return
-        hint = ""
-        if isinstance(rank, float):
-            hint = f" For a fraction of the parameters write ParameterFraction({rank})."
-        elif isinstance(rank, type):
-            hint = f" Call the rule: {rank.__name__}(...)."
-        raise LowRankError(
-            f"{who}: got rank {rank!r}, expected an integer of at least 1 or a rank rule such as Energy(0.95).{hint}"
-        )
-    if rank < 1:
-        raise LowRankError(
-            f"{who}: got rank {rank}, expected an integer of at least 1 or a rank rule such as Energy(0.95)."
-        )
+    if is_integer(rank, 1) or (callable(rank) and not isinstance(rank, type)):
+        return
+    hint = ""
+    if isinstance(rank, float):
+        hint = f" For a fraction of the parameters write ParameterFraction({rank})."
+    elif isinstance(rank, type):
+        hint = f" Call the rule: {rank.__name__}(...)."
+    raise LowRankError(
+        f"{who}: got rank {rank!r}, expected an integer of at least 1 or a rank rule such as Energy(0.95).{hint}"
+    )
 
 
 def choose_rank(rank: Rank, spectrum: Spectrum, limit: int) -> int:

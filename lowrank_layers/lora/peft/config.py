@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
+
+from ...checks import is_integer, is_number
 
 NOTHING = "dummy-target-modules"
 """PEFT's ``target_modules`` for an adapter without LoRA layers, which trains only tokens."""
@@ -102,11 +105,11 @@ def _is_names(value: Any) -> bool:
 
 
 def _is_rank(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+    return is_integer(value, 1)
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < float("inf")
+    return is_number(value) and math.isfinite(value)
 
 
 def _is_flag(value: Any) -> bool:
