@@ -43,6 +43,27 @@ def test_own_errors(seen):
     assert all(len(parts) == 4 and max(parts) < TIGHT for parts in seen)
 
 
+def remembered(state: lr.LowRankCommState) -> dict[str, Tensor]:
+    """Directions and errors."""
+    return {key: tensor for key, tensor in state.state_dict().items() if "right." in key or "error." in key}
+
+
+def case_zero_gradient_after_others(rank: int) -> dict[str, bool]:
+    """The errors of the steps before are still owed when all processes have a gradient of zeros."""
+    wrapped, state = wrap(made(), {"rank": 1})
+    train(wrapped, batches(rank, 6))
+    before = remembered(state)
+    wrapped.zero_grad()
+    (wrapped(batches(rank, 1)[0][0]).sum() * 0).backward()
+    kept = all(torch.equal(tensor, remembered(state)[key]) for key, tensor in before.items())
+    owed = all(bool(tensor.any()) for key, tensor in before.items() if "error." in key)
+    return {"owed": owed, "kept": kept, "zeros": not any(bool(p.grad.any()) for p in wrapped.parameters())}
+
+
+def test_zero_gradient_after_others(seen):
+    assert seen == [{"owed": True, "kept": True, "zeros": True}] * 2
+
+
 def case_zero_gradient(rank: int) -> dict[str, Any]:
     wrapped, _ = wrap(made(), {"rank": 1})
     for x, _ in batches(rank, 3):
@@ -60,11 +81,6 @@ def test_zero_gradient(seen):
         assert math.isfinite(process["after"])
         assert process["after"] < process["before"]
         assert process["difference"] == EXACT
-
-
-def remembered(state: lr.LowRankCommState) -> dict[str, Tensor]:
-    """Directions and errors."""
-    return {key: tensor for key, tensor in state.state_dict().items() if "right." in key or "error." in key}
 
 
 def case_non_finite(rank: int) -> dict[str, Any]:
@@ -100,6 +116,23 @@ def test_non_finite(seen):
         assert process["moved"]
         assert process["finite"]
         assert process["difference"] == EXACT
+
+
+def case_overflow_of_the_second_factor(rank: int) -> dict[str, bool]:
+    """A column of 3e38 has finite entries but no finite norm: the second factor overflows, and the first does not."""
+    wrapped, state = wrap(made(lambda: nn.Linear(32, 8, bias=False)), {"rank": 1, "local_iterations": 0})
+    train(wrapped, batches(rank, 2))
+    before = remembered(state)
+    x = torch.zeros(1, 32)
+    x[0, 0] = 3e38
+    wrapped.zero_grad()
+    wrapped(x).sum().backward()
+    kept = all(torch.equal(tensor, remembered(state)[key]) for key, tensor in before.items())
+    return {"all NaN": all(bool(p.grad.isnan().all()) for p in wrapped.parameters()), "kept": kept}
+
+
+def test_overflow_of_the_second_factor(seen):
+    assert seen == [{"all NaN": True, "kept": True}] * 2
 
 
 def case_halved_scale(rank: int) -> list[float]:

@@ -46,10 +46,17 @@ def test_rows_of_a_are_orthonormal(make):
 
 
 def test_eva_spans_the_inputs_and_shares_the_ranks_by_explained_variance():
-    model, stats = model_and_stats()
+    model, _ = model_and_stats()
+    stats = lr.calibrate(model, [torch.randn(200, 12) * torch.linspace(3, 0.1, 12)])
     lr.add_lora_(model, rank=3, init=lr.EVA(stats))
     ranks = {index: len(model[index].lora_weight.adapters["default"].A) for index in (0, 2)}
-    assert sum(ranks.values()) == 6
+    shares = []
+    for index in ranks:
+        variances = torch.linalg.eigvalsh(stats[str(index)].inputs.second).flip(0)
+        shares += [(float(share), index) for share in variances / variances.sum()]
+    chosen = [index for _, index in sorted(shares, reverse=True)[:6]]
+    assert ranks == {index: chosen.count(index) for index in (0, 2)}
+    assert ranks[0] != ranks[2]
     moment = stats["0"].inputs.second.float()
     a = model[0].lora_weight.adapters["default"].A.detach()
     captured = float(torch.trace(a @ moment @ a.mT))
