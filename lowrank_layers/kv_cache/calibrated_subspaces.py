@@ -59,7 +59,7 @@ def kv_subspaces(
 
     Chang et al., "Palu: Compressing KV-Cache with Low-Rank Projection", 2024.
     """
-    if settings.rope != "before":
+    if settings.rotated != "before":
         raise LowRankError("kv_subspaces: got rope='after', but a projection knows no positions; use rope='before'.")
     found = []
     for name, module in model.named_modules():

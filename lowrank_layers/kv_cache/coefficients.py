@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 RUN = 4096
@@ -78,7 +79,15 @@ class Coefficients(ABC):
         Args:
             values: ``[batch, groups, rank, tokens]`` in fp32.
         """
-        for name, code in self.encode(values).items():
+        self.append_codes(self.encode(values))
+
+    def append_codes(self, codes: Mapping[str, Tensor]) -> None:
+        """Stores more tokens that are encoded already.
+
+        Args:
+            codes: what :meth:`encode` gave.
+        """
+        for name, code in codes.items():
             self.codes[name] = _growing(torch.cat([self.codes[name], code], -1) if name in self.codes else code)
 
     def read(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
@@ -101,6 +110,16 @@ class Coefficients(ABC):
             shift: ``[batch, groups, rows, 1]``.
         """
         return _joined([rows @ self.read(*run, rows.dtype) + shift for run in self._runs(rows.dtype)])
+
+    def tile_scores(self, rows: Tensor, shift: Tensor, tokens: int) -> Tensor:
+        """``rows c + shift`` with other rows for every tile, ``[batch, groups, tiles, rows, tokens]``.
+
+        Args:
+            rows: ``[batch, groups, tiles, rows, rank]``.
+            shift: ``[batch, groups, tiles, rows, tokens]``.
+            tokens: number of tokens of a tile; the last tile is filled up.
+        """
+        return rows @ in_tiles(self.read(0, self.tokens, rows.dtype), tokens) + shift
 
     def mixed(self, weights: Tensor) -> Tensor:
         """``weights c^T``, ``[batch, groups, rows, rank]``.
@@ -126,6 +145,14 @@ class Coefficients(ABC):
             change: gives the new tensor for an old one.
         """
         self.codes = {name: _growing(change(code)) for name, code in self.codes.items()}
+
+    def over_batch(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Replaces every stored tensor by rows of itself.
+
+        Args:
+            change: gives the new tensor for an old one.
+        """
+        self.apply(change)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Names and tensors of everything that is stored."""
@@ -208,6 +235,19 @@ def coefficients_for(dtype: torch.dtype) -> Coefficients:
         dtype: a floating dtype or ``torch.int8``.
     """
     return Int8Coefficients(dtype) if dtype == torch.int8 else FloatCoefficients(dtype)
+
+
+def in_tiles(x: Tensor, tokens: int) -> Tensor:
+    """``[batch, groups, rank, all tokens]`` as ``[batch, groups, tiles, rank, tokens]``, the last tile filled up.
+
+    Args:
+        x: coefficients.
+        tokens: number of tokens of a tile.
+    """
+    if left := -x.shape[-1] % tokens:
+        x = F.pad(x, (0, left))
+    tiles: Tensor = x.unflatten(-1, (-1, tokens)).movedim(-2, 2)
+    return tiles
 
 
 def _joined(found: list[Tensor]) -> Tensor:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from .bit_coefficients import BitCoefficients
+from .bit_subspace import bit_subspaces
 from .coefficients import Coefficients
+from .rope import TILE_FRAME
 from .subspace import Scatter, Subspace
+from .tile_frame import TileFrame
+from .transform import Transform
 
 Heads = slice | list[int]
 
@@ -41,6 +46,26 @@ class HeadGroups:
         inner, along = ((split @ t).flatten(2, 3) for t in (basis, mean[..., None]))
         return self.coefficients.scores(inner, along).reshape(*rows.shape[:3], -1)
 
+    def tile_scores(self, rows: Tensor, waves: Tensor) -> Tensor:
+        """As :meth:`scores` for keys in the frame of their tile: rows are turned back to each tile, keys are not.
+
+        Args:
+            rows: rotated rows, ``[batch, heads, q, size]``.
+            waves: cosines and sines of the tiles' centres, as :meth:`Rotation.waves` gives them.
+        """
+        frame, rank = self._frame(), self.subspace.basis.shape[3]
+        basis, mean = self._per_head(rows.dtype)
+        offsets = frame.of_offsets(mean)
+        split = self._by_group(rows)
+        turned = frame.rotation.turned_back(split, torch.cat([basis, offsets], -1)[:, :, :, None])
+        batch, groups, heads, count, parts, wide = turned.shape
+        # [tiles, parts] @ [parts, rows * rank]
+        flat = turned.permute(0, 1, 4, 2, 3, 5).reshape(batch, groups, parts, -1)
+        inner, shift = (waves @ flat).unflatten(-1, (heads * count, wide)).split([rank, TILE_FRAME], -1)
+        found = self.coefficients.tile_scores(inner, shift, TILE_FRAME)
+        flat = found.transpose(2, 3).reshape(batch, groups * heads, count, -1)
+        return flat[..., : self.coefficients.tokens]
+
     def mixed(self, weights: Tensor) -> Tensor:
         """``weights (mean + basis c)`` as ``(weights c^T) basis^T``, ``[batch, heads, q, size]``.
 
@@ -62,7 +87,7 @@ class HeadGroups:
             stop: index after the last one.
             dtype: dtype of the result.
         """
-        rows = self.subspace.rows(self.coefficients.read(start, stop, dtype))
+        rows = self.subspace.rows(self.coefficients.read(start, stop, dtype), start)
         split: Tensor = rows.unflatten(3, (-1, self.size)).transpose(2, 3).flatten(1, 2)
         return split
 
@@ -74,22 +99,49 @@ class HeadGroups:
             limit: the subspace is fitted again where it discards more than this part of their energy; ``None`` never
                 fits it again.
         """
-        if limit is not None and self.subspace.discarded(rows) > limit:
+        found = self.subspace.coefficients(rows, self.coefficients.tokens)
+        codes = self.coefficients.encode(found)
+        if limit is not None and self.discarded(rows, codes) > limit:
             self._refit(rows)
-        self.coefficients.append(self.subspace.coefficients(rows))
+            codes = self.coefficients.encode(self.subspace.coefficients(rows, self.coefficients.tokens))
+        self.coefficients.append_codes(codes)
+
+    def discarded(self, rows: Tensor, codes: Mapping[str, Tensor], start: int | None = None) -> float:
+        """The part of the energy of rows, about the mean and in the metric, that their codes do not hold.
+
+        Args:
+            rows: ``[batch, groups, tokens, width]``.
+            codes: how their coefficients are stored.
+            start: index of the first token; ``None`` is that of the next one.
+        """
+        start = self.coefficients.tokens if start is None else start
+        centred = self.subspace.centred(rows, start)
+        held = self.coefficients.decode(codes, torch.float32)
+        left = centred - (self.subspace.columns(torch.float32) @ held).mT
+        return float(self.subspace.energy(left) / self.subspace.energy(centred).clamp_min(1e-30))
 
     def _refit(self, rows: Tensor) -> None:
+        """Fits the subspace to all tokens and those that come; tokens that are stored are coded again."""
         old, count = self.subspace, self.coefficients.tokens
         known = self.coefficients.read(0, count, torch.float32)
-        scatter = Scatter.of_coefficients(old, known) + Scatter.of(rows)
-        self.subspace = scatter.fit(old.basis.shape[-1], old.basis.dtype)
-        # both subspaces are affine: the coefficients of mean + basis c change by a small matrix and a shift
-        shift = self.subspace.coefficients(old.mean[:, :, None])
-        turn = self.subspace.coefficients(self.subspace.mean.float()[:, :, None] + old.basis.float().mT)
         store = self.coefficients.empty()
-        self.subspace, found = self.subspace.within(turn @ known + shift, store.largest)
+        if isinstance(store, BitCoefficients):
+            # about the mean as it is: values keep none
+            held = torch.cat([old.columns(torch.float32) @ known, old.centred(rows, count).mT], -1)
+            transform = Transform.fit(old.mean, held @ held.mT / held.shape[-1], old.metric)
+            ((self.subspace, store),) = bit_subspaces(transform, [store.widths], old.frame)
+        else:
+            self.subspace = (Scatter.of_coefficients(old, known) + Scatter.of(rows, old.frame, start=count)).fit(
+                old.basis.shape[-1], old.basis.dtype
+            )
+        found = self.subspace.coefficients(old.rows(known))
+        self.subspace, found = self.subspace.within(found, store.largest)
         store.append(found)
         self.coefficients = store
+
+    def _frame(self) -> TileFrame:
+        assert self.subspace.frame is not None
+        return self.subspace.frame
 
     def _by_group(self, x: Tensor) -> Tensor:
         split: Tensor = x.unflatten(1, (self.subspace.basis.shape[1], -1))
@@ -98,7 +150,7 @@ class HeadGroups:
     def _per_head(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Basis ``[batch, groups, heads of a group, size, rank]``, mean ``[batch, groups, heads of a group, size]``."""
         shape = (-1, self.size)
-        return self.subspace.basis.to(dtype).unflatten(2, shape), self.subspace.mean.to(dtype).unflatten(2, shape)
+        return self.subspace.columns(dtype).unflatten(2, shape), self.subspace.mean.to(dtype).unflatten(2, shape)
 
 
 @dataclass(eq=False)
@@ -130,6 +182,20 @@ class CompressedTokens:
             rows: ``[batch, heads, q, size]``.
         """
         return self._over(lambda part, x: part.scores(x), rows)
+
+    @property
+    def frame(self) -> TileFrame | None:
+        """The frame of keys that are stored in that of their tile; ``None`` for others."""
+        return self.parts[0].subspace.frame
+
+    def tile_scores(self, rows: Tensor, waves: Tensor) -> Tensor:
+        """As :meth:`scores` for keys in the frame of their tile.
+
+        Args:
+            rows: rotated rows, ``[batch, heads, q, size]``.
+            waves: cosines and sines of the tiles' centres, as :meth:`Rotation.waves` gives them.
+        """
+        return self._over(lambda part, x: part.tile_scores(x, waves), rows)
 
     def mixed(self, weights: Tensor) -> Tensor:
         """Weighted sums of values, ``[batch, heads, q, size]``.
@@ -175,18 +241,27 @@ class CompressedTokens:
             change: gives the new tensor for an old one.
         """
         for part in self.parts:
-            part.coefficients.apply(change)
-            basis, mean = part.subspace.basis, part.subspace.mean
-            if len(basis) > 1:
-                part.subspace = Subspace(change(basis), change(mean))
+            part.coefficients.over_batch(change)
+            if len(part.subspace.basis) > 1:
+                part.subspace = part.subspace.over_batch(change)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Names and tensors of everything that is stored."""
         for index, part in enumerate(self.parts):
-            yield f"{index}.basis", part.subspace.basis
-            yield f"{index}.mean", part.subspace.mean
+            for name, tensor in part.subspace.tensors():
+                yield f"{index}.{name}", tensor
             for name, tensor in part.coefficients.tensors():
                 yield f"{index}.{name}", tensor
+
+    def shared_nbytes(self) -> int:
+        """Bytes of what belongs to the model, and not to these tokens."""
+        shared = [part for part in self.parts if part.subspace.shared or part.subspace.metric is not None]
+        return sum(
+            t.nbytes
+            for part in shared
+            for name, t in part.subspace.tensors()
+            if part.subspace.shared or name == "metric"
+        )
 
     def _over(self, function: Callable[[HeadGroups, Tensor], Tensor], x: Tensor) -> Tensor:
         return self._joined([function(part, x[:, part.heads]) for part in self.parts])

@@ -1,4 +1,4 @@
-"""The first fit: from the first old tokens of a layer to subspaces and coefficients.
+"""The first fit at a rank: from the first old tokens of a layer to subspaces and coefficients.
 
 Which directions are kept is decided here, how their coefficients are stored in ``coefficients.py``.
 """
@@ -6,7 +6,7 @@ Which directions are kept is decided here, how their coefficients are stored in 
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from ..rank import Rank
 from .coefficients import coefficients_for
 from .compressed_tokens import CompressedTokens, HeadGroups, Heads, grouped
 from .subspace import Scatter, Subspace, chosen_ranks
+from .tile_frame import TileFrame
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Fit:
         basis_dtype: dtype of the bases.
         dtype: dtype of the coefficients.
         subspace: a subspace that is fixed already; ``None`` fits one per group of heads.
+        frame: the frame in which keys are stored; ``None`` is their own.
     """
 
     rank: Rank | list[int]
@@ -34,6 +36,7 @@ class Fit:
     basis_dtype: torch.dtype
     dtype: torch.dtype
     subspace: Subspace | None = None
+    frame: TileFrame | None = None
 
     def __call__(self, x: Tensor) -> CompressedTokens:
         """Compresses the first old tokens.
@@ -47,7 +50,7 @@ class Fit:
             chosen: list[tuple[Heads, Subspace]] = [(slice(None), self.subspace.to(x.device, self.basis_dtype))]
             together = self.subspace.mean.shape[2] // size
         else:
-            scatter = Scatter.of(grouped(x, together))
+            scatter = Scatter.of(grouped(x, together), self.frame)
             rank = self.rank
             ranks = rank if isinstance(rank, list) else chosen_ranks(rank, scatter, together, "LowRankKV")
             chosen = _by_rank(scatter, ranks, self.basis_dtype)
@@ -71,6 +74,9 @@ def _by_rank(scatter: Scatter, ranks: list[int], dtype: torch.dtype) -> list[tup
         groups[rank].append(group)
     whole = scatter.fit(max(ranks), dtype)
     return [
-        (which, Subspace(whole.basis[:, which, :, :rank].contiguous(), whole.mean[:, which].contiguous()))
+        (
+            which,
+            replace(whole, basis=whole.basis[:, which, :, :rank].contiguous(), mean=whole.mean[:, which].contiguous()),
+        )
         for rank, which in groups.items()
     ]

@@ -13,6 +13,7 @@ from ..rank import Rank
 from ..settings import settings_from
 from .attend import attend
 from .autocast import without_autocast
+from .bit_fit import BitPlan, fitted_transform, plan_bits
 from .compressed_tokens import CompressedTokens
 from .fit import Fit
 from .recent_tokens import RecentTokens
@@ -20,9 +21,12 @@ from .rope import Rotation
 from .segments import CompressedSegment, ExactSegment, Segment
 from .settings import KVSettings
 from .subspace import Subspace
+from .tile_frame import TileFrame
 from .token_checks import check_alike, check_finite, check_form
+from .transform import Transform
 
 SIDES = ("keys", "values")
+Compress = Callable[[Tensor], CompressedTokens]
 
 
 class LowRankKV:
@@ -62,10 +66,11 @@ class LowRankKV:
         **changes: Any,
     ) -> None:
         self.settings = settings_from(KVSettings, settings, changes, "LowRankKV")
-        self.rotation = rotation if self.settings.rope == "before" else None
+        self.rotation = None if self.settings.rotated == "after" else rotation
         self.subspaces = subspaces
-        # both set by compress_together, which compresses for the first time once it knows the ranks of all layers
+        # what several layers share: set by compress_together, which compresses for the first time, or the cache
         self.ranks: tuple[list[int], list[int]] | None = None
+        self.plan: BitPlan | None = None
         self.waits_for_budget = False
         self.reset()
 
@@ -96,7 +101,7 @@ class LowRankKV:
         """
         self._check(keys, values)
         if self.recent is None:
-            room = self.settings.keep_recent + self.settings.block
+            room = self.settings.recent + self.settings.at_a_time
             self.recent = RecentTokens(keys, room), RecentTokens(values, room)
         for recent, x in zip(self.recent, (keys, values), strict=True):
             recent.append(x)
@@ -153,10 +158,10 @@ class LowRankKV:
         if self.recent is None:
             return
         with without_autocast(self.like().device):
-            count = self.recent[0].tokens - self.settings.keep_recent
+            count = self.recent[0].tokens - self.settings.recent
             if self.old is None:
                 self._fit()
-            elif count >= self.settings.block:
+            elif count >= self.settings.at_a_time:
                 for side, x, limit in zip(self.old, self.leaving(0, count), self._limits(), strict=True):
                     side.extend(x, limit)
                 self._drop(count)
@@ -202,8 +207,9 @@ class LowRankKV:
         self._over_batch(lambda t: t.repeat_interleave(times, 0))
 
     def nbytes(self) -> int:
-        """Bytes of all that is stored, including room for more tokens."""
-        return sum(t.nbytes for _, t in self.tensors())
+        """Bytes of all that is stored, including room for more tokens; what belongs to the model counts nothing."""
+        shared = sum(side.shared_nbytes() for side in self.old or ())
+        return sum(t.nbytes for _, t in self.tensors()) - shared
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Names and tensors of all that is stored."""
@@ -229,9 +235,9 @@ class LowRankKV:
         """The range of recent tokens that a first fit compresses; ``None`` where there is no block of them yet."""
         if self.recent is None:
             return None
-        stop = self.recent[0].tokens - self.settings.keep_recent
+        stop = self.recent[0].tokens - self.settings.recent
         skip = self.settings.keep_first if self.first is None else 0
-        return (skip, stop) if stop - skip >= self.settings.block else None
+        return (skip, stop) if stop - skip >= self.settings.at_a_time else None
 
     def leaving(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Keys without their rotation, and values, of a range of recent tokens, in fp32.
@@ -253,7 +259,8 @@ class LowRankKV:
         if span is None or self.waits_for_budget:
             return
         assert self.recent is not None
-        keys, values = (self._fit_of(side)(x) for side, x in enumerate(self.leaving(*span)))
+        sides = self.leaving(*span)
+        keys, values = (fit(x) for fit, x in zip(self._first_fits(sides), sides, strict=True))
         skip, count = span
         if skip:
             first_keys, first_values = (recent.read()[:, :, :skip].clone() for recent in self.recent)
@@ -261,11 +268,39 @@ class LowRankKV:
         self.old = keys, values
         self._drop(count)
 
-    def _fit_of(self, side: int) -> Fit:
-        """How keys (0) or values (1) are compressed."""
-        rank = self.settings.rank_of(values=side == 1) if self.ranks is None else self.ranks[side]
-        subspace = None if self.subspaces is None else self.subspaces[side]
-        return Fit(rank, self.settings.joint, *self.settings.dtypes(self.like(side).dtype), subspace)
+    def frame(self) -> TileFrame | None:
+        """The frame in which keys are stored; ``None`` is their own."""
+        if self.rotation is None or self.settings.rotated != "tile":
+            return None
+        return TileFrame(self.rotation, self.like().shape[3])
+
+    def _first_fits(self, sides: tuple[Tensor, Tensor]) -> tuple[Compress, Compress]:
+        """How keys and values are compressed."""
+        frame = self.frame()
+        if not self.settings.by_rank:
+            plan = self.plan or plan_bits([self.transforms(sides)], self.settings.mean_bits)[0]
+            return plan.fits(frame, self.settings.refresh)
+        found = []
+        for side in (0, 1):
+            rank = self.settings.rank_of(values=side == 1) if self.ranks is None else self.ranks[side]
+            subspace = None if self.subspaces is None else self.subspaces[side]
+            assert subspace is None or isinstance(subspace, Subspace)
+            dtypes = self.settings.dtypes(self.like(side).dtype)
+            found.append(Fit(rank, self.settings.joint, *dtypes, subspace, None if side else frame))
+        return found[0], found[1]
+
+    def transforms(self, sides: tuple[Tensor, Tensor]) -> tuple[Transform, Transform]:
+        """The directions of keys and values, fitted to tokens that leave the recent ones.
+
+        Args:
+            sides: keys without their rotation, and values, in fp32.
+        """
+        heads = sides[0].shape[1] if self.settings.joint else 1
+        keys, values = sides
+        return (
+            fitted_transform(keys, heads, self.frame(), values=False),
+            fitted_transform(values, heads, None, values=True),
+        )
 
     def _drop(self, count: int) -> None:
         assert self.recent is not None
@@ -298,7 +333,7 @@ class LowRankKV:
         check_form(keys, values)
         for index, (name, x) in enumerate(zip(SIDES, (keys, values), strict=True)):
             rank = self.settings.rank_of(values=index == 1)
-            if isinstance(rank, int) and rank > x.shape[3]:
+            if self.settings.by_rank and isinstance(rank, int) and rank > x.shape[3]:
                 raise LowRankError(
                     f"LowRankKV: got rank {rank} for {name} of {x.shape[3]} entries per head, expected at most that"
                     " many."

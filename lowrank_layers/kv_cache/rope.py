@@ -12,6 +12,8 @@ from ..errors import LowRankError
 
 TILE = 256
 """Tokens that are rotated at a time."""
+TILE_FRAME = 32
+"""Tokens per tile whose keys are stored in its frame: see ``tile_frame.py``."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,6 +79,49 @@ class Rotation:
         cos, sin = (t[: x.shape[-2]].to(x.dtype) for t in self._tile)
         return self._apply(x, cos, sin)
 
+    def turned_back(self, query: Tensor, basis: Tensor) -> Tensor:
+        r"""What turns a query back by any position and multiplies it by a basis, in one product.
+
+        With :math:`c_j, s_j` the cosine and sine of pair :math:`j` at position :math:`p`, the rows
+        :math:`(R(-p) q)^T B` are the product of :meth:`waves` with the result.
+
+        Args:
+            query: ``[..., size]``.
+            basis: ``[..., size, rank]``.
+
+        Returns:
+            ``[..., 2 pairs + 1, rank]``.
+        """
+        left, right, rest = self._parts(query[..., None], -2)
+        first, second, others = self._parts(basis, -2)
+        cosines = torch.addcmul(left * first, right, second)
+        sines = torch.addcmul(right * first, left, second, value=-1)
+        return torch.cat([cosines, sines, (rest * others).sum(-2, keepdim=True)], -2)
+
+    def waves(self, positions: Tensor) -> Tensor:
+        """Cosines, sines and a one for each position, ``[positions, 2 pairs + 1]``.
+
+        Args:
+            positions: ``[positions]``.
+        """
+        return torch.cat([*self._cos_sin(positions), torch.ones(len(positions), 1, device=positions.device)], -1)
+
+    def tile_waves(self, offset: int, tokens: int) -> Tensor:
+        """:meth:`waves` of the centres of tiles, which are kept: all layers of a model ask for the same.
+
+        Args:
+            offset: index of the first token of the first tile.
+            tokens: number of tokens of all tiles.
+        """
+        tiles = -(-tokens // TILE_FRAME)
+        held = self._kept.get(offset)
+        if held is None or len(held) < tiles:
+            centres = torch.arange(tiles + tiles // 8, device=self.frequencies.device) * TILE_FRAME
+            held = self.waves(offset + centres + (TILE_FRAME - 1) / 2)
+            self._kept.clear()
+            self._kept[offset] = held
+        return held[:tiles]
+
     def to(self, device: torch.device) -> Rotation:
         """The same rotation on another device.
 
@@ -99,7 +144,11 @@ class Rotation:
 
     def nbytes(self) -> int:
         """Bytes of the cosines and sines that are kept, which all layers share."""
-        return sum(t.nbytes for t in self._tile)
+        return sum(t.nbytes for t in (*self._tile, *self._kept.values()))
+
+    @cached_property
+    def _kept(self) -> dict[int, Tensor]:
+        return {}
 
     @cached_property
     def _tile(self) -> tuple[Tensor, Tensor]:
@@ -109,6 +158,14 @@ class Rotation:
         """Cosines and sines, ``[tokens, pairs]``."""
         angles = positions[:, None].float() * self.frequencies.to(positions.device)
         return angles.cos(), angles.sin()
+
+    def _parts(self, x: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The first and the second entries of all pairs, and the entries that are not rotated."""
+        size = 2 * len(self.frequencies)
+        before, part, after = x.split([self.start, size, x.shape[dim] - self.start - size], dim)
+        pairs = part.unflatten(dim, (-1, 2) if self.interleaved else (2, -1))
+        left, right = pairs.unbind(dim if self.interleaved else dim - 1)
+        return left, right, torch.cat([before, after], dim)
 
     def _apply(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         size = 2 * cos.shape[-1]

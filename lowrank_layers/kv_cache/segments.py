@@ -8,7 +8,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from .compressed_tokens import CompressedTokens
 from .rope import TILE, Rotation
+
+MOST_TURNED = 32
+"""Most rows that are turned back to every tile; for more it is cheaper to rotate the keys."""
 
 
 class Segment(Protocol):
@@ -134,6 +138,8 @@ class CompressedSegment:
             return self.keys.scores(rows)
         if torch.compiler.is_compiling():
             return rows @ self.dense_keys(rows.dtype).mT
+        if rows.shape[2] <= MOST_TURNED and isinstance(self.keys, CompressedTokens) and self.keys.frame is not None:
+            return self.keys.tile_scores(rows, self.rotation.tile_waves(self.offset, self.tokens))
         found = []
         for start in range(0, self.tokens, TILE):
             stop = min(start + TILE, self.tokens)

@@ -15,6 +15,7 @@ from ..rank.energy import Energy, RelativeError
 from ..rank.evbmf import EVBMF
 from ..rank.gavish_donoho import GavishDonoho
 from ..rank.size import ParameterFraction
+from .bit_coefficients import BitCoefficients
 from .coefficients import Coefficients, coefficients_for
 from .compressed_tokens import CompressedTokens, HeadGroups
 from .low_rank_kv import SIDES, LowRankKV
@@ -22,6 +23,7 @@ from .recent_tokens import RecentTokens
 from .rope import Rotation
 from .settings import KVSettings
 from .subspace import Subspace
+from .tile_frame import TileFrame
 
 RULES = {rule.__name__: rule for rule in (EVBMF, Elbow, Energy, GavishDonoho, ParameterFraction, RelativeError)}
 """The rank rules that a file can name."""
@@ -82,14 +84,14 @@ def layer_from_tensors(
     kv = LowRankKV(settings, rotation)
     if body["tokens"]:
         keys, values = (left.pop(f"{side}.tail") for side in SIDES)
-        room = settings.keep_recent + settings.block
+        room = settings.recent + settings.at_a_time
         kv.recent = RecentTokens(keys, max(room, keys.shape[2])), RecentTokens(values, max(room, values.shape[2]))
         for recent, x in zip(kv.recent, (keys, values), strict=True):
             recent.append(x)
         if "keys.first" in left:
             kv.first = left.pop("keys.first"), left.pop("values.first")
     if "old" in body:
-        old = [_side_from_json(part, side, left) for part, side in zip(body["old"], SIDES, strict=True)]
+        old = [_side_from_json(part, side, left, rotation) for part, side in zip(body["old"], SIDES, strict=True)]
         kv.old = old[0], old[1]
         if {side.tokens for side in old} != {kv.compressed}:
             raise CheckpointError("keys and values have different lengths")
@@ -101,25 +103,35 @@ def layer_from_tensors(
 
 
 def _side_to_json(side: CompressedTokens) -> dict[str, Any]:
-    parts = [
-        {
+    parts = []
+    for part in side.parts:
+        store, subspace = part.coefficients, part.subspace
+        body: dict[str, Any] = {
             "heads": part.heads if isinstance(part.heads, list) else None,
             "size": part.size,
-            "dtype": _dtype_to_json(part.coefficients.dtype),
+            "dtype": _dtype_to_json(store.dtype),
         }
-        for part in side.parts
-    ]
+        if isinstance(store, BitCoefficients):
+            body["widths"] = list(store.widths)
+        if subspace.frame is not None:
+            body["tile"] = True
+        parts.append(body)
     return {"discarded": side.discarded, "parts": parts}
 
 
-def _side_from_json(body: dict[str, Any], side: str, left: dict[str, Tensor]) -> CompressedTokens:
+def _side_from_json(
+    body: dict[str, Any], side: str, left: dict[str, Tensor], rotation: Rotation | None
+) -> CompressedTokens:
     """Takes the tensors of keys or of values out of those that are left."""
     parts = []
     for index, part in enumerate(body["parts"]):
         prefix = f"{side}.{index}."
-        subspace = Subspace(left.pop(f"{prefix}basis"), left.pop(f"{prefix}mean"))
+        frame = TileFrame(_known(rotation), part["size"]) if part.get("tile") else None
+        basis, mean = (left.pop(f"{prefix}{name}") for name in ("basis", "mean"))
+        scale, metric = (left.pop(f"{prefix}{name}", None) for name in ("scale", "metric"))
+        subspace = Subspace(basis, mean, scale, metric, frame)
         codes = {name.removeprefix(prefix): left.pop(name) for name in list(left) if name.startswith(prefix)}
-        coefficients = _store(getattr(torch, part["dtype"]), codes)
+        coefficients = _store(part, codes)
         wide, rank = subspace.basis.shape[2:]
         held = coefficients.read(0, 1, torch.float32).shape[2]
         if wide % part["size"] or rank != held or subspace.mean.shape[2] != wide:
@@ -129,12 +141,25 @@ def _side_from_json(body: dict[str, Any], side: str, left: dict[str, Tensor]) ->
     return CompressedTokens(parts, body["discarded"])
 
 
-def _store(dtype: torch.dtype, codes: dict[str, Tensor]) -> Coefficients:
-    empty = coefficients_for(dtype)
-    names = set(empty.encode(torch.zeros(1, 1, 1, 1)))
+def _store(part: dict[str, Any], codes: dict[str, Tensor]) -> Coefficients:
+    dtype = getattr(torch, part["dtype"])
+    if "widths" in part:
+        weights = codes.pop("weights")
+        empty: Coefficients = BitCoefficients(part["widths"], weights)
+        names = set(empty.encode(torch.zeros(*weights.shape, 1)))
+    else:
+        empty = coefficients_for(dtype)
+        names = set(empty.encode(torch.zeros(1, 1, 1, 1)))
     if set(codes) != names or len({code.shape[-1] for code in codes.values()}) != 1:
         raise CheckpointError(f"coefficients in {dtype} are {sorted(codes)}, expected {sorted(names)} of one length")
-    return type(empty)(dtype, codes)
+    empty.append_codes(codes)
+    return empty
+
+
+def _known(rotation: Rotation | None) -> Rotation:
+    if rotation is None:
+        raise CheckpointError("keys are stored in the frame of their tile, but their rotation is missing")
+    return rotation
 
 
 def _dtype_to_json(dtype: torch.dtype) -> str:

@@ -15,60 +15,76 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
 """Dtypes in which coefficients can be stored."""
 
 
+DEFAULT_BITS = 3.0
+"""Mean bits per entry where neither bits nor a rank are given."""
+DEFAULT_RANK = 16
+"""The rank where only the rank of values or a dtype is given."""
+
+
 @dataclass(frozen=True)
 class KVSettings:
     """Settings of a low-rank key/value cache: which tokens stay exact, and how the others are stored.
 
-    Every cache takes them as one value, ``LowRankCache(KVSettings(rank=16))``, or by name, ``LowRankCache(rank=16)``.
+    Old keys and values are stored by their coefficients along the directions of greatest variance. With ``bits``, which
+    is the default, each direction gets 8, 4, 2 or no bits, as its variance is worth (transform coding). With ``rank``
+    the first directions get all bits of a dtype, and the others none. Every cache takes the settings as one value,
+    ``LowRankCache(KVSettings(bits=2))``, or by name, ``LowRankCache(bits=2)``.
 
     Args:
         rank: number of coefficients per token and head, for keys and for values: an integer, or a rank rule that looks
-            at the spectrum.
+            at the spectrum; ``None`` is 16 where ``value_rank`` or ``dtype`` is given, and otherwise leaves it to
+            ``bits``.
         value_rank: number of coefficients per token and head for values; ``None`` takes ``rank``.
-        keep_recent: number of tokens at the end that stay exact.
+        bits: mean number of bits per entry of old keys and values, in (0, 8]; ``None`` is 3 where no rank is given.
+        keep_recent: number of tokens at the end that stay exact; ``None`` is 16 with bits, and 128 with a rank.
         keep_first: number of tokens at the start that stay exact (attention sinks).
         joint: whether all heads share one subspace, with as many directions as their own subspaces would have together.
             A shared subspace takes as many bytes per token and loses less; its basis takes more bytes, and decoding
             more arithmetic.
         rope: ``"before"`` takes the rotary position embedding off the keys before they are compressed, and puts it on
             again where they are read: half the rank is then enough. ``"after"`` compresses rotated keys, which is
-            faster.
-        dtype: dtype of the coefficients; ``None`` is the one in which keys and values come. ``torch.int8`` stores one
-            scale per token and group of heads beside them, and the bases in bfloat16.
-        block: number of tokens that are compressed at a time.
+            faster. ``"tile"`` compresses keys that are rotated by the position of the middle of 32 tokens: it loses
+            little more than ``"before"``, and nothing is rotated where keys are read. ``None`` is ``"tile"`` with bits
+            and ``"before"`` with a rank.
+        dtype: dtype of the coefficients with a rank; ``None`` is the one in which keys and values come. ``torch.int8``
+            stores one scale per token and group of heads beside them, and the bases in bfloat16.
+        block: number of tokens that are compressed at a time; ``None`` is 16 with bits, and 64 with a rank.
         refresh: the subspace is fitted again when a block loses more than this many times what the first fit lost;
             ``None`` never fits it again.
         max_length: greatest number of tokens that the cache takes; ``None`` sets no limit.
 
     Raises:
-        LowRankError: for a value that is out of range.
+        LowRankError: for a value that is out of range, or both bits and a rank.
 
     Examples:
-        >>> lr.KVSettings(rank=lr.Energy(0.99), dtype=torch.int8).keep_recent
+        >>> lr.KVSettings(rank=lr.Energy(0.99), dtype=torch.int8).recent
         128
+        >>> lr.KVSettings(bits=2).recent
+        16
     """
 
-    rank: Rank = 16
+    rank: Rank | None = None
     value_rank: Rank | None = None
-    keep_recent: int = 128
+    bits: float | None = None
+    keep_recent: int | None = None
     keep_first: int = 4
     joint: bool = True
-    rope: Literal["before", "after"] = "before"
+    rope: Literal["before", "after", "tile"] | None = None
     dtype: torch.dtype | None = None
-    block: int = 64
+    block: int | None = None
     refresh: float | None = 2.0
     max_length: int | None = None
 
     def __post_init__(self) -> None:
-        check_rank(self.rank, "KVSettings")
-        if self.value_rank is not None:
-            check_rank(self.value_rank, "KVSettings")
-        for name, least in (("keep_recent", 0), ("keep_first", 0), ("block", 1)):
-            check_integer(getattr(self, name), "KVSettings", name, least)
-        if self.max_length is not None:
-            check_integer(self.max_length, "KVSettings", "max_length", 1)
-        if self.rope not in ("before", "after"):
-            raise LowRankError(f"KVSettings: got rope={self.rope!r}, expected 'before' or 'after'.")
+        for rank in (self.rank, self.value_rank):
+            if rank is not None:
+                check_rank(rank, "KVSettings")
+        self._check_bits()
+        for name, least in (("keep_recent", 0), ("keep_first", 0), ("block", 1), ("max_length", 1)):
+            if name == "keep_first" or getattr(self, name) is not None:
+                check_integer(getattr(self, name), "KVSettings", name, least)
+        if self.rope not in (None, "before", "after", "tile"):
+            raise LowRankError(f"KVSettings: got rope={self.rope!r}, expected 'before', 'after' or 'tile'.")
         if self.dtype is not None and self.dtype not in DTYPES:
             raise LowRankError(f"KVSettings: got dtype={self.dtype!r}, expected None or one of {list(DTYPES)}.")
         if self.refresh is not None and not (is_number(self.refresh) and self.refresh >= 1):
@@ -77,8 +93,44 @@ class KVSettings:
                 " of the first fit a block may have, at least 1."
             )
 
+    def _check_bits(self) -> None:
+        if self.bits is None:
+            return
+        if not (is_number(self.bits) and 0 < self.bits <= 8):
+            raise LowRankError(f"KVSettings: got bits={self.bits!r}, expected a mean number of bits in (0, 8].")
+        for name in ("rank", "value_rank", "dtype"):
+            if (given := getattr(self, name)) is not None:
+                raise LowRankError(
+                    f"KVSettings: got bits={self.bits!r} and {name}={given!r}, expected bits, or a rank and a dtype."
+                )
+
+    @property
+    def by_rank(self) -> bool:
+        """Whether a rank is kept in one dtype, rather than bits by direction."""
+        return any(value is not None for value in (self.rank, self.value_rank, self.dtype))
+
+    @property
+    def mean_bits(self) -> float:
+        """Mean number of bits per entry, where no rank is kept."""
+        return DEFAULT_BITS if self.bits is None else self.bits
+
+    @property
+    def recent(self) -> int:
+        """Number of tokens at the end that stay exact."""
+        return (128 if self.by_rank else 16) if self.keep_recent is None else self.keep_recent
+
+    @property
+    def at_a_time(self) -> int:
+        """Number of tokens that are compressed at a time."""
+        return (64 if self.by_rank else 16) if self.block is None else self.block
+
+    @property
+    def rotated(self) -> str:
+        """How keys are rotated when they are compressed: ``"before"``, ``"after"`` or ``"tile"``."""
+        return ("before" if self.by_rank else "tile") if self.rope is None else self.rope
+
     def dtypes(self, dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
-        """The dtypes of bases and of coefficients.
+        """The dtypes of bases and of coefficients, with a rank.
 
         Args:
             dtype: dtype of the keys or values that are compressed.
@@ -87,9 +139,10 @@ class KVSettings:
         return (torch.bfloat16, chosen) if chosen == torch.int8 else (chosen, chosen)
 
     def rank_of(self, values: bool) -> Rank:
-        """The rank of values, or of keys.
+        """The rank of values, or of keys, where a rank is kept.
 
         Args:
             values: whether values are asked for.
         """
-        return self.value_rank if values and self.value_rank is not None else self.rank
+        rank = DEFAULT_RANK if self.rank is None else self.rank
+        return self.value_rank if values and self.value_rank is not None else rank

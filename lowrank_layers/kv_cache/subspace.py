@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ..rank import Rank, Spectrum, choose_rank
+from .tile_frame import TileFrame
 
 
 @dataclass(frozen=True, eq=False)
@@ -18,45 +20,103 @@ class Subspace:
     Args:
         basis: ``[batch, groups, width, rank]``; a batch of one serves all rows of a batch.
         mean: ``[batch, groups, width]``.
+        scale: factors of the columns of the basis, ``[batch, groups, rank]``; ``None`` stands for ones.
+        metric: the metric in which rows are projected, ``[1, groups, width, width]``; ``None`` is the identity.
+        frame: the frame in which keys lie in the subspace, once the mean is taken off; ``None`` is their own.
+        shared: whether it is the model's, and takes no bytes of a sequence.
     """
 
     basis: Tensor
     mean: Tensor
+    scale: Tensor | None = None
+    metric: Tensor | None = None
+    frame: TileFrame | None = None
+    shared: bool = False
+
+    def __deepcopy__(self, memo: object) -> Subspace:
+        return self  # nothing in it is ever written to
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Subspace:
         """The same subspace elsewhere.
 
         Args:
             device: where it is stored.
-            dtype: the dtype in which it is stored.
+            dtype: the dtype in which basis and mean are stored.
         """
-        return Subspace(self.basis.to(device, dtype), self.mean.to(device, dtype))
+        return replace(self, basis=self.basis.to(device, dtype), mean=self.mean.to(device, dtype))
 
-    def coefficients(self, rows: Tensor) -> Tensor:
+    def columns(self, dtype: torch.dtype) -> Tensor:
+        """The basis with its scale, ``[batch, groups, width, rank]``.
+
+        Args:
+            dtype: dtype of the result.
+        """
+        basis = self.basis.to(dtype)
+        return basis if self.scale is None else basis * self.scale[:, :, None].to(dtype)
+
+    def coefficients(self, rows: Tensor, start: int = 0) -> Tensor:
         """The least-squares ``c`` of rows, ``[batch, groups, rank, tokens]`` in fp32.
 
         It is solved with the basis as it is stored: rounded to fewer bits it is no longer orthonormal.
 
         Args:
             rows: ``[batch, groups, tokens, width]``.
+            start: index of the first token, counted from the start of a tile.
         """
-        basis = self.basis.float()
-        centred = rows.float() - self.mean.float()[:, :, None]
-        solved: Tensor = torch.linalg.solve(basis.mT @ basis, basis.mT @ centred.mT)
+        basis, centred = self.columns(torch.float32), self.centred(rows, start)
+        dual = basis if self.metric is None else self.metric @ basis
+        solved: Tensor = torch.linalg.solve(dual.mT @ basis, dual.mT @ centred.mT)
         return solved
 
-    def rows(self, coefficients: Tensor) -> Tensor:
+    def centred(self, rows: Tensor, start: int = 0) -> Tensor:
+        """Rows without the mean, in the frame of the subspace and in fp32.
+
+        Args:
+            rows: ``[batch, groups, tokens, width]``.
+            start: index of the first token.
+        """
+        centred = rows.float() - self.mean.float()[:, :, None]
+        return centred if self.frame is None else self.frame.into(centred, start)
+
+    def rows(self, coefficients: Tensor, start: int = 0) -> Tensor:
         """``mean + basis c``, ``[batch, groups, tokens, width]``, in the dtype of the coefficients.
 
         Args:
             coefficients: ``[batch, groups, rank, tokens]``.
+            start: index of the first token.
         """
         each = coefficients.flatten(0, 1).mT
         shape = (len(coefficients), -1, -1)
-        basis = self.basis.to(each.dtype).expand(*shape, -1).flatten(0, 1)
-        mean = self.mean.to(each.dtype).expand(*shape).flatten(0, 1)
-        found: Tensor = torch.baddbmm(mean[:, None], each, basis.mT).unflatten(0, coefficients.shape[:2])
-        return found
+        basis = self.columns(each.dtype).expand(*shape, -1).flatten(0, 1)
+        if self.frame is None:
+            mean = self.mean.to(each.dtype).expand(*shape).flatten(0, 1)[:, None]
+            found: Tensor = torch.baddbmm(mean, each, basis.mT).unflatten(0, coefficients.shape[:2])
+            return found
+        turned: Tensor = (each @ basis.mT).unflatten(0, coefficients.shape[:2])
+        return self.frame.out_of(turned, start) + self.mean.to(each.dtype)[:, :, None]
+
+    def energy(self, rows: Tensor) -> Tensor:
+        """The sum of the squares of centred rows, in the metric.
+
+        Args:
+            rows: ``[batch, groups, tokens, width]``.
+        """
+        return (rows * (rows if self.metric is None else rows @ self.metric)).sum()
+
+    def over_batch(self, change: Callable[[Tensor], Tensor]) -> Subspace:
+        """The subspace of other rows of the batch.
+
+        Args:
+            change: gives the new tensor for an old one.
+        """
+        scale = None if self.scale is None else change(self.scale)
+        return replace(self, basis=change(self.basis), mean=change(self.mean), scale=scale)
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Names and tensors of all that is stored."""
+        for name in ("basis", "mean", "scale", "metric"):
+            if (tensor := getattr(self, name)) is not None:
+                yield name, tensor
 
     def within(self, coefficients: Tensor, largest: float) -> tuple[Subspace, Tensor]:
         """The same subspace with a longer basis, and coefficients of which none is greater than ``largest``.
@@ -73,16 +133,17 @@ class Subspace:
         if peak <= largest:
             return self, coefficients
         factor = 2.0 ** math.ceil(math.log2(peak / largest))
-        return Subspace(self.basis * factor, self.mean), coefficients / factor
+        return replace(self, basis=self.basis * factor), coefficients / factor
 
-    def discarded(self, rows: Tensor) -> float:
+    def discarded(self, rows: Tensor, start: int = 0) -> float:
         """The part of the rows' energy about the mean that the subspace does not hold.
 
         Args:
             rows: ``[batch, groups, tokens, width]``.
+            start: index of the first token.
         """
         centred = rows.float() - self.mean.float()[:, :, None]
-        left = rows.float() - self.rows(self.coefficients(rows))
+        left = rows.float() - self.rows(self.coefficients(rows, start), start)
         return float(left.square().sum() / centred.square().sum().clamp_min(1e-30))
 
 
@@ -94,23 +155,30 @@ class Scatter:
         count: number of rows.
         mean: ``[batch, groups, width]``.
         second: ``[batch, groups, width, width]``, not divided by the count.
+        frame: the frame in which the second moment is; ``None`` is the rows' own.
     """
 
     count: int
     mean: Tensor
     second: Tensor
+    frame: TileFrame | None = None
 
     @classmethod
-    def of(cls, rows: Tensor) -> Scatter:
+    def of(cls, rows: Tensor, frame: TileFrame | None = None, *, start: int = 0, centre: bool = True) -> Scatter:
         """The scatter of rows.
 
         Args:
             rows: ``[batch, groups, tokens, width]``.
+            frame: the frame in which the second moment is taken; ``None`` is the rows' own.
+            start: index of the first token, counted from the start of a tile.
+            centre: whether the mean is taken off; otherwise it counts as zero.
         """
         wide = rows.float()
-        mean = wide.mean(2)
-        centred = wide - mean[:, :, None]
-        return cls(rows.shape[2], mean, centred.mT @ centred)
+        mean = wide.mean(2) if centre else torch.zeros_like(wide[:, :, 0])
+        centred = wide - mean[:, :, None] if centre else wide
+        if frame is not None:
+            centred = frame.into(centred, start)
+        return cls(rows.shape[2], mean, centred.mT @ centred, frame)
 
     @classmethod
     def of_coefficients(cls, subspace: Subspace, coefficients: Tensor) -> Scatter:
@@ -120,7 +188,11 @@ class Scatter:
             subspace: the subspace in which the rows lie.
             coefficients: ``[batch, groups, rank, tokens]``.
         """
-        basis, middle = subspace.basis.float(), coefficients.mean(3)
+        basis = subspace.columns(torch.float32)
+        if subspace.frame is not None:  # the mean of keys in their tiles' frames is no mean of keys: it stays
+            second = basis @ (coefficients @ coefficients.mT) @ basis.mT
+            return cls(coefficients.shape[3], subspace.mean.float(), second, subspace.frame)
+        middle = coefficients.mean(3)
         centred = coefficients - middle[..., None]
         mean = subspace.mean.float() + (basis @ middle[..., None])[..., 0]
         return cls(coefficients.shape[3], mean, basis @ (centred @ centred.mT) @ basis.mT)
@@ -129,7 +201,10 @@ class Scatter:
         count = self.count + other.count
         apart = other.mean - self.mean
         between = apart[..., :, None] * apart[..., None, :] * (self.count * other.count / count)
-        return Scatter(count, self.mean + apart * (other.count / count), self.second + other.second + between)
+        if self.frame is not None:
+            between = self.frame.average(between)
+        mean = self.mean + apart * (other.count / count)
+        return Scatter(count, mean, self.second + other.second + between, self.frame)
 
     def spectrum(self) -> tuple[Tensor, Tensor]:
         """Eigenvalues, largest first, and their vectors as columns."""
@@ -146,7 +221,7 @@ class Scatter:
             dtype: the dtype in which the subspace is stored.
         """
         _, vectors = self.spectrum()
-        return Subspace(vectors[..., :rank].to(dtype).contiguous(), self.mean.to(dtype))
+        return Subspace(vectors[..., :rank].to(dtype).contiguous(), self.mean.to(dtype), frame=self.frame)
 
 
 def chosen_ranks(rank: Rank, scatter: Scatter, heads: int, who: str) -> list[int]:

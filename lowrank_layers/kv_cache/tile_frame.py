@@ -11,10 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .rope import Rotation
-
-TOKENS = 32
-"""Tokens per tile: half as many lose a tenth less, and rotating the query costs twice as much."""
+from .rope import TILE_FRAME, Rotation
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +47,19 @@ class TileFrame:
         """
         return self._turn(rows, start, -1)
 
+    def of_offsets(self, mean: Tensor) -> Tensor:
+        """A key's mean in the frame of a tile, for every offset.
+
+        Args:
+            mean: ``[..., size]``.
+
+        Returns:
+            ``[..., size, tokens of a tile]``.
+        """
+        offsets = torch.arange(TILE_FRAME, device=mean.device) - (TILE_FRAME - 1) / 2
+        spread = mean[..., None, :].expand(*mean.shape[:-1], TILE_FRAME, -1)
+        return self.rotation.turn(spread, offsets).mT
+
     def average(self, second: Tensor) -> Tensor:
         r"""The mean of :math:`R(d) M R(d)^T` over the offsets of a tile.
 
@@ -57,11 +67,11 @@ class TileFrame:
             second: a second moment of keys without their rotation, ``[..., heads * size, heads * size]``.
         """
         spread = second.new_zeros(second.shape)
-        for offset in range(TOKENS):
+        for offset in range(TILE_FRAME):
             # R M R^T: the rows of M R^T and then those of its transpose are turned
             half = self._turn_one(second, offset)
             spread = spread + self._turn_one(half.mT, offset).mT
-        return spread / TOKENS
+        return spread / TILE_FRAME
 
     def centres(self, tiles: int, device: torch.device) -> Tensor:
         """Indices of the centres of the first tiles.
@@ -70,15 +80,15 @@ class TileFrame:
             tiles: how many.
             device: where they are needed.
         """
-        return torch.arange(tiles, device=device) * TOKENS + (TOKENS - 1) / 2
+        return torch.arange(tiles, device=device) * TILE_FRAME + (TILE_FRAME - 1) / 2
 
     def _turn(self, rows: Tensor, start: int, sign: int) -> Tensor:
-        offsets = torch.arange(start, start + rows.shape[2], device=rows.device) % TOKENS - (TOKENS - 1) / 2
+        offsets = torch.arange(start, start + rows.shape[2], device=rows.device) % TILE_FRAME - (TILE_FRAME - 1) / 2
         heads = rows.unflatten(-1, (-1, self.size)).transpose(2, 3)
         turned: Tensor = self.rotation.turn(heads, sign * offsets).transpose(2, 3).flatten(3)
         return turned
 
     def _turn_one(self, rows: Tensor, offset: int) -> Tensor:
-        at = torch.tensor([offset - (TOKENS - 1) / 2], device=rows.device)
+        at = torch.tensor([offset - (TILE_FRAME - 1) / 2], device=rows.device)
         turned: Tensor = self.rotation.turn(rows.unflatten(-1, (-1, 1, self.size)), at).flatten(-3)
         return turned

@@ -51,7 +51,7 @@ def test_the_options_are_listed_once():
         ({"keep_first": 1.5}, "keep_first=1.5"),
         ({"block": 0}, "block=0"),
         ({"block": True}, "block=True"),
-        ({"rope": "during"}, "'before' or 'after'"),
+        ({"rope": "during"}, "'before', 'after' or 'tile'"),
         ({"dtype": torch.int64}, "int64"),
         ({"refresh": 0.5}, "refresh=0.5"),
         ({"refresh": "2"}, "refresh='2'"),

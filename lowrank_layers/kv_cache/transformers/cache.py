@@ -91,8 +91,8 @@ class LowRankCache(DynamicCache):
             check_budget(budget)
             if subspaces is not None:
                 raise errors.budget_and_subspaces()
-            # the rank is not used, and one is allowed for heads of any size
-            self.settings = replace(self.settings, rank=1, value_rank=None)
+            if self.settings.by_rank:  # it is not used, and one is allowed for heads of any size
+                self.settings = replace(self.settings, rank=1, value_rank=None)
         self.budget = budget
         self._factory = LayerFactory(self.settings, subspaces, waits_for_budget=budget is not None)
         self._config = None if config is None else text_config(config)

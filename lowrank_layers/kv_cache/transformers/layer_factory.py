@@ -59,7 +59,7 @@ class LayerFactory:
     def _rotation(self, layer: int, keys: Tensor, attention: nn.Module | None, config: Any) -> Rotation | None:
         own = getattr(attention, "config", None)
         config = config if own is None else own
-        if self.settings.rope == "after" or config is None or keys.ndim != 4:
+        if self.settings.rotated == "after" or config is None or keys.ndim != 4:
             return None
         try:
             found = rotation_of(config, attention, layer, keys.shape[3])

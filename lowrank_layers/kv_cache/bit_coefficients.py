@@ -1,0 +1,151 @@
+"""Coefficients with bits by direction: 8, 4, 2 or none, packed into bytes, and one gain per token."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from .coefficients import Coefficients, in_tiles
+
+PACKED = (8, 4, 2)
+"""The widths in bits, in the order in which directions are stored."""
+LEAST_GAIN, GAINS = -9, 16
+"""A token's gain is ``2^(g / 2)`` with one of the ``GAINS`` integers from ``LEAST_GAIN`` on."""
+RUN = 256
+"""Tokens that are encoded at a time: what is computed on the way stays in a processor's cache."""
+
+
+class BitCoefficients(Coefficients):
+    r"""Coefficients in units of their quantizer's step, as :math:`2^{g_t / 2} (u_{i,t} - (2^{w_i} - 1) / 2)`.
+
+    The level :math:`u` has the width :math:`w` of its direction. The gain of a token is the one of least error: with it
+    tokens far outside of the quantizers' range (outliers) are not clipped, and small ones (attention sinks) stay small.
+
+    Args:
+        widths: numbers of directions with 8, 4 and 2 bits, of which each fills whole bytes.
+        weights: weights of the directions' squared errors, ``[1 or batch, groups, rank]``.
+        codes: what :meth:`encode` gave for the first tokens; ``None`` for no tokens yet.
+    """
+
+    def __init__(self, widths: Sequence[int], weights: Tensor, codes: Mapping[str, Tensor] | None = None) -> None:
+        super().__init__(torch.uint8, codes)
+        self.widths, self.weights = tuple(widths), weights
+
+    def encode(self, values: Tensor) -> dict[str, Tensor]:
+        """Levels and gains, the directions of one width packed into bytes."""
+        parts = [self._encode(part) for part in values.split(RUN, -1)]
+        return {name: torch.cat([part[name] for part in parts], -1) for name in parts[0]}
+
+    def decode(self, codes: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+        """Levels about zero, times gains."""
+        levels = unpacked(codes).to(dtype)
+        centres = self.centres(levels)
+        return levels.sub_(centres[:, None]).mul_(gain_factors(codes["gains"], dtype)[:, :, None])
+
+    def empty(self) -> Coefficients:
+        """A store of the same kind without tokens."""
+        return BitCoefficients(self.widths, self.weights)
+
+    def centres(self, like: Tensor) -> Tensor:
+        """The middle of every direction's levels, ``[rank]``.
+
+        Args:
+            like: a tensor with the dtype and device.
+        """
+        middles = [(2**width - 1) / 2 for width, count in zip(PACKED, self.widths, strict=True) for _ in range(count)]
+        return torch.tensor(middles, dtype=like.dtype, device=like.device)
+
+    def scores(self, rows: Tensor, shift: Tensor) -> Tensor:
+        """``rows c + shift``: levels are read as they are, and their middles are taken off the products."""
+        gains = gain_factors(self.codes["gains"], rows.dtype)[:, :, None]
+        return (rows @ unpacked(self.codes).to(rows.dtype) - self._along(rows)) * gains + shift
+
+    def tile_scores(self, rows: Tensor, shift: Tensor, tokens: int) -> Tensor:
+        """As :meth:`Coefficients.tile_scores`, likewise."""
+        levels = in_tiles(unpacked(self.codes), tokens).to(rows.dtype)
+        gains = in_tiles(gain_factors(self.codes["gains"], rows.dtype)[:, :, None], tokens)
+        return torch.addcmul(shift, rows @ levels - self._along(rows), gains)
+
+    def mixed(self, weights: Tensor) -> Tensor:
+        """``weights c^T``, likewise."""
+        weights = weights * gain_factors(self.codes["gains"], weights.dtype)[:, :, None]
+        levels = unpacked(self.codes).to(weights.dtype)
+        return weights @ levels.mT - weights.sum(-1, keepdim=True) * self.centres(weights)
+
+    def over_batch(self, change: Callable[[Tensor], Tensor]) -> None:
+        """As :meth:`Coefficients.over_batch`; weights that serve the whole batch stay."""
+        super().over_batch(change)
+        if len(self.weights) > 1:
+            self.weights = change(self.weights)
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Names and tensors of everything that is stored."""
+        yield "weights", self.weights
+        yield from super().tensors()
+
+    def _along(self, rows: Tensor) -> Tensor:
+        return (rows @ self.centres(rows))[..., None]
+
+    def _encode(self, values: Tensor) -> dict[str, Tensor]:
+        centres = self.centres(values)[:, None]
+        highest = 2 * centres
+        weights = self.weights.to(values)[..., None]
+        least = torch.full_like(values[:, :, 0], math.inf)
+        levels, gains = torch.zeros_like(values), torch.zeros_like(least, dtype=torch.uint8)
+        for gain in range(GAINS):
+            factor = 2.0 ** ((LEAST_GAIN + gain) / 2)
+            scaled = values / factor + centres
+            found = torch.minimum(scaled.round().clamp_min_(0), highest)
+            error = (scaled.sub_(found).square_().mul_(weights)).sum(2) * factor**2
+            better = error < least
+            least = torch.where(better, error, least)
+            levels = torch.where(better[:, :, None], found, levels)
+            gains = gains.masked_fill(better, gain)
+        return packed(levels.to(torch.uint8), self.widths) | {"gains": gains}
+
+
+def packed(levels: Tensor, widths: Sequence[int]) -> dict[str, Tensor]:
+    """Levels in bytes: ``8 / width`` directions per byte, those of a whole run of directions in the same bits.
+
+    Args:
+        levels: ``[..., rank, tokens]``, uint8.
+        widths: numbers of directions with 8, 4 and 2 bits.
+    """
+    found = {}
+    for width, part in zip(PACKED, levels.split(list(widths), -2), strict=True):
+        pieces = part.unflatten(-2, (8 // width, -1)).unbind(-3) if part.shape[-2] else (part,)
+        whole = pieces[0]
+        for index, piece in enumerate(pieces[1:], 1):
+            whole = whole | (piece << (index * width))
+        found[f"levels{width}"] = whole.contiguous()
+    return found
+
+
+def unpacked(codes: Mapping[str, Tensor]) -> Tensor:
+    """The inverse of :func:`packed`.
+
+    Args:
+        codes: what it gave.
+    """
+    parts = []
+    for width in PACKED:
+        held = codes[f"levels{width}"]
+        if held.shape[-2]:
+            shifts, last = range(0, 8 - width, width), 8 - width
+            parts += [(held >> shift if shift else held) & (2**width - 1) for shift in shifts]
+            parts.append(held >> last if last else held)
+    return torch.cat(parts, -2) if parts else codes["levels8"]
+
+
+def gain_factors(gains: Tensor, dtype: torch.dtype) -> Tensor:
+    """The gains of tokens.
+
+    Args:
+        gains: their integers, from zero on.
+        dtype: dtype of the result.
+    """
+    table = torch.exp2(torch.arange(LEAST_GAIN, LEAST_GAIN + GAINS, device=gains.device) / 2).to(dtype)
+    return table[gains.int()]
