@@ -111,7 +111,8 @@ def _read(path: Path, device: torch.device) -> tuple[dict[str, Any], dict[str, T
             if KEY not in metadata:
                 raise CheckpointError(f"{path}: was not written by LowRankCache.save (no {KEY!r} in its metadata).")
             body = json.loads(metadata[KEY])
-            return body, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+            # copies are aligned as tensors are made, which decides the last digits of products
+            return body, {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - not a dict
     except CheckpointError:
         raise
     except (SafetensorError, OSError, ValueError) as error:
