@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from ..errors import LowRankError
 from ..layers import ConvNd, LowRankTransposedLinear, is_derived, is_embedding, is_factored, layer_cost
-from ..modules import check_model, opened_attentions, walk_layers
+from ..modules import Selector, check_model, opened_attentions, select, walk_layers
 from .batch_masks import MaskOf, check_mask
 from .fisher import SampledCrossEntropy
 from .layer_recorder import LayerRecorder, Pass, as_batch
@@ -32,6 +32,7 @@ def calibrate(
     batches: Iterable[Any],
     loss: Loss | None = None,
     *,
+    target: Iterable[Selector] | None = None,
     mask: MaskOf | None = None,
     progress: bool = False,
 ) -> Statistics:
@@ -55,6 +56,10 @@ def calibrate(
         loss: ``loss(output, target) -> scalar``, averaged over the batch and its positions; without it only input
             moments are taken. ``SampledCrossEntropy()`` needs no targets: tensors will do. A loss with an argument
             ``mask`` is given the mask of the output, ``[B, T]``, or ``None``.
+        target: layers whose moments are taken: names of modules, ends of them, names of modules around them, types, or
+            predicates ``(name, module) -> bool``; ``None`` takes all. The moment of a layer of n inputs and m outputs
+            is n^2 numbers, and m^2 of gradients: with a loss, leave out outputs to a vocabulary where they are not
+            needed.
         mask: for other models: a key of dict batches, or a function from a batch to a mask ``[B, T]``, nonzero where a
             position is data.
         progress: shows a progress bar.
@@ -63,14 +68,16 @@ def calibrate(
         Statistics by layer name. Gradients are those of one sample's loss.
 
     Raises:
-        LowRankError: for no batches, batches of another kind, an output that the loss does not take, a loss whose
-            gradients are all zero, or activations and gradients that are not finite.
+        LowRankError: for no batches, batches of another kind, a target that matches nothing, an output that the loss
+            does not take, a loss whose gradients are all zero, or activations and gradients that are not finite.
 
     Examples:
         >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
         >>> stats = lr.calibrate(model, [torch.randn(32, 8)], loss=lr.SampledCrossEntropy())
         >>> stats.samples, stats["2"].inputs.second.shape, stats["2"].gradients.shape
         (32, torch.Size([16, 16]), torch.Size([4, 4]))
+        >>> list(lr.calibrate(model, [torch.randn(32, 8)], target=["2"]))
+        ['2']
         >>> lengths = torch.tensor([[3], [5], [2], [8]])
         >>> stats = lr.calibrate(model, [torch.randn(4, 10, 8)], mask=lambda batch: torch.arange(10) < lengths)
         >>> stats["0"].inputs.rows
@@ -79,7 +86,7 @@ def calibrate(
     check_model(model)
     check_batches(batches, "calibrate")
     check_mask(mask, "calibrate")
-    calibration = Calibration(model)
+    calibration = Calibration(model, target=target)
     calibration._pass.padding.mask = mask
     with quiet_eval(model), calibration as stats, frozen(model), torch.set_grad_enabled(loss is not None):
         stats.with_target, stats.mask = loss is not None, mask
@@ -88,7 +95,7 @@ def calibrate(
             calibration._run(batch, loss)
     if not stats.layers:
         raise LowRankError(
-            "calibrate: no layer saw any data; batches is empty, or the model has no layer to calibrate."
+            "calibrate: no layer saw any data; batches is empty, or the model has no layer to calibrate (see target=)."
         )
     if loss is not None:
         with quiet_eval(model):
@@ -104,6 +111,7 @@ class Calibration:
 
     Args:
         model: the model whose layers are watched.
+        target: which layers, as in :func:`calibrate`; ``None`` takes all.
 
     Examples:
         >>> model = nn.Linear(8, 4)
@@ -113,8 +121,9 @@ class Calibration:
         (5, torch.Size([4, 4]))
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, target: Iterable[Selector] | None = None) -> None:
         self._model = check_model(model)
+        self._target = target
         self._pass = Pass(Padding(model))
         self._stats = Statistics()
         self._recorders: dict[str, LayerRecorder] = {}
@@ -123,11 +132,13 @@ class Calibration:
 
     def __enter__(self) -> Statistics:
         with ExitStack() as undo:
+            closed = list(walk_layers(self._model))
             undo.enter_context(opened_attentions(self._model))
+            taken = None if self._target is None else select(self._model, self._target, "target", closed)
             undo.enter_context(self._pass.padding)
             undo.callback(self._model.register_forward_pre_hook(self._start_pass, with_kwargs=True).remove)
             for name, module in walk_layers(self._model):
-                if _is_calibrated(module):
+                if _is_calibrated(module) and (taken is None or name in taken):
                     undo.callback(module.register_forward_hook(self._record(name), with_kwargs=True).remove)
                 elif isinstance(module, (nn.Linear, ConvNd)) and not is_factored(module):
                     undo.callback(module.register_forward_hook(self._count_macs, with_kwargs=True).remove)

@@ -134,6 +134,35 @@ def test_a_dict_batch_and_a_shared_layer():
     assert stats["layer"].gradients is not None
 
 
+@pytest.mark.parametrize(
+    ("target", "names"),
+    [(["3"], ["3"]), ([nn.Linear], ["7"]), ([lambda name, module: name < "4", "7"], ["0", "3", "7"])],
+)
+def test_moments_of_chosen_layers_are_those_of_all(model, target, names):
+    batches = [(torch.randn(8, 2, 6, 6), torch.randint(5, (8,))) for _ in range(2)]
+    everything = lr.calibrate(model, batches, F.cross_entropy)
+    chosen = lr.calibrate(model, batches, F.cross_entropy, target=target)
+    assert list(chosen) == names
+    for name, stats in chosen.items():
+        torch.testing.assert_close(stats.inputs.second, everything[name].inputs.second)
+        torch.testing.assert_close(stats.gradients, everything[name].gradients)
+    # what is not calibrated is still counted
+    sizes = {name: everything[name].input_shape for name in everything if name not in names}
+    assert chosen.other_macs == sum(lr.layer_cost(model[int(name)], shape).macs for name, shape in sizes.items())
+
+
+def test_a_target_of_an_attention_takes_its_projections_and_an_unknown_one_is_refused():
+    model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    stats = lr.calibrate(model, [torch.randn(2, 5, 8)], target=["self_attn"])
+    assert sorted(stats) == [f"self_attn.{side}_proj" for side in ("k", "out", "q", "v")]
+    with pytest.raises(lr.LowRankError, match="matches no module"):
+        lr.calibrate(model, [torch.randn(2, 5, 8)], target=["linear3"])
+    with pytest.raises(lr.LowRankError, match="expected a list"):
+        lr.calibrate(model, [torch.randn(2, 5, 8)], target="linear1")
+    with pytest.raises(lr.LowRankError, match="no layer saw any data"):
+        lr.calibrate(model, [torch.randn(2, 5, 8)], target=["norm1"])
+
+
 def test_layers_with_computed_weights_are_passed_over_but_counted():
     model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(6, 5)), nn.Linear(5, 4))
     stats = lr.calibrate(model, [torch.randn(8, 6)], loss=lr.SampledCrossEntropy())
