@@ -55,6 +55,7 @@ from .factors import (
 )
 from .kv_cache import (
     KVSettings as KVSettings,
+    KVTransforms as KVTransforms,
     LowRankAttention as LowRankAttention,
     LowRankKV as LowRankKV,
     Rotation as Rotation,

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from ..errors import MissingExtraError
 from .budget import compress_together as compress_together
 from .calibrated_subspaces import kv_subspaces as kv_subspaces
+from .kv_transforms import KVTransforms as KVTransforms
 from .low_rank_attention import LowRankAttention as LowRankAttention
 from .low_rank_kv import LowRankKV as LowRankKV
 from .rope import Rotation as Rotation

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
+from collections.abc import Sequence
 
-from ..calibrate.moments import Moments
+import torch
+from torch import nn
+
 from ..calibrate.statistics import Statistics
 from ..errors import LowRankError
+from .calibrated_transforms import fit_transforms
+from .kv_transforms import KVTransforms
+from .projections import Projection, by_group, projections_of
+from .rope import Rotation
 from .settings import KVSettings
 from .subspace import Scatter, Subspace, chosen_ranks
 
@@ -20,28 +25,39 @@ def kv_subspaces(
     head_size: int,
     keys: str = "k_proj",
     values: str = "v_proj",
-) -> list[tuple[Subspace, Subspace]]:
+    rotation: Rotation | Sequence[Rotation | None] | None = None,
+) -> list[tuple[Subspace, Subspace]] | KVTransforms:
     r"""The subspaces that hold most of a model's keys and values, from calibration.
 
     With :math:`k = W x + b`, keys have the mean :math:`W \bar x + b` and the covariance :math:`W \mathrm{Cov}(x) W^T`.
     Known ahead, one basis serves all sequences: it is stored once, and pages of coefficients can be shared between
     them.
 
+    With ``bits`` among the settings, all directions are kept, and they are chosen by what errors cost: statistics that
+    were taken with a loss have the second moment :math:`G` of its gradients at keys and values, and an error
+    :math:`e` increases the loss by :math:`e^T G e / 2`, in nats per token for a loss that is a mean over tokens.
+    That measure is the same in every layer, for keys and for values. Keys are taken in the frame of their tile
+    (``rope="tile"``): their covariance, and :math:`G`, are averaged over the places in it. Values are not centred.
+
     Args:
         model: a model with modules that have the two projections as children.
-        stats: what :func:`calibrate` returned for this model.
-        settings: the ranks, and whether heads share a subspace; ``rope`` must be ``"before"``, since a projection knows
-            no positions.
+        stats: what :func:`calibrate` returned for this model, with a loss if ``bits`` are set;
+            ``target=["k_proj", "v_proj"]`` is enough.
+        settings: ranks or bits, and whether heads share a subspace; ``rope`` must be ``"before"``, since a projection
+            knows no positions, or ``"tile"`` with bits.
         head_size: number of entries per head.
         keys: name of the projection to keys.
         values: name of the projection to values.
+        rotation: the rotary position embedding of the keys, one for all layers or one per layer (``None`` where keys
+            are not rotated); needed for ``rope="tile"`` only.
 
     Returns:
         One pair per layer, in the order of the modules, for ``LowRankCache(subspaces=...)``; a ``LowRankKV`` takes one
-        pair.
+        pair. With bits they are :class:`~lowrank_layers.kv_cache.KVTransforms`, which can be saved.
 
     Raises:
-        LowRankError: if no module has such children, or one was not calibrated.
+        LowRankError: if no module has such children, one was not calibrated, or keys are normalized after their
+            projection.
 
     Examples:
         >>> class Attention(nn.Module):
@@ -59,44 +75,23 @@ def kv_subspaces(
 
     Chang et al., "Palu: Compressing KV-Cache with Low-Rank Projection", 2024.
     """
-    if settings.rotated != "before":
-        raise LowRankError("kv_subspaces: got rope='after', but a projection knows no positions; use rope='before'.")
-    found = []
-    for name, module in model.named_modules():
-        pair = [module._modules.get(child) for child in (keys, values)]
-        sides = [layer for layer in pair if isinstance(layer, nn.Linear)]
-        if len(sides) < 2:
-            continue
-        made = []
-        for layer, child in zip(sides, (keys, values), strict=True):
-            label = f"{name}.{child}" if name else child
-            _check(label, layer, stats, head_size)
-            together = layer.out_features // head_size if settings.joint else 1
-            scatter = _scatter(layer, stats[label].inputs, together * head_size)
-            ranks = chosen_ranks(settings.rank_of(values=child == values), scatter, together, "kv_subspaces")
-            made.append(scatter.fit(max(ranks), torch.float32))
-        found.append((made[0], made[1]))
-    if not found:
-        raise LowRankError(f"kv_subspaces: no module has linear layers {keys!r} and {values!r}; give their names.")
-    return found
+    known = ("before",) if settings.by_rank else ("before", "tile")
+    if settings.rotated not in known:
+        raise LowRankError(
+            f"kv_subspaces: got rope={settings.rotated!r}, but a projection knows no positions; use rope={known[-1]!r}."
+        )
+    found = projections_of(model, stats, head_size, keys, values)
+    if not settings.by_rank:
+        return fit_transforms(found, head_size, settings, rotation)
+    return [(_subspace(k, head_size, settings, False), _subspace(v, head_size, settings, True)) for k, v in found]
 
 
-def _check(label: str, layer: nn.Linear, stats: Statistics, head_size: int) -> None:
-    if label not in stats:
-        raise LowRankError(f"kv_subspaces: {label!r} was not calibrated; give stats=calibrate(model, batches).")
-    if layer.out_features % head_size:
-        raise LowRankError(f"kv_subspaces: {label!r} has {layer.out_features} outputs, no multiple of {head_size}.")
-
-
-def _scatter(layer: nn.Linear, inputs: Moments, width: int) -> Scatter:
-    """Mean and second moment of a layer's outputs, for each group of ``width`` of them."""
-    weight = layer.weight.detach().double()
-    mean = weight @ inputs.mean.to(weight) + (0 if layer.bias is None else layer.bias.detach().double())
-    covariance = weight @ inputs.covariance().to(weight) @ weight.mT
-    return Scatter(inputs.rows, *_by_group(mean, covariance, width))
-
-
-def _by_group(mean: Tensor, covariance: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """``[1, groups, width]`` and the blocks on the diagonal, ``[1, groups, width, width]``, in fp32."""
-    blocks = covariance.unflatten(0, (-1, width)).unflatten(2, (-1, width)).diagonal(dim1=0, dim2=2).movedim(-1, 0)
-    return mean.view(1, -1, width).float(), blocks[None].float()
+def _subspace(projection: Projection, head_size: int, settings: KVSettings, values: bool) -> Subspace:
+    heads = projection.layer.out_features // head_size if settings.joint else 1
+    mean, covariance = projection.mean(), projection.covariance()
+    width = heads * head_size
+    scatter = Scatter(
+        projection.stats.inputs.rows, mean.view(1, -1, width).float(), by_group(covariance, width).float()
+    )
+    ranks = chosen_ranks(settings.rank_of(values=values), scatter, heads, "kv_subspaces")
+    return scatter.fit(max(ranks), torch.float32)
