@@ -105,6 +105,8 @@ def rotation_of(config: Any, attention: nn.Module | None, layer: int, size: int)
         return Rotation.of(config.rotary_dim or size, interleaved=True)
     if not rope_parameters(config) or not getattr(attention, "use_rope", True):
         return None
+    if config.model_type == "cohere2" and getattr(attention, "sliding_window", 0) is None:
+        return None
     found, reason = None, "no function of its file rotates keys as RoPE does"
     try:
         with torch.no_grad(), torch.device("cpu"):

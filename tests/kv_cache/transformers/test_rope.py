@@ -125,6 +125,15 @@ def test_keys_without_their_rotation_are_one_point(kind):
     torch.testing.assert_close(again.dense()[0], turned, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize(("kind", "rotated"), [("cohere2", [True, False]), ("smollm3", [True, False])])
+def test_layers_that_do_not_rotate_have_no_rotation(kind, rotated):
+    net = tiny(kind)
+    cache = lr.LowRankCache(rank=4, keep_recent=8, block=4)
+    with torch.no_grad():
+        net(IDS, past_key_values=cache)
+    assert [layer.kv.rotation is not None for layer in cache.layers] == rotated
+
+
 @pytest.mark.parametrize("broken", ["function", "class", "missing"])
 def test_what_cannot_be_read_is_said_once_and_compressed_as_it_comes(broken, monkeypatch):
     net = tiny("llama")
