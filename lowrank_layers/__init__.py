@@ -60,6 +60,7 @@ from .kv_cache import (
     LowRankKV as LowRankKV,
     Rotation as Rotation,
     absorb_mla_ as absorb_mla_,
+    calibrate_kv as calibrate_kv,
     compress_together as compress_together,
     factorize_kv_ as factorize_kv_,
     kv_subspaces as kv_subspaces,

@@ -11,6 +11,7 @@ from .low_rank_kv import LowRankKV as LowRankKV
 from .rope import Rotation as Rotation
 from .settings import KVSettings as KVSettings
 from .subspace import Subspace as Subspace
+from .transformers.calibrate_kv import calibrate_kv as calibrate_kv
 from .transformers.factorize_kv import factorize_kv_ as factorize_kv_
 from .transformers.latent_attention import LatentAttention as LatentAttention, LatentProjection as LatentProjection
 from .transformers.mla import absorb_mla_ as absorb_mla_

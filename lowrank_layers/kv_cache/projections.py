@@ -100,5 +100,5 @@ def _check_norm(name: str, children: dict[str, nn.Module]) -> None:
     if norm is not None:
         raise LowRankError(
             f"kv_subspaces: {name!r} applies {norm!r} to what its projection puts out, so that calibration has not seen"
-            " the keys of its cache; leave subspaces out, and they are fitted to the prompt."
+            " the keys of its cache; without subspaces= they are fitted to the prompt."
         )
