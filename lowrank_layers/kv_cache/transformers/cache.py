@@ -24,6 +24,7 @@ from . import cache_file, errors
 from .attention import NAME
 from .cache_file import CacheContents
 from .calling_model import calling_module, depth_of, is_cross_attention, text_config
+from .continuous_batching import refuse_continuous_batching
 from .layer import LowRankLayer
 from .layer_factory import LayerFactory
 from .versions import caches_latents, forget, layers_of_config, plain_layer
@@ -45,7 +46,8 @@ class LowRankCache(DynamicCache):
 
     MLA layers that cache latents stay exact. Without ``config`` a layer with a sliding window keeps all tokens (its
     mask hides the old ones), as in a ``DynamicCache()``. Looking up this class registers the name ``"lowrank"`` in
-    transformers, so look it up before the name is used.
+    transformers, so look it up before the name is used. Continuous batching (``generate_batch``) keeps pages of its own
+    and raises an error.
 
     Args:
         settings: a :class:`KVSettings`, which documents the options, or a rank; ``None`` takes the defaults.
@@ -307,3 +309,6 @@ class LowRankCache(DynamicCache):
         for layer in layers:
             if (more := layer.get_seq_length() - self._before) > 0:
                 layer.crop(-more)
+
+
+refuse_continuous_batching(LowRankCache)
