@@ -40,6 +40,13 @@ class LowRankCache(DynamicCache):
     are never rebuilt as a whole; any other implementation gets them rebuilt at every step, which saves no time. The
     tokens of a step are attended to exactly and compressed afterwards, so that a prompt's own logits are exact.
 
+    A prompt that several requests share is read once: each request takes ``copy.deepcopy(cache)``, a file, or a row of
+    ``batch_repeat_interleave``, and gets the tokens that a new cache gives which is filled in the same steps. Reading
+    prompt and request in one step is another computation, equal at full rank only: then the request is attended to
+    before the prompt is compressed, and is part of the first fit. Rows of one batch are independent but for
+    ``refresh``, which looks at the error of all of them. ``crop`` back to the prompt leaves it as it is stored, so that
+    recent tokens which were compressed meanwhile stay so.
+
     An encoder-decoder takes two, ``EncoderDecoderCache(LowRankCache(...), LowRankCache(...))``: the second compresses
     the encoder's keys and values, and a ``DynamicCache()`` in its place keeps them exact. ``cache.layers[i].keys`` and
     ``.values``, and a loop over the cache, give tensors as a ``DynamicCache`` does, old tokens rebuilt.
@@ -74,6 +81,18 @@ class LowRankCache(DynamicCache):
         >>> out = model.generate(prompt, past_key_values=cache, max_new_tokens=8, do_sample=False, pad_token_id=0)
         >>> out.shape[1], cache.get_seq_length(), cache.layers[0].compressed
         (208, 207, 164)
+
+        Two requests that begin with the same prompt:
+
+        >>> import copy
+        >>> shared, requests = lr.LowRankCache(rank=4, keep_recent=32), torch.randint(3, 99, (2, 1, 10))
+        >>> with torch.no_grad():
+        ...     _ = model(prompt, past_key_values=shared)
+        >>> for request in requests:
+        ...     ids, cache = torch.cat([prompt, request], 1), copy.deepcopy(shared)
+        ...     out = model.generate(ids, past_key_values=cache, max_new_tokens=8, do_sample=False, pad_token_id=0)
+        >>> shared.get_seq_length(), cache.get_seq_length()
+        (200, 217)
     """
 
     def __init__(
