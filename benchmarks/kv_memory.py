@@ -9,6 +9,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,12 +19,12 @@ from .common import arguments, machine, markdown_table, write_result
 
 HEADS, SIZE, CHUNK, STEPS = 8, 128, 512, 192
 """Number and size of the key and value heads, tokens per chunk of the prompt, single tokens after it."""
-CACHES = {
+CACHES: dict[str, dict[str, Any] | None] = {
     "dense": None,
     "r = 16 after RoPE, per head": {"rank": 16, "rope": "after", "joint": False},
     "r = 32 after RoPE, per head": {"rank": 32, "rope": "after", "joint": False},
     "r = 16 before RoPE, heads joint": {"rank": 16},
-    "r = 16 before RoPE, heads joint, int8": {"rank": 16, "dtype": "int8"},
+    "r = 16 before RoPE, heads joint, int8": {"rank": 16, "dtype": torch.int8},
 }
 
 
@@ -40,8 +41,8 @@ def resident() -> int:
 class Dense:
     """A dense cache: keys and values in buffers of their final length."""
 
-    def __init__(self, length: int) -> None:
-        self.kept = torch.zeros(2, 1, HEADS, length, SIZE)
+    def __init__(self, batch: int, length: int) -> None:
+        self.kept = torch.zeros(2, batch, HEADS, length, SIZE)
         self.tokens = 0
 
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
@@ -57,18 +58,17 @@ class Dense:
 
 
 @torch.no_grad()
-def fill(label: str, layers: int, length: int) -> dict[str, int]:
+def fill(label: str, layers: int, batch: int, length: int) -> dict[str, int]:
     """Appends a prompt in chunks, then single tokens, to the cache of each layer, and returns the bytes."""
     settings = CACHES[label]
 
     def cache() -> Dense | lr.LowRankKV:
         if settings is None:
-            return Dense(length)
-        chosen = {**settings, **({"dtype": torch.int8} if "dtype" in settings else {})}
-        return lr.LowRankKV(lr.KVSettings(refresh=None, **chosen), lr.Rotation.of(SIZE))  # type: ignore[arg-type]
+            return Dense(batch, length)
+        return lr.LowRankKV(lr.KVSettings(refresh=None, **settings), lr.Rotation.of(SIZE))
 
     def append(to: Dense | lr.LowRankKV, count: int) -> None:
-        to.append(*torch.randn(2, 1, HEADS, count, SIZE))
+        to.append(*torch.randn(2, batch, HEADS, count, SIZE))
         to.compress()
 
     # libraries load and threads start with the first layer, which does not count
@@ -89,7 +89,7 @@ def fill(label: str, layers: int, length: int) -> dict[str, int]:
 
 def measured(label: str, args: argparse.Namespace) -> dict[str, int]:
     command = [sys.executable, "-m", "benchmarks.kv_memory", "--threads", str(args.threads), "--fill", label]
-    command += ["--layers", str(args.layers), "--length", str(args.length)]
+    command += ["--layers", str(args.layers), "--batch", str(args.batch), "--length", str(args.length)]
     root = Path(__file__).resolve().parents[1]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
     found: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
@@ -114,9 +114,9 @@ def run(args: argparse.Namespace) -> str:
     head = ["cache", "resident, MiB", "nbytes(), MiB", "resident / nbytes()", "saved, resident", "saved, nbytes()"]
     return "\n\n".join(
         [
-            f"{args.layers} layers, {args.length:,} tokens, {HEADS} heads of {SIZE}, fp32, each cache in a process of"
-            f" its own: a prompt in chunks of {CHUNK}, then single tokens. Resident: what the process grew by, after"
-            " what was freed has gone back to the system.",
+            f"{args.layers} layers, batch {args.batch}, {args.length:,} tokens, {HEADS} heads of {SIZE}, fp32, each"
+            f" cache in a process of its own: a prompt in chunks of {CHUNK}, then single tokens. Resident: what the"
+            " process grew by, after what was freed has gone back to the system.",
             markdown_table(head, rows),
         ]
     )
@@ -126,13 +126,14 @@ def main() -> None:
     parser = arguments(__doc__, threads=1)
     parser.add_argument("--smoke", action="store_true", help="tiny shapes, seconds")
     parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--length", type=int, default=32768, help="number of tokens")
     parser.add_argument("--fill", choices=CACHES, help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.manual_seed(0)
     if args.fill:
         torch.set_num_threads(args.threads)
-        print(json.dumps(fill(args.fill, args.layers, args.length)))
+        print(json.dumps(fill(args.fill, args.layers, args.batch, args.length)))
         return
     if args.smoke:
         args.layers, args.length = 1, 1024

@@ -1,5 +1,6 @@
 """The benchmarks run, at a small size; their claims are measured by running them in full."""
 
+import argparse
 import datetime
 import importlib
 import math
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import seed_lenet
+from benchmarks import kv_memory, seed_lenet
 from benchmarks.data import available, cifar10, lenet, mnist, resnet20
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -68,6 +69,14 @@ def test_smoke(name, tmp_path, monkeypatch):
         numbers = re.findall(r"(?<![\w.])-?(?:[\d,]*\d(?:\.\d+)?|nan|inf)(?![\w.])", str(rows))
         assert numbers
         assert all(math.isfinite(float(number.replace(",", ""))) for number in numbers)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_cache_takes_the_memory_that_it_counts():
+    """In a process of its own, for the smallest cache, of which what is not counted would be the greatest part."""
+    sizes = argparse.Namespace(threads=1, layers=1, batch=2, length=8192)
+    found = kv_memory.measured(list(kv_memory.CACHES)[-1], sizes)
+    assert found["resident"] == pytest.approx(found["nbytes"], rel=0.05)
 
 
 @pytest.mark.parametrize("name", IN_FULL)
