@@ -45,7 +45,7 @@ class BitCoefficients(Coefficients):
         centres = self.centres(levels)
         return levels.sub_(centres[:, None]).mul_(gain_factors(codes["gains"], dtype)[:, :, None])
 
-    def empty(self) -> Coefficients:
+    def empty(self) -> BitCoefficients:
         """A store of the same kind without tokens."""
         return BitCoefficients(self.widths, self.weights)
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from torch import Tensor
 
 from .bit_allocation import Directions, allocate_bits, distortion
+from .bit_coefficients import BitCoefficients
 from .bit_subspace import Widths, bit_subspaces
 from .compressed_tokens import CompressedTokens, HeadGroups, Heads, grouped
-from .subspace import Scatter
+from .subspace import Scatter, Subspace
 from .tile_frame import TileFrame
 from .transform import Transform
 
@@ -61,6 +63,7 @@ class BitFit:
         values: whether these are values.
         frame: the frame in which keys are stored; ``None`` is their own.
         shared: whether the transform is the model's, and not that of some tokens.
+        made: subspaces of the model that are stored already; ``None`` makes them.
         refresh: tokens that lose more than this many times what the transform's own distribution would lose get
             directions of their own; ``None`` leaves them those of the model.
     """
@@ -70,6 +73,7 @@ class BitFit:
     values: bool = False
     frame: TileFrame | None = None
     shared: bool = False
+    made: Sequence[tuple[Subspace, BitCoefficients]] | None = None
     refresh: float | None = None
 
     def __call__(self, x: Tensor) -> CompressedTokens:
@@ -88,8 +92,9 @@ class BitFit:
         groups, size = self.transform.mean.shape[1], x.shape[3]
         together = x.shape[1] // groups
         parts, discarded = [], 0.0
-        made = bit_subspaces(self.transform, self.widths, self.frame, shared=self.shared)
-        for group, (subspace, store) in enumerate(made):
+        made = self.made or bit_subspaces(self.transform.to(x.device), self.widths, self.frame, shared=self.shared)
+        for group, (subspace, empty) in enumerate(made):
+            store = empty.empty()
             which: Heads = slice(None) if groups == 1 else list(range(group * together, (group + 1) * together))
             rows = grouped(x[:, which], together)
             part = HeadGroups(which, size, subspace, store)
@@ -111,7 +116,7 @@ class BitFit:
         own = fitted_transform(x, together, self.frame, values=self.values, metric=self.transform.metric)
         spent = sum(8 * each[0] + 4 * each[1] + 2 * each[2] for each in self.widths)
         directions = [Directions(v, first=8 * width / x.shape[2]) for v in own.variances.mean(0)]
-        return replace(self, transform=own, widths=allocate_bits(directions, spent), shared=False)
+        return replace(self, transform=own, widths=allocate_bits(directions, spent), shared=False, made=None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,11 +140,22 @@ class BitPlan:
             frame: the frame in which keys are stored.
             refresh: as in :class:`BitFit`.
         """
-        keys, values = (
-            BitFit(each, widths, bool(side), None if side else frame, self.shared, refresh)
-            for side, (each, widths) in enumerate(zip(self.transforms, self.widths, strict=True))
-        )
-        return keys, values
+        found = []
+        for side, (each, widths) in enumerate(zip(self.transforms, self.widths, strict=True)):
+            own = None if side else frame
+            made = self._stored(side, own) if self.shared else None
+            found.append(BitFit(each, widths, bool(side), own, self.shared, made, refresh))
+        return found[0], found[1]
+
+    def _stored(self, side: int, frame: TileFrame | None) -> Sequence[tuple[Subspace, BitCoefficients]]:
+        """What all sequences share, stored once."""
+        if side not in self._kept:
+            self._kept[side] = bit_subspaces(self.transforms[side], self.widths[side], frame, shared=True)
+        return self._kept[side]
+
+    @cached_property
+    def _kept(self) -> dict[int, Sequence[tuple[Subspace, BitCoefficients]]]:
+        return {}
 
 
 def plan_bits(transforms: Sequence[tuple[Transform, Transform]], bits: float, *, shared: bool = False) -> list[BitPlan]:

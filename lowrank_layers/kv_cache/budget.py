@@ -90,7 +90,7 @@ def _share_bits(layers: Sequence[LowRankKV], limit: int) -> None:
         raise _too_little(limit, math.ceil(least))
     for index, (layer, pair) in enumerate(zip(layers, transforms, strict=True)):
         shared = layer.plan is not None
-        layer.plan = BitPlan(pair, (sides[2 * index], sides[2 * index + 1]), shared)
+        layer.budgeted = BitPlan(pair, (sides[2 * index], sides[2 * index + 1]), shared)
 
 
 def _transforms(layer: LowRankKV) -> tuple[Transform, Transform]:

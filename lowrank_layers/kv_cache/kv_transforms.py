@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, overload
 
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError, LowRankError
 from ..files import replacing
+from .bit_fit import BitPlan, plan_bits
 from .rope import Rotation
 from .settings import KVSettings
 from .transform import Transform
@@ -96,6 +98,20 @@ class KVTransforms(Sequence[Pair]):
                     f"KVTransforms: were made with {name}={own!r}, and the cache has {name}={asked!r}; calibrate again"
                     f" with it, or give the cache {name}={own!r}."
                 )
+
+    def plans(self, bits: float) -> list[BitPlan]:
+        """The bits of all directions of all layers, kept for all caches that ask for as many.
+
+        Args:
+            bits: mean number of bits per entry.
+        """
+        if bits not in self._plans:
+            self._plans[bits] = plan_bits(self.layers, bits, shared=True)
+        return self._plans[bits]
+
+    @cached_property
+    def _plans(self) -> dict[float, list[BitPlan]]:
+        return {}
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a safetensors file, with bases in bfloat16: rounding them adds less than 0.01 % to the error.

@@ -41,8 +41,8 @@ class LowRankKV:
         settings: a :class:`KVSettings`, which documents the options, or a rank; ``None`` takes the defaults.
         rotation: the rotary position embedding that keys carry when they come, so that it can be taken off; ``None``
             where there is none.
-        subspaces: a pair of subspaces from calibration, for keys and values, each with a batch of one; ``None`` fits
-            them to the tokens.
+        subspaces: a pair from calibration, for keys and values, each with a batch of one: transforms with bits,
+            subspaces with a rank; ``None`` fits them to the tokens.
         **changes: options of :class:`KVSettings` by name; they replace those of ``settings``.
 
     Shape:
@@ -62,20 +62,23 @@ class LowRankKV:
         self,
         settings: KVSettings | Rank | None = None,
         rotation: Rotation | None = None,
-        subspaces: tuple[Subspace, Subspace] | None = None,
+        subspaces: tuple[Subspace, Subspace] | tuple[Transform, Transform] | None = None,
         **changes: Any,
     ) -> None:
         self.settings = settings_from(KVSettings, settings, changes, "LowRankKV")
         self.rotation = None if self.settings.rotated == "after" else rotation
         self.subspaces = subspaces
-        # what several layers share: set by compress_together, which compresses for the first time, or the cache
+        # the bits of calibrated directions
+        self.plan = _planned(subspaces, self.settings)
+        # both set by compress_together, which compresses for the first time once it knows what all layers get
         self.ranks: tuple[list[int], list[int]] | None = None
-        self.plan: BitPlan | None = None
+        self.budgeted: BitPlan | None = None
         self.waits_for_budget = False
         self.reset()
 
     def reset(self) -> None:
         """Forgets all tokens."""
+        self.budgeted = None
         self.first: tuple[Tensor, Tensor] | None = None
         self.old: tuple[CompressedTokens, CompressedTokens] | None = None
         self.recent: tuple[RecentTokens, RecentTokens] | None = None
@@ -278,7 +281,7 @@ class LowRankKV:
         """How keys and values are compressed."""
         frame = self.frame()
         if not self.settings.by_rank:
-            plan = self.plan or plan_bits([self.transforms(sides)], self.settings.mean_bits)[0]
+            plan = self.budgeted or self.plan or plan_bits([self.transforms(sides)], self.settings.mean_bits)[0]
             return plan.fits(frame, self.settings.refresh)
         found = []
         for side in (0, 1):
@@ -346,3 +349,20 @@ class LowRankKV:
                 f"LowRankKV: got {keys.shape[2]} more tokens after {len(self)}, expected at most max_length={limit}."
             )
         check_finite(keys, values)
+
+
+def _planned(
+    given: tuple[Subspace, Subspace] | tuple[Transform, Transform] | None, settings: KVSettings
+) -> BitPlan | None:
+    """The bits of calibrated transforms; ``None`` where there are none."""
+    if given is None:
+        return None
+    keys, values = given
+    if isinstance(keys, Transform) and isinstance(values, Transform) and not settings.by_rank:
+        return plan_bits([(keys, values)], settings.mean_bits, shared=True)[0]
+    if settings.by_rank and isinstance(keys, Subspace):
+        return None
+    raise LowRankError(
+        f"LowRankKV: got {type(keys).__name__}s and {'a rank' if settings.by_rank else 'bits'}, expected Transforms"
+        " with bits, or Subspaces with a rank, as kv_subspaces makes them for the same settings."
+    )

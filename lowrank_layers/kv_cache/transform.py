@@ -35,6 +35,17 @@ class Transform:
     variances: Tensor
     metric: Tensor | None = None
 
+    def to(self, device: torch.device) -> Transform:
+        """The same transform on another device.
+
+        Args:
+            device: where its tensors go.
+        """
+        if self.basis.device == device:
+            return self
+        metric = None if self.metric is None else self.metric.to(device)
+        return Transform(self.mean.to(device), self.basis.to(device), self.variances.to(device), metric)
+
     @classmethod
     def fit(cls, mean: Tensor, covariance: Tensor, metric: Tensor | None = None) -> Transform:
         """The transform for a covariance.

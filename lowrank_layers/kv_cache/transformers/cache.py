@@ -18,6 +18,7 @@ from ...errors import LowRankError
 from ...rank import Rank
 from ...settings import settings_from
 from ..budget import check_budget, compress_together
+from ..kv_transforms import KVTransforms
 from ..settings import KVSettings
 from ..subspace import Subspace
 from . import cache_file, errors
@@ -58,10 +59,12 @@ class LowRankCache(DynamicCache):
 
     Args:
         settings: a :class:`KVSettings`, which documents the options, or a rank; ``None`` takes the defaults.
-        budget: what the cache may take after the prompt, in place of ranks: a part of the exact cache (a float) or a
-            number of bytes (an integer). Layers, keys, values and heads share it as :func:`compress_together`
+        budget: what the cache may take after the prompt, in place of bits or ranks: a part of the exact cache (a float)
+            or a number of bytes (an integer). Layers, keys, values and heads share it as :func:`compress_together`
             describes, one step after the prompt.
-        subspaces: a pair of subspaces per layer, from :func:`kv_subspaces`; ``None`` fits them to the tokens.
+        subspaces: directions from calibration, which belong to the model and take no bytes of a sequence:
+            :class:`KVTransforms` with bits, as :func:`calibrate_kv` makes them, or a pair of subspaces per layer with a
+            rank, from :func:`kv_subspaces`; ``None`` fits them to the tokens.
         config: the model's configuration: layers with a sliding window, and others that are no plain attention, become
             transformers' own.
         offloading: not offered; any value but ``None`` raises an error.
@@ -100,7 +103,7 @@ class LowRankCache(DynamicCache):
         settings: KVSettings | Rank | None = None,
         *,
         budget: float | int | None = None,
-        subspaces: Sequence[tuple[Subspace, Subspace]] | None = None,
+        subspaces: KVTransforms | Sequence[tuple[Subspace, Subspace]] | None = None,
         config: Any = None,
         offloading: bool | None = None,
         **changes: Any,
@@ -110,10 +113,12 @@ class LowRankCache(DynamicCache):
         self.settings = settings_from(KVSettings, settings, changes, "LowRankCache")
         if budget is not None:
             check_budget(budget)
-            if subspaces is not None:
+            if subspaces is not None and not isinstance(subspaces, KVTransforms):
                 raise errors.budget_and_subspaces()
             if self.settings.by_rank:  # it is not used, and one is allowed for heads of any size
                 self.settings = replace(self.settings, rank=1, value_rank=None)
+        if isinstance(subspaces, KVTransforms):
+            subspaces.check(self.settings)
         self.budget = budget
         self._factory = LayerFactory(self.settings, subspaces, waits_for_budget=budget is not None)
         self._config = None if config is None else text_config(config)

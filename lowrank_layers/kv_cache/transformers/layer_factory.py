@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..kv_transforms import KVTransforms
 from ..low_rank_kv import LowRankKV
 from ..rope import Rotation
 from ..settings import KVSettings
@@ -29,7 +30,7 @@ class LayerFactory:
     """
 
     settings: KVSettings
-    subspaces: Sequence[tuple[Subspace, Subspace]] | None
+    subspaces: KVTransforms | Sequence[tuple[Subspace, Subspace]] | None
     waits_for_budget: bool
     rotations: list[Rotation] = field(default_factory=list)
     _warned: bool = False
@@ -51,8 +52,12 @@ class LayerFactory:
         """
         if self.subspaces is not None and layer >= len(self.subspaces):
             raise errors.few_subspaces(len(self.subspaces), layer)
-        pair = None if self.subspaces is None else self.subspaces[layer]
-        made = LowRankKV(self.settings, self._rotation(layer, keys, attention, config), pair)
+        rotation = self._rotation(layer, keys, attention, config)
+        if isinstance(self.subspaces, KVTransforms):
+            made = LowRankKV(self.settings, rotation)
+            made.plan = self.subspaces.plans(self.settings.mean_bits)[layer]
+        else:
+            made = LowRankKV(self.settings, rotation, None if self.subspaces is None else self.subspaces[layer])
         made.waits_for_budget = self.waits_for_budget
         return made
 
