@@ -211,8 +211,11 @@ class LowRankKV:
 
     def nbytes(self) -> int:
         """Bytes of all that is stored, including room for more tokens; what belongs to the model counts nothing."""
-        shared = sum(side.shared_nbytes() for side in self.old or ())
-        return sum(t.nbytes for _, t in self.tensors()) - shared
+        return sum(t.nbytes for _, t in self.tensors()) - self.shared_nbytes()
+
+    def shared_nbytes(self) -> int:
+        """Bytes of what is stored and belongs to the model, from calibration."""
+        return sum(side.shared_nbytes() for side in self.old or ())
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Names and tensors of all that is stored."""

@@ -190,10 +190,15 @@ class LowRankCache(DynamicCache):
         return len(self.layers) >= (self.depth or 1) and bool(lengths) and min(lengths) > 0
 
     def nbytes(self) -> int:
-        """Bytes of all that is stored, including room for more tokens; what layers share counts once."""
-        return sum(tensor.nbytes for _, tensor in self.tensors()) + sum(
-            rotation.nbytes() for rotation in self._factory.rotations
-        )
+        """Bytes of all that is stored, including room for more tokens.
+
+        What layers share counts once. What is the model's, calibrated directions, counts nothing:
+        :meth:`KVTransforms.nbytes` has its bytes, which all sequences share.
+        """
+        held = [layer.kv for layer in self.layers if isinstance(layer, LowRankLayer) and layer.kv is not None]
+        shared = sum(kv.shared_nbytes() for kv in held)
+        rotations = sum(rotation.nbytes() for rotation in self._factory.rotations)
+        return sum(tensor.nbytes for _, tensor in self.tensors()) - shared + rotations
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Names and tensors of all that is stored."""
