@@ -35,9 +35,9 @@ def bit_subspaces(
         basis = transform.basis[:, own, :, :rank]
         steps = steps_of(transform.variances[:, own], each).float()
         largest = basis.abs().amax(2).clamp_min(1e-30)
-        rounded = (basis * (127 / largest)[:, :, None]).round().to(torch.int8)
+        rounded = (basis * (127 / largest)[:, :, None]).round().to(torch.int8).contiguous()
         metric = None if transform.metric is None else transform.metric[:, own]
-        scale = (largest / 127 * steps).float()
+        scale = (largest / 127 * steps).float().contiguous()
         subspace = Subspace(rounded, transform.mean[:, own].float(), scale, metric, frame, shared)
         found.append((subspace, BitCoefficients(each, steps.square())))
     return found

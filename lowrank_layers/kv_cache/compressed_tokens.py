@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from . import decode_kernel
 from .bit_coefficients import BitCoefficients
 from .bit_subspace import bit_subspaces
 from .coefficients import Coefficients
@@ -53,6 +54,8 @@ class HeadGroups:
             rows: rotated rows, ``[batch, heads, q, size]``.
             waves: cosines and sines of the tiles' centres, as :meth:`Rotation.waves` gives them.
         """
+        if decode_kernel.applies(rows, self.subspace, self.coefficients):
+            return decode_kernel.tile_scores(rows, waves, self.subspace, self.coefficients)
         frame, rank = self._frame(), self.subspace.basis.shape[3]
         basis, mean = self._per_head(rows.dtype)
         offsets = frame.of_offsets(mean)
@@ -72,6 +75,8 @@ class HeadGroups:
         Args:
             weights: ``[batch, heads, q, tokens]``.
         """
+        if decode_kernel.applies(weights, self.subspace, self.coefficients):
+            return decode_kernel.mixed(weights, self.subspace, self.coefficients)
         basis, mean = self._per_head(weights.dtype)
         split = self._by_group(weights)
         inner = self.coefficients.mixed(split.flatten(2, 3)).unflatten(2, split.shape[2:4])

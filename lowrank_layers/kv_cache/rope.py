@@ -122,6 +122,20 @@ class Rotation:
             self._kept[offset] = held
         return held[:tiles]
 
+    @cached_property
+    def offset_waves(self) -> Tensor:
+        """:meth:`waves` of a tile's tokens about its centre, ``[2 pairs + 1, tokens]``."""
+        offsets = torch.arange(TILE_FRAME, device=self.frequencies.device) - (TILE_FRAME - 1) / 2
+        return self.waves(offsets).mT.contiguous()
+
+    def entries(self, size: int) -> Tensor:
+        """Indices of the entries of a head: the first and the second ones of all pairs, and those that stay.
+
+        Args:
+            size: number of entries of a head.
+        """
+        return torch.cat(self._parts(torch.arange(size), -1))
+
     def to(self, device: torch.device) -> Rotation:
         """The same rotation on another device.
 
@@ -144,7 +158,7 @@ class Rotation:
 
     def nbytes(self) -> int:
         """Bytes of the cosines and sines that are kept, which all layers share."""
-        return sum(t.nbytes for t in (*self._tile, *self._kept.values()))
+        return sum(t.nbytes for t in (*self._tile, self.offset_waves, *self._kept.values()))
 
     @cached_property
     def _kept(self) -> dict[int, Tensor]:

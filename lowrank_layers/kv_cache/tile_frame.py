@@ -7,6 +7,7 @@ rotated once per tile in place of every key, and its scores are products with co
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -59,6 +60,11 @@ class TileFrame:
         offsets = torch.arange(TILE_FRAME, device=mean.device) - (TILE_FRAME - 1) / 2
         spread = mean[..., None, :].expand(*mean.shape[:-1], TILE_FRAME, -1)
         return self.rotation.turn(spread, offsets).mT
+
+    @cached_property
+    def entries(self) -> Tensor:
+        """:meth:`Rotation.entries` of a head."""
+        return self.rotation.entries(self.size)
 
     def average(self, second: Tensor) -> Tensor:
         r"""The mean of :math:`R(d) M R(d)^T` over the offsets of a tile.
