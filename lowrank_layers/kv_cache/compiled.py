@@ -28,45 +28,47 @@ _BUILDING = threading.Lock()
 
 
 @functools.cache
-def compiled(source: Path) -> ctypes.CDLL | None:
-    """The functions of a C++ file; ``None`` where they cannot be compiled.
+def compiled(folder: Path) -> ctypes.CDLL | None:
+    """The functions of C++ files; ``None`` where they cannot be compiled.
 
     The shared library is kept in ``$XDG_CACHE_HOME/lowrank_layers`` (``~/.cache/lowrank_layers``), by a digest of the
-    source, the compiler and the flags. The compiler is ``$CXX``, or ``c++``. Nothing is compiled except on Linux, and
+    sources, the compiler and the flags. The compiler is ``$CXX``, or ``c++``. Nothing is compiled except on Linux, and
     where the environment variable ``LOWRANK_COMPILE`` is ``0``.
 
     Args:
-        source: the C++ file.
+        folder: where the sources are, headers too.
     """
     compiler = shutil.which(os.environ.get("CXX") or "c++")
     if compiler is None or sys.platform != "linux" or os.environ.get(SWITCH) == "0":
         return None
     extra = INSTRUCTIONS.get(torch.backends.cpu.get_cpu_capability(), ())
     flags = ("-std=c++17", "-O3", "-fopenmp", "-shared", "-fPIC", *extra)
-    digest = hashlib.sha256("\0".join([source.read_text(), os.path.realpath(compiler), *flags]).encode()).hexdigest()
-    name = f"{source.stem}_{digest[:16]}.so"
+    sources = sorted(folder.glob("*.cpp"))
+    texts = [path.read_text() for path in sorted(folder.glob("*.h")) + sources]
+    digest = hashlib.sha256("\0".join([*texts, os.path.realpath(compiler), *flags]).encode()).hexdigest()
+    command, name = [compiler, *flags, *map(str, sources)], f"{folder.name}_{digest[:16]}.so"
     try:
         try:
-            return ctypes.CDLL(str(_kept(compiler, flags, source, name)))
+            return ctypes.CDLL(str(_kept(command, name)))
         except OSError:
             # a home that cannot be written to, or libraries that cannot be loaded from there
-            with tempfile.TemporaryDirectory() as folder:
-                return ctypes.CDLL(str(_built(compiler, flags, source, Path(folder) / name)))
+            with tempfile.TemporaryDirectory() as scratch:
+                return ctypes.CDLL(str(_built(command, Path(scratch) / name)))
     except (OSError, subprocess.SubprocessError):
         return None
 
 
-def _kept(compiler: str, flags: tuple[str, ...], source: Path, name: str) -> Path:
+def _kept(command: list[str], name: str) -> Path:
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "lowrank_layers"
     path = folder / name
     with _BUILDING:
         if not path.exists():
             folder.mkdir(parents=True, exist_ok=True)
             with replacing(path) as temporary:
-                _built(compiler, flags, source, temporary)
+                _built(command, temporary)
     return path
 
 
-def _built(compiler: str, flags: tuple[str, ...], source: Path, path: Path) -> Path:
-    subprocess.run([compiler, *flags, str(source), "-o", str(path)], check=True, capture_output=True, timeout=120)
+def _built(command: list[str], path: Path) -> Path:
+    subprocess.run([*command, "-o", str(path)], check=True, capture_output=True, timeout=120)
     return path

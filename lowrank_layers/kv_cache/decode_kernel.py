@@ -18,7 +18,7 @@ from .compiled import compiled
 from .rope import TILE_FRAME
 from .subspace import Subspace
 
-SOURCE = Path(__file__).with_suffix(".cpp")
+SOURCES = Path(__file__).with_name("kernels")
 MOST_ROWS = 32
 """Most rows per head that are computed so: for more the levels are unpacked once, for a product of matrices."""
 
@@ -26,7 +26,7 @@ MOST_ROWS = 32
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The compiled functions, as :func:`~lowrank_layers.kv_cache.compiled.compiled` gives them."""
-    functions = compiled(SOURCE)
+    functions = compiled(SOURCES)
     if functions is not None:
         functions.tile_scores.argtypes = [ctypes.c_void_p] * 9 + [ctypes.c_int64] * 13
         functions.mixed.argtypes = [ctypes.c_void_p] * 6 + [ctypes.c_int64] * 12

@@ -1,0 +1,132 @@
+// Packed levels as vectors of fp32 in registers, used there for several rows of products: they never go to memory
+// unpacked.
+//
+// Levels of w bits lie 8 / w to a byte: bit field p of byte row j holds direction p * rows + j. Tokens come last. A
+// level u stands for u - (2^w - 1) / 2, times the gain of its token.
+
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+// numbers in a vector, and rows of products at a time: two accumulators for each stay in registers
+#if defined(__AVX512F__)
+constexpr int64_t LANES = 16, ROWS = 9;
+#elif defined(__AVX2__)
+constexpr int64_t LANES = 8, ROWS = 5;
+#elif defined(__aarch64__)
+constexpr int64_t LANES = 4, ROWS = 9;
+#else
+constexpr int64_t LANES = 4, ROWS = 5;
+#endif
+constexpr int64_t STEP = 2 * LANES;  // tokens at a time
+
+typedef float Floats __attribute__((vector_size(4 * LANES)));
+typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
+typedef uint8_t Bytes __attribute__((vector_size(LANES)));
+
+static inline int64_t whole(int64_t count) { return (count + LANES - 1) / LANES * LANES; }
+
+static inline Floats load(const float* x) {
+  Floats found;
+  std::memcpy(&found, x, sizeof found);
+  return found;
+}
+
+static inline void store(float* x, Floats value) { std::memcpy(x, &value, sizeof value); }
+
+static inline Words widened(const uint8_t* x) {
+#if defined(__AVX512F__)
+  return (Words)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)x));
+#elif defined(__AVX2__)
+  return (Words)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)x));
+#else
+  Bytes found;
+  std::memcpy(&found, x, sizeof found);
+  return __builtin_convertvector(found, Words);
+#endif
+}
+
+static inline float total(Floats x) {
+  typedef float Four __attribute__((vector_size(16)));
+  Four parts[LANES / 4], sum = {};
+  std::memcpy(parts, &x, sizeof x);
+  for (const Four& part : parts) sum += part;
+  return (sum[0] + sum[1]) + (sum[2] + sum[3]);
+}
+
+// Zeros that begin at a cache line: a vector that lies across two is read in twice the time.
+class Numbers {
+ public:
+  explicit Numbers(int64_t count = 0) { assign(count); }
+  void assign(int64_t count) { lines.assign((count + 15) / 16, Line{}); }
+  float* data() { return lines.empty() ? nullptr : lines.data()->of; }
+
+ private:
+  struct alignas(64) Line {
+    float of[16] = {};
+  };
+  std::vector<Line> lines;
+};
+
+// The bits of a level u as the leading bits of a mantissa make 2^w + u without a conversion.
+template <int width>
+static inline Floats level(Words bytes, int field) {
+  constexpr uint32_t mask = ((1u << width) - 1) << (23 - width), exponent = (127u + width) << 23;
+  constexpr float middle = 1.5f * (1 << width) - 0.5f;
+  return (Floats)(((bytes << (23 - width - width * field)) & mask) | exponent) - middle;
+}
+
+struct Levels {
+  const uint8_t* of[3];  // of 8, 4 and 2 bits
+  int64_t rows[3];       // rows of bytes
+  int64_t stride;        // from one row of bytes to the next
+
+  int64_t rank() const { return rows[0] + 2 * rows[1] + 4 * rows[2]; }
+
+  Levels from(int64_t token) const {
+    Levels found = *this;
+    for (auto& part : found.of) part += token;
+    return found;
+  }
+
+  Levels of_group(int64_t group) const {
+    Levels found = *this;
+    for (int k = 0; k < 3; k++) found.of[k] += group * rows[k] * stride;
+    return found;
+  }
+
+  // A copy of few tokens, filled up so that whole vectors can be read.
+  Levels filled(int64_t tokens, int64_t up_to, std::vector<uint8_t>& held) const {
+    held.assign((rows[0] + rows[1] + rows[2]) * up_to, 0);
+    Levels found = *this;
+    found.stride = up_to;
+    uint8_t* to = held.data();
+    for (int k = 0; k < 3; k++) {
+      found.of[k] = to;
+      for (int64_t j = 0; j < rows[k]; j++, to += up_to) std::memcpy(to, of[k] + j * stride, tokens);
+    }
+    return found;
+  }
+};
+
+struct Gains {
+  float of[256];
+  explicit Gains(int64_t least) {
+    for (int64_t g = 0; g < 256; g++) of[g] = g < 2 ? std::exp2(0.5f * float(least + g)) : 2 * of[g - 2];
+  }
+};
+
+// Calls function.at<M>(start) for runs of M rows, M at most that given and as large as the rows allow.
+template <int64_t M, class Function>
+static inline void in_blocks(int64_t rows, const Function& function, int64_t start = 0) {
+  for (; rows - start >= M; start += M) function.template at<M>(start);
+  if constexpr (M > 1) in_blocks<(M + 1) / 2>(rows, function, start);
+}
