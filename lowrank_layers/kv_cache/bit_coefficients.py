@@ -90,21 +90,31 @@ class BitCoefficients(Coefficients):
         return (rows @ self.centres(rows))[..., None]
 
     def _encode(self, values: Tensor) -> dict[str, Tensor]:
-        centres = self.centres(values)[:, None]
-        highest = 2 * centres
-        weights = self.weights.to(values)[..., None]
+        gains = torch.zeros_like(values[:, :, 0], dtype=torch.int64)
         least = torch.full_like(values[:, :, 0], math.inf)
-        levels, gains = torch.zeros_like(values), torch.zeros_like(least, dtype=torch.uint8)
-        for gain in range(GAINS):
-            factor = 2.0 ** ((LEAST_GAIN + gain) / 2)
-            scaled = values / factor + centres
-            found = torch.minimum(scaled.round().clamp_min_(0), highest)
-            error = (scaled.sub_(found).square_().mul_(weights)).sum(2) * factor**2
-            better = error < least
-            least = torch.where(better, error, least)
-            levels = torch.where(better[:, :, None], found, levels)
-            gains = gains.masked_fill(better, gain)
-        return packed(levels.to(torch.uint8), self.widths) | {"gains": gains}
+        # every second gain, and then the neighbours of the best
+        for trial in range(0, GAINS, 2):
+            gains, least = self._better(values, torch.full_like(gains, trial), gains, least)
+        best = gains
+        for step in (-1, 1):
+            gains, least = self._better(values, (best + step).clamp(0, GAINS - 1), gains, least)
+        levels = self._levels(values, gain_factors(gains, values.dtype))[1]
+        return packed(levels.to(torch.uint8), self.widths) | {"gains": gains.to(torch.uint8)}
+
+    def _better(self, values: Tensor, trial: Tensor, gains: Tensor, least: Tensor) -> tuple[Tensor, Tensor]:
+        """The gains of every token, and their errors, where other ones are tried."""
+        factors = gain_factors(trial, values.dtype)
+        scaled, levels = self._levels(values, factors)
+        weights = self.weights.to(values)[:, :, None]
+        error = (weights @ scaled.sub_(levels).square_())[:, :, 0] * factors.square()
+        better = error < least
+        return torch.where(better, trial, gains), torch.where(better, error, least)
+
+    def _levels(self, values: Tensor, factors: Tensor) -> tuple[Tensor, Tensor]:
+        """Values in units of levels, and the closest levels."""
+        centres = self.centres(values)[:, None]
+        scaled = torch.addcmul(centres, values, factors.reciprocal()[:, :, None])
+        return scaled, torch.minimum(scaled.round().clamp_min_(0), 2 * centres)
 
 
 def packed(levels: Tensor, widths: Sequence[int]) -> dict[str, Tensor]:

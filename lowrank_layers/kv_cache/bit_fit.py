@@ -20,6 +20,12 @@ KEY_ERROR_WEIGHT = 2.0
 """Weight of the relative error of keys, where that of values has one: measured on a trained Llama."""
 
 
+LONG = 16
+"""Tokens per number of a row from which on a basis of their own may be worth its bytes."""
+LOOKED_AT = 512
+"""Number of tokens by which the error of a first fit is judged."""
+
+
 def fitted_transform(
     x: Tensor, heads: int, frame: TileFrame | None, *, values: bool, metric: Tensor | None = None
 ) -> Transform:
@@ -64,8 +70,9 @@ class BitFit:
         frame: the frame in which keys are stored; ``None`` is their own.
         shared: whether the transform is the model's, and not that of some tokens.
         made: subspaces of the model that are stored already; ``None`` makes them.
-        refresh: tokens that lose more than this many times what the transform's own distribution would lose get
-            directions of their own; ``None`` leaves them those of the model.
+        refresh: tokens that are many, or lose more than this many times what the transform's own distribution would
+            lose, get directions of their own where they lose less with them in as many bytes; ``None`` leaves them
+            those of the model.
     """
 
     transform: Transform
@@ -83,7 +90,10 @@ class BitFit:
             x: keys (without their rotation) or values, ``[batch, heads, tokens, size]`` in fp32.
         """
         found = self._coded(x)
-        if not self.shared or self.refresh is None or found.discarded <= self.refresh * self._expected() + 1e-4:
+        if not self.shared or self.refresh is None:
+            return found
+        unlike = found.discarded > self.refresh * self._expected() + 1e-4
+        if not unlike and x.shape[2] < LONG * self.transform.basis.shape[2]:
             return found
         own = self._of_tokens(x)._coded(x)
         return own if own.discarded < found.discarded else found
@@ -99,7 +109,10 @@ class BitFit:
             rows = grouped(x[:, which], together)
             part = HeadGroups(which, size, subspace, store)
             codes = store.encode(subspace.coefficients(rows))
-            discarded = max(discarded, part.discarded(rows, codes))
+            start = max(0, (x.shape[2] - LOOKED_AT) // 2)
+            looked_at = slice(start, start + LOOKED_AT)
+            seen = {name: code[..., looked_at] for name, code in codes.items()}
+            discarded = max(discarded, part.discarded(rows[:, :, looked_at], seen, start))
             store.append_codes(codes)
             parts.append(part)
         return CompressedTokens(parts, discarded)

@@ -63,9 +63,9 @@ class Subspace:
             rows: ``[batch, groups, tokens, width]``.
             start: index of the first token, counted from the start of a tile.
         """
-        basis, centred = self.columns(torch.float32), self.centred(rows, start)
-        dual = basis if self.metric is None else self.metric @ basis
-        solved: Tensor = torch.linalg.solve(dual.mT @ basis, dual.mT @ centred.mT)
+        basis = self.columns(torch.float32)
+        dual = (basis if self.metric is None else self.metric @ basis).mT
+        solved: Tensor = torch.linalg.solve(dual @ basis, dual) @ self.centred(rows, start).mT
         return solved
 
     def centred(self, rows: Tensor, start: int = 0) -> Tensor:
