@@ -9,7 +9,7 @@ from torch import nn
 
 from ..calibrate.statistics import Statistics
 from ..errors import LowRankError
-from .calibrated_transforms import fit_transforms
+from .calibrated_transforms import SideMoments, fit_transforms
 from .kv_transforms import KVTransforms
 from .projections import Projection, by_group, projections_of
 from .rope import Rotation
@@ -82,7 +82,8 @@ def kv_subspaces(
         )
     found = projections_of(model, stats, head_size, keys, values)
     if not settings.by_rank:
-        return fit_transforms(found, head_size, settings, rotation)
+        rotations = _per_layer(rotation, len(found)) if settings.rotated == "tile" else [None] * len(found)
+        return fit_transforms([(_moments(k, head_size), _moments(v, head_size)) for k, v in found], rotations, settings)
     return [(_subspace(k, head_size, settings, False), _subspace(v, head_size, settings, True)) for k, v in found]
 
 
@@ -95,3 +96,28 @@ def _subspace(projection: Projection, head_size: int, settings: KVSettings, valu
     )
     ranks = chosen_ranks(settings.rank_of(values=values), scatter, heads, "kv_subspaces")
     return scatter.fit(max(ranks), torch.float32)
+
+
+def _moments(projection: Projection, head_size: int) -> SideMoments:
+    gradients = projection.stats.gradients
+    if gradients is None:
+        raise LowRankError(
+            f"kv_subspaces: {projection.label!r} was calibrated without a loss, and bits need its gradients; give"
+            " stats=calibrate(model, batches, loss=SampledCrossEntropy())."
+        )
+    # statistics have the gradients of one sample's loss, its mean over positions
+    gradients = gradients * projection.stats.positions**2
+    device = projection.layer.weight.device
+    return SideMoments(projection.mean(), projection.covariance(), gradients, head_size, device)
+
+
+def _per_layer(rotation: Rotation | Sequence[Rotation | None] | None, layers: int) -> list[Rotation | None]:
+    if rotation is None:
+        raise LowRankError(
+            "kv_subspaces: got rope='tile' without rotation=, which keys need to be brought into the frame of their"
+            " tile; give the Rotation of the keys, or one per layer."
+        )
+    given: list[Rotation | None] = [rotation] * layers if isinstance(rotation, Rotation) else list(rotation)
+    if len(given) != layers:
+        raise LowRankError(f"kv_subspaces: got {len(given)} rotations, expected one for each of {layers} layers.")
+    return given

@@ -1,83 +1,71 @@
-"""The transforms of a model's keys and values, from the statistics of its projections."""
+"""The transforms of a model's keys and values, from their moments and those of the loss's gradients."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from ..errors import LowRankError
 from .kv_transforms import KVTransforms
-from .projections import Projection, by_group
+from .projections import by_group
 from .rope import Rotation
 from .settings import KVSettings
 from .tile_frame import TileFrame
 from .transform import Transform
 
 
+@dataclass(frozen=True, eq=False)
+class SideMoments:
+    """Moments of the keys (without their rotation), or of the values, of one layer, all heads side by side, in fp64.
+
+    Args:
+        mean: ``[heads * size]``.
+        covariance: ``[heads * size, heads * size]``.
+        gradients: second moment of the gradients of the sum of all tokens' losses, of the same shape.
+        size: number of entries per head.
+        device: where the transform is needed.
+    """
+
+    mean: Tensor
+    covariance: Tensor
+    gradients: Tensor
+    size: int
+    device: torch.device
+
+
 def fit_transforms(
-    projections: Sequence[tuple[Projection, Projection]],
-    head_size: int,
-    settings: KVSettings,
-    rotation: Rotation | Sequence[Rotation | None] | None,
+    layers: Sequence[tuple[SideMoments, SideMoments]], rotations: Sequence[Rotation | None], settings: KVSettings
 ) -> KVTransforms:
     """The transforms of all layers.
 
     Args:
-        projections: those to keys and to values, layer by layer.
-        head_size: number of entries per head.
+        layers: moments of keys and of values, by layer.
+        rotations: the rotation of the keys of each layer, for the frame of a tile; ``None`` where they have none.
         settings: whether heads share a transform, and whether keys are in the frame of their tile.
-        rotation: of the keys, for all layers or for each.
-
-    Raises:
-        LowRankError: without gradients, or without the rotations that the frame of a tile needs.
     """
-    rotations = _per_layer(rotation, len(projections)) if settings.rotated == "tile" else [None] * len(projections)
     made = []
-    for (keys, values), own in zip(projections, rotations, strict=True):
-        frame = None if own is None else TileFrame(own, head_size)
-        mean, covariance = values.mean(), values.covariance()
-        uncentred = covariance + mean[:, None] * mean
+    frames = rotations if settings.rotated == "tile" else [None] * len(layers)
+    for (keys, values), rotation in zip(layers, frames, strict=True):
+        frame = None if rotation is None else TileFrame(rotation, keys.size)
+        # values are not centred: those of attention sinks are small, and must stay small
+        uncentred = values.covariance + values.mean[:, None] * values.mean
         made.append(
             (
-                _fit(keys, keys.mean(), keys.covariance(), frame, head_size, settings.joint),
-                _fit(values, mean.new_zeros(mean.shape), uncentred, None, head_size, settings.joint),
+                _fit(keys, keys.mean, keys.covariance, frame, settings.joint),
+                _fit(values, torch.zeros_like(values.mean), uncentred, None, settings.joint),
             )
         )
-    return KVTransforms(tuple(made), head_size, settings.joint, settings.rotated, tuple(rotations))
+    return KVTransforms(tuple(made), layers[0][0].size, settings.joint, settings.rotated, tuple(frames))
 
 
-def _fit(
-    projection: Projection, mean: Tensor, covariance: Tensor, frame: TileFrame | None, head_size: int, joint: bool
-) -> Transform:
-    gradients = projection.stats.gradients
-    if gradients is None:
-        raise LowRankError(
-            f"kv_subspaces: {projection.label!r} was calibrated without a loss, and bits need its gradients; give"
-            " stats=calibrate(model, batches, loss=SampledCrossEntropy())."
-        )
-    # statistics have the gradients of one sample's loss, its mean over positions; an error per token costs their sum
-    metric = gradients.to(covariance) * projection.stats.positions**2
+def _fit(side: SideMoments, mean: Tensor, second: Tensor, frame: TileFrame | None, joint: bool) -> Transform:
+    metric = side.gradients.to(second)
     if frame is not None:
-        covariance, metric = frame.average(covariance), frame.average(metric)
-    width = len(mean) if joint else head_size
-    fitted = Transform.fit(mean.view(1, -1, width), by_group(covariance, width), by_group(metric, width))
+        second, metric = frame.average(second), frame.average(metric)
+    width = len(mean) if joint else side.size
+    fitted = Transform.fit(mean.view(1, -1, width), by_group(second, width), by_group(metric, width))
     assert fitted.metric is not None
-    device = projection.layer.weight.device
-    mean, basis, variances, metric = (
-        tensor.float().contiguous().to(device)
-        for tensor in (fitted.mean, fitted.basis, fitted.variances, fitted.metric)
-    )
-    return Transform(mean, basis, variances, metric)
-
-
-def _per_layer(rotation: Rotation | Sequence[Rotation | None] | None, layers: int) -> list[Rotation | None]:
-    if rotation is None:
-        raise LowRankError(
-            "kv_subspaces: got rope='tile' without rotation=, which keys need to be brought into the frame of their"
-            " tile; give the Rotation of the keys, or one per layer."
-        )
-    given: list[Rotation | None] = [rotation] * layers if isinstance(rotation, Rotation) else list(rotation)
-    if len(given) != layers:
-        raise LowRankError(f"kv_subspaces: got {len(given)} rotations, expected one for each of {layers} layers.")
-    return given
+    found = (fitted.mean, fitted.basis, fitted.variances, fitted.metric)
+    return Transform(*(tensor.float().contiguous().to(side.device) for tensor in found))
