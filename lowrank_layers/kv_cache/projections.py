@@ -71,7 +71,8 @@ def projections_of(
     if not found:
         raise LowRankError(
             f"kv_subspaces: no module has linear layers {keys!r} and {values!r}; give their names as keys= and values=,"
-            " and split a layer that makes queries, keys and values at once (qkv_proj, c_attn) into three."
+            " and split a layer that makes queries, keys and values at once (qkv_proj, c_attn) into three. For a model"
+            " of transformers, calibrate_kv needs neither."
         )
     return found
 
@@ -100,5 +101,5 @@ def _check_norm(name: str, children: dict[str, nn.Module]) -> None:
     if norm is not None:
         raise LowRankError(
             f"kv_subspaces: {name!r} applies {norm!r} to what its projection puts out, so that calibration has not seen"
-            " the keys of its cache; without subspaces= they are fitted to the prompt."
+            " the keys of its cache; use calibrate_kv for a model of transformers, or leave subspaces= out."
         )

@@ -36,7 +36,8 @@ def calibrate_kv(
 
     Args:
         model: a decoder of transformers, with any kind of attention that caches keys and values in all layers.
-        batches: token ids, ``[batch, tokens]``, or dicts of the model's arguments.
+        batches: token ids, ``[batch, tokens]``, or dicts of the model's arguments; 10,000 tokens or more in all, of
+            every kind of text that the model will read, in prompts about as long.
         settings: ``joint``, ``rope`` and ``keep_first`` of the cache that will be used; ``None`` takes the defaults.
         loss: what errors are measured by, as in :func:`calibrate`; ``None`` is :class:`SampledCrossEntropy` at
             temperature 1, which needs no labels: variances then predict the KL divergence of the model's predictions.
