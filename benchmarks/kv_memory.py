@@ -25,6 +25,7 @@ CACHES: dict[str, dict[str, Any] | None] = {
     "r = 32 after RoPE, per head": {"rank": 32, "rope": "after", "joint": False},
     "r = 16 before RoPE, heads joint": {"rank": 16},
     "r = 16 before RoPE, heads joint, int8": {"rank": 16, "dtype": torch.int8},
+    "2.5 bits, keys in their tile's frame": {"bits": 2.5},
 }
 
 

@@ -21,6 +21,8 @@ SETTINGS = {
     "int8": {"rank": 5, "dtype": torch.int8},
     "rule": {"rank": lr.Energy(0.9)},
     "budget": {"budget": 0.8},
+    "bits": {"rank": None, "bits": 3.0},
+    "bits before RoPE, per head": {"rank": None, "bits": 3.0, "rope": "before", "joint": False},
 }
 WAYS = {"copy": lambda cache, folder: copy.deepcopy(cache), "file": through_a_file}
 
