@@ -22,7 +22,8 @@ from lowrank_layers.kv_cache.subspace import Scatter, Subspace
 
 from .common import arguments, machine, markdown_table, write_result
 from .data import ROOT, available
-from .kv_stores import DTYPE, Evicting, Exact, FourBits, LowRank, Make, Quantized, Store
+from .kv_driver import Driver, Prompt, prefilled
+from .kv_stores import DTYPE, Evicting, Exact, FourBits, LowRank, Make, Quantized
 from .stories import stories_model, stories_tokens
 from .vision import import_torchvision
 
@@ -34,30 +35,6 @@ OURS = {
 BUDGETS = {"pycode_llama": ((0.22, 64), (0.16, 32), (0.14, 24)), "stories260K": ((0.5, 32), (0.35, 32))}
 """Fraction of the exact bytes, and the number of recent tokens."""
 EVICTED = (110, 150, 200)
-
-
-class Driver:
-    """Runs the model with these caches in place of transformers' own, independently of its version."""
-
-    def __init__(self, model: Any) -> None:
-        from transformers import AttentionInterface
-
-        self.model = model
-        self.stores: list[Store] = []
-        AttentionInterface.register("kv_quality", self.attention)
-        model.set_attn_implementation("kv_quality")
-
-    def attention(self, module: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Any:
-        keys, values = (t.to(query.dtype) for t in self.stores[module.layer_idx].update(key.to(DTYPE), value.to(DTYPE)))
-        count, total = query.shape[2], keys.shape[2]
-        mask = torch.ones(count, total, dtype=torch.bool, device=query.device).tril(total - count)
-        out = F.scaled_dot_product_attention(query, keys, values, mask, enable_gqa=True)
-        return out.transpose(1, 2).contiguous(), None
-
-    def logits(self, tokens: Tensor, start: int) -> Tensor:
-        positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)[None]
-        found: Tensor = self.model(tokens, position_ids=positions, use_cache=False).logits
-        return found
 
 
 @dataclass
@@ -72,16 +49,16 @@ class Score:
 def score(
     driver: Driver,
     windows: Tensor,
-    prefix: Sequence[tuple[Tensor, Tensor]],
+    prefix: Sequence[Prompt],
     make: Make,
     chunk: int,
     exact: Score | None,
 ) -> Score:
     """Scores the text after the prefix, ``chunk`` tokens per step, as in generation; also the mean bytes per row."""
     driver.stores = [make(layer) for layer in range(len(prefix))]
-    for store, (keys, values) in zip(driver.stores, prefix, strict=True):
-        store.update(keys, values)
-    start, found, held = prefix[0][0].shape[2], [], []
+    for store, prompt in zip(driver.stores, prefix, strict=True):
+        store.update(prompt.keys, prompt.values)
+    start, found, held = prefix[0].keys.shape[2], [], []
     for at in range(start, windows.shape[1] - 1, chunk):
         step = windows[:, at : min(at + chunk, windows.shape[1] - 1)]
         found.append(driver.logits(step, at).log_softmax(-1))
@@ -95,25 +72,16 @@ def score(
     return Score(nats, far, sum(held) / len(held), own)
 
 
-@torch.no_grad()
-def prefilled(driver: Driver, tokens: Tensor, layers: int) -> list[tuple[Tensor, Tensor]]:
-    """The exact keys and values of each layer."""
-    stores = [Exact() for _ in range(layers)]
-    driver.stores = list(stores)
-    driver.logits(tokens, 0)
-    return [store.kept for store in stores if store.kept is not None]
-
-
 def offline(
-    driver: Driver, tokens: Tensor, layers: int, rotation: lr.Rotation, rank: int, *, joint: bool, value_rank: int
+    driver: Driver, tokens: Tensor, rotation: lr.Rotation, rank: int, *, joint: bool, value_rank: int
 ) -> list[tuple[Subspace, Subspace]]:
     """Subspaces computed in advance from other text, with the rotation removed from keys."""
     found = []
-    for keys, values in prefilled(driver, tokens, layers):
-        together = keys.shape[1] if joint else 1
-        keys = rotation.turn(keys.float(), -torch.arange(keys.shape[2]))
+    for prompt in prefilled(driver, tokens):
+        together = prompt.keys.shape[1] if joint else 1
+        keys = rotation.turn(prompt.keys.float(), -torch.arange(prompt.keys.shape[2]))
         sides = []
-        for x, r in ((keys, rank), (values.float(), value_rank)):
+        for x, r in ((keys, rank), (prompt.values.float(), value_rank)):
             rows = grouped(x.transpose(0, 1).flatten(1, 2)[None], together)
             sides.append(Scatter.of(rows).fit(r * together, DTYPE))
         found.append((sides[0], sides[1]))
@@ -160,7 +128,7 @@ class Bench:
         self.training = spread(tokens[:half], args.windows, args.window)
         self.windows = spread(tokens[half:], args.windows, args.window)
         self.rotation = lr.Rotation(self.model.model.rotary_emb.inv_freq.float())
-        self.prefix = prefilled(self.driver, self.windows[:, : 3 * args.window // 4], self.layers)
+        self.prefix = prefilled(self.driver, self.windows[:, : 3 * args.window // 4])
         self.exact = score(self.driver, self.windows, self.prefix, lambda layer: Exact(), self.chunk, None)
 
     def ours(self, *, trained: bool = False, **settings: Any) -> Make:
@@ -171,9 +139,8 @@ class Bench:
             assert isinstance(rank, int)
             assert isinstance(value_rank, int)
             given = list(
-                offline(self.driver, self.training, self.layers, self.rotation, rank,
-                        joint=chosen.joint, value_rank=value_rank)
-            )  # fmt: skip
+                offline(self.driver, self.training, self.rotation, rank, joint=chosen.joint, value_rank=value_rank)
+            )
         return lambda layer: LowRank(chosen, self.rotation, given[layer])
 
     def row(self, label: str, make: Make) -> list[object]:

@@ -1,4 +1,4 @@
-"""Key/value caches of one layer that benchmarks.kv_quality compares: exact, evicted, quantized and low-rank."""
+"""Key/value caches of one layer that benchmarks compare: exact, evicted, quantized and low-rank."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def tensor_bytes(value: Any) -> int:
 
 
 class LowRank:
-    """The low-rank cache; keys and values are rebuilt, which gives the same as :meth:`LowRankKV.attend`."""
+    """The low-rank cache; attends as it does in a model, or rebuilds keys and values, which gives the same."""
 
     def __init__(self, settings: lr.KVSettings, rotation: lr.Rotation, subspaces: Any = None) -> None:
         self.cache = lr.LowRankKV(settings, rotation, subspaces)
@@ -127,6 +127,12 @@ class LowRank:
         seen = self.cache.dense()
         self.cache.compress()
         return seen
+
+    def attend(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        self.cache.append(keys, values)
+        out = self.cache.attend(query)
+        self.cache.compress()
+        return out
 
     def nbytes(self) -> int:
         return self.cache.nbytes()

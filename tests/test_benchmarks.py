@@ -21,6 +21,7 @@ RESULTS = {
     "kv_decode": "kv_decode",
     "kv_memory": "kv_memory",
     "kv_quality": "kv_quality",
+    "kv_real": "kv_real",
     "layers": "layers",
     "lora": "lora",
     "make_plan": "make_plan",

@@ -1,0 +1,110 @@
+"""Part of benchmarks.kv_real: perplexity, and the divergence from the exact cache, of text after a prompt."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import time
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .common import markdown_table
+from .kv_driver import prefilled
+from .kv_rows import EXACT, Row, Rows
+from .kv_stores import Store
+from .kv_subjects import Subject, spread
+
+HEAD = [
+    "cache", "KiB per sequence", "bytes saved", "with calibration", "perplexity, %", "KL, 1e-4", "+- 1e-4",
+]  # fmt: skip
+
+
+@dataclass
+class Scores:
+    """Of each window: the mean nats per token, their divergence from the exact cache's, and bytes."""
+
+    nats: list[float] = field(default_factory=list)
+    divergences: list[float] = field(default_factory=list)
+    nbytes: list[float] = field(default_factory=list)
+
+
+def continued(subject: Subject, stores: list[Store], tokens: Tensor, start: int, chunk: int) -> tuple[Tensor, float]:
+    """Log probabilities of the tokens after ``start``, ``chunk`` of them per step, and the caches' mean bytes."""
+    subject.driver.stores = stores
+    found, held = [], []
+    for at in range(start, len(tokens) - 1, chunk):
+        step = tokens[None, at : min(at + chunk, len(tokens) - 1)]
+        found.append(subject.driver.logits(step, at)[0].log_softmax(-1))
+        held.append(sum(store.nbytes() for store in stores))
+    return torch.cat(found), statistics.mean(held)
+
+
+@torch.no_grad()
+def scored(subject: Subject, rows: list[Row], windows: list[Tensor], prompt: int, chunk: int) -> list[Scores]:
+    """The scores of each row; every window's prompt is read once."""
+    found = [Scores() for _ in rows]
+    for number, window in enumerate(windows, start=1):
+        began = time.perf_counter()
+        prompts = prefilled(subject.driver, window[None, :prompt])
+        target = window[prompt + 1 :, None]
+        exact: Tensor | None = None
+        for row, scores in zip(rows, found, strict=True):
+            own, nbytes = continued(subject, row.fill(prompts), window, prompt, chunk)
+            exact = own if exact is None else exact
+            scores.nats.append(-float(own.gather(-1, target).mean()))
+            scores.divergences.append(float(F.kl_div(own, exact, reduction="none", log_target=True).sum(-1).mean()))
+            scores.nbytes.append(nbytes)
+        print(f"  window {number} of {len(windows)}: {time.perf_counter() - began:.0f} s", flush=True)
+    return found
+
+
+def table(rows: list[Row], found: list[Scores]) -> str:
+    exact, cells = found[0], []
+    whole = statistics.mean(exact.nbytes)
+    for row, own in zip(rows, found, strict=True):
+        held = statistics.mean(own.nbytes)
+        increase = 100 * math.expm1(statistics.mean(own.nats) - statistics.mean(exact.nats))
+        error = statistics.stdev(own.divergences) / math.sqrt(len(own.divergences)) if len(own.divergences) > 1 else 0
+        cells.append(
+            [
+                row.label,
+                f"{held / 1024:.0f}",
+                f"{whole / held:.2f}",
+                f"{whole / (held + row.shared):.2f}" if row.shared else f"{whole / held:.2f}",
+                f"{increase:+.2f}",
+                f"{1e4 * statistics.mean(own.divergences):.1f}",
+                f"{1e4 * error:.1f}",
+            ]
+        )
+    return markdown_table(HEAD, cells)
+
+
+def quality(subject: Subject, rows: Rows, args: argparse.Namespace) -> list[str]:
+    """A table per length of the prompt and text."""
+    parts = [
+        f"## {subject.name}: quality",
+        f"{args.scored} tokens are scored after each prompt, {args.chunk} per step, so that tokens leave the recent"
+        " ones and are compressed as in generation. Arithmetic in fp32, exact keys and values in bf16; every prompt is"
+        " read once, exactly, and all caches take its keys and values. Bytes: all that a cache holds, the mean over the"
+        " steps; \"with calibration\" counts what calibration gives to the model for this one sequence too. KL: mean"
+        " over tokens of the divergence from the exact cache's prediction, with the standard error over windows.",
+    ]  # fmt: skip
+    for prompt in subject.prompts:
+        all_rows = [EXACT, *rows.of(prompt, args.scored)]
+        for index, (name, text) in enumerate(list(subject.scored.items())[: args.texts]):
+            # long prompts, and texts after the first, get a quarter
+            count = max(1, args.windows // (4 if prompt > 4096 or index else 1))
+            length = prompt + args.scored + 1
+            print(f"{subject.name}: {name}, {prompt} tokens of prompt", flush=True)
+            found = scored(subject, all_rows, spread(text, count, length), prompt, args.chunk)
+            perplexity = math.exp(statistics.mean(found[0].nats))
+            parts += [
+                f"### {name}, {prompt} tokens of prompt",
+                f"{count} windows. Perplexity of the exact cache: {perplexity:.3f}.",
+                table(all_rows, found),
+            ]
+    return parts

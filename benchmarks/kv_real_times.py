@@ -1,0 +1,122 @@
+"""Part of benchmarks.kv_real: times of a model's own call with ``LowRankCache`` and with ``DynamicCache``."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import lowrank_layers as lr
+
+from .common import markdown_table
+from .kv_subjects import Subject
+
+LENGTHS = (2048, 8192)
+ROOM = 64
+"""Tokens that are left below the length for the steps."""
+HEAD = ["tokens", "cache", "step, ms", "speed-up", "attention, ms", "speed-up", "prompt, s", "of DynamicCache's"]
+
+
+class Stopwatch:
+    """The time that a model's attentions take from the end of RoPE to the output's projection: caches and attention."""
+
+    def __init__(self) -> None:
+        self.started, self.total = 0.0, 0.0
+
+    @contextmanager
+    def watching(self, model: Any) -> Iterator[None]:
+        """Looks at the model's calls inside."""
+        attentions = [layer.self_attn for layer in model.model.layers]
+        module = sys.modules[type(attentions[0]).__module__]
+        rotate: Callable[..., Any] = module.apply_rotary_pos_emb
+
+        def rotated(*args: Any, **kwargs: Any) -> Any:
+            found = rotate(*args, **kwargs)
+            self.started = time.perf_counter()
+            return found
+
+        def stop(*_: Any) -> None:
+            self.total += time.perf_counter() - self.started
+
+        hooks = [attention.o_proj.register_forward_pre_hook(stop) for attention in attentions]
+        module.apply_rotary_pos_emb = rotated  # type: ignore[attr-defined]
+        try:
+            yield
+        finally:
+            module.apply_rotary_pos_emb = rotate  # type: ignore[attr-defined]
+            for hook in hooks:
+                hook.remove()
+
+
+def caches() -> dict[str, tuple[str, Callable[[], Any]]]:
+    """Labels, attention implementations, and what makes a cache; the first is what the others are compared with."""
+    from transformers import DynamicCache
+
+    return {
+        "DynamicCache, SDPA": ("sdpa", DynamicCache),
+        "LowRankCache()": ("lowrank", lr.LowRankCache),
+    }
+
+
+@torch.no_grad()
+def measured(
+    model: Any, tokens: Tensor, steps: int, rounds: int, made: Mapping[str, tuple[str, Callable[[], Any]]]
+) -> dict[str, list[list[float]]]:
+    """Seconds of each cache: those of each prompt, of each step, and of the attentions in each step."""
+    found: dict[str, list[list[float]]] = {label: [[], [], []] for label in made}
+    held: dict[str, Any] = {}
+    prompt, rest = tokens[None, : len(tokens) - steps - 1], tokens[len(tokens) - steps - 1 :]
+    for _ in range(rounds):
+        for label, (implementation, make) in made.items():
+            model.set_attn_implementation(implementation)
+            held[label] = make()
+            start = time.perf_counter()
+            model(prompt, past_key_values=held[label], logits_to_keep=1)
+            model(rest[None, :1], past_key_values=held[label])
+            found[label][0].append(time.perf_counter() - start)
+    watch = Stopwatch()
+    with watch.watching(model):
+        for at in range(1, steps + 1):
+            # they take turns to go first
+            order = list(made)[:: 1 if at % 2 else -1]
+            for label in order:
+                model.set_attn_implementation(made[label][0])
+                watch.total = 0.0
+                start = time.perf_counter()
+                model(rest[None, at : at + 1], past_key_values=held[label])
+                found[label][1].append(time.perf_counter() - start)
+                found[label][2].append(watch.total)
+    return found
+
+
+def times(subject: Subject, args: argparse.Namespace) -> list[str]:
+    table: list[list[object]] = []
+    text = next(iter(subject.scored.values()))
+    lengths = (160,) if args.smoke else tuple(n for n in LENGTHS if n <= subject.model.config.max_position_embeddings)
+    steps = 4 if args.smoke else ROOM - 1
+    for length in lengths or (subject.model.config.max_position_embeddings,):
+        found = measured(subject.model, text[:length], steps, args.rounds, caches())
+        base = next(iter(found.values()))
+        for label, own in found.items():
+            cells: list[object] = [length, label]
+            for which in (1, 2):
+                ratios = [theirs / ours for theirs, ours in zip(base[which], own[which], strict=True)]
+                cells += [f"{1e3 * statistics.median(own[which]):.1f}", f"{statistics.median(ratios):.2f}"]
+            share = statistics.median(ours / theirs for theirs, ours in zip(base[0], own[0], strict=True))
+            cells += [f"{statistics.median(own[0]):.2f}", f"{share:.2f}"]
+            table.append(cells)
+        print(f"{subject.name}: times at {length} tokens", flush=True)
+    return [
+        f"## {subject.name}: times",
+        f"`model(...)` in fp32, batch 1: medians of {steps} steps of one token, taken in turn. Attention: what a step"
+        " spends between RoPE and the output's projection, in all layers: the cache and the attention. Prompt: reading"
+        f" it and the step after it, with all fits, the median of {args.rounds}.",
+        markdown_table(HEAD, table),
+    ]
