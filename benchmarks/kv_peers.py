@@ -14,7 +14,7 @@ from torch import Tensor
 import lowrank_layers as lr
 
 from .kv_driver import OBSERVED, Driver, prefilled
-from .kv_stores import Exact
+from .kv_stores import Exact, Store
 
 GROUP = 32
 """Numbers that share a scale and a zero point, both in fp16."""
@@ -22,7 +22,7 @@ ROOM = 512
 FP8 = torch.float8_e4m3fn
 
 
-class Simulated:
+class Simulated(Store):
     """Holds all tokens in one buffer, in which subclasses overwrite the ones that they quantize."""
 
     def __init__(self) -> None:
@@ -100,6 +100,12 @@ class Kivi(Simulated):
         each = self.held(side)[:, :, 0].numel()
         return each * ((self.bits + 32 / GROUP) * self.done[side] + 16 * (self.length - self.done[side]))
 
+    @staticmethod
+    def ratio(bits: int, tokens: int, recent: int = 32) -> float:
+        """How many times fewer bytes than bf16 so many tokens take; of the keys half a group more is exact."""
+        exact = 2 * recent + GROUP / 2
+        return 16 * 2 * tokens / ((bits + 32 / GROUP) * (2 * tokens - exact) + 16 * exact)
+
 
 class Palu(Simulated):
     """As Palu (Chang et al., 2024): coefficients in bases from calibration, keys before RoPE; none exact.
@@ -136,6 +142,9 @@ class Palu(Simulated):
 
     def side_bits(self, side: int) -> float:
         return float(self.length * self.token_bits(self.bases[side].shape[1], self.bits))
+
+    def shared_nbytes(self) -> int:
+        return sum(2 * basis.numel() for basis in self.bases)
 
     @staticmethod
     def token_bits(rank: int, bits: int | None) -> int:

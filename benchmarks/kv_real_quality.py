@@ -14,7 +14,8 @@ from torch import Tensor
 
 from .common import markdown_table
 from .kv_driver import prefilled
-from .kv_rows import EXACT, Row, Rows
+from .kv_row import Row
+from .kv_rows import Rows
 from .kv_stores import Store
 from .kv_subjects import Subject, spread
 
@@ -25,11 +26,12 @@ HEAD = [
 
 @dataclass
 class Scores:
-    """Of each window: the mean nats per token, their divergence from the exact cache's, and bytes."""
+    """Of each window: nats per token, their divergence from the exact cache, bytes, and those that calibration gave."""
 
     nats: list[float] = field(default_factory=list)
     divergences: list[float] = field(default_factory=list)
     nbytes: list[float] = field(default_factory=list)
+    shared: list[int] = field(default_factory=list)
 
 
 def continued(subject: Subject, stores: list[Store], tokens: Tensor, start: int, chunk: int) -> tuple[Tensor, float]:
@@ -53,11 +55,13 @@ def scored(subject: Subject, rows: list[Row], windows: list[Tensor], prompt: int
         target = window[prompt + 1 :, None]
         exact: Tensor | None = None
         for row, scores in zip(rows, found, strict=True):
-            own, nbytes = continued(subject, row.fill(prompts), window, prompt, chunk)
+            stores = row.fill(prompts)
+            own, nbytes = continued(subject, stores, window, prompt, chunk)
             exact = own if exact is None else exact
             scores.nats.append(-float(own.gather(-1, target).mean()))
             scores.divergences.append(float(F.kl_div(own, exact, reduction="none", log_target=True).sum(-1).mean()))
             scores.nbytes.append(nbytes)
+            scores.shared.append(sum(store.shared_nbytes() for store in stores))
         print(f"  window {number} of {len(windows)}: {time.perf_counter() - began:.0f} s", flush=True)
     return found
 
@@ -66,7 +70,7 @@ def table(rows: list[Row], found: list[Scores]) -> str:
     exact, cells = found[0], []
     whole = statistics.mean(exact.nbytes)
     for row, own in zip(rows, found, strict=True):
-        held = statistics.mean(own.nbytes)
+        held, shared = statistics.mean(own.nbytes), statistics.mean(own.shared)
         increase = 100 * math.expm1(statistics.mean(own.nats) - statistics.mean(exact.nats))
         error = statistics.stdev(own.divergences) / math.sqrt(len(own.divergences)) if len(own.divergences) > 1 else 0
         cells.append(
@@ -74,7 +78,7 @@ def table(rows: list[Row], found: list[Scores]) -> str:
                 row.label,
                 f"{held / 1024:.0f}",
                 f"{whole / held:.2f}",
-                f"{whole / (held + row.shared):.2f}" if row.shared else f"{whole / held:.2f}",
+                f"{whole / (held + shared):.2f}",
                 f"{increase:+.2f}",
                 f"{1e4 * statistics.mean(own.divergences):.1f}",
                 f"{1e4 * error:.1f}",
@@ -94,7 +98,7 @@ def quality(subject: Subject, rows: Rows, args: argparse.Namespace) -> list[str]
         " over tokens of the divergence from the exact cache's prediction, with the standard error over windows.",
     ]  # fmt: skip
     for prompt in subject.prompts:
-        all_rows = [EXACT, *rows.of(prompt, args.scored)]
+        all_rows = rows.of(prompt, args.scored)
         for index, (name, text) in enumerate(list(subject.scored.items())[: args.texts]):
             # long prompts, and texts after the first, get a quarter
             count = max(1, args.windows // (4 if prompt > 4096 or index else 1))

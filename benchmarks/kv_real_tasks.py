@@ -15,7 +15,7 @@ from torch import Tensor
 from .common import markdown_table
 from .data import ROOT
 from .kv_driver import prefilled
-from .kv_rows import EXACT, Row, Rows
+from .kv_rows import Rows
 from .kv_stores import Store
 from .kv_subjects import Subject
 
@@ -52,7 +52,7 @@ def passkey(subject: Subject, rows: Rows, args: argparse.Namespace) -> list[str]
     table: list[list[object]] = []
     for length in lengths:
         generator = random.Random(length)
-        chosen = brief(rows, length, SPARE)
+        chosen = rows.brief(length, SPARE)
         right = [0] * len(chosen)
         began = time.perf_counter()
         for trial in range(args.trials):
@@ -74,11 +74,6 @@ def passkey(subject: Subject, rows: Rows, args: argparse.Namespace) -> list[str]
         " digits, greedily decoded. SnapKV sees the question.",
         markdown_table(["tokens", "cache", "right"], table),
     ]  # fmt: skip
-
-
-def brief(rows: Rows, prompt: int, more: int) -> list[Row]:
-    """The exact cache and those with which tasks are run."""
-    return [EXACT, *(row for row in rows.of(prompt, more) if row.brief)]
 
 
 def passages(args: argparse.Namespace) -> list[str]:
@@ -114,7 +109,7 @@ def lambada(subject: Subject, rows: Rows, args: argparse.Namespace) -> list[str]
     length = 128 if args.smoke else 2048
     texts = passages(args)
     each = -(-args.passages // CONTEXTS)
-    chosen = brief(rows, length, 80)
+    chosen = rows.brief(length, 80)
     right, same = [0] * len(chosen), [0] * len(chosen)
     # context from the end of the file, passages from its start
     context = subject.encode("\n\n".join(texts[len(texts) // 2 :]))

@@ -21,10 +21,14 @@ class Store(Protocol):
         """Appends tokens and returns all keys and values for the attention."""
 
     def nbytes(self) -> int:
-        """Bytes of everything that is stored."""
+        """Bytes of everything that is stored for a sequence."""
+
+    def shared_nbytes(self) -> int:
+        """Bytes of what calibration gave to the model, which all sequences share."""
+        return 0
 
 
-class Exact:
+class Exact(Store):
     """Keeps everything."""
 
     def __init__(self) -> None:
@@ -55,7 +59,7 @@ class Evicting(Exact):
         return seen
 
 
-class FourBits:
+class FourBits(Store):
     """Stores all but the recent tokens in 4 bits, with an fp16 scale and zero point per token and head."""
 
     def __init__(self, recent: int) -> None:
@@ -89,7 +93,7 @@ class FourBits:
         return self.tail.nbytes() + sum(t.nbytes for each in self.codes for t in each)
 
 
-class Quantized:
+class Quantized(Store):
     """Wraps a layer of transformers' ``QuantizedCache``."""
 
     def __init__(self, config: Any, backend: str, **options: Any) -> None:
@@ -116,7 +120,7 @@ def tensor_bytes(value: Any) -> int:
     return value.nbytes
 
 
-class LowRank:
+class LowRank(Store):
     """The low-rank cache; attends as it does in a model, or rebuilds keys and values, which gives the same."""
 
     def __init__(self, settings: lr.KVSettings, rotation: lr.Rotation, subspaces: Any = None) -> None:
@@ -136,6 +140,9 @@ class LowRank:
 
     def nbytes(self) -> int:
         return self.cache.nbytes()
+
+    def shared_nbytes(self) -> int:
+        return sum(side.shared_nbytes() for side in self.cache.old or ())
 
 
 Make = Callable[[int], Store]
