@@ -33,25 +33,20 @@ class Ours:
             self.transforms[label] = lr.calibrate_kv(subject.model, windows)
 
     def rows(self, tokens: int) -> list[Row]:
-        """The rows for about so many tokens.
-
-        Args:
-            tokens: their number, at which the bytes of int4 are met.
-        """
-        sizes = (*self.ratios, Kivi.ratio(4, tokens))
-        found = [
-            self.row(f"ours, {label}, 1/{ratio:.3g}", ratio, label, brief=label == list(self.transforms)[-1])
-            for label in self.transforms
-            for ratio in sizes
-        ]
-        found.append(self.row("ours, calibrated on all texts, default", None, list(self.transforms)[-1], brief=False))
-        found.append(self.row("ours, fitted to the prompt, default", None, None, brief=True))
-        # bases of a sequence's own leave nothing for its tokens at the smallest size
-        return found + [
-            self.row(f"ours, fitted to the prompt, 1/{ratio:.3g}", ratio, None, brief=ratio < 6)
-            for ratio in sizes
-            if ratio < 10
-        ]
+        """The rows for about so many tokens, at which int4's bytes are met."""
+        sizes = {"int4's bytes": Kivi.ratio(4, tokens), **{f"1/{ratio:g} of the bytes": ratio for ratio in self.ratios}}
+        bits, last = f"{lr.KVSettings().mean_bits:g} bits", list(self.transforms)[-1]
+        found = []
+        for label in self.transforms:
+            found.append(self.row(f"ours, {label}, {bits}", None, label, brief=False))
+            for size, ratio in sizes.items():
+                found.append(self.row(f"ours, {label}, {size}", ratio, label, brief=label == last and ratio >= 5))
+        found.append(self.row(f"ours, fitted to the prompt, {bits}", None, None, brief=True))
+        for size, ratio in sizes.items():
+            # bases of a sequence's own leave nothing for its tokens at the smallest size
+            if ratio < 10:
+                found.append(self.row(f"ours, fitted to the prompt, {size}", ratio, None, brief=ratio == 5))
+        return found
 
     def row(self, label: str, ratio: float | None, calibrated: str | None, *, brief: bool) -> Row:
         """A cache with 1/ratio of the exact bytes at the end of the prompt, or the default."""
