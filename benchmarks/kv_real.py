@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> str:
         if "lambada" in args.parts and reads_text:
             found += lambada(model, rows, args)
         if "time" in args.parts:
-            found += times(model, args)
+            found += times(model, rows, args)
     return "\n\n".join(found)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 import lowrank_layers as lr
 
 from .common import markdown_table
+from .kv_rows import Rows
 from .kv_subjects import Subject
 
 LENGTHS = (2048, 8192)
@@ -55,13 +56,15 @@ class Stopwatch:
                 hook.remove()
 
 
-def caches() -> dict[str, tuple[str, Callable[[], Any]]]:
+def caches(rows: Rows) -> dict[str, tuple[str, Callable[[], Any]]]:
     """Labels, attention implementations, and what makes a cache; the first is what the others are compared with."""
     from transformers import DynamicCache
 
+    transforms = list(rows.ours.transforms.values())[-1]
     return {
         "DynamicCache, SDPA": ("sdpa", DynamicCache),
-        "LowRankCache()": ("lowrank", lr.LowRankCache),
+        "LowRankCache(), fitted to the prompt": ("lowrank", lr.LowRankCache),
+        "LowRankCache(subspaces=...), calibrated": ("lowrank", lambda: lr.LowRankCache(subspaces=transforms)),
     }
 
 
@@ -73,8 +76,9 @@ def measured(
     found: dict[str, list[list[float]]] = {label: [[], [], []] for label in made}
     held: dict[str, Any] = {}
     prompt, rest = tokens[None, : len(tokens) - steps - 1], tokens[len(tokens) - steps - 1 :]
-    for _ in range(rounds):
-        for label, (implementation, make) in made.items():
+    for turn in range(rounds):
+        for label in list(made)[:: -1 if turn % 2 else 1]:
+            implementation, make = made[label]
             model.set_attn_implementation(implementation)
             held[label] = make()
             start = time.perf_counter()
@@ -96,13 +100,14 @@ def measured(
     return found
 
 
-def times(subject: Subject, args: argparse.Namespace) -> list[str]:
+def times(subject: Subject, rows: Rows, args: argparse.Namespace) -> list[str]:
     table: list[list[object]] = []
+    made = caches(rows)
     text = next(iter(subject.scored.values()))
     lengths = (160,) if args.smoke else tuple(n for n in LENGTHS if n <= subject.model.config.max_position_embeddings)
     steps = 4 if args.smoke else ROOM - 1
     for length in lengths or (subject.model.config.max_position_embeddings,):
-        found = measured(subject.model, text[:length], steps, args.rounds, caches())
+        found = measured(subject.model, text[:length], steps, args.rounds, made)
         base = next(iter(found.values()))
         for label, own in found.items():
             cells: list[object] = [length, label]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from functools import cached_property
 
 from .kv_ours import Ours
 from .kv_peer_rows import Palus, eviction_rows, quantized_rows, rank_rows
@@ -11,11 +12,20 @@ from .kv_subjects import Subject
 
 
 class Rows:
-    """The rows of a model; what needs calibration is calibrated once."""
+    """The rows of a model; what needs calibration is calibrated once, when it is first asked for."""
 
     def __init__(self, subject: Subject, args: argparse.Namespace) -> None:
-        self.subject = subject
-        self.palu, self.ours = Palus(subject, args), Ours(subject, args)
+        self.subject, self.args = subject, args
+
+    @cached_property
+    def palu(self) -> Palus:
+        print(f"{self.subject.name}: bases as Palu's", flush=True)
+        return Palus(self.subject, self.args)
+
+    @cached_property
+    def ours(self) -> Ours:
+        print(f"{self.subject.name}: calibration", flush=True)
+        return Ours(self.subject, self.args)
 
     def of(self, prompt: int, more: int) -> list[Row]:
         """The rows for a prompt of so many tokens, and so many after it; the first one is exact."""
