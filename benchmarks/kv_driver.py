@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .kv_stores import DTYPE, Exact, LowRank, Store
+from .kv_stores import DTYPE, Exact, Store
 
 OBSERVED = 32
 """Number of the prompt's last queries that an eviction may look at."""
@@ -40,18 +40,15 @@ class Driver:
     def attention(self, module: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Any:
         store, count = self.stores[module.layer_idx], query.shape[2]
         self.queries[module.layer_idx] = query[:, :, -OBSERVED:]
-        if isinstance(store, LowRank):
-            out = store.attend(query, key.to(DTYPE), value.to(DTYPE))
-        else:
-            keys, values = (t.to(query.dtype) for t in store.update(key.to(DTYPE), value.to(DTYPE)))
-            total = keys.shape[2]
-            # the tokens of this step are the last ones; of the others a cache may keep some only
-            mask = None
-            if 1 < count < total:
-                mask = torch.ones(count, total, dtype=torch.bool, device=query.device).tril(total - count)
-            out = F.scaled_dot_product_attention(
-                query, keys, values, mask, is_causal=count == total > 1, enable_gqa=query.shape[1] != keys.shape[1]
-            )
+        keys, values = (t.to(query.dtype) for t in store.update(key.to(DTYPE), value.to(DTYPE)))
+        total = keys.shape[2]
+        # the tokens of this step are the last ones; of the others a cache may keep some only
+        mask = None
+        if 1 < count < total:
+            mask = torch.ones(count, total, dtype=torch.bool, device=query.device).tril(total - count)
+        out = F.scaled_dot_product_attention(
+            query, keys, values, mask, is_causal=count == total > 1, enable_gqa=query.shape[1] != keys.shape[1]
+        )
         return out.transpose(1, 2).contiguous(), None
 
     def logits(self, tokens: Tensor, start: int, keep: int = 0) -> Tensor:

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 
 import lowrank_layers as lr
-from lowrank_layers.kv_cache.bit_fit import BitPlan, plan_bits
+from lowrank_layers.kv_cache.bit_fit import BitPlan
 
 from .kv_driver import Prompt
 from .kv_peers import Kivi
@@ -53,18 +53,18 @@ class Ours:
         settings = lr.KVSettings()
         plans: Sequence[BitPlan | None] = [None] * self.subject.layers
         if calibrated is not None:
-            plans = plan_bits(list(self.transforms[calibrated]), settings.mean_bits, shared=True)
+            plans = self.transforms[calibrated].plans(settings.mean_bits)
 
         def fill(prompts: Sequence[Prompt]) -> list[Store]:
             stores = [LowRank(settings, self.subject.rotation) for _ in prompts]
             for store, prompt, plan in zip(stores, prompts, plans, strict=True):
                 store.cache.plan = plan
-                store.cache.append(prompt.keys, prompt.values)
-            caches = [store.cache for store in stores]
+                store.append(prompt.keys, prompt.values)
             if ratio is not None:
-                lr.compress_together(caches, 1 / ratio)
-            for cache in caches:
-                cache.compress()
+                lr.compress_together([store.cache for store in stores], 1 / ratio)
+            for store in stores:
+                store.cache.compress()
+                store.rebuilt.kept = store.cache.dense()
             return list(stores)
 
         return Row(label, fill, brief)

@@ -33,9 +33,9 @@ def eviction_rows(prompt: int, more: int) -> list[Row]:
         kept = round((prompt + more / 2) / ratio)
         picked = max(kept - more // 2, 33)  # it keeps what comes after the prompt
         rows += [
-            Row(f"StreamingLLM: 4 first and {kept - 4} recent", each(lambda _, __, kept=kept: Evicting(kept - 4))),
+            Row(f"StreamingLLM, 1/{ratio:g} of the tokens", each(lambda _, __, kept=kept: Evicting(kept - 4))),
             Row(
-                f"SnapKV: {picked} tokens of the prompt per head",
+                f"SnapKV, 1/{ratio:g} of the tokens",
                 each(lambda _, prompt, picked=picked: SnapKV(prompt.queries, picked)),
             ),
         ]

@@ -20,16 +20,17 @@ from .kv_stores import Store
 from .kv_subjects import Subject, spread
 
 HEAD = [
-    "cache", "KiB per sequence", "bytes saved", "with calibration", "perplexity, %", "KL, 1e-4", "+- 1e-4",
+    "cache", "KiB per sequence", "bytes saved", "with calibration", "perplexity, %", "KL, 1e-4", "+-", "KL at once",
 ]  # fmt: skip
 
 
 @dataclass
 class Scores:
-    """Of each window: nats per token, their divergence from the exact cache, bytes, and those that calibration gave."""
+    """Of each window: nats per token, the divergence from the exact cache (also of a single step), and bytes."""
 
     nats: list[float] = field(default_factory=list)
     divergences: list[float] = field(default_factory=list)
+    at_once: list[float] = field(default_factory=list)
     nbytes: list[float] = field(default_factory=list)
     shared: list[int] = field(default_factory=list)
 
@@ -45,6 +46,11 @@ def continued(subject: Subject, stores: list[Store], tokens: Tensor, start: int,
     return torch.cat(found), statistics.mean(held)
 
 
+def divergence(own: Tensor, exact: Tensor) -> float:
+    """The mean over tokens of the KL divergence of log probabilities from the exact ones."""
+    return max(0.0, float(F.kl_div(own, exact, reduction="none", log_target=True).sum(-1).mean()))
+
+
 @torch.no_grad()
 def scored(subject: Subject, rows: list[Row], windows: list[Tensor], prompt: int, chunk: int) -> list[Scores]:
     """The scores of each row; every window's prompt is read once."""
@@ -55,11 +61,13 @@ def scored(subject: Subject, rows: list[Row], windows: list[Tensor], prompt: int
         target = window[prompt + 1 :, None]
         exact: Tensor | None = None
         for row, scores in zip(rows, found, strict=True):
+            single, _ = continued(subject, row.fill(prompts), window, prompt, len(window))
             stores = row.fill(prompts)
             own, nbytes = continued(subject, stores, window, prompt, chunk)
-            exact = own if exact is None else exact
+            exact = single if exact is None else exact
             scores.nats.append(-float(own.gather(-1, target).mean()))
-            scores.divergences.append(float(F.kl_div(own, exact, reduction="none", log_target=True).sum(-1).mean()))
+            scores.divergences.append(divergence(own, exact))
+            scores.at_once.append(divergence(single, exact))
             scores.nbytes.append(nbytes)
             scores.shared.append(sum(store.shared_nbytes() for store in stores))
         print(f"  window {number} of {len(windows)}: {time.perf_counter() - began:.0f} s", flush=True)
@@ -82,6 +90,7 @@ def table(rows: list[Row], found: list[Scores]) -> str:
                 f"{increase:+.2f}",
                 f"{1e4 * statistics.mean(own.divergences):.1f}",
                 f"{1e4 * error:.1f}",
+                f"{1e4 * statistics.mean(own.at_once):.1f}",
             ]
         )
     return markdown_table(HEAD, cells)
@@ -94,9 +103,10 @@ def quality(subject: Subject, rows: Rows, args: argparse.Namespace) -> list[str]
         f"{args.scored} tokens are scored after each prompt, {args.chunk} per step, so that tokens leave the recent"
         " ones and are compressed as in generation. Arithmetic in fp32, exact keys and values in bf16; every prompt is"
         " read once, exactly, and all caches take its keys and values. Bytes: all that a cache holds, the mean over the"
-        " steps; \"with calibration\" counts what calibration gives to the model for this one sequence too. KL: mean"
-        " over tokens of the divergence from the exact cache's prediction, with the standard error over windows.",
-    ]  # fmt: skip
+        " steps; the column with calibration counts what that gives to the model for this one sequence too. KL: mean"
+        " over tokens of the divergence from the exact cache's prediction, with the standard error over windows; at"
+        " once: where the scored tokens are read in one step, so that only the prompt is compressed.",
+    ]
     for prompt in subject.prompts:
         all_rows = rows.of(prompt, args.scored)
         for index, (name, text) in enumerate(list(subject.scored.items())[: args.texts]):

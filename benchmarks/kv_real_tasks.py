@@ -22,18 +22,19 @@ from .kv_subjects import Subject
 LENGTHS = (2048, 4096, 8192)
 SPARE = 16
 """Tokens that are left below the length for the answer."""
+INTRODUCTION = "There is a pass key hidden in the text below. Find it and remember it.\n\n"
 HIDDEN = "\n\nThe pass key is {key}. Remember it. The pass key is {key}.\n\n"
-QUESTION = "\n\nThe pass key is"
+QUESTION = "\n\nThe text is over. What is the pass key? The pass key is"
 CONTEXTS = 8
 
 
 def passkey_prompt(subject: Subject, key: str, length: int, depth: float, offset: int) -> Tensor:
     """A key hidden at a depth (0 to 1) of other text, and the question; ``length`` tokens."""
-    hidden, question = subject.encode(HIDDEN.format(key=key)), subject.encode(QUESTION)
+    introduction, hidden, question = map(subject.encode, (INTRODUCTION, HIDDEN.format(key=key), QUESTION))
     filler = next(iter(subject.others.values()))[offset:].tolist()
-    count = length - len(hidden) - len(question)
+    count = length - len(introduction) - len(hidden) - len(question)
     at = int(depth * count)
-    return torch.tensor([*filler[:at], *hidden, *filler[at:count], *question])
+    return torch.tensor([*introduction, *filler[:at], *hidden, *filler[at:count], *question])
 
 
 @torch.no_grad()
@@ -48,32 +49,31 @@ def greedy(subject: Subject, stores: list[Store], token: int, start: int, count:
 
 
 def passkey(subject: Subject, rows: Rows, args: argparse.Namespace) -> list[str]:
-    lengths = (128,) if args.smoke else LENGTHS
-    table: list[list[object]] = []
+    lengths = (256,) if args.smoke else LENGTHS
+    right: dict[str, list[int]] = {}
     for length in lengths:
-        generator = random.Random(length)
+        generator, began = random.Random(length), time.perf_counter()
         chosen = rows.brief(length, SPARE)
-        right = [0] * len(chosen)
-        began = time.perf_counter()
+        for row in chosen:
+            right.setdefault(row.label, []).append(0)
         for trial in range(args.trials):
             key = str(generator.randrange(10_000, 100_000))
             tokens = passkey_prompt(subject, key, length - SPARE, (trial + 0.5) / args.trials, 1000 * trial)
             # all but the last token are read exactly, as a prompt; the cache answers from there
             prompts = prefilled(subject.driver, tokens[None, :-1])
             count = len(subject.encode(f" {key}"))
-            for index, row in enumerate(chosen):
+            for row in chosen:
                 answer = greedy(subject, row.fill(prompts), int(tokens[-1]), len(tokens) - 1, count)
-                right[index] += subject.decode(answer).strip() == key
+                right[row.label][-1] += subject.decode(answer).strip() == key
         print(f"{subject.name}: pass keys at {length} tokens, {time.perf_counter() - began:.0f} s", flush=True)
-        table += [[length, row.label, f"{n} of {args.trials}"] for row, n in zip(chosen, right, strict=True)]
     return [
         f"## {subject.name}: pass keys",
-        f"\"{HIDDEN.format(key=12345).strip()}\" is hidden in WikiText, at {args.trials} depths from the first to the"
-        f" last tenth, and the prompt ends in \"{QUESTION.strip()}\". The prompt is read exactly, as in generation, but"
-        " for its last token; that one and the answer are read through the cache. Right is an answer with all five"
-        " digits, greedily decoded. SnapKV sees the question.",
-        markdown_table(["tokens", "cache", "right"], table),
-    ]  # fmt: skip
+        f'"{HIDDEN.format(key=12345).strip()}" is hidden in WikiText, at {args.trials} evenly spaced depths; the prompt'
+        f' begins with "{INTRODUCTION.strip()}" and ends in "{QUESTION.strip()}". It is read exactly, as in generation,'
+        " but for its last token; that one and the answer are read through the cache. Right is an answer with all five"
+        f" digits, greedily decoded: how many of {args.trials}, by the number of tokens. SnapKV sees the question.",
+        markdown_table(["cache", *map(str, lengths)], [[label, *counts] for label, counts in right.items()]),
+    ]
 
 
 def passages(args: argparse.Namespace) -> list[str]:

@@ -121,28 +121,28 @@ def tensor_bytes(value: Any) -> int:
 
 
 class LowRank(Store):
-    """The low-rank cache; attends as it does in a model, or rebuilds keys and values, which gives the same."""
+    """The low-rank cache; keys and values are rebuilt, which gives the same as :meth:`LowRankKV.attend`."""
 
     def __init__(self, settings: lr.KVSettings, rotation: lr.Rotation, subspaces: Any = None) -> None:
-        self.cache = lr.LowRankKV(settings, rotation, subspaces)
+        self.cache, self.rebuilt = lr.LowRankKV(settings, rotation, subspaces), Exact()
 
     def update(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        self.cache.append(keys, values)
-        seen = self.cache.dense()
+        seen, before = self.append(keys, values), self.cache.compressed
         self.cache.compress()
+        if self.cache.compressed != before:
+            self.rebuilt.kept = self.cache.dense()
         return seen
 
-    def attend(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Appends tokens, and compresses none."""
         self.cache.append(keys, values)
-        out = self.cache.attend(query)
-        self.cache.compress()
-        return out
+        return self.rebuilt.update(keys, values)
 
     def nbytes(self) -> int:
         return self.cache.nbytes()
 
     def shared_nbytes(self) -> int:
-        return sum(side.shared_nbytes() for side in self.cache.old or ())
+        return self.cache.shared_nbytes()
 
 
 Make = Callable[[int], Store]
