@@ -90,8 +90,8 @@ class BitCoefficients(Coefficients):
         return (rows @ self.centres(rows))[..., None]
 
     def _encode(self, values: Tensor) -> dict[str, Tensor]:
-        gains = torch.zeros_like(values[:, :, 0], dtype=torch.int64)
-        least = torch.full_like(values[:, :, 0], math.inf)
+        least = values.new_full((*values.shape[:2], values.shape[3]), math.inf)
+        gains = torch.zeros_like(least, dtype=torch.int64)
         # every second gain, and then the neighbours of the best
         for trial in range(0, GAINS, 2):
             gains, least = self._better(values, torch.full_like(gains, trial), gains, least)

@@ -99,6 +99,43 @@ def test_variances_are_in_nats_per_token():
     assert divergence == pytest.approx(0.05**2 / 2 * width, rel=0.1)
 
 
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gpt2", "gemma2", "cohere2", "gpt_oss"])
+def test_a_cache_takes_the_transforms_that_were_saved_beside_the_model(kind, tmp_path):
+    net = tiny(kind)
+    made = lr.calibrate_kv(net, [IDS])
+    made.save(tmp_path)
+    errors = {}
+    for bits in (2, 8):
+        cache = lr.LowRankCache(bits=bits, subspaces=lr.KVTransforms.load(tmp_path), keep_recent=4, block=4)
+        with torch.no_grad():
+            net(IDS, past_key_values=cache)
+        assert cache.layers[0].compressed == 32
+        pairs = zip(cache.layers[0].kv.dense(), cached(net, IDS), strict=True)
+        errors[bits] = [float((x - exact).norm() / exact.norm()) for x, exact in pairs]
+    # a few times what the quantizers lose on Gaussians
+    assert max(errors[8]) < 0.05
+    assert max(errors[2]) < 1
+    assert errors[8] < errors[2]
+    with pytest.raises(lr.LowRankError, match="joint"):
+        lr.LowRankCache(bits=2, subspaces=made, joint=False)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "cohere2"])
+def test_layers_of_which_nothing_is_worth_a_bit_are_read_as_their_mean(kind):
+    net = tiny(kind)
+    made = lr.calibrate_kv(net, [IDS])
+    plans = made.plans(0.25)
+    assert not all(sum(widths) for plan in plans for side in plan.widths for widths in side)
+    logits = []
+    for implementation in ("sdpa", "lowrank"):
+        net.set_attn_implementation(implementation)
+        cache = lr.LowRankCache(bits=0.25, subspaces=made, keep_recent=4, block=4)
+        with torch.no_grad():
+            net(IDS, past_key_values=cache)
+            logits.append(net(IDS[:, :1], past_key_values=cache).logits)
+    torch.testing.assert_close(logits[1], logits[0], atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_and_the_first_tokens_behind_it_do_not_count(side):
     net, settings = tiny("llama"), lr.KVSettings(bits=2, rope="before")
