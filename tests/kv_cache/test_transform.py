@@ -59,10 +59,10 @@ def test_into_the_frame_of_a_tile_and_back(rotation, start):
 
 def test_the_average_over_a_tile_is_that_of_its_offsets():
     frame, second = TileFrame(lr.Rotation.of(8), 8), positive(16).float()
-    rows = torch.eye(16)[None, None].repeat_interleave(TILE_FRAME, 2).view(1, 16, TILE_FRAME, 16)
-    turned = frame.into(rows.reshape(1, 16, TILE_FRAME, 16), 0)[0].transpose(0, 1)  # [offset, row, entries]
-    expected = (turned.mT @ second[0] @ turned).mean(0)
-    torch.testing.assert_close(frame.average(second)[0, 0], expected[0], atol=1e-3, rtol=1e-4)
+    rows = torch.eye(16)[None, :, None].expand(1, 16, TILE_FRAME, 16)
+    turned = frame.into(rows, 0)[0].transpose(0, 1)  # for every offset, R(d) e_i as its row i
+    expected = (turned.mT @ second[0, 0] @ turned).mean(0)
+    torch.testing.assert_close(frame.average(second)[0, 0], expected, atol=1e-3, rtol=1e-4)
 
 
 @pytest.mark.parametrize("rotation", [lr.Rotation.of(8), lr.Rotation(torch.rand(3), interleaved=True, start=1)])
