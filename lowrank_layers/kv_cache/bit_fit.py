@@ -27,7 +27,14 @@ LOOKED_AT = 512
 
 
 def fitted_transform(
-    x: Tensor, heads: int, frame: TileFrame | None, *, values: bool, metric: Tensor | None = None
+    x: Tensor,
+    heads: int,
+    frame: TileFrame | None,
+    keep: Tensor | None = None,
+    least: int = 1,
+    *,
+    values: bool,
+    metric: Tensor | None = None,
 ) -> Transform:
     """The transform of the tokens themselves.
 
@@ -37,11 +44,13 @@ def fitted_transform(
         x: keys (without their rotation) or values, ``[batch, heads, tokens, size]`` in fp32.
         heads: number of heads of a group.
         frame: the frame in which keys are stored.
+        keep: which tokens count, ``[batch, tokens]``; ``None`` counts all.
+        least: rows of the batch with fewer tokens that count get the transform of the whole batch.
         values: whether these are values.
         metric: the metric of their errors; ``None`` is the identity.
     """
-    scatter = Scatter.of(grouped(x, heads), frame, centre=not values)
-    return Transform.fit(scatter.mean, scatter.second / scatter.count, metric)
+    scatter = Scatter.of(grouped(x, heads), frame, centre=not values, keep=keep).pooled(least)
+    return Transform.fit(scatter.mean, scatter.covariance(), metric)
 
 
 def comparable(transform: Transform, *, values: bool) -> list[Tensor]:
@@ -83,22 +92,24 @@ class BitFit:
     made: Sequence[tuple[Subspace, BitCoefficients]] | None = None
     refresh: float | None = None
 
-    def __call__(self, x: Tensor) -> CompressedTokens:
+    def __call__(self, x: Tensor, keep: Tensor | None = None, least: int = 1) -> CompressedTokens:
         """Codes the first old tokens.
 
         Args:
             x: keys (without their rotation) or values, ``[batch, heads, tokens, size]`` in fp32.
+            keep: which tokens count, ``[batch, tokens]``; ``None`` counts all.
+            least: rows of the batch with fewer tokens that count get a transform of the whole batch.
         """
-        found = self._coded(x)
+        found = self._coded(x, keep)
         if not self.shared or self.refresh is None:
             return found
         unlike = found.discarded > self.refresh * self._expected() + 1e-4
         if not unlike and x.shape[2] < LONG * self.transform.basis.shape[2]:
             return found
-        own = self._of_tokens(x)._coded(x)
+        own = self._of_tokens(x, keep, least)._coded(x, keep)
         return own if own.discarded < found.discarded else found
 
-    def _coded(self, x: Tensor) -> CompressedTokens:
+    def _coded(self, x: Tensor, keep: Tensor | None) -> CompressedTokens:
         groups, size = self.transform.mean.shape[1], x.shape[3]
         together = x.shape[1] // groups
         parts, discarded = [], 0.0
@@ -109,10 +120,12 @@ class BitFit:
             rows = grouped(x[:, which], together)
             part = HeadGroups(which, size, subspace, store)
             codes = store.encode(subspace.coefficients(rows))
-            start = max(0, (x.shape[2] - LOOKED_AT) // 2)
+            # padding comes first
+            start = max(0, x.shape[2] - LOOKED_AT) // (2 if keep is None else 1)
             looked_at = slice(start, start + LOOKED_AT)
             seen = {name: code[..., looked_at] for name, code in codes.items()}
-            discarded = max(discarded, part.discarded(rows[:, :, looked_at], seen, start))
+            counting = None if keep is None else keep[:, looked_at]
+            discarded = max(discarded, part.discarded(rows[:, :, looked_at], seen, start, counting))
             store.append_codes(codes)
             parts.append(part)
         return CompressedTokens(parts, discarded)
@@ -123,10 +136,11 @@ class BitFit:
         lost = [distortion(v, widths) for v, widths in zip(variances, self.widths, strict=True)]
         return max(left / max(float(v.sum()), 1e-30) for left, v in zip(lost, variances, strict=True))
 
-    def _of_tokens(self, x: Tensor) -> BitFit:
+    def _of_tokens(self, x: Tensor, keep: Tensor | None, least: int) -> BitFit:
         """The same with the directions of these tokens, whose bases take some of the bits."""
         width, together = self.transform.basis.shape[2], x.shape[1] // self.transform.mean.shape[1]
-        own = fitted_transform(x, together, self.frame, values=self.values, metric=self.transform.metric)
+        metric = self.transform.metric
+        own = fitted_transform(x, together, self.frame, keep, least, values=self.values, metric=metric)
         spent = sum(8 * each[0] + 4 * each[1] + 2 * each[2] for each in self.widths)
         directions = [Directions(v, first=8 * width / x.shape[2]) for v in own.variances.mean(0)]
         return replace(self, transform=own, widths=allocate_bits(directions, spent), shared=False, made=None)

@@ -100,7 +100,7 @@ def _transforms(layer: LowRankKV) -> tuple[Transform, Transform]:
     span = layer.first_fit()
     assert span is not None
     with without_autocast(layer.like().device):
-        return layer.transforms(layer.leaving(*span))
+        return layer.transforms(layer.leaving(*span), layer.counting(*span))
 
 
 def _share_ranks(layers: Sequence[LowRankKV], limit: int) -> None:
@@ -137,10 +137,10 @@ def _scatters(layer: LowRankKV) -> list[Scatter]:
     """What a first fit of keys and of values looks at."""
     span = layer.first_fit()
     assert span is not None
-    frames = layer.frame(), None
+    frames, keep, least = (layer.frame(), None), layer.counting(*span), layer.settings.at_a_time
     with without_autocast(layer.like().device):
         return [
-            Scatter.of(grouped(x, x.shape[1] if layer.settings.joint else 1), frame)
+            Scatter.of(grouped(x, x.shape[1] if layer.settings.joint else 1), frame, keep=keep).pooled(least)
             for x, frame in zip(layer.leaving(*span), frames, strict=True)
         ]
 
@@ -161,7 +161,7 @@ def _fixed_nbytes(layer: LowRankKV) -> int:
     batch, heads = layer.like().shape[:2]
     first, stop = layer.first_fit() or (0, 0)
     kept = first + max(layer.settings.recent + layer.settings.at_a_time, len(layer) - stop)
-    total = kept * _token_nbytes(layer)
+    total = kept * _token_nbytes(layer) + (0 if layer.keep is None else layer.keep.nbytes)
     groups = 1 if layer.settings.joint else heads
     for side in (0, 1):
         like = layer.like(side)

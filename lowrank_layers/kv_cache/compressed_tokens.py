@@ -96,36 +96,44 @@ class HeadGroups:
         split: Tensor = rows.unflatten(3, (-1, self.size)).transpose(2, 3).flatten(1, 2)
         return split
 
-    def extend(self, rows: Tensor, limit: float | None) -> None:
+    def extend(self, rows: Tensor, limit: float | None, keep: Tensor | None = None) -> None:
         """Compresses more tokens.
 
         Args:
             rows: ``[batch, groups, tokens, width]``.
             limit: the subspace is fitted again where it discards more than this part of their energy; ``None`` never
                 fits it again.
+            keep: which tokens count, ``[batch, tokens so far and these]``; ``None`` counts all.
         """
         found = self.subspace.coefficients(rows, self.coefficients.tokens)
         codes = self.coefficients.encode(found)
-        if limit is not None and self.discarded(rows, codes) > limit:
-            self._refit(rows)
+        held = self.coefficients.tokens
+        before, these = (None, None) if keep is None else (keep[:, :held], keep[:, held:])
+        if limit is not None and self.discarded(rows, codes, keep=these) > limit:
+            self._refit(rows, before, these)
             codes = self.coefficients.encode(self.subspace.coefficients(rows, self.coefficients.tokens))
         self.coefficients.append_codes(codes)
 
-    def discarded(self, rows: Tensor, codes: Mapping[str, Tensor], start: int | None = None) -> float:
+    def discarded(
+        self, rows: Tensor, codes: Mapping[str, Tensor], start: int | None = None, keep: Tensor | None = None
+    ) -> float:
         """The part of the energy of rows, about the mean and in the metric, that their codes do not hold.
 
         Args:
             rows: ``[batch, groups, tokens, width]``.
             codes: how their coefficients are stored.
             start: index of the first token; ``None`` is that of the next one.
+            keep: which tokens count, ``[batch, tokens]``; ``None`` counts all.
         """
         start = self.coefficients.tokens if start is None else start
         centred = self.subspace.centred(rows, start)
         held = self.coefficients.decode(codes, torch.float32)
         left = centred - (self.subspace.columns(torch.float32) @ held).mT
+        if keep is not None:
+            centred, left = (x * keep[:, None, :, None] for x in (centred, left))
         return float(self.subspace.energy(left) / self.subspace.energy(centred).clamp_min(1e-30))
 
-    def _refit(self, rows: Tensor) -> None:
+    def _refit(self, rows: Tensor, before: Tensor | None, these: Tensor | None) -> None:
         """Fits the subspace to all tokens and those that come; tokens that are stored are coded again."""
         old, count = self.subspace, self.coefficients.tokens
         known = self.coefficients.read(0, count, torch.float32)
@@ -133,12 +141,13 @@ class HeadGroups:
         if isinstance(store, BitCoefficients):
             # about the mean as it is: values keep none
             held = torch.cat([old.columns(torch.float32) @ known, old.centred(rows, count).mT], -1)
-            transform = Transform.fit(old.mean, held @ held.mT / held.shape[-1], old.metric)
+            keep = None if before is None or these is None else torch.cat([before, these], 1)
+            moment = Scatter.of(held.mT, centre=False, keep=keep)
+            transform = Transform.fit(old.mean, moment.covariance(), old.metric)
             ((self.subspace, store),) = bit_subspaces(transform, [store.widths], old.frame)
         else:
-            self.subspace = (Scatter.of_coefficients(old, known) + Scatter.of(rows, old.frame, start=count)).fit(
-                old.basis.shape[-1], old.basis.dtype
-            )
+            scatter = Scatter.of_coefficients(old, known, before) + Scatter.of(rows, old.frame, start=count, keep=these)
+            self.subspace = scatter.fit(old.basis.shape[-1], old.basis.dtype)
         found = self.subspace.coefficients(old.rows(known))
         self.subspace, found = self.subspace.within(found, store.largest)
         store.append(found)
@@ -220,15 +229,16 @@ class CompressedTokens:
         """
         return self._joined([part.rebuilt(start, stop, dtype) for part in self.parts])
 
-    def extend(self, x: Tensor, limit: float | None) -> None:
+    def extend(self, x: Tensor, limit: float | None, keep: Tensor | None = None) -> None:
         """Compresses more tokens.
 
         Args:
             x: ``[batch, heads, tokens, size]``.
             limit: as in :meth:`HeadGroups.extend`.
+            keep: as in :meth:`HeadGroups.extend`.
         """
         for part in self.parts:
-            part.extend(grouped(x[:, part.heads], part.subspace.basis.shape[2] // part.size), limit)
+            part.extend(grouped(x[:, part.heads], part.subspace.basis.shape[2] // part.size), limit, keep)
 
     def truncate(self, tokens: int) -> None:
         """Keeps the first tokens.

@@ -38,11 +38,13 @@ class Fit:
     subspace: Subspace | None = None
     frame: TileFrame | None = None
 
-    def __call__(self, x: Tensor) -> CompressedTokens:
+    def __call__(self, x: Tensor, keep: Tensor | None = None, least: int = 1) -> CompressedTokens:
         """Compresses the first old tokens.
 
         Args:
             x: keys (without their rotation) or values, ``[batch, heads, tokens, size]`` in fp32.
+            keep: which tokens count, ``[batch, tokens]``; ``None`` counts all.
+            least: rows of the batch with fewer tokens that count get a subspace of the whole batch.
         """
         heads, size = x.shape[1], x.shape[3]
         together = heads if self.joint else 1
@@ -50,7 +52,7 @@ class Fit:
             chosen: list[tuple[Heads, Subspace]] = [(slice(None), self.subspace.to(x.device, self.basis_dtype))]
             together = self.subspace.mean.shape[2] // size
         else:
-            scatter = Scatter.of(grouped(x, together), self.frame)
+            scatter = Scatter.of(grouped(x, together), self.frame, keep=keep).pooled(least)
             rank = self.rank
             ranks = rank if isinstance(rank, list) else chosen_ranks(rank, scatter, together, "LowRankKV")
             chosen = _by_rank(scatter, ranks, self.basis_dtype)
@@ -61,7 +63,8 @@ class Fit:
             store.append(found)
             parts.append(HeadGroups(which, size, subspace, store))
             # looking at the error breaks a compiled graph; without it the subspace is never fitted again
-            discarded = float("inf") if torch.compiler.is_compiling() else max(discarded, subspace.discarded(rows))
+            lost = float("inf") if torch.compiler.is_compiling() else subspace.discarded(rows, keep=keep)
+            discarded = max(discarded, lost)
         return CompressedTokens(parts, discarded)
 
 

@@ -61,6 +61,7 @@ class LowRankAttention(nn.Module):
         """
         self.cache.append(key, value)
         out = self.cache.attend(query, mask=mask, scale=scale)
+        self.cache.hide(mask)
         self.cache.compress()
         return out
 

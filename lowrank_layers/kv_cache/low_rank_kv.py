@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import LowRankError
@@ -16,6 +17,8 @@ from .autocast import without_autocast
 from .bit_fit import BitPlan, fitted_transform, plan_bits
 from .compressed_tokens import CompressedTokens
 from .fit import Fit
+from .masks import causal_mask
+from .padding import RowStarts, seen_tokens
 from .recent_tokens import RecentTokens
 from .rope import Rotation
 from .segments import CompressedSegment, ExactSegment, Segment
@@ -26,7 +29,7 @@ from .token_checks import check_alike, check_finite, check_form
 from .transform import Transform
 
 SIDES = ("keys", "values")
-Compress = Callable[[Tensor], CompressedTokens]
+Compress = Callable[[Tensor, Tensor | None, int], CompressedTokens]
 
 
 class LowRankKV:
@@ -82,6 +85,10 @@ class LowRankKV:
         self.first: tuple[Tensor, Tensor] | None = None
         self.old: tuple[CompressedTokens, CompressedTokens] | None = None
         self.recent: tuple[RecentTokens, RecentTokens] | None = None
+        # which of the tokens that a mask was seen of are no padding, once there is some; and where rows begin
+        self.keep: Tensor | None = None
+        self.starts: RowStarts | None = None
+        self._masked = 0
 
     def __len__(self) -> int:
         return self._before_recent() + (0 if self.recent is None else self.recent[0].tokens)
@@ -109,6 +116,22 @@ class LowRankKV:
         for recent, x in zip(self.recent, (keys, values), strict=True):
             recent.append(x)
 
+    def hide(self, mask: Tensor | None) -> None:
+        """Learns which of the last step's tokens are padding: they count in no fit, and a row's first tokens follow it.
+
+        Args:
+            mask: the mask of that step, as in :meth:`attend`, or ``[batch, tokens]``; ``None`` hides none. Tokens that
+                no query attends to are padding.
+        """
+        start, self._masked = self._masked, len(self)
+        single = len(self) - start == 1 and self.old is not None
+        if mask is not None and mask.shape[-1] >= len(self) and not single:
+            seen = seen_tokens(mask, start, len(self)).expand(len(self.like()), -1)
+            if self.keep is not None or not bool(seen.all()):
+                before = self._keep(0, start) if self.keep is not None else seen.new_ones(len(seen), start)
+                self.keep = torch.cat([before, seen], 1)
+        self._find_starts()
+
     def attend(
         self,
         query: Tensor,
@@ -129,15 +152,20 @@ class LowRankKV:
             softcap: bounds the scores by ``softcap tanh(score / softcap)``.
             sinks: ``[query heads]``, one logit per head that takes part in the softmax and has no value.
         """
+        if self.starts is not None and self.first is not None and (mask is None or mask.shape[-1] == len(self)):
+            if mask is None:
+                mask = causal_mask(query.shape[2], len(self), query.device)
+                mask = mask if causal else torch.ones_like(mask)
+            mask = self.starts.arranged(mask)
         return attend(query, self.segments(), mask=mask, scale=scale, causal=causal, softcap=softcap, sinks=sinks)
 
     def segments(self) -> list[Segment]:
-        """All tokens, in order: first, old and recent ones."""
+        """All tokens: first, old and recent ones, as they are stored."""
         if self.recent is None:
             raise LowRankError("LowRankKV: the cache is empty; append keys and values first.")
         found: list[Segment] = [] if self.first is None else [ExactSegment(*self.first)]
         if self.old is not None:
-            found.append(CompressedSegment(*self.old, self.rotation, self._first_tokens()))
+            found.append(CompressedSegment(*self.old, self.rotation, self._first_tokens(), self.starts))
         keys, values = self.recent
         return [*found, ExactSegment(keys.read(), values.read())] if keys.tokens or not found else found
 
@@ -153,7 +181,8 @@ class LowRankKV:
         """
         segments, like = self.segments(), self.like(index)
         with without_autocast(like.device):
-            return torch.cat([(x.dense_values if index else x.dense_keys)(like.dtype) for x in segments], 2)
+            whole = torch.cat([(x.dense_values if index else x.dense_keys)(like.dtype) for x in segments], 2)
+            return whole if self.starts is None or self.first is None else self.starts.placed(whole)
 
     @torch.no_grad()
     def compress(self) -> None:
@@ -165,8 +194,10 @@ class LowRankKV:
             if self.old is None:
                 self._fit()
             elif count >= self.settings.at_a_time:
-                for side, x, limit in zip(self.old, self.leaving(0, count), self._limits(), strict=True):
-                    side.extend(x, limit)
+                limits = self._limits()
+                keep = None if limits == [None, None] else self.counting(-self.compressed, count)
+                for side, x, limit in zip(self.old, self.leaving(0, count), limits, strict=True):
+                    side.extend(x, limit, keep)
                 self._drop(count)
 
     def crop(self, tokens: int) -> None:
@@ -179,8 +210,14 @@ class LowRankKV:
         if tokens == 0:
             self.reset()
             return
-        first, before = self._first_tokens(), self._before_recent()
         assert self.recent is not None
+        keep, masked = self.keep, min(self._masked, tokens)
+        if self.starts is not None and self.first is not None and tokens < self.starts.most:
+            # a row loses first tokens: all are as they came again
+            whole = [side[:, :, :tokens].clone() for side in self.dense()]
+            self.reset()
+            self.append(whole[0], whole[1])
+        first, before = self._first_tokens(), self._before_recent()
         for recent in self.recent:
             recent.truncate(max(0, tokens - before))
         if self.old is not None and tokens < before:
@@ -192,6 +229,8 @@ class LowRankKV:
         if self.first is not None and tokens < first:
             keys, values = (t[:, :, :tokens].contiguous() for t in self.first)
             self.first = keys, values
+        self.keep, self._masked = None if keep is None else keep[:, :tokens], masked
+        self._find_starts()
 
     def select(self, index: Tensor) -> None:
         """Takes rows of the batch (beam search, finished rows).
@@ -227,6 +266,8 @@ class LowRankKV:
                     yield f"{side}.{name}", tensor
             if self.recent is not None:
                 yield f"{side}.tail", self.recent[index].buffer
+        if self.keep is not None:
+            yield "keep", self.keep
 
     def like(self, side: int = 0) -> Tensor:
         """A tensor with the batch, heads, size, dtype and device of keys or values.
@@ -243,7 +284,10 @@ class LowRankKV:
             return None
         stop = self.recent[0].tokens - self.settings.recent
         skip = self.settings.keep_first if self.first is None else 0
-        return (skip, stop) if stop - skip >= self.settings.at_a_time else None
+        if self.starts is not None and self.starts.most > len(self):
+            return None  # a row has padding only
+        least = 0 if self.starts is None else self.starts.least
+        return (skip, stop) if stop - skip - least >= self.settings.at_a_time else None
 
     def leaving(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Keys without their rotation, and values, of a range of recent tokens, in fp32.
@@ -255,9 +299,24 @@ class LowRankKV:
         assert self.recent is not None
         keys, values = (recent.read()[:, :, start:stop].float() for recent in self.recent)
         if self.rotation is not None:
-            index = self._before_recent() + start
-            keys = self.rotation.turn(keys, -torch.arange(index, index + stop - start, device=keys.device))
+            index = self._before_recent() + start + torch.arange(stop - start, device=keys.device)
+            positions = index if self.starts is None else self.starts.positions(index)
+            keys = self.rotation.turn(keys, -positions)
         return keys, values
+
+    def counting(self, start: int, stop: int) -> Tensor | None:
+        """Which tokens of a range count in a fit, being neither padding nor among a row's first; ``None`` if all do.
+
+        Args:
+            start: index of the first token among the recent ones; negative for compressed ones.
+            stop: index after the last one.
+        """
+        if self.keep is None:
+            return None
+        start, stop = (self._before_recent() + index for index in (start, stop))
+        index = torch.arange(start, stop, device=self.keep.device)
+        held = self._keep(start, stop)
+        return held if self.starts is None else held & self.starts.holds(index)
 
     def _fit(self) -> None:
         """The first fit."""
@@ -265,11 +324,15 @@ class LowRankKV:
         if span is None or self.waits_for_budget:
             return
         assert self.recent is not None
-        sides = self.leaving(*span)
-        keys, values = (fit(x) for fit, x in zip(self._first_fits(sides), sides, strict=True))
+        sides, keep, least = self.leaving(*span), self.counting(*span), self.settings.at_a_time
+        fits = self._first_fits(sides, keep)
+        keys, values = (fit(x, keep, least) for fit, x in zip(fits, sides, strict=True))
         skip, count = span
         if skip:
-            first_keys, first_values = (recent.read()[:, :, :skip].clone() for recent in self.recent)
+            first_keys, first_values = (
+                recent.read()[:, :, :skip].clone() if self.starts is None else self.starts.taken(recent.read())
+                for recent in self.recent
+            )
             self.first = first_keys, first_values
         self.old = keys, values
         self._drop(count)
@@ -280,11 +343,11 @@ class LowRankKV:
             return None
         return TileFrame(self.rotation, self.like().shape[3])
 
-    def _first_fits(self, sides: tuple[Tensor, Tensor]) -> tuple[Compress, Compress]:
+    def _first_fits(self, sides: tuple[Tensor, Tensor], keep: Tensor | None) -> tuple[Compress, Compress]:
         """How keys and values are compressed."""
         frame = self.frame()
         if not self.settings.by_rank:
-            plan = self.budgeted or self.plan or plan_bits([self.transforms(sides)], self.settings.mean_bits)[0]
+            plan = self.budgeted or self.plan or plan_bits([self.transforms(sides, keep)], self.settings.mean_bits)[0]
             return plan.fits(frame, self.settings.refresh)
         found = []
         for side in (0, 1):
@@ -295,17 +358,19 @@ class LowRankKV:
             found.append(Fit(rank, self.settings.joint, *dtypes, subspace, None if side else frame))
         return found[0], found[1]
 
-    def transforms(self, sides: tuple[Tensor, Tensor]) -> tuple[Transform, Transform]:
+    def transforms(self, sides: tuple[Tensor, Tensor], keep: Tensor | None) -> tuple[Transform, Transform]:
         """The directions of keys and values, fitted to tokens that leave the recent ones.
 
         Args:
             sides: keys without their rotation, and values, in fp32.
+            keep: which of them count, ``[batch, tokens]``; ``None`` counts all.
         """
+        data = keep, self.settings.at_a_time
         heads = sides[0].shape[1] if self.settings.joint else 1
         keys, values = sides
         return (
-            fitted_transform(keys, heads, self.frame(), values=False),
-            fitted_transform(values, heads, None, values=True),
+            fitted_transform(keys, heads, self.frame(), *data, values=False),
+            fitted_transform(values, heads, None, *data, values=True),
         )
 
     def _drop(self, count: int) -> None:
@@ -325,6 +390,17 @@ class LowRankKV:
     def _first_tokens(self) -> int:
         return 0 if self.first is None else self.first[0].shape[2]
 
+    def _keep(self, start: int, stop: int) -> Tensor:
+        """Which tokens of a range are no padding; a mask need not have been seen of the last ones."""
+        assert self.keep is not None
+        part = self.keep[:, start:stop]
+        return F.pad(part, (0, stop - start - part.shape[1]), value=True)
+
+    def _find_starts(self) -> None:
+        """Where rows begin, until first tokens are kept."""
+        if self.first is None and self.old is None:
+            self.starts = None if self.keep is None else RowStarts.of_mask(self.keep, self.settings.keep_first)
+
     def _before_recent(self) -> int:
         return self._first_tokens() + self.compressed
 
@@ -334,6 +410,8 @@ class LowRankKV:
             self.first = keys, values
         for store in (*(self.old or ()), *(self.recent or ())):
             store.over_batch(change)
+        self.keep = None if self.keep is None else change(self.keep)
+        self.starts = None if self.starts is None else self.starts.over_batch(change)
 
     def _check(self, keys: Tensor, values: Tensor) -> None:
         check_form(keys, values)

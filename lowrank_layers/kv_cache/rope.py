@@ -20,9 +20,8 @@ TILE_FRAME = 32
 class Rotation:
     r"""Rotary position embedding: pair ``j`` of a key's entries is rotated by :math:`i \theta_j`.
 
-    Here :math:`i` is the index of the token in the cache. Since only differences of positions count, it serves for a
-    row with padding on the left too: its keys keep one constant rotation. Keys lie in few directions before they are
-    rotated, and in many after.
+    Here :math:`i` is the index of the token in the cache, counted from the first token of its row that is no padding.
+    Keys lie in few directions before they are rotated, and in many after.
 
     Args:
         frequencies: the angle per position of each pair, :math:`\theta`, ``[pairs]``.
@@ -65,7 +64,7 @@ class Rotation:
 
         Args:
             x: queries or keys, ``[..., tokens, size]``.
-            positions: ``[tokens]``; negative ones rotate back.
+            positions: ``[tokens]``, or more dimensions that broadcast with ``x``; negative ones rotate back.
         """
         cos, sin = self._cos_sin(positions)
         return self._apply(x, cos.to(x.dtype), sin.to(x.dtype))
@@ -169,8 +168,8 @@ class Rotation:
         return self._cos_sin(torch.arange(TILE, device=self.frequencies.device))
 
     def _cos_sin(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines, ``[tokens, pairs]``."""
-        angles = positions[:, None].float() * self.frequencies.to(positions.device)
+        """Cosines and sines, ``[..., tokens, pairs]``."""
+        angles = positions[..., None].float() * self.frequencies.to(positions.device)
         return angles.cos(), angles.sin()
 
     def _parts(self, x: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:

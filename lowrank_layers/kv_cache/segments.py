@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .compressed_tokens import CompressedTokens
+from .padding import RowStarts
 from .rope import TILE, Rotation
 
 MOST_TURNED = 32
@@ -115,12 +116,14 @@ class CompressedSegment:
         values: compressed values.
         rotation: the rotation that is put on the keys again; ``None`` where they have none.
         offset: index of the first token.
+        starts: where rows begin that are padded on the left; ``None`` where there is none.
     """
 
     keys: CompressedKeys
     values: CompressedValues
     rotation: Rotation | None
     offset: int
+    starts: RowStarts | None = None
 
     @property
     def heads(self) -> int:
@@ -138,6 +141,9 @@ class CompressedSegment:
             return self.keys.scores(rows)
         if torch.compiler.is_compiling():
             return rows @ self.dense_keys(rows.dtype).mT
+        if self.starts is not None:
+            # keys of a row that begins at s are at positions i - s, and q^T R(i - s) k = (R(s) q)^T R(i) k
+            rows = self.rotation.turn(rows, self.starts.index[:, None, None])
         if rows.shape[2] <= MOST_TURNED and isinstance(self.keys, CompressedTokens) and self.keys.frame is not None:
             return self.keys.tile_scores(rows, self.rotation.tile_waves(self.offset, self.tokens))
         found = []
@@ -158,7 +164,8 @@ class CompressedSegment:
         keys = self.keys.rebuilt(0, self.tokens, dtype)
         if self.rotation is None:
             return keys
-        return self.rotation.turn(keys, torch.arange(self.offset, self.offset + self.tokens, device=keys.device))
+        index = torch.arange(self.offset, self.offset + self.tokens, device=keys.device)
+        return self.rotation.turn(keys, index if self.starts is None else self.starts.positions(index))
 
     def dense_values(self, dtype: torch.dtype) -> Tensor:
         """As :meth:`Segment.dense_values`."""

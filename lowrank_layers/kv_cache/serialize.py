@@ -19,6 +19,7 @@ from .bit_coefficients import BitCoefficients
 from .coefficients import Coefficients, coefficients_for
 from .compressed_tokens import CompressedTokens, HeadGroups
 from .low_rank_kv import SIDES, LowRankKV
+from .padding import RowStarts
 from .recent_tokens import RecentTokens
 from .rope import Rotation
 from .settings import KVSettings
@@ -90,6 +91,11 @@ def layer_from_tensors(
             recent.append(x)
         if "keys.first" in left:
             kv.first = left.pop("keys.first"), left.pop("values.first")
+        if "keep" in left:
+            kv.keep = left.pop("keep")
+            if kv.keep.dtype != torch.bool or kv.keep.ndim != 2 or len(kv.keep) != len(keys):
+                raise CheckpointError("what says which tokens are padding does not fit the batch")
+            kv.starts = RowStarts.of_mask(kv.keep, settings.keep_first)
     if "old" in body:
         old = [_side_from_json(part, side, left, rotation) for part, side in zip(body["old"], SIDES, strict=True)]
         kv.old = old[0], old[1]
@@ -99,6 +105,7 @@ def layer_from_tensors(
         raise CheckpointError(f"got {len(kv)} of {body['tokens']} tokens, and beside them {sorted(left)}")
     if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values()):
         raise CheckpointError("NaN or Inf among the entries")
+    kv.hide(None)
     return kv
 
 

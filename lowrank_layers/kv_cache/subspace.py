@@ -135,15 +135,18 @@ class Subspace:
         factor = 2.0 ** math.ceil(math.log2(peak / largest))
         return replace(self, basis=self.basis * factor), coefficients / factor
 
-    def discarded(self, rows: Tensor, start: int = 0) -> float:
+    def discarded(self, rows: Tensor, start: int = 0, keep: Tensor | None = None) -> float:
         """The part of the rows' energy about the mean that the subspace does not hold.
 
         Args:
             rows: ``[batch, groups, tokens, width]``.
             start: index of the first token.
+            keep: which tokens count, ``[batch, tokens]``; ``None`` counts all.
         """
         centred = rows.float() - self.mean.float()[:, :, None]
         left = rows.float() - self.rows(self.coefficients(rows, start), start)
+        if keep is not None:
+            centred, left = (x * keep[:, None, :, None] for x in (centred, left))
         return float(left.square().sum() / centred.square().sum().clamp_min(1e-30))
 
 
@@ -152,19 +155,27 @@ class Scatter:
     """What subspaces are fitted to: count, mean and centred second moment of rows.
 
     Args:
-        count: number of rows.
+        count: number of rows, or ``[batch, 1, 1]`` where it differs over the batch.
         mean: ``[batch, groups, width]``.
         second: ``[batch, groups, width, width]``, not divided by the count.
         frame: the frame in which the second moment is; ``None`` is the rows' own.
     """
 
-    count: int
+    count: int | Tensor
     mean: Tensor
     second: Tensor
     frame: TileFrame | None = None
 
     @classmethod
-    def of(cls, rows: Tensor, frame: TileFrame | None = None, *, start: int = 0, centre: bool = True) -> Scatter:
+    def of(
+        cls,
+        rows: Tensor,
+        frame: TileFrame | None = None,
+        *,
+        start: int = 0,
+        centre: bool = True,
+        keep: Tensor | None = None,
+    ) -> Scatter:
         """The scatter of rows.
 
         Args:
@@ -172,39 +183,75 @@ class Scatter:
             frame: the frame in which the second moment is taken; ``None`` is the rows' own.
             start: index of the first token, counted from the start of a tile.
             centre: whether the mean is taken off; otherwise it counts as zero.
+            keep: which tokens count, ``[batch, tokens]``; ``None`` counts all.
         """
         wide = rows.float()
-        mean = wide.mean(2) if centre else torch.zeros_like(wide[:, :, 0])
-        centred = wide - mean[:, :, None] if centre else wide
+        count: int | Tensor = rows.shape[2]
+        if keep is None:
+            mean = wide.mean(2) if centre else torch.zeros_like(wide[:, :, 0])
+            centred = wide - mean[:, :, None] if centre else wide
+        else:
+            weights = keep[:, None, :, None].float()
+            count = weights.sum(2)
+            mean = (wide * weights).sum(2) / count.clamp_min(1) if centre else torch.zeros_like(wide[:, :, 0])
+            centred = (wide - mean[:, :, None]) * weights
         if frame is not None:
             centred = frame.into(centred, start)
-        return cls(rows.shape[2], mean, centred.mT @ centred, frame)
+        return cls(count, mean, centred.mT @ centred, frame)
 
     @classmethod
-    def of_coefficients(cls, subspace: Subspace, coefficients: Tensor) -> Scatter:
+    def of_coefficients(cls, subspace: Subspace, coefficients: Tensor, keep: Tensor | None = None) -> Scatter:
         """The scatter of rows that are known by their coefficients, without forming them.
 
         Args:
             subspace: the subspace in which the rows lie.
             coefficients: ``[batch, groups, rank, tokens]``.
+            keep: which tokens count, ``[batch, tokens]``; ``None`` counts all.
         """
         basis = subspace.columns(torch.float32)
         if subspace.frame is not None:  # the mean of keys in their tiles' frames is no mean of keys: it stays
-            second = basis @ (coefficients @ coefficients.mT) @ basis.mT
-            return cls(coefficients.shape[3], subspace.mean.float(), second, subspace.frame)
-        middle = coefficients.mean(3)
-        centred = coefficients - middle[..., None]
-        mean = subspace.mean.float() + (basis @ middle[..., None])[..., 0]
-        return cls(coefficients.shape[3], mean, basis @ (centred @ centred.mT) @ basis.mT)
+            inner = cls.of(coefficients.mT, centre=False, keep=keep)
+            return cls(inner.count, subspace.mean.float(), basis @ inner.second @ basis.mT, subspace.frame)
+        inner = cls.of(coefficients.mT, keep=keep)
+        mean = subspace.mean.float() + (basis @ inner.mean[..., None])[..., 0]
+        return cls(inner.count, mean, basis @ inner.second @ basis.mT)
 
     def __add__(self, other: Scatter) -> Scatter:
-        count = self.count + other.count
-        apart = other.mean - self.mean
-        between = apart[..., :, None] * apart[..., None, :] * (self.count * other.count / count)
+        count, apart = self.count + other.count, other.mean - self.mean
+        # a row of the batch may have none
+        part = other.count / (count.clamp_min(1) if isinstance(count, Tensor) else count)
+        between = apart[..., :, None] * (apart * self.count * part)[..., None, :]
         if self.frame is not None:
             between = self.frame.average(between)
-        mean = self.mean + apart * (other.count / count)
-        return Scatter(count, mean, self.second + other.second + between, self.frame)
+        return Scatter(count, self.mean + apart * part, self.second + other.second + between, self.frame)
+
+    def pooled(self, least: int) -> Scatter:
+        """The same, but rows of the batch with too few tokens of their own get those of the whole batch.
+
+        Args:
+            least: number of tokens that are enough.
+        """
+        if isinstance(self.count, int):
+            return self
+        total = self.count.sum(0, keepdim=True)
+        mean = (self.count * self.mean).sum(0, keepdim=True) / total.clamp_min(1)
+        apart = self.mean - mean
+        between = (self.count * apart)[..., :, None] * apart[..., None, :]
+        if self.frame is not None:
+            between = self.frame.average(between)
+        whole, few = (self.second + between).sum(0, keepdim=True), self.count < least
+        return Scatter(
+            torch.where(few, total, self.count),
+            torch.where(few, mean, self.mean),
+            torch.where(few[..., None], whole, self.second),
+            self.frame,
+        )
+
+    def covariance(self) -> Tensor:
+        """The second moment, divided by the count."""
+        if isinstance(self.count, int):
+            return self.second / self.count
+        return self.second / self.count.clamp_min(1)[..., None]
 
     def spectrum(self) -> tuple[Tensor, Tensor]:
         """Eigenvalues, largest first, and their vectors as columns."""
@@ -237,6 +284,8 @@ def chosen_ranks(rank: Rank, scatter: Scatter, heads: int, who: str) -> list[int
         return [rank * heads] * scatter.mean.shape[1]
     width = scatter.mean.shape[-1]
     values = scatter.spectrum()[0].mean(0).sqrt()
-    sizes = range(scatter.count + width, (scatter.count + width) * width + 1, scatter.count + width)
-    shape = (scatter.count, width)
-    return [choose_rank(rank, Spectrum(each, shape, sizes, scatter.count * width, who), width) for each in values.cpu()]
+    count = scatter.count if isinstance(scatter.count, int) else int(scatter.count.max())
+    sizes = range(count + width, (count + width) * width + 1, count + width)
+    return [
+        choose_rank(rank, Spectrum(each, (count, width), sizes, count * width, who), width) for each in values.cpu()
+    ]

@@ -59,6 +59,7 @@ def lowrank_attention(
     tokens = key.shape[2] if kv is None else len(kv)
     if attention_mask is not None and kv is not None:
         attention_mask = attention_mask[..., :tokens]
+    given = attention_mask
     if (picked := kwargs.pop("indices", None)) is not None:
         attention_mask = selected(attention_mask, picked, tokens, causal=causal)
     if (bias := kwargs.pop("position_bias", None)) is not None:
@@ -87,6 +88,8 @@ def lowrank_attention(
     )
     # only now, what came in this step having been attended to as it is; layers that share it come later in the step
     if not (getattr(module, "store_full_length_kv", False) or getattr(module, "is_kv_shared_layer", False)):
+        if not torch.compiler.is_compiling():
+            kv.hide(given)
         kv.compress()
     return out.transpose(1, 2).contiguous(), None
 

@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from types import FrameType
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from ..subspace import Subspace
 from . import cache_file, errors
 from .attention import NAME
 from .cache_file import CacheContents
-from .calling_model import calling_module, depth_of, is_cross_attention, text_config
+from .calling_model import calling_module, depth_of, is_cross_attention, mask_of, text_config
 from .continuous_batching import refuse_continuous_batching
 from .layer import LowRankLayer
 from .layer_factory import LayerFactory
@@ -149,7 +150,7 @@ class LowRankCache(DynamicCache):
         if torch.compiler.is_compiling():
             if not self._is_made(layer_idx):
                 raise errors.compiled()
-            return self._update(self.layers[layer_idx], key_states, value_states, *args, **kwargs)
+            return self._update(self.layers[layer_idx], None, key_states, value_states, *args, **kwargs)
         begins, frame = layer_idx <= self._latest, sys._getframe(1)
         module = calling_module(frame) if begins or not self._is_made(layer_idx) else None
         cross = is_cross_attention(self, module, frame)
@@ -168,7 +169,7 @@ class LowRankCache(DynamicCache):
                     if cross
                     else self._factory.of_decoder(layer_idx, key_states, module, self._config)
                 )
-            return self._update(layer, key_states, value_states, *args, **kwargs)
+            return self._update(layer, frame, key_states, value_states, *args, **kwargs)
         except LowRankError:
             self._undo()
             raise
@@ -266,7 +267,9 @@ class LowRankCache(DynamicCache):
         # the next call says whose cache it is
         return self.__dict__ | {"_config": None, "_latest": _NONE_YET}
 
-    def _update(self, layer: Any, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def _update(
+        self, layer: Any, frame: FrameType | None, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         if not isinstance(layer, LowRankLayer):
             held, more, limit = layer.get_seq_length(), keys.shape[-2], self.settings.max_length
             if limit is not None and held + more > limit:
@@ -278,7 +281,7 @@ class LowRankCache(DynamicCache):
             return layer.update_lazily(keys, values)
         if layer.compressed and not torch.compiler.is_compiling():
             self._warn_of_rebuilding()
-        return layer.update(keys, values)
+        return layer.update(keys, values, mask=None if frame is None else mask_of(frame))
 
     def _warn_of_rebuilding(self) -> None:
         """Once per cache."""

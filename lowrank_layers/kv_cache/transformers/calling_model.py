@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import FrameType
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import EncoderDecoderCache
 
 ENCODED = ("key_value_states", "encoder_hidden_states")
@@ -45,6 +45,16 @@ def is_cross_attention(cache: Any, module: nn.Module | None, frame: FrameType | 
     if pair is not None:  # one attention may do both (T5Gemma 2)
         return pair.cross_attention_cache is cache
     return any(seen.get(name) is not None for name in ENCODED)
+
+
+def mask_of(frame: FrameType) -> Tensor | None:
+    """The mask that an attention was called with, which a cache's ``update`` does not get.
+
+    Args:
+        frame: the frame in which the attention calls the cache.
+    """
+    found = frame.f_locals.get("attention_mask")
+    return found if isinstance(found, Tensor) and found.ndim in (2, 4) else None
 
 
 def text_config(config: Any) -> Any:

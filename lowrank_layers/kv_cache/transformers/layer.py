@@ -61,7 +61,9 @@ class LowRankLayer(LayerInterface):
         """Makes nothing: only :class:`LowRankCache` knows the settings."""
         self.is_initialized = True
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, mask: Tensor | None = None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         """Adds tokens and returns all of them, old ones rebuilt, for an attention that needs whole tensors."""
         assert self.kv is not None, "a LowRankCache makes it"
         self.lazy = False
@@ -69,13 +71,13 @@ class LowRankLayer(LayerInterface):
         if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
             past = self.kv.dense() if len(self.kv) else None
             self.kv.append(keys, values)
-            self.kv.compress()
+            self._compress(mask)
             if past is None:
                 return key_states, value_states
             return torch.cat([past[0], key_states], 2), torch.cat([past[1], value_states], 2)
         self.kv.append(keys, values)
         found = self.kv.dense()
-        self.kv.compress()  # only now: what came in this step is attended to as it is
+        self._compress(mask)  # only now: what came in this step is attended to as it is
         return found
 
     def update_lazily(self, key_states: Tensor, value_states: Tensor) -> tuple[Any, Any]:
@@ -119,6 +121,12 @@ class LowRankLayer(LayerInterface):
         """Repeats every row of the batch."""
         if self.kv is not None:
             self.kv.repeat(repeats)
+
+    def _compress(self, mask: Tensor | None) -> None:
+        assert self.kv is not None
+        if not torch.compiler.is_compiling():
+            self.kv.hide(mask)
+        self.kv.compress()
 
     def _side(self, index: int) -> Tensor | None:
         if not len(self):

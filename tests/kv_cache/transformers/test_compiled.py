@@ -36,6 +36,32 @@ def test_decoding_compiles_into_three_graphs():
     assert len(graphs) <= 3
 
 
+def test_decoding_behind_padding_compiles_into_three_graphs():
+    net, cache, plain, graphs = tiny("llama", "lowrank", num_hidden_layers=1), exact(), DynamicCache(), []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    mask = torch.ones(2, 104, dtype=torch.long)
+    mask[1, :13] = 0
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        for one in (cache, plain):
+            net(IDS, attention_mask=mask[:, :40], position_ids=positions[:, :40], past_key_values=one)
+        decode = torch.compile(net.forward, fullgraph=True, backend=backend)
+        for at in range(40, 104):
+            token, inputs = IDS[:, at % 40 : at % 40 + 1], {"attention_mask": mask[:, : at + 1].contiguous()}
+            inputs["position_ids"] = positions[:, at : at + 1]
+            ours = decode(token, past_key_values=cache, **inputs).logits
+            theirs = net(token, past_key_values=plain, **inputs).logits
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+    torch._dynamo.reset()
+    assert cache.layers[0].compressed > 80
+    assert len(graphs) <= 3
+
+
 @pytest.mark.parametrize("kind", ["t5", "whisper"])
 def test_decoding_of_encoder_decoders_compiles_into_three_graphs(kind):
     """The first step, a step at any length, and one that compresses."""
