@@ -34,18 +34,19 @@ class Ours:
 
     def rows(self, tokens: int) -> list[Row]:
         """The rows for about so many tokens, at which int4's bytes are met."""
-        sizes = {"int4's bytes": Kivi.ratio(4, tokens), **{f"1/{ratio:g} of the bytes": ratio for ratio in self.ratios}}
-        bits, last = f"{lr.KVSettings().mean_bits:g} bits", list(self.transforms)[-1]
-        found = []
-        for label in self.transforms:
-            found.append(self.row(f"ours, {label}, {bits}", None, label, brief=False))
-            for size, ratio in sizes.items():
-                found.append(self.row(f"ours, {label}, {size}", ratio, label, brief=label == last and ratio >= 5))
+        at_int4 = {"int4's bytes": Kivi.ratio(4, tokens)}
+        sizes = {f"1/{ratio:g} of the bytes": ratio for ratio in self.ratios}
+        calibrated, found = list(self.transforms), []
+        for label in calibrated:
+            last = label == calibrated[-1]
+            for size, ratio in (sizes | at_int4 if last else sizes).items():
+                found.append(self.row(f"ours, {label}, {size}", ratio, label, brief=last and ratio >= 5))
+        bits = f"{lr.KVSettings().mean_bits:g} bits"
         found.append(self.row(f"ours, fitted to the prompt, {bits}", None, None, brief=True))
-        for size, ratio in sizes.items():
+        for size, ratio in (sizes | at_int4).items():
             # bases of a sequence's own leave nothing for its tokens at the smallest size
             if ratio < 10:
-                found.append(self.row(f"ours, fitted to the prompt, {size}", ratio, None, brief=ratio == 5))
+                found.append(self.row(f"ours, fitted to the prompt, {size}", ratio, None, brief=False))
         return found
 
     def row(self, label: str, ratio: float | None, calibrated: str | None, *, brief: bool) -> Row:

@@ -30,13 +30,15 @@ def eviction_rows(prompt: int, more: int) -> list[Row]:
     """Evictions that hold 1/5 and 1/7.5 of the tokens, the mean over ``more`` steps after the prompt."""
     rows = []
     for ratio in RATIOS:
+        first = ratio == RATIOS[0]
         kept = round((prompt + more / 2) / ratio)
         picked = max(kept - more // 2, 33)  # it keeps what comes after the prompt
         rows += [
-            Row(f"StreamingLLM, 1/{ratio:g} of the tokens", each(lambda _, __, kept=kept: Evicting(kept - 4))),
+            Row(f"StreamingLLM, 1/{ratio:g} of the tokens", each(lambda _, __, kept=kept: Evicting(kept - 4)), first),
             Row(
                 f"SnapKV, 1/{ratio:g} of the tokens",
                 each(lambda _, prompt, picked=picked: SnapKV(prompt.queries, picked)),
+                first,
             ),
         ]
     return rows
@@ -53,10 +55,9 @@ class Palus:
     def rows(self) -> list[Row]:
         width = len(self.bases[0][0])
         found = []
-        for ratio in RATIOS:
-            for bits in (None, 4):
-                rank = max(r for r in range(1, width + 1) if Palu.token_bits(r, bits) <= 16 * width / ratio)
-                found.append(self.row(rank, bits, brief=bits is not None))
+        for bits, ratio in ((None, RATIOS[0]), *((4, ratio) for ratio in RATIOS)):
+            rank = max(r for r in range(1, width + 1) if Palu.token_bits(r, bits) <= 16 * width / ratio)
+            found.append(self.row(rank, bits, brief=bits is not None and ratio == RATIOS[0]))
         return found
 
     def row(self, rank: int, bits: int | None, *, brief: bool) -> Row:
@@ -69,16 +70,8 @@ class Palus:
         )
 
 
-def rank_rows(subject: Subject) -> list[Row]:
+def rank_row(subject: Subject) -> Row:
     """Ours by rank alone, in int8, fitted to the prompt."""
-    rows = []
-    for rank in (24, 16):
-        settings = lr.KVSettings(rank=rank, dtype=torch.int8, keep_recent=32, rope="before")
-        rows.append(
-            Row(
-                f"ours by rank: {rank} per head, int8, fitted to the prompt",
-                each(lambda _, __, settings=settings: LowRank(settings, subject.rotation)),
-                brief=False,
-            )
-        )
-    return rows
+    settings = lr.KVSettings(rank=16, dtype=torch.int8, keep_recent=32)
+    fill = each(lambda _, __: LowRank(settings, subject.rotation))
+    return Row("ours by rank: 16 per head, int8, fitted to the prompt", fill, brief=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import math
 import statistics
 import time
@@ -61,8 +62,8 @@ def scored(subject: Subject, rows: list[Row], windows: list[Tensor], prompt: int
         target = window[prompt + 1 :, None]
         exact: Tensor | None = None
         for row, scores in zip(rows, found, strict=True):
-            single, _ = continued(subject, row.fill(prompts), window, prompt, len(window))
             stores = row.fill(prompts)
+            single, _ = continued(subject, copy.deepcopy(stores), window, prompt, len(window))
             own, nbytes = continued(subject, stores, window, prompt, chunk)
             exact = single if exact is None else exact
             scores.nats.append(-float(own.gather(-1, target).mean()))
@@ -108,17 +109,18 @@ def quality(subject: Subject, rows: Rows, args: argparse.Namespace) -> list[str]
         " once: where the scored tokens are read in one step, so that only the prompt is compressed.",
     ]
     for prompt in subject.prompts:
-        all_rows = rows.of(prompt, args.scored)
         for index, (name, text) in enumerate(list(subject.scored.items())[: args.texts]):
-            # long prompts, and texts after the first, get a quarter
-            count = max(1, args.windows // (4 if prompt > 4096 or index else 1))
+            # long prompts, and texts after the first, take a part of the windows and of the rows
+            whole = index == 0 and prompt <= 4096
+            chosen = (rows.of if whole else rows.brief)(prompt, args.scored)
+            count = max(1, args.windows // (8 if prompt > 4096 else 4)) if not whole else args.windows
             length = prompt + args.scored + 1
             print(f"{subject.name}: {name}, {prompt} tokens of prompt", flush=True)
-            found = scored(subject, all_rows, spread(text, count, length), prompt, args.chunk)
+            found = scored(subject, chosen, spread(text, count, length), prompt, args.chunk)
             perplexity = math.exp(statistics.mean(found[0].nats))
             parts += [
                 f"### {name}, {prompt} tokens of prompt",
                 f"{count} windows. Perplexity of the exact cache: {perplexity:.3f}.",
-                table(all_rows, found),
+                table(chosen, found),
             ]
     return parts

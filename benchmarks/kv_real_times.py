@@ -22,7 +22,10 @@ from .kv_subjects import Subject
 LENGTHS = (2048, 8192)
 ROOM = 64
 """Tokens that are left below the length for the steps."""
-HEAD = ["tokens", "cache", "step, ms", "speed-up", "attention, ms", "speed-up", "prompt, s", "of DynamicCache's"]
+HEAD = [
+    "tokens", "cache", "step, ms", "speed-up", "of all steps", "attention, ms", "speed-up", "of all steps",
+    "prompt, s", "of DynamicCache's",
+]  # fmt: skip
 
 
 class Stopwatch:
@@ -114,14 +117,16 @@ def times(subject: Subject, rows: Rows, args: argparse.Namespace) -> list[str]:
             for which in (1, 2):
                 ratios = [theirs / ours for theirs, ours in zip(base[which], own[which], strict=True)]
                 cells += [f"{1e3 * statistics.median(own[which]):.1f}", f"{statistics.median(ratios):.2f}"]
+                cells.append(f"{sum(base[which]) / sum(own[which]):.2f}")
             share = statistics.median(ours / theirs for theirs, ours in zip(base[0], own[0], strict=True))
             cells += [f"{statistics.median(own[0]):.2f}", f"{share:.2f}"]
             table.append(cells)
         print(f"{subject.name}: times at {length} tokens", flush=True)
     return [
         f"## {subject.name}: times",
-        f"`model(...)` in fp32, batch 1: medians of {steps} steps of one token, taken in turn. Attention: what a step"
-        " spends between RoPE and the output's projection, in all layers: the cache and the attention. Prompt: reading"
-        f" it and the step after it, with all fits, the median of {args.rounds}.",
+        f"`model(...)` in fp32, batch 1: medians of {steps} steps of one token, taken in turn; the speed-up of all"
+        " steps counts those too in which tokens are compressed. Attention: what a step spends between RoPE and the"
+        " output's projection, in all layers: the cache and the attention. Prompt: reading it and the step after it,"
+        f" with all fits, the median of {args.rounds}.",
         markdown_table(HEAD, table),
     ]

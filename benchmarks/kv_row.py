@@ -20,7 +20,7 @@ class Row:
     Args:
         label: its name in a table.
         fill: makes the caches of a sequence.
-        brief: whether the tasks are run with it too, which take longer.
+        brief: whether it takes part in the tasks and in texts after the first, too.
     """
 
     label: str

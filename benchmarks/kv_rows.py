@@ -6,7 +6,7 @@ import argparse
 from functools import cached_property
 
 from .kv_ours import Ours
-from .kv_peer_rows import Palus, eviction_rows, quantized_rows, rank_rows
+from .kv_peer_rows import Palus, eviction_rows, quantized_rows, rank_row
 from .kv_row import EXACT, Row
 from .kv_subjects import Subject
 
@@ -34,10 +34,10 @@ class Rows:
             *quantized_rows(),
             *eviction_rows(prompt, more),
             *self.palu.rows(),
-            *rank_rows(self.subject),
+            rank_row(self.subject),
             *self.ours.rows(prompt + more // 2),
         ]
 
     def brief(self, prompt: int, more: int) -> list[Row]:
-        """The rows with which tasks are run."""
+        """The rows with which tasks are run, and texts after the first."""
         return [row for row in self.of(prompt, more) if row.brief]
