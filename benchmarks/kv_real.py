@@ -7,6 +7,7 @@ benchmarks/smollm2.py); ``--smoke`` builds small random models.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -39,7 +40,7 @@ def run(args: argparse.Namespace) -> str:
     return "\n\n".join(found)
 
 
-def names(known: tuple[str, ...]) -> object:
+def names(known: tuple[str, ...]) -> Callable[[str], list[str]]:
     """Reads names with commas between them."""
 
     def read(text: str) -> list[str]:
