@@ -35,7 +35,7 @@ Pair = tuple[Transform, Transform]
 class KVTransforms(Sequence[Pair]):
     """The transforms of keys and of values, one pair per layer, as :func:`kv_subspaces` makes them with ``bits``.
 
-    Variances are in nats per token: half a variance is what it costs, to second order, to leave out its direction. So
+    Variances are in nats per token: to second order, it costs at most half a variance to leave out its direction. So
     they can be compared between layers, and between keys and values.
 
     Args:

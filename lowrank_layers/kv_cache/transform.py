@@ -11,8 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-DAMPING = 1e-3
-"""Part of the mean of a metric's diagonal that is added to it."""
+DAMPING = 0.1
+"""Part of the mean of a metric's diagonal that is added to it: few tokens tell little of its small directions.
+
+SmolLM2 at 2 bits, KL on WikiText / code: with 4,096 tokens of calibration .0174 / .0365 at .001, .0145 / .0333 at .1
+and .0149 / .0340 at 1; with 24,576 tokens of a mixture .0162 / .0136, .0149 / .0135 and .0163 / .0162.
+"""
 
 
 @dataclass(frozen=True, eq=False)

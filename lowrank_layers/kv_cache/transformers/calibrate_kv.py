@@ -40,7 +40,7 @@ def calibrate_kv(
             every kind of text that the model will read, in prompts about as long.
         settings: ``joint``, ``rope`` and ``keep_first`` of the cache that will be used; ``None`` takes the defaults.
         loss: what errors are measured by, as in :func:`calibrate`; ``None`` is :class:`SampledCrossEntropy` at
-            temperature 1, which needs no labels: variances then predict the KL divergence of the model's predictions.
+            temperature 1, which needs no labels: variances are then nats of the model's own prediction.
         progress: shows a progress bar.
 
     Returns:

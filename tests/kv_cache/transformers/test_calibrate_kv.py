@@ -5,6 +5,7 @@ import torch
 from transformers import DynamicCache
 
 import lowrank_layers as lr
+from lowrank_layers.kv_cache.transform import DAMPING
 
 from .caches import WARNINGS
 from .tiny_models import KINDS, LATENT, SIZE, tiny
@@ -86,8 +87,13 @@ def test_variances_are_in_nats_per_token():
     transform = found[1][1]
     attention = net.transformer.h[1].attn
     width = transform.mean.shape[-1]
-    # an error of standard deviation .05 along each direction costs .05^2 / 2 each
-    noise = 0.05 * torch.randn(*ids.shape, width, dtype=torch.double) @ transform.basis[0, 0].double().mT
+    # the metric without what was added to it
+    metric = transform.metric[0, 0].double()
+    metric -= DAMPING / (1 + DAMPING) * metric.diagonal().mean() * torch.eye(width)
+    basis = transform.basis[0, 0].double()
+    # an error of standard deviation .05 along each direction
+    cost = 0.05**2 / 2 * float((basis.mT @ metric @ basis).trace())
+    noise = 0.05 * torch.randn(*ids.shape, width, dtype=torch.double) @ basis.mT
     with torch.no_grad():
         exact = net(ids).logits.log_softmax(-1)
         handle = attention.c_attn.register_forward_hook(
@@ -96,7 +102,7 @@ def test_variances_are_in_nats_per_token():
         noisy = net(ids).logits.log_softmax(-1)
         handle.remove()
     divergence = float((exact.exp() * (exact - noisy)).sum(-1).mean())
-    assert divergence == pytest.approx(0.05**2 / 2 * width, rel=0.1)
+    assert divergence == pytest.approx(cost, rel=0.1)
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "gpt2", "gemma2", "cohere2", "gpt_oss"])
