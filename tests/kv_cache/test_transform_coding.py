@@ -135,7 +135,7 @@ def test_directions_are_fitted_again_when_tokens_become_unlike():
 def calibrated(mix: int = 7) -> tuple[Transform, Transform]:
     cache = lr.LowRankKV(rotation=ROTATION, keep_recent=0, keep_first=0)
     cache.append(*tokens(3000, seed=5, mix=mix))
-    keys, values = cache.transforms(cache.leaving(0, 3000))
+    keys, values = cache.transforms(cache.leaving(0, 3000), None)
     eye = torch.eye(SIZE * HEADS)[None, None]
     return (
         Transform.fit(keys.mean, keys.basis * keys.variances[..., None, :] @ keys.basis.mT, eye),
