@@ -59,7 +59,7 @@ class Ours:
         def fill(prompts: Sequence[Prompt]) -> list[Store]:
             stores = [LowRank(settings, self.subject.rotation) for _ in prompts]
             for store, prompt, plan in zip(stores, prompts, plans, strict=True):
-                store.cache.plan = plan
+                store.cache.fits.plan = plan
                 store.append(prompt.keys, prompt.values)
             if ratio is not None:
                 lr.compress_together([store.cache for store in stores], 1 / ratio)

@@ -79,7 +79,7 @@ def _share_bits(layers: Sequence[LowRankKV], limit: int) -> None:
         for side, each in enumerate(pair):
             width = each.basis.shape[2]
             # a column in int8, its scale and its weight
-            first = 0 if layer.plan is not None else batch * (width + 8)
+            first = 0 if layer.fits.plan is not None else batch * (width + 8)
             variances = comparable(each, values=side == 1)
             groups += [Directions(v, batch * tokens / 8, first) for v in variances]
             counts.append(len(variances))
@@ -89,18 +89,18 @@ def _share_bits(layers: Sequence[LowRankKV], limit: int) -> None:
         least = sum(4 * group.first + 8 * group.bit for group in groups)
         raise _too_little(limit, math.ceil(least))
     for index, (layer, pair) in enumerate(zip(layers, transforms, strict=True)):
-        shared = layer.plan is not None
-        layer.budgeted = BitPlan(pair, (sides[2 * index], sides[2 * index + 1]), shared)
+        shared = layer.fits.plan is not None
+        layer.fits.budgeted = BitPlan(pair, (sides[2 * index], sides[2 * index + 1]), shared)
 
 
 def _transforms(layer: LowRankKV) -> tuple[Transform, Transform]:
     """The model's directions where it has some, or those of the first tokens."""
-    if layer.plan is not None:
-        return layer.plan.transforms
+    if layer.fits.plan is not None:
+        return layer.fits.plan.transforms
     span = layer.first_fit()
     assert span is not None
     with without_autocast(layer.like().device):
-        return layer.transforms(layer.leaving(*span), layer.counting(*span))
+        return layer.fits.transforms(layer.leaving(*span), layer.frame(), layer.counting(*span))
 
 
 def _share_ranks(layers: Sequence[LowRankKV], limit: int) -> None:
@@ -119,7 +119,7 @@ def _share_ranks(layers: Sequence[LowRankKV], limit: int) -> None:
             [rank for rank, group in zip(ranks, groups, strict=True) if (group.layer, group.side) == (index, side)]
             for side in (0, 1)
         ]
-        layer.ranks = own[0], own[1]
+        layer.fits.ranks = own[0], own[1]
 
 
 def check_budget(budget: object) -> None:
@@ -167,7 +167,7 @@ def _fixed_nbytes(layer: LowRankKV) -> int:
         like = layer.like(side)
         basis_dtype, dtype = layer.settings.dtypes(like.dtype)
         if not layer.settings.by_rank:
-            total += batch * (4 * heads * like.shape[3] if layer.plan is None else 0)
+            total += batch * (4 * heads * like.shape[3] if layer.fits.plan is None else 0)
             total += (stop - first) * batch * groups
             continue
         total += batch * heads * like.shape[3] * basis_dtype.itemsize

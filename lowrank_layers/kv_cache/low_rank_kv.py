@@ -14,9 +14,8 @@ from ..rank import Rank
 from ..settings import settings_from
 from .attend import attend
 from .autocast import without_autocast
-from .bit_fit import BitPlan, fitted_transform, plan_bits
 from .compressed_tokens import CompressedTokens
-from .fit import Fit
+from .first_fits import FirstFits
 from .masks import causal_mask
 from .padding import RowStarts, seen_tokens
 from .recent_tokens import RecentTokens
@@ -29,7 +28,6 @@ from .token_checks import check_alike, check_finite, check_form
 from .transform import Transform
 
 SIDES = ("keys", "values")
-Compress = Callable[[Tensor, Tensor | None, int], CompressedTokens]
 
 
 class LowRankKV:
@@ -70,18 +68,13 @@ class LowRankKV:
     ) -> None:
         self.settings = settings_from(KVSettings, settings, changes, "LowRankKV")
         self.rotation = None if self.settings.rotated == "after" else rotation
-        self.subspaces = subspaces
-        # the bits of calibrated directions
-        self.plan = _planned(subspaces, self.settings)
-        # both set by compress_together, which compresses for the first time once it knows what all layers get
-        self.ranks: tuple[list[int], list[int]] | None = None
-        self.budgeted: BitPlan | None = None
+        self.fits = FirstFits.of(self.settings, subspaces)
         self.waits_for_budget = False
         self.reset()
 
     def reset(self) -> None:
         """Forgets all tokens."""
-        self.budgeted = None
+        self.fits.budgeted = None
         self.first: tuple[Tensor, Tensor] | None = None
         self.old: tuple[CompressedTokens, CompressedTokens] | None = None
         self.recent: tuple[RecentTokens, RecentTokens] | None = None
@@ -325,7 +318,7 @@ class LowRankKV:
             return
         assert self.recent is not None
         sides, keep, least = self.leaving(*span), self.counting(*span), self.settings.at_a_time
-        fits = self._first_fits(sides, keep)
+        fits = self.fits(sides, self.frame(), keep, (self.like(0).dtype, self.like(1).dtype))
         keys, values = (fit(x, keep, least) for fit, x in zip(fits, sides, strict=True))
         skip, count = span
         if skip:
@@ -342,36 +335,6 @@ class LowRankKV:
         if self.rotation is None or self.settings.rotated != "tile":
             return None
         return TileFrame(self.rotation, self.like().shape[3])
-
-    def _first_fits(self, sides: tuple[Tensor, Tensor], keep: Tensor | None) -> tuple[Compress, Compress]:
-        """How keys and values are compressed."""
-        frame = self.frame()
-        if not self.settings.by_rank:
-            plan = self.budgeted or self.plan or plan_bits([self.transforms(sides, keep)], self.settings.mean_bits)[0]
-            return plan.fits(frame, self.settings.refresh)
-        found = []
-        for side in (0, 1):
-            rank = self.settings.rank_of(values=side == 1) if self.ranks is None else self.ranks[side]
-            subspace = None if self.subspaces is None else self.subspaces[side]
-            assert subspace is None or isinstance(subspace, Subspace)
-            dtypes = self.settings.dtypes(self.like(side).dtype)
-            found.append(Fit(rank, self.settings.joint, *dtypes, subspace, None if side else frame))
-        return found[0], found[1]
-
-    def transforms(self, sides: tuple[Tensor, Tensor], keep: Tensor | None) -> tuple[Transform, Transform]:
-        """The directions of keys and values, fitted to tokens that leave the recent ones.
-
-        Args:
-            sides: keys without their rotation, and values, in fp32.
-            keep: which of them count, ``[batch, tokens]``; ``None`` counts all.
-        """
-        data = keep, self.settings.at_a_time
-        heads = sides[0].shape[1] if self.settings.joint else 1
-        keys, values = sides
-        return (
-            fitted_transform(keys, heads, self.frame(), *data, values=False),
-            fitted_transform(values, heads, None, *data, values=True),
-        )
 
     def _drop(self, count: int) -> None:
         assert self.recent is not None
@@ -430,20 +393,3 @@ class LowRankKV:
                 f"LowRankKV: got {keys.shape[2]} more tokens after {len(self)}, expected at most max_length={limit}."
             )
         check_finite(keys, values)
-
-
-def _planned(
-    given: tuple[Subspace, Subspace] | tuple[Transform, Transform] | None, settings: KVSettings
-) -> BitPlan | None:
-    """The bits of calibrated transforms; ``None`` where there are none."""
-    if given is None:
-        return None
-    keys, values = given
-    if isinstance(keys, Transform) and isinstance(values, Transform) and not settings.by_rank:
-        return plan_bits([(keys, values)], settings.mean_bits, shared=True)[0]
-    if settings.by_rank and isinstance(keys, Subspace):
-        return None
-    raise LowRankError(
-        f"LowRankKV: got {type(keys).__name__}s and {'a rank' if settings.by_rank else 'bits'}, expected Transforms"
-        " with bits, or Subspaces with a rank, as kv_subspaces makes them for the same settings."
-    )

@@ -28,7 +28,7 @@ def layers(amount: int = 3, **changes: object) -> list[lr.LowRankKV]:
 
 
 def chosen(caches: list[lr.LowRankKV]) -> list[int]:
-    return [rank for cache in caches for side in cache.ranks for rank in side]
+    return [rank for cache in caches for side in cache.fits.ranks for rank in side]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int8])

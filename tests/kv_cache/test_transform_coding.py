@@ -67,20 +67,15 @@ def test_a_rank_in_the_frame_of_tiles_attends_likewise_and_loses_less_than_after
 
 
 def test_the_error_is_the_one_that_the_allocation_predicts():
-    cache = filled(3000, bits=2.5, keep_first=0)
-    for side, old in enumerate(cache.old):
-        (part,) = old.parts
-        store, subspace = part.coefficients, part.subspace
-        rows = cache.dense()[side][:, :, : old.tokens].transpose(1, 2).flatten(2)
-        assert rows.shape[1] == store.tokens
-        transform = cache.transforms(cache.leaving(0, 16)) if False else None
-        assert transform is None
-        held = subspace.columns(torch.float32) @ store.read(0, store.tokens, torch.float32)
-        variances = torch.logspace(0, -2, SIZE * HEADS).square()
-        if side:  # values: their variances are known
-            predicted = distortion(variances, store.widths) / float(variances.sum())
-            assert old.discarded == pytest.approx(predicted, rel=0.5)
-        assert bool(torch.isfinite(held).all())
+    cache, variances = filled(3000, bits=2.5, keep_first=0), torch.logspace(0, -2, SIZE * HEADS).square()
+    (part,) = cache.old[1].parts
+    predicted = distortion(variances, part.coefficients.widths) / float(variances.sum())
+    count = part.coefficients.tokens
+    exact = tokens(3000)[1][:, :, :count]
+    lost = float((cache.dense()[1][:, :, :count] - exact).square().sum() / exact.square().sum())
+    # gains of tokens make it a little less
+    assert 0.6 * predicted < lost < 1.1 * predicted
+    assert cache.old[1].discarded == pytest.approx(lost, rel=0.1)
 
 
 def test_more_bits_lose_less_and_take_more():
@@ -135,7 +130,7 @@ def test_directions_are_fitted_again_when_tokens_become_unlike():
 def calibrated(mix: int = 7) -> tuple[Transform, Transform]:
     cache = lr.LowRankKV(rotation=ROTATION, keep_recent=0, keep_first=0)
     cache.append(*tokens(3000, seed=5, mix=mix))
-    keys, values = cache.transforms(cache.leaving(0, 3000), None)
+    keys, values = cache.fits.transforms(cache.leaving(0, 3000), cache.frame(), None)
     eye = torch.eye(SIZE * HEADS)[None, None]
     return (
         Transform.fit(keys.mean, keys.basis * keys.variances[..., None, :] @ keys.basis.mT, eye),
@@ -172,7 +167,9 @@ def test_a_budget_shares_bits_and_is_kept():
     used = sum(layer.nbytes() for layer in layers)
     assert 0.22 * exact < used <= 0.25 * exact
     # errors count as parts of a layer's energy: as many bits whatever the scale
-    spent = [sum(8 * w[0] + 4 * w[1] + 2 * w[2] for side in layer.budgeted.widths for w in side) for layer in layers]
+    spent = [
+        sum(8 * w[0] + 4 * w[1] + 2 * w[2] for side in layer.fits.budgeted.widths for w in side) for layer in layers
+    ]
     assert max(spent) - min(spent) <= 0.05 * max(spent)
 
 

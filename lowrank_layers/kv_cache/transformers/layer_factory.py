@@ -55,7 +55,7 @@ class LayerFactory:
         rotation = self._rotation(layer, keys, attention, config)
         if isinstance(self.subspaces, KVTransforms):
             made = LowRankKV(self.settings, rotation)
-            made.plan = self.subspaces.plans(self.settings.mean_bits)[layer]
+            made.fits.plan = self.subspaces.plans(self.settings.mean_bits)[layer]
         else:
             made = LowRankKV(self.settings, rotation, None if self.subspaces is None else self.subspaces[layer])
         made.waits_for_budget = self.waits_for_budget
