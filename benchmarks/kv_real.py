@@ -20,6 +20,7 @@ from .kv_rows import Rows
 from .kv_subjects import NAMES, subject
 
 PARTS = ("quality", "passkey", "lambada", "time")
+TEXTS = ("WikiText", "code", "stories")
 
 
 def run(args: argparse.Namespace) -> str:
@@ -59,7 +60,7 @@ def main() -> None:
     parser.add_argument("--parts", type=names(PARTS), default=list(PARTS), help="some of " + ",".join(PARTS))
     parser.add_argument("--smollm2", type=Path, help="folder of SmolLM2's .gguf file; by default the package's")
     parser.add_argument("--windows", type=int, default=16, help="windows of the first text, at the shorter prompt")
-    parser.add_argument("--texts", type=int, help="number of texts; by default all")
+    parser.add_argument("--texts", type=names(TEXTS), help="some of " + ",".join(TEXTS) + "; by default all")
     parser.add_argument("--scored", type=int, default=256, help="tokens that are scored after a prompt")
     parser.add_argument("--chunk", type=int, default=8, help="tokens per step of a score; 1 is exactly generation")
     parser.add_argument("--calibration", type=int, default=4, help="windows of each text for calibration")

@@ -109,7 +109,9 @@ def quality(subject: Subject, rows: Rows, args: argparse.Namespace) -> list[str]
         " once: where the scored tokens are read in one step, so that only the prompt is compressed.",
     ]
     for prompt in subject.prompts:
-        for index, (name, text) in enumerate(list(subject.scored.items())[: args.texts]):
+        chosen_texts = [name for name in subject.scored if args.texts is None or name in args.texts]
+        for index, name in enumerate(chosen_texts):
+            text = subject.scored[name]
             # long prompts, and texts after the first, take a part of the windows and of the rows
             whole = index == 0 and prompt <= 4096
             chosen = (rows.of if whole else rows.brief)(prompt, args.scored)
