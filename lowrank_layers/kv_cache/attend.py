@@ -40,24 +40,28 @@ def attend(
         sinks: ``[query heads]``, one logit per head that takes part in the softmax and has no value.
     """
     tokens, count = sum(segment.tokens for segment in segments), query.shape[2]
-    if mask is None and causal and count > 1:
-        mask = causal_mask(count, tokens, query.device)
     if mask is not None and mask.shape[-1] != tokens:
         raise LowRankError(f"attend: got a mask for {mask.shape[-1]} tokens, expected the {tokens} of the cache.")
+    triangle = mask is None and causal and count > 1
     query = as_autocast(query)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     with without_autocast(query.device):
         (only,) = segments if len(segments) == 1 else (None,)
-        if isinstance(only, ExactSegment) and softcap is None and sinks is None:
-            return _fused(query, only, mask, scale)
+        plain = isinstance(only, ExactSegment) and softcap is None and sinks is None
+        # torch's own causal attention skips what a mask would hide
+        if triangle and not (plain and count == tokens):
+            mask = causal_mask(count, tokens, query.device)
+        if plain:
+            assert isinstance(only, ExactSegment)
+            return _fused(query, only, mask, scale, causal=triangle and mask is None)
         return _Attention(segments, scale, softcap, sinks).in_turns(query, mask)
 
 
-def _fused(query: Tensor, segment: ExactSegment, mask: Tensor | None, scale: float) -> Tensor:
+def _fused(query: Tensor, segment: ExactSegment, mask: Tensor | None, scale: float, *, causal: bool) -> Tensor:
     keys, values = segment.keys.to(query.dtype), segment.values.to(query.dtype)
     mask = mask.to(query.dtype) if mask is not None and mask.is_floating_point() else mask
     grouped = query.shape[1] != segment.heads
-    return F.scaled_dot_product_attention(query, keys, values, mask, scale=scale, enable_gqa=grouped)
+    return F.scaled_dot_product_attention(query, keys, values, mask, is_causal=causal, scale=scale, enable_gqa=grouped)
 
 
 @dataclass(frozen=True, eq=False)

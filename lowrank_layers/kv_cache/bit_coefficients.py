@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
@@ -14,7 +14,7 @@ PACKED = (8, 4, 2)
 """The widths in bits, in the order in which directions are stored."""
 LEAST_GAIN, GAINS = -9, 16
 """A token's gain is ``2^(g / 2)`` with one of the ``GAINS`` integers from ``LEAST_GAIN`` on."""
-RUN = 256
+RUN = 128
 """Tokens that are encoded at a time: what is computed on the way stays in a processor's cache."""
 
 
@@ -55,8 +55,7 @@ class BitCoefficients(Coefficients):
         Args:
             like: a tensor with the dtype and device.
         """
-        middles = [(2**width - 1) / 2 for width, count in zip(PACKED, self.widths, strict=True) for _ in range(count)]
-        return torch.tensor(middles, dtype=like.dtype, device=like.device)
+        return _centres(self.widths, like.dtype, like.device)
 
     def scores(self, rows: Tensor, shift: Tensor) -> Tensor:
         """``rows c + shift``: levels are read as they are, and their middles are taken off the products."""
@@ -90,30 +89,31 @@ class BitCoefficients(Coefficients):
         return (rows @ self.centres(rows))[..., None]
 
     def _encode(self, values: Tensor) -> dict[str, Tensor]:
-        least = values.new_full((*values.shape[:2], values.shape[3]), math.inf)
-        gains = torch.zeros_like(least, dtype=torch.int64)
-        # every second gain, and then the neighbours of the best
-        for trial in range(0, GAINS, 2):
-            gains, least = self._better(values, torch.full_like(gains, trial), gains, least)
-        best = gains
-        for step in (-1, 1):
-            gains, least = self._better(values, (best + step).clamp(0, GAINS - 1), gains, least)
+        # every third gain, and then the neighbours of the best
+        trials = torch.arange(1, GAINS, 3, device=values.device).view(-1, 1, 1, 1)
+        best = self._best(values, trials.expand(-1, *values.shape[:2], values.shape[3]))
+        trials = (best + torch.tensor([-1, 0, 1], device=values.device).view(-1, 1, 1, 1)).clamp(0, GAINS - 1)
+        gains = self._best(values, trials)
         levels = self._levels(values, gain_factors(gains, values.dtype))[1]
         return packed(levels.to(torch.uint8), self.widths) | {"gains": gains.to(torch.uint8)}
 
-    def _better(self, values: Tensor, trial: Tensor, gains: Tensor, least: Tensor) -> tuple[Tensor, Tensor]:
-        """The gains of every token, and their errors, where other ones are tried."""
-        factors = gain_factors(trial, values.dtype)
+    def _best(self, values: Tensor, trials: Tensor) -> Tensor:
+        """The gain of least error of every token, ``[batch, groups, tokens]``.
+
+        Args:
+            values: as in :meth:`encode`.
+            trials: the gains that are tried, ``[trials, batch, groups, tokens]``.
+        """
+        factors = gain_factors(trials, values.dtype)
         scaled, levels = self._levels(values, factors)
         weights = self.weights.to(values)[:, :, None]
-        error = (weights @ scaled.sub_(levels).square_())[:, :, 0] * factors.square()
-        better = error < least
-        return torch.where(better, trial, gains), torch.where(better, error, least)
+        errors = (weights @ scaled.sub_(levels).square_())[..., 0, :] * factors.square()
+        return trials.gather(0, errors.argmin(0, keepdim=True))[0]
 
     def _levels(self, values: Tensor, factors: Tensor) -> tuple[Tensor, Tensor]:
         """Values in units of levels, and the closest levels."""
         centres = self.centres(values)[:, None]
-        scaled = torch.addcmul(centres, values, factors.reciprocal()[:, :, None])
+        scaled = torch.addcmul(centres, values, factors.reciprocal()[..., None, :])
         return scaled, torch.minimum(scaled.round().clamp_min_(0), 2 * centres)
 
 
@@ -157,5 +157,15 @@ def gain_factors(gains: Tensor, dtype: torch.dtype) -> Tensor:
         gains: their integers, from zero on.
         dtype: dtype of the result.
     """
-    table = torch.exp2(torch.arange(LEAST_GAIN, LEAST_GAIN + GAINS, device=gains.device) / 2).to(dtype)
-    return table[gains.int()]
+    return _gains(dtype, gains.device)[gains.int()]
+
+
+@functools.cache
+def _gains(dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.exp2(torch.arange(LEAST_GAIN, LEAST_GAIN + GAINS, device=device) / 2).to(dtype)
+
+
+@functools.lru_cache(maxsize=256)
+def _centres(widths: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    middles = [(2**width - 1) / 2 for width, count in zip(PACKED, widths, strict=True) for _ in range(count)]
+    return torch.tensor(middles, dtype=dtype, device=device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -63,9 +64,19 @@ class Subspace:
             rows: ``[batch, groups, tokens, width]``.
             start: index of the first token, counted from the start of a tile.
         """
+        analysis = self._analysis if self.shared else self._solved()
+        found: Tensor = analysis @ self.centred(rows, start).mT
+        return found
+
+    @cached_property
+    def _analysis(self) -> Tensor:
+        """What takes centred rows to coefficients: kept where it is the model's."""
+        return self._solved()
+
+    def _solved(self) -> Tensor:
         basis = self.columns(torch.float32)
         dual = (basis if self.metric is None else self.metric @ basis).mT
-        solved: Tensor = torch.linalg.solve(dual @ basis, dual) @ self.centred(rows, start).mT
+        solved: Tensor = torch.linalg.solve(dual @ basis, dual)
         return solved
 
     def centred(self, rows: Tensor, start: int = 0) -> Tensor:
