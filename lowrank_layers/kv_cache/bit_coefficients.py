@@ -89,8 +89,8 @@ class BitCoefficients(Coefficients):
         return (rows @ self.centres(rows))[..., None]
 
     def _encode(self, values: Tensor) -> dict[str, Tensor]:
-        # every third gain, and then the neighbours of the best
-        trials = torch.arange(1, GAINS, 3, device=values.device).view(-1, 1, 1, 1)
+        # every second gain, and then the neighbours of the best
+        trials = torch.arange(0, GAINS, 2, device=values.device).view(-1, 1, 1, 1)
         best = self._best(values, trials.expand(-1, *values.shape[:2], values.shape[3]))
         trials = (best + torch.tensor([-1, 0, 1], device=values.device).view(-1, 1, 1, 1)).clamp(0, GAINS - 1)
         gains = self._best(values, trials)
