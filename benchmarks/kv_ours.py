@@ -40,13 +40,13 @@ class Ours:
         for label in calibrated:
             last = label == calibrated[-1]
             for size, ratio in (sizes | at_int4 if last else sizes).items():
-                found.append(self.row(f"ours, {label}, {size}", ratio, label, brief=last and ratio >= 5))
+                found.append(self.row(f"ours, {label}, {size}", ratio, label, brief=ratio >= 5))
         bits = f"{lr.KVSettings().mean_bits:g} bits"
         found.append(self.row(f"ours, fitted to the prompt, {bits}", None, None, brief=True))
         for size, ratio in (sizes | at_int4).items():
             # bases of a sequence's own leave nothing for its tokens at the smallest size
             if ratio < 10:
-                found.append(self.row(f"ours, fitted to the prompt, {size}", ratio, None, brief=False))
+                found.append(self.row(f"ours, fitted to the prompt, {size}", ratio, None, brief=ratio == RATIOS[0]))
         return found
 
     def row(self, label: str, ratio: float | None, calibrated: str | None, *, brief: bool) -> Row:

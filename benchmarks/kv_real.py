@@ -55,6 +55,7 @@ def names(known: tuple[str, ...]) -> Callable[[str], list[str]]:
 
 def main() -> None:
     parser = arguments(__doc__)
+    parser.add_argument("--brief", action="store_true", help="fewer caches for every text")
     parser.add_argument("--smoke", action="store_true", help="random models, seconds")
     parser.add_argument("--models", type=names(NAMES), default=list(NAMES), help="some of " + ",".join(NAMES))
     parser.add_argument("--parts", type=names(PARTS), default=list(PARTS), help="some of " + ",".join(PARTS))
