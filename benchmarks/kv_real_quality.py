@@ -63,8 +63,12 @@ def scored(subject: Subject, rows: list[Row], windows: list[Tensor], prompt: int
         exact: Tensor | None = None
         for row, scores in zip(rows, found, strict=True):
             stores = row.fill(prompts)
-            single, _ = continued(subject, copy.deepcopy(stores), window, prompt, len(window))
-            own, nbytes = continued(subject, stores, window, prompt, chunk)
+            stores = row.fill(prompts)
+            single, nbytes = continued(subject, stores, window, prompt, len(window))
+            own = single
+            if chunk < len(window) - 1 - prompt:
+                stores = row.fill(prompts)
+                own, nbytes = continued(subject, stores, window, prompt, chunk)
             exact = single if exact is None else exact
             scores.nats.append(-float(own.gather(-1, target).mean()))
             scores.divergences.append(divergence(own, exact))
@@ -114,7 +118,7 @@ def quality(subject: Subject, rows: Rows, args: argparse.Namespace) -> list[str]
             text = subject.scored[name]
             # long prompts, and texts after the first, take a part of the windows and of the rows
             whole = index == 0 and prompt <= 4096
-            chosen = (rows.of if whole else rows.brief)(prompt, args.scored)
+            chosen = (rows.of if whole and not args.brief else rows.brief)(prompt, args.scored)
             count = max(1, args.windows // (8 if prompt > 4096 else 4)) if not whole else args.windows
             length = prompt + args.scored + 1
             print(f"{subject.name}: {name}, {prompt} tokens of prompt", flush=True)
