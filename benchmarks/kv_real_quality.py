@@ -63,11 +63,10 @@ def scored(subject: Subject, rows: list[Row], windows: list[Tensor], prompt: int
         exact: Tensor | None = None
         for row, scores in zip(rows, found, strict=True):
             stores = row.fill(prompts)
-            stores = row.fill(prompts)
-            single, nbytes = continued(subject, stores, window, prompt, len(window))
-            own = single
-            if chunk < len(window) - 1 - prompt:
-                stores = row.fill(prompts)
+            again = copy.deepcopy(stores) if chunk < len(window) - 1 - prompt else None
+            own, nbytes = single, _ = continued(subject, stores, window, prompt, len(window))
+            if again is not None:
+                stores = again
                 own, nbytes = continued(subject, stores, window, prompt, chunk)
             exact = single if exact is None else exact
             scores.nats.append(-float(own.gather(-1, target).mean()))
