@@ -41,7 +41,7 @@ def compress_together(layers: Sequence[LowRankKV], budget: float | int) -> None:
         budget: a float in (0, 1] is a part of the bytes that the layers take now, an integer a number of bytes.
 
     Raises:
-        BudgetError: if not even one direction per group fits; nothing is compressed then.
+        BudgetError: if not even one direction fits, or with ranks one per group; nothing is compressed then.
         LowRankError: if a layer is compressed already, or ``budget`` is neither.
 
     Examples:
@@ -85,9 +85,8 @@ def _share_bits(layers: Sequence[LowRankKV], limit: int) -> None:
             counts.append(len(variances))
     widths = iter(allocate_bits(groups, limit))
     sides = [[next(widths) for _ in range(count)] for count in counts]
-    if not all(sum(each) for side in sides for each in side):
-        least = sum(4 * group.first + 8 * group.bit for group in groups)
-        raise _too_little(limit, math.ceil(least))
+    if not any(sum(each) for side in sides for each in side):
+        raise _too_little(limit, math.ceil(min(4 * group.first + 8 * group.bit for group in groups)))
     for index, (layer, pair) in enumerate(zip(layers, transforms, strict=True)):
         shared = layer.fits.plan is not None
         layer.fits.budgeted = BitPlan(pair, (sides[2 * index], sides[2 * index + 1]), shared)
@@ -200,7 +199,7 @@ def _share(groups: Sequence[_Group], left: int) -> list[int]:
 
 
 def _too_little(left: int, least: int) -> BudgetError:
-    """For a limit under which not even one direction per group fits."""
+    """For a limit under which no directions fit."""
     return BudgetError(
         f"compress_together: {max(left, 0)} bytes are left for coefficients and bases, expected at least {least};"
         " give a greater budget, or keep fewer tokens exact."
