@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,7 +56,7 @@ class BitCoefficients(Coefficients):
         Args:
             like: a tensor with the dtype and device.
         """
-        return _centres(self.widths, like.dtype, like.device)
+        return _kept(_centres, self.widths, like.dtype, like.device)
 
     def scores(self, rows: Tensor, shift: Tensor) -> Tensor:
         """``rows c + shift``: levels are read as they are, and their middles are taken off the products."""
@@ -157,7 +158,7 @@ def gain_factors(gains: Tensor, dtype: torch.dtype) -> Tensor:
         gains: their integers, from zero on.
         dtype: dtype of the result.
     """
-    return _gains(dtype, gains.device)[gains.int()]
+    return _kept(_gains, dtype, gains.device)[gains.int()]
 
 
 @functools.cache
@@ -169,3 +170,9 @@ def _gains(dtype: torch.dtype, device: torch.device) -> Tensor:
 def _centres(widths: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     middles = [(2**width - 1) / 2 for width, count in zip(PACKED, widths, strict=True) for _ in range(count)]
     return torch.tensor(middles, dtype=dtype, device=device)
+
+
+def _kept(make: Any, *args: Any) -> Tensor:
+    """What a cached function gives; a graph that is compiled makes it anew, and keeps it itself."""
+    found: Tensor = (make.__wrapped__ if torch.compiler.is_compiling() else make)(*args)
+    return found
