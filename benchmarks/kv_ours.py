@@ -29,8 +29,14 @@ class Ours:
         first = next(iter(texts))
         kinds = {f"calibrated on {first}": [first], "calibrated on all texts": list(texts)}
         for label, names in list(kinds.items())[: len(texts)]:
+            path = None if args.transforms is None else args.transforms / f"{subject.name} {label}.safetensors"
+            if path is not None and path.exists():
+                self.transforms[label] = lr.KVTransforms.load(path)
+                continue
             windows = [w[None] for name in names for w in spread(texts[name], args.calibration, args.window)]
             self.transforms[label] = lr.calibrate_kv(subject.model, windows)
+            if path is not None:
+                self.transforms[label].save(path)
 
     def rows(self, tokens: int) -> list[Row]:
         """The rows for about so many tokens, at which int4's bytes are met."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import copy
 import math
+import re
 import statistics
 import time
 from dataclasses import dataclass, field
@@ -111,13 +112,14 @@ def quality(subject: Subject, rows: Rows, args: argparse.Namespace) -> list[str]
         " over tokens of the divergence from the exact cache's prediction, with the standard error over windows; at"
         " once: where the scored tokens are read in one step, so that only the prompt is compressed.",
     ]
-    for prompt in subject.prompts:
+    for prompt in args.lengths or subject.prompts:
         chosen_texts = [name for name in subject.scored if args.texts is None or name in args.texts]
         for index, name in enumerate(chosen_texts):
             text = subject.scored[name]
             # long prompts, and texts after the first, take a part of the windows and of the rows
             whole = index == 0 and prompt <= 4096
             chosen = (rows.of if whole and not args.brief else rows.brief)(prompt, args.scored)
+            chosen = [chosen[0], *(row for row in chosen[1:] if re.search(args.only, row.label))]
             count = max(1, args.windows // (8 if prompt > 4096 else 4)) if not whole else args.windows
             length = prompt + args.scored + 1
             print(f"{subject.name}: {name}, {prompt} tokens of prompt", flush=True)
