@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from functools import cached_property
 
 from .kv_ours import Ours
@@ -33,7 +34,7 @@ class Rows:
             EXACT,
             *quantized_rows(),
             *eviction_rows(prompt, more),
-            *self.palu.rows(),
+            *(self.palu.rows() if re.search(self.args.only, "as Palu") else []),
             rank_row(self.subject),
             *self.ours.rows(prompt + more // 2),
         ]
