@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -174,5 +174,7 @@ def _centres(widths: tuple[int, ...], dtype: torch.dtype, device: torch.device) 
 
 def _kept(make: Any, *args: Any) -> Tensor:
     """What a cached function gives; a graph that is compiled makes it anew, and keeps it itself."""
-    found: Tensor = (make.__wrapped__ if torch.compiler.is_compiling() else make)(*args)
-    return found
+    if torch.compiler.is_compiling():
+        return cast(Tensor, make.__wrapped__(*args))
+    with torch.inference_mode(False):  # others that use it may need gradients
+        return cast(Tensor, make(*args))

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+import torch
 from torch import Tensor
 
 from .bit_allocation import Directions, allocate_bits, distortion
@@ -160,28 +161,33 @@ class BitPlan:
     widths: Sequence[Sequence[Widths]]
     shared: bool = False
 
-    def fits(self, frame: TileFrame | None, refresh: float | None) -> tuple[BitFit, BitFit]:
+    def fits(self, frame: TileFrame | None, refresh: float | None, device: torch.device) -> tuple[BitFit, BitFit]:
         """How keys and values are coded.
 
         Args:
             frame: the frame in which keys are stored.
             refresh: as in :class:`BitFit`.
+            device: where keys and values are.
         """
         found = []
         for side, (each, widths) in enumerate(zip(self.transforms, self.widths, strict=True)):
             own = None if side else frame
-            made = self._stored(side, own) if self.shared else None
+            made = self._stored(side, own, device) if self.shared else None
             found.append(BitFit(each, widths, bool(side), own, self.shared, made, refresh))
         return found[0], found[1]
 
-    def _stored(self, side: int, frame: TileFrame | None) -> Sequence[tuple[Subspace, BitCoefficients]]:
-        """What all sequences share, stored once."""
-        if side not in self._kept:
-            self._kept[side] = bit_subspaces(self.transforms[side], self.widths[side], frame, shared=True)
-        return self._kept[side]
+    def _stored(
+        self, side: int, frame: TileFrame | None, device: torch.device
+    ) -> Sequence[tuple[Subspace, BitCoefficients]]:
+        """What all sequences share, stored once per device."""
+        if (side, device) not in self._kept:
+            with torch.inference_mode(False):  # others that use it may need gradients
+                transform = self.transforms[side].to(device)
+                self._kept[side, device] = bit_subspaces(transform, self.widths[side], frame, shared=True)
+        return self._kept[side, device]
 
     @cached_property
-    def _kept(self) -> dict[int, Sequence[tuple[Subspace, BitCoefficients]]]:
+    def _kept(self) -> dict[tuple[int, torch.device], Sequence[tuple[Subspace, BitCoefficients]]]:
         return {}
 
 

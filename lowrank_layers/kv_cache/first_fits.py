@@ -79,7 +79,7 @@ class FirstFits:
             plan = self.budgeted or self.plan
             if plan is None:
                 (plan,) = plan_bits([self.transforms(sides, frame, keep)], self.settings.mean_bits)
-            return plan.fits(frame, self.settings.refresh)
+            return plan.fits(frame, self.settings.refresh, sides[0].device)
         found = []
         for side, dtype in enumerate(dtypes):
             rank = self.settings.rank_of(values=side == 1) if self.ranks is None else self.ranks[side]

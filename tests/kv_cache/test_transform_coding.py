@@ -6,8 +6,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import lowrank_layers as lr
-from lowrank_layers.kv_cache import serialize
+from lowrank_layers.kv_cache import bit_coefficients, serialize
 from lowrank_layers.kv_cache.bit_allocation import distortion
+from lowrank_layers.kv_cache.bit_fit import plan_bits
 from lowrank_layers.kv_cache.transform import Transform
 
 SIZE, HEADS = 16, 2
@@ -180,3 +181,34 @@ def test_the_kind_of_directions_has_to_fit_the_settings():
         lr.LowRankKV(bits=3, rank=4)
     with pytest.raises(lr.LowRankError, match="got bits=9"):
         lr.LowRankKV(bits=9)
+
+
+def test_calibrated_directions_go_where_the_keys_are():
+    (plan,) = plan_bits([calibrated()], 3, shared=True)
+    for device in (torch.device("meta"), torch.device("cpu")):
+        for fit in plan.fits(None, None, device):
+            assert fit.made is not None
+            ((subspace, store),) = fit.made
+            assert {subspace.basis.device.type, subspace.scale.device.type, store.weights.device.type} == {device.type}
+
+
+def test_what_is_kept_in_inference_mode_serves_gradients_later():
+    bit_coefficients._centres.cache_clear()
+    bit_coefficients._gains.cache_clear()
+    pair, exact = calibrated(), tokens(400)
+    (plan,) = plan_bits([pair], 3, shared=True)
+    with torch.inference_mode():
+        first = lr.LowRankKV(rotation=lr.Rotation.of(SIZE))
+        first.fits.plan = plan
+        first.append(*exact)
+        first.compress()
+    cache = lr.LowRankKV(rotation=lr.Rotation.of(SIZE))
+    cache.fits.plan = plan
+    cache.append(*exact)
+    cache.compress()
+    query = torch.randn(1, HEADS, 1, SIZE, requires_grad=True)
+    cache.attend(query).square().sum().backward()
+    own = query.grad.clone()
+    query.grad = None
+    F.scaled_dot_product_attention(query, *cache.dense()).square().sum().backward()
+    torch.testing.assert_close(own, query.grad, atol=1e-4, rtol=1e-3)
