@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -51,6 +52,10 @@ def run_processes(
         while not workers.join(timeout=max(0.1, deadline - time.monotonic())):
             if time.monotonic() > deadline:
                 raise Hang(f"{work.__name__}: not done after {seconds} s")
+    except torch.multiprocessing.ProcessExitedException as error:
+        for file in sorted(folder.glob("*.crash")):
+            error.add_note(f"{file.name}:\n{file.read_text()}")
+        raise
     finally:
         for process in workers.processes:
             if process.is_alive():
@@ -70,6 +75,8 @@ def _start(
     args: tuple[Any, ...],
 ) -> None:
     torch.set_num_threads(1)
+    crash = open(Path(folder) / f"{rank}.crash", "w")  # noqa: SIM115, open as long as the process lives
+    faulthandler.enable(crash)
     if before is not None:
         args = (before(), *args)
     store = (Path(folder) / "store").as_uri()

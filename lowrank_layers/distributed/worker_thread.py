@@ -5,9 +5,11 @@ from __future__ import annotations
 import atexit
 import queue
 import threading
+import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -16,19 +18,24 @@ from torch.futures import Future
 from ..errors import LowRankError
 
 Job = Callable[[], Tensor]
-_Task = tuple[Job, Future[Any], torch.cuda.Stream | None]
+_Queue = queue.SimpleQueue[tuple[Job, Future[Any], torch.cuda.Stream | None] | None]
 
 GRACE = 5.0
 """Seconds that a program waits at its end for the running job, which may itself wait for a lost process."""
 
 
+_threads: WeakKeyDictionary[threading.Thread, _Queue] = WeakKeyDictionary()
+
+
 class WorkerThread:
-    """Runs jobs one after another; the thread starts with the first job and ends with the program."""
+    """Runs jobs one after another; the thread starts with the first job and ends with this object or the program.
+
+    Between jobs the thread holds nothing of what it has run, so that states, models and gradients can be freed.
+    """
 
     def __init__(self) -> None:
-        self._jobs: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
+        self._jobs: _Queue = queue.SimpleQueue()
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
-        self._failure: BaseException | None = None
         self._thread: threading.Thread | None = None
         self._started = threading.Lock()
 
@@ -42,9 +49,10 @@ class WorkerThread:
         future: Future[Any] = Future(devices=[device] if device.type == "cuda" else None)
         with self._started:
             if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="low-rank-gradients", daemon=True)
+                self._thread = threading.Thread(target=_run, args=(self._jobs,), name="low-rank-gradients", daemon=True)
                 self._thread.start()
-                atexit.register(self._end)
+                _threads[self._thread] = self._jobs
+                weakref.finalize(self, self._jobs.put, None).atexit = False
         self._jobs.put((job, future, self._stream(device)))
         # an exception raised in a callback reaches DDP with its message, one that is set on the future does not
         return future.then(_tensor_of)
@@ -61,27 +69,33 @@ class WorkerThread:
         stream.wait_event(ready)
         return stream
 
-    @torch.no_grad()
-    def _run(self) -> None:
-        while (task := self._jobs.get()) is not None:
-            job, future, stream = task
-            # the result is set within the stream, so that whoever waits for the future waits for the stream too
-            with torch.cuda.stream(stream) if stream is not None else nullcontext():
-                future.set_result(self._result_of(job))
 
-    def _end(self) -> None:
-        """Ends the thread: Python would stop it anywhere, and in the middle of torch's C++ that aborts the program."""
-        self._jobs.put(None)
-        if self._thread is not None:
-            self._thread.join(GRACE)
+@torch.no_grad()
+def _run(jobs: _Queue) -> None:
+    failure: BaseException | None = None
+    while (task := jobs.get()) is not None:
+        job, future, stream = task
+        # the result is set within the stream, so that whoever waits for the future waits for the stream too
+        with torch.cuda.stream(stream) if stream is not None else nullcontext():
+            result: Tensor | BaseException | None = failure
+            if failure is None:
+                try:
+                    result = job()
+                except BaseException as error:
+                    result = failure = error
+            # the job is let go before others go on, so that they free its gradients and not this thread
+            del task, job
+            future.set_result(result)
+        del future, result
 
-    def _result_of(self, job: Job) -> Tensor | BaseException:
-        if self._failure is None:
-            try:
-                return job()
-            except BaseException as error:
-                self._failure = error
-        return self._failure
+
+@atexit.register
+def _end() -> None:
+    """Ends all threads: Python would stop them anywhere, and in the middle of torch's C++ that aborts the program."""
+    for jobs in _threads.values():
+        jobs.put(None)
+    for thread in _threads:
+        thread.join(GRACE)
 
 
 def _tensor_of(future: Future[Any]) -> Tensor:

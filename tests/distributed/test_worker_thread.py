@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
+import threading
+import time
+import weakref
 from datetime import timedelta
 
+import pytest
+import torch
 import torch.distributed as dist
 
+from lowrank_layers.distributed.worker_thread import WorkerThread
 from tests.processes import run_processes
 
 from .cases import batches, caught, made, train, wrap
@@ -39,6 +46,36 @@ def test_a_lost_process_raises_in_the_others_within_the_timeout(tmp_path):
     for message in messages:
         assert "averaging gradients failed" in message
         assert "start again from a checkpoint" in message
+
+
+def thrown_away(rank: int) -> dict[str, bool]:
+    """What is left of a state, its model and its thread when nobody holds them."""
+    wrapped, state = wrap(made(), {"rank": 2})
+    train(wrapped, batches(rank, 3))
+    kept = {"state": weakref.ref(state), "model": weakref.ref(wrapped.module)}
+    del wrapped, state
+    gc.collect()
+    deadline = time.monotonic() + 20
+    while (threads := _threads()) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return {name: left() is not None for name, left in kept.items()} | {"thread": bool(threads)}
+
+
+def _threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "low-rank-gradients"]
+
+
+def test_a_state_that_is_thrown_away_leaves_nothing(tmp_path):
+    assert run_processes(thrown_away, tmp_path) == [{"state": False, "model": False, "thread": False}] * 2
+
+
+def test_after_a_failed_job_all_later_ones_fail_with_its_error():
+    thread, ran = WorkerThread(), []
+    futures = [thread.submit(job, torch.device("cpu")) for job in (lambda: 1 / 0, lambda: ran.append(1))]
+    for future in futures:
+        with pytest.raises(Exception, match="ZeroDivisionError"):
+            future.wait()
+    assert not ran
 
 
 PROGRAM = """
