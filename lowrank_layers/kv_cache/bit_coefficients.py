@@ -1,4 +1,4 @@
-"""Coefficients with bits by direction: 8, 4, 2 or none, packed into bytes, and one gain per token."""
+"""Coefficients with bits by direction: 8, 4, 2, 1 or none, packed into bytes, and one gain per token."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from .bit_allocation import WIDTHS
 from .coefficients import Coefficients, in_tiles
 
-PACKED = (8, 4, 2)
-"""The widths in bits, in the order in which directions are stored."""
 LEAST_GAIN, GAINS = -9, 16
 """A token's gain is ``2^(g / 2)`` with one of the ``GAINS`` integers from ``LEAST_GAIN`` on."""
 RUN = 128
@@ -26,7 +25,7 @@ class BitCoefficients(Coefficients):
     tokens far outside of the quantizers' range (outliers) are not clipped, and small ones (attention sinks) stay small.
 
     Args:
-        widths: numbers of directions with 8, 4 and 2 bits, of which each fills whole bytes.
+        widths: numbers of directions with each of ``WIDTHS`` bits, of which each fills whole bytes.
         weights: weights of the directions' squared errors, ``[1 or batch, groups, rank]``.
         codes: what :meth:`encode` gave for the first tokens; ``None`` for no tokens yet.
     """
@@ -123,10 +122,10 @@ def packed(levels: Tensor, widths: Sequence[int]) -> dict[str, Tensor]:
 
     Args:
         levels: ``[..., rank, tokens]``, uint8.
-        widths: numbers of directions with 8, 4 and 2 bits.
+        widths: numbers of directions with each of ``WIDTHS`` bits.
     """
     found = {}
-    for width, part in zip(PACKED, levels.split(list(widths), -2), strict=True):
+    for width, part in zip(WIDTHS, levels.split(list(widths), -2), strict=True):
         pieces = part.unflatten(-2, (8 // width, -1)).unbind(-3) if part.shape[-2] else (part,)
         whole = pieces[0]
         for index, piece in enumerate(pieces[1:], 1):
@@ -142,7 +141,7 @@ def unpacked(codes: Mapping[str, Tensor]) -> Tensor:
         codes: what it gave.
     """
     parts = []
-    for width in PACKED:
+    for width in WIDTHS:
         held = codes[f"levels{width}"]
         if held.shape[-2]:
             shifts, last = range(0, 8 - width, width), 8 - width
@@ -168,7 +167,7 @@ def _gains(dtype: torch.dtype, device: torch.device) -> Tensor:
 
 @functools.lru_cache(maxsize=256)
 def _centres(widths: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    middles = [(2**width - 1) / 2 for width, count in zip(PACKED, widths, strict=True) for _ in range(count)]
+    middles = [(2**width - 1) / 2 for width, count in zip(WIDTHS, widths, strict=True) for _ in range(count)]
     return torch.tensor(middles, dtype=dtype, device=device)
 
 

@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from .bit_allocation import Directions, allocate_bits, distortion
+from .bit_allocation import WIDTHS, Directions, allocate_bits, distortion
 from .bit_coefficients import BitCoefficients
 from .bit_subspace import Widths, bit_subspaces
 from .compressed_tokens import CompressedTokens, HeadGroups, Heads, grouped
@@ -75,7 +75,7 @@ class BitFit:
 
     Args:
         transform: their directions.
-        widths: the numbers of directions with 8, 4 and 2 bits, for every group of heads.
+        widths: the numbers of directions with each of ``WIDTHS`` bits, for every group of heads.
         values: whether these are values.
         frame: the frame in which keys are stored; ``None`` is their own.
         shared: whether the transform is the model's, and not that of some tokens.
@@ -142,7 +142,7 @@ class BitFit:
         width, together = self.transform.basis.shape[2], x.shape[1] // self.transform.mean.shape[1]
         metric = self.transform.metric
         own = fitted_transform(x, together, self.frame, keep, least, values=self.values, metric=metric)
-        spent = sum(8 * each[0] + 4 * each[1] + 2 * each[2] for each in self.widths)
+        spent = sum(bits * count for each in self.widths for bits, count in zip(WIDTHS, each, strict=True))
         directions = [Directions(v, first=8 * width / x.shape[2]) for v in own.variances.mean(0)]
         return replace(self, transform=own, widths=allocate_bits(directions, spent), shared=False, made=None)
 
@@ -153,7 +153,7 @@ class BitPlan:
 
     Args:
         transforms: the directions of keys and of values.
-        widths: the numbers of directions with 8, 4 and 2 bits, for keys and for values, by group of heads.
+        widths: the numbers of directions with each of ``WIDTHS`` bits, for keys and for values, by group of heads.
         shared: whether the transforms are the model's, and not those of some tokens.
     """
 

@@ -13,7 +13,7 @@ from .tile_frame import TileFrame
 from .transform import Transform
 
 Widths = tuple[int, ...]
-"""Numbers of directions with 8, 4 and 2 bits."""
+"""Numbers of directions with each of ``WIDTHS`` bits."""
 
 
 def bit_subspaces(
@@ -25,7 +25,7 @@ def bit_subspaces(
 
     Args:
         transform: all directions.
-        widths: the numbers of directions with 8, 4 and 2 bits, for every group.
+        widths: the numbers of directions with each of ``WIDTHS`` bits, for every group.
         frame: the frame in which keys are stored; ``None`` is their own.
         shared: whether the transform is the model's, and not that of some tokens.
     """

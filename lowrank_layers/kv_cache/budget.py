@@ -32,9 +32,9 @@ class _Group(NamedTuple):
 def compress_together(layers: Sequence[LowRankKV], budget: float | int) -> None:
     """Compresses the caches of several layers for the first time, with bits, or ranks, that share one limit of bytes.
 
-    With bits, each direction of a group of heads gets 8, 4, 2 or none, and its column of the basis, as it saves error
-    per byte. With ranks, each direction is kept or not. Those that save most are served first, over all layers, keys
-    and values. Exact tokens, bases, means, scales and gains count as bytes.
+    With bits, each direction of a group of heads gets 8, 4, 2, 1 or none, and its column of the basis, as it saves
+    error per byte. With ranks, each direction is kept or not. Those that save most are served first, over all layers,
+    keys and values. Exact tokens, bases, means, scales and gains count as bytes.
 
     Args:
         layers: caches that hold the same tokens, none of them compressed yet.

@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .bit_coefficients import LEAST_GAIN, PACKED, BitCoefficients
+from .bit_allocation import WIDTHS
+from .bit_coefficients import LEAST_GAIN, BitCoefficients
 from .coefficients import Coefficients
 from .compiled import compiled
 from .rope import TILE_FRAME
@@ -28,8 +29,8 @@ def library() -> ctypes.CDLL | None:
     """The compiled functions, as :func:`~lowrank_layers.kv_cache.compiled.compiled` gives them."""
     functions = compiled(SOURCES)
     if functions is not None:
-        functions.tile_scores.argtypes = [ctypes.c_void_p] * 9 + [ctypes.c_int64] * 13
-        functions.mixed.argtypes = [ctypes.c_void_p] * 6 + [ctypes.c_int64] * 12
+        functions.tile_scores.argtypes = [ctypes.c_void_p] * 10 + [ctypes.c_int64] * 10
+        functions.mixed.argtypes = [ctypes.c_void_p] * 7 + [ctypes.c_int64] * 9
     return functions
 
 
@@ -116,12 +117,12 @@ def _call(
     batch, heads, count, _ = output.shape
     groups = subspace.mean.shape[1]
     bases = [t.contiguous() for t in (subspace.basis, scale, subspace.mean)]
-    codes = [coefficients.codes[key].contiguous() for key in (*(f"levels{width}" for width in PACKED), "gains")]
+    codes = [coefficients.codes[key].contiguous() for key in (*(f"levels{width}" for width in WIDTHS), "gains")]
     getattr(functions, name)(
         *(t.data_ptr() for t in (*inputs, *bases)),
-        (ctypes.c_void_p * 4)(*(code.data_ptr() for code in codes)),
+        (ctypes.c_void_p * len(codes))(*(code.data_ptr() for code in codes)),
         output.data_ptr(),
-        *(code.shape[2] for code in codes[:3]),
+        (ctypes.c_int64 * len(WIDTHS))(*(code.shape[2] for code in codes[:-1])),
         batch * groups,
         len(subspace.mean) * groups,
         heads // groups,

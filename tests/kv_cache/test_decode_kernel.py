@@ -9,7 +9,8 @@ import torch
 
 import lowrank_layers as lr
 from lowrank_layers.kv_cache import decode_kernel
-from lowrank_layers.kv_cache.bit_coefficients import GAINS, PACKED, BitCoefficients, packed
+from lowrank_layers.kv_cache.bit_allocation import WIDTHS
+from lowrank_layers.kv_cache.bit_coefficients import GAINS, BitCoefficients, packed
 from lowrank_layers.kv_cache.coefficients import FloatCoefficients
 from lowrank_layers.kv_cache.compressed_tokens import HeadGroups
 from lowrank_layers.kv_cache.subspace import Subspace
@@ -22,12 +23,12 @@ ROTATIONS = {
     "part of a head": lr.Rotation.of(8, start=4),
 }
 SHAPES = {
-    "whole tiles": (1, 1, 1, 3, 3, 96, (3, 6, 8)),
-    "one token": (1, 1, 1, 1, 1, 1, (1, 2, 4)),
-    "tokens left over, batch": (2, 1, 1, 2, 2, 77, (5, 10, 4)),
-    "groups and bases of their own": (2, 3, 2, 1, 5, 40, (2, 0, 4)),
-    "one width, many rows": (1, 1, 1, 2, 32, 50, (0, 0, 24)),
-    "more tokens than stay in the cache": (1, 2, 1, 1, 2, 2500, (1, 2, 4)),
+    "whole tiles": (1, 1, 1, 3, 3, 96, (3, 6, 8, 16)),
+    "one token": (1, 1, 1, 1, 1, 1, (1, 2, 4, 0)),
+    "tokens left over, batch": (2, 1, 1, 2, 2, 77, (5, 10, 4, 8)),
+    "groups and bases of their own": (2, 3, 2, 1, 5, 40, (2, 0, 4, 0)),
+    "one width, many rows": (1, 1, 1, 2, 32, 50, (0, 0, 24, 0)),
+    "more tokens than stay in the cache": (1, 2, 1, 1, 2, 2500, (1, 2, 4, 8)),
 }
 """Batch, groups, batch of the bases, heads per group, rows per head, tokens, widths."""
 
@@ -36,7 +37,7 @@ def _group(batch, groups, bases, heads, tokens, widths, rotation):
     rank, width = sum(widths), heads * SIZE
     levels = [
         torch.randint(0, 2**bits, (batch, groups, count, tokens), dtype=torch.uint8)
-        for bits, count in zip(PACKED, widths, strict=True)
+        for bits, count in zip(WIDTHS, widths, strict=True)
     ]
     codes = packed(torch.cat(levels, 2), widths)
     codes["gains"] = torch.randint(0, GAINS, (batch, groups, tokens), dtype=torch.uint8)
@@ -96,7 +97,7 @@ def _terms(group):
 
 
 def test_the_number_of_threads_does_not_matter():
-    group = _group(1, 1, 1, 2, 3000, (2, 4, 8), None)
+    group = _group(1, 1, 1, 2, 3000, (2, 4, 8, 8), None)
     weights, before = torch.rand(1, 2, 2, 3000), torch.get_num_threads()
     found = []
     try:
@@ -110,7 +111,7 @@ def test_the_number_of_threads_does_not_matter():
 
 
 def test_where_it_does_not_serve():
-    group = _group(1, 1, 1, 2, 40, (2, 4, 8), None)
+    group = _group(1, 1, 1, 2, 40, (2, 4, 8, 8), None)
     rows = torch.randn(1, 2, 1, SIZE)
     serves = decode_kernel.applies
     assert serves(rows, group.subspace, group.coefficients)
@@ -123,7 +124,7 @@ def test_where_it_does_not_serve():
 
 def test_gradients_go_through_operations_of_torch():
     rotation = ROTATIONS["halves"]
-    group = _group(1, 1, 1, 2, 40, (2, 4, 8), rotation)
+    group = _group(1, 1, 1, 2, 40, (2, 4, 8, 8), rotation)
     rows = torch.randn(1, 2, 1, SIZE, requires_grad=True)
     waves = rotation.tile_waves(OFFSET, 40)
     scores = group.tile_scores(rows, waves)

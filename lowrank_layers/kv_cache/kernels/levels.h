@@ -84,12 +84,20 @@ static inline Floats level(Words bytes, int field) {
   return (Floats)(((bytes << (23 - width - width * field)) & mask) | exponent) - middle;
 }
 
+constexpr int64_t WIDTHS = 4;  // of 8, 4, 2 and 1 bits
+
 struct Levels {
-  const uint8_t* of[3];  // of 8, 4 and 2 bits
-  int64_t rows[3];       // rows of bytes
+  const uint8_t* of[WIDTHS];
+  int64_t rows[WIDTHS];  // rows of bytes
   int64_t stride;        // from one row of bytes to the next
 
-  int64_t rank() const { return rows[0] + 2 * rows[1] + 4 * rows[2]; }
+  Levels(const uint8_t* const* parts, const int64_t* counts, int64_t tokens) : stride(tokens) {
+    std::copy_n(parts, WIDTHS, of);
+    std::copy_n(counts, WIDTHS, rows);
+  }
+
+  int64_t bytes() const { return rows[0] + rows[1] + rows[2] + rows[3]; }
+  int64_t rank() const { return rows[0] + 2 * rows[1] + 4 * rows[2] + 8 * rows[3]; }
 
   Levels from(int64_t token) const {
     Levels found = *this;
@@ -99,17 +107,17 @@ struct Levels {
 
   Levels of_group(int64_t group) const {
     Levels found = *this;
-    for (int k = 0; k < 3; k++) found.of[k] += group * rows[k] * stride;
+    for (int k = 0; k < WIDTHS; k++) found.of[k] += group * rows[k] * stride;
     return found;
   }
 
   // A copy of few tokens, filled up so that whole vectors can be read.
   Levels filled(int64_t tokens, int64_t up_to, std::vector<uint8_t>& held) const {
-    held.assign((rows[0] + rows[1] + rows[2]) * up_to, 0);
+    held.assign(bytes() * up_to, 0);
     Levels found = *this;
     found.stride = up_to;
     uint8_t* to = held.data();
-    for (int k = 0; k < 3; k++) {
+    for (int k = 0; k < WIDTHS; k++) {
       found.of[k] = to;
       for (int64_t j = 0; j < rows[k]; j++, to += up_to) std::memcpy(to, of[k] + j * stride, tokens);
     }

@@ -30,6 +30,7 @@ struct Mixing {
     add<8, M>(levels.of[0], levels.rows[0], start, to);
     add<4, M>(levels.of[1], levels.rows[1], start, to + levels.rows[0]);
     add<2, M>(levels.of[2], levels.rows[2], start, to + levels.rows[0] + 2 * levels.rows[1]);
+    add<1, M>(levels.of[3], levels.rows[3], start, to + levels.rows[0] + 2 * levels.rows[1] + 4 * levels.rows[2]);
   }
 
   template <int width, int64_t M>
@@ -87,11 +88,12 @@ extern "C" void mixed(
     const int8_t* basis,          // [bases, heads * size, rank]
     const float* scale,           // [bases, rank]
     const float* mean,            // [bases, heads * size]
-    const uint8_t* const* parts,  // levels of 8, 4 and 2 bits [groups, rows of bytes, tokens], gains [groups, tokens]
+    const uint8_t* const* parts,  // levels by width [groups, rows of bytes, tokens], gains [groups, tokens]
     float* values,                // [groups, heads * rows, size]
-    int64_t rows8, int64_t rows4, int64_t rows2, int64_t groups, int64_t bases, int64_t heads, int64_t rows,
+    const int64_t* counts,        // rows of bytes by width
+    int64_t groups, int64_t bases, int64_t heads, int64_t rows,
     int64_t size, int64_t tokens, int64_t stride, int64_t least_gain, int64_t threads) {
-  const Levels all = {{parts[0], parts[1], parts[2]}, {rows8, rows4, rows2}, tokens};
+  const Levels all(parts, counts, tokens);
   const Gains factors(least_gain);
   // tokens are shared out where there are fewer groups than threads; the last number of a sum is that of the weights
   const int64_t rank = all.rank(), joint = heads * rows, wide = whole(rank) + 1;
@@ -110,7 +112,7 @@ extern "C" void mixed(
         const bool full = stop - t >= LANES;
         count = full ? std::min(RUN, (stop - t) / LANES * LANES) : stop - t;
         float gains[RUN];
-        for (int64_t i = 0; i < count; i++) gains[i] = factors.of[parts[3][group * tokens + t + i]];
+        for (int64_t i = 0; i < count; i++) gains[i] = factors.of[parts[WIDTHS][group * tokens + t + i]];
         for (int64_t m = 0; m < joint; m++) {
           const float* from = weights + (group * joint + m) * stride + t;
           float* into = scaled.data() + m * WEIGHTS;

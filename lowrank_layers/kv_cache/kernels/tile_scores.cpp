@@ -106,6 +106,7 @@ struct Scoring {
     add<8>(sums, levels.of[0], levels.rows[0], from);
     add<4>(sums, levels.of[1], levels.rows[1], from + levels.rows[0]);
     add<2>(sums, levels.of[2], levels.rows[2], from + levels.rows[0] + 2 * levels.rows[1]);
+    add<1>(sums, levels.of[3], levels.rows[3], from + levels.rows[0] + 2 * levels.rows[1] + 4 * levels.rows[2]);
     for (int64_t m = 0; m < M; m++)
       for (int64_t half = 0; half < 2; half++) {
         const int64_t t = half * LANES;
@@ -119,7 +120,7 @@ struct Scoring {
     for (int64_t j = 0; j < count; j++, bytes += levels.stride) {
       __builtin_prefetch(bytes + AHEAD);
       const Words left = widened(bytes), right = widened(bytes + LANES);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int field = 0; field < 8 / width; field++) {
         const Floats u = level<width>(left, field), v = level<width>(right, field);
         for (int64_t m = 0; m < M; m++) {
@@ -142,11 +143,12 @@ extern "C" void tile_scores(
     const int8_t* basis,          // [bases, heads * size, rank]
     const float* scale,           // [bases, rank]
     const float* mean,            // [bases, heads * size]
-    const uint8_t* const* parts,  // levels of 8, 4 and 2 bits [groups, rows of bytes, tokens], gains [groups, tokens]
+    const uint8_t* const* parts,  // levels by width [groups, rows of bytes, tokens], gains [groups, tokens]
     float* scores,                // [groups, heads * rows, tokens]
-    int64_t rows8, int64_t rows4, int64_t rows2, int64_t groups, int64_t bases, int64_t heads, int64_t rows,
+    const int64_t* counts,        // rows of bytes by width
+    int64_t groups, int64_t bases, int64_t heads, int64_t rows,
     int64_t size, int64_t pairs, int64_t tokens, int64_t tile, int64_t least_gain, int64_t threads) {
-  const Levels all = {{parts[0], parts[1], parts[2]}, {rows8, rows4, rows2}, tokens};
+  const Levels all(parts, counts, tokens);
   const Gains factors(least_gain);
   const Pairs paired = {entries, pairs, size};
   const int64_t rank = all.rank(), inner = 2 * pairs + 1, joint = heads * rows, tiles = (tokens + tile - 1) / tile;
@@ -182,7 +184,7 @@ extern "C" void tile_scores(
         const int64_t here = std::min(STEP, stop - t);
         const bool full = here == STEP;
         float gains[STEP] = {};
-        for (int64_t i = 0; i < here; i++) gains[i] = factors.of[parts[3][group * tokens + t + i]];
+        for (int64_t i = 0; i < here; i++) gains[i] = factors.of[parts[WIDTHS][group * tokens + t + i]];
         Levels levels = all.of_group(group).from(t);
         if (!full) levels = levels.filled(here, STEP, held);
         const float* base = formed.data() + (t / tile - first) * joint * columns;
