@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -29,8 +32,9 @@ def library() -> ctypes.CDLL | None:
     """The compiled functions, as :func:`~lowrank_layers.kv_cache.compiled.compiled` gives them."""
     functions = compiled(SOURCES)
     if functions is not None:
-        functions.tile_scores.argtypes = [ctypes.c_void_p] * 10 + [ctypes.c_int64] * 10
-        functions.mixed.argtypes = [ctypes.c_void_p] * 7 + [ctypes.c_int64] * 9
+        functions.tile_scores.argtypes = [ctypes.c_void_p] * 10 + [ctypes.c_int64] * 11
+        functions.mixed.argtypes = [ctypes.c_void_p] * 7 + [ctypes.c_int64] * 10
+        functions.attention.argtypes = [ctypes.c_void_p] * 10 + [ctypes.c_int64] * 15 + [ctypes.c_float]
     return functions
 
 
@@ -103,6 +107,58 @@ def mixed(weights: Tensor, subspace: Subspace, coefficients: Coefficients) -> Te
     return values
 
 
+@dataclass(frozen=True, eq=False)
+class Arguments:
+    """What the compiled functions read of a subspace and of coefficients in it.
+
+    Args:
+        tensors: the tensors that ``pointers`` points to, which it keeps alive.
+        pointers: those of basis, scale, mean, levels by width and gains.
+        counts: numbers of rows of bytes by width.
+        pitch: distance from one row of bytes to the next.
+    """
+
+    tensors: Sequence[Tensor]
+    pointers: ctypes.Array[ctypes.c_void_p]
+    counts: Sequence[int]
+    pitch: int
+
+
+def arguments(subspace: Subspace, coefficients: Coefficients) -> Arguments:
+    """What the compiled functions read; kept until other tensors are stored.
+
+    Args:
+        subspace: the subspace.
+        coefficients: coefficients in it.
+    """
+    codes = coefficients.codes
+    given = [subspace.basis, subspace.scale, subspace.mean, *codes.values()]
+    held = vars(coefficients).get("_arguments")
+    if held is not None and len(held[0]) == len(given) and all(map(operator.is_, held[0], given)):
+        found: Arguments = held[1]
+        return found
+    assert subspace.scale is not None
+    bases = [t.contiguous() for t in (subspace.basis, subspace.scale, subspace.mean)]
+    parts = [codes[key] for key in (*(f"levels{width}" for width in WIDTHS), "gains")]
+    pitch = parts[-1].stride(-2)
+    if any(not _has_pitch(part, pitch) for part in parts):
+        parts, pitch = [part.contiguous() for part in parts], coefficients.tokens
+    tensors = [*bases, *parts]
+    pointers = (ctypes.c_void_p * len(tensors))(*(t.data_ptr() for t in tensors))
+    found = Arguments(tensors, pointers, [part.shape[2] for part in parts[:-1]], pitch)
+    vars(coefficients)["_arguments"] = given, found
+    return found
+
+
+def _has_pitch(x: Tensor, pitch: int) -> bool:
+    """Whether rows of tokens follow each other at a distance."""
+    expected = [1, pitch]
+    for size in reversed(x.shape[1:-1]):
+        expected.append(expected[-1] * size)
+    pairs = zip(reversed(x.shape), reversed(x.stride()), expected, strict=True)
+    return x.numel() == 0 or all(size == 1 or stride == wanted for size, stride, wanted in pairs)
+
+
 def _call(
     name: str,
     inputs: list[Tensor],
@@ -111,18 +167,17 @@ def _call(
     subspace: Subspace,
     coefficients: Coefficients,
 ) -> None:
-    functions, scale = library(), subspace.scale
+    functions = library()
     assert functions is not None
-    assert scale is not None
     batch, heads, count, _ = output.shape
-    groups = subspace.mean.shape[1]
-    bases = [t.contiguous() for t in (subspace.basis, scale, subspace.mean)]
-    codes = [coefficients.codes[key].contiguous() for key in (*(f"levels{width}" for width in WIDTHS), "gains")]
+    groups, given = subspace.mean.shape[1], arguments(subspace, coefficients)
+    basis = len(given.tensors) - len(WIDTHS) - 1
     getattr(functions, name)(
-        *(t.data_ptr() for t in (*inputs, *bases)),
-        (ctypes.c_void_p * len(codes))(*(code.data_ptr() for code in codes)),
+        *(t.data_ptr() for t in (*inputs, *given.tensors[:basis])),
+        (ctypes.c_void_p * (len(WIDTHS) + 1))(*given.pointers[basis:]),
         output.data_ptr(),
-        (ctypes.c_int64 * len(WIDTHS))(*(code.shape[2] for code in codes[:-1])),
+        (ctypes.c_int64 * len(WIDTHS))(*given.counts),
+        given.pitch,
         batch * groups,
         len(subspace.mean) * groups,
         heads // groups,

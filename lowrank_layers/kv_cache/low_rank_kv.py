@@ -12,8 +12,9 @@ from torch import Tensor
 from ..errors import LowRankError
 from ..rank import Rank
 from ..settings import settings_from
+from . import decode_step
 from .attend import attend
-from .autocast import without_autocast
+from .autocast import as_autocast, without_autocast
 from .compressed_tokens import CompressedTokens
 from .first_fits import FirstFits
 from .masks import causal_mask
@@ -145,12 +146,24 @@ class LowRankKV:
             softcap: bounds the scores by ``softcap tanh(score / softcap)``.
             sinks: ``[query heads]``, one logit per head that takes part in the softmax and has no value.
         """
+        plain = mask is None and softcap is None and sinks is None and query.shape[2] == 1
+        if plain and (found := self._attend_at_once(query, scale)) is not None:
+            return found
         if self.starts is not None and self.first is not None and (mask is None or mask.shape[-1] == len(self)):
             if mask is None:
                 mask = causal_mask(query.shape[2], len(self), query.device)
                 mask = mask if causal else torch.ones_like(mask)
             mask = self.starts.arranged(mask)
         return attend(query, self.segments(), mask=mask, scale=scale, causal=causal, softcap=softcap, sinks=sinks)
+
+    def _attend_at_once(self, query: Tensor, scale: float | None) -> Tensor | None:
+        """One query per head in one compiled function, where that serves."""
+        if self.old is None or self.recent is None or self.rotation is None or self.starts is not None:
+            return None
+        keys, values = self.recent
+        exact = [(keys.read(), values.read())] if self.first is None else [self.first, (keys.read(), values.read())]
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        return decode_step.attention(as_autocast(query), exact, self.old, self.rotation, self._first_tokens(), scale)
 
     def segments(self) -> list[Segment]:
         """All tokens: first, old and recent ones, as they are stored."""

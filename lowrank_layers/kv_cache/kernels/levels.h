@@ -62,6 +62,38 @@ static inline float total(Floats x) {
   return (sum[0] + sum[1]) + (sum[2] + sum[3]);
 }
 
+static inline float maximum(const float* x, int64_t count) {
+  float found = -INFINITY;
+  int64_t i = 0;
+  if (count >= LANES) {
+    Floats most = load(x);
+    for (i = LANES; i + LANES <= count; i += LANES) most = load(x + i) > most ? load(x + i) : most;
+    for (int64_t k = 0; k < LANES; k++) found = std::max(found, most[k]);
+  }
+  for (; i < count; i++) found = std::max(found, x[i]);
+  return found;
+}
+
+static inline float product(const float* x, const float* y, int64_t count) {
+  Floats sum = {};
+  int64_t i = 0;
+  for (; i + LANES <= count; i += LANES) sum += load(x + i) * load(y + i);
+  float found = total(sum);
+  for (; i < count; i++) found += x[i] * y[i];
+  return found;
+}
+
+// e^x for x <= 0 as 2^n e^r with |r| <= log(2) / 2: e^r to its 7th power, the integer n as bits of the exponent.
+static inline Floats exponential(Floats x) {
+  constexpr float magic = 12582912.0f;  // 1.5 * 2^23: what is added to it is rounded to an integer
+  x = x > -87.0f ? x : Floats{} - 87.0f;
+  const Floats rounded = x * 1.44269504f + magic, n = rounded - magic;
+  const Floats r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  Floats found = r * (1 / 5040.0f) + 1 / 720.0f;
+  for (float term : {1 / 120.0f, 1 / 24.0f, 1 / 6.0f, 0.5f, 1.0f, 1.0f}) found = found * r + term;
+  return (Floats)((Words)found + ((Words)rounded << 23));
+}
+
 // Zeros that begin at a cache line: a vector that lies across two is read in twice the time.
 class Numbers {
  public:

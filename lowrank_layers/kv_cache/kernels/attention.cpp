@@ -1,0 +1,86 @@
+// One step of attention to a whole cache: a query per head, exact tokens and coded ones, one softmax over both.
+// attend.py says the same in operations of torch.
+
+#include "mixed.h"
+#include "tile_scores.h"
+
+namespace {
+
+// Exact tokens in one buffer: keys and values [batch, key heads, tokens, size].
+struct Exact {
+  const float *keys, *values;
+  int64_t tokens, keys_batch, keys_head, values_batch, values_head;
+};
+
+}  // namespace
+
+extern "C" void attention(
+    const float* queries,             // [batch, query heads, size]
+    const int64_t* entries, const float* waves, const float* offset_waves,
+    const void* const* keys,          // basis, scale, mean, levels by width, gains
+    const void* const* values,        // likewise
+    const int64_t* counts,            // rows of bytes by width, of keys and then of values
+    const float* const* exact,        // keys and values of the first tokens, and of the recent ones
+    const int64_t* exact_sizes,       // for both: tokens, steps between batch rows and heads, of keys and of values
+    float* out,                       // [batch, query heads, size of a value]
+    int64_t keys_pitch, int64_t values_pitch, int64_t batch, int64_t groups, int64_t key_bases, int64_t value_bases,
+    int64_t heads, int64_t rows, int64_t size, int64_t value_size, int64_t pairs, int64_t tokens, int64_t tile,
+    int64_t least_gain, int64_t threads, float factor) {
+  const Gains factors(least_gain);
+  Exact parts[2];
+  int64_t others = 0;
+  for (int k = 0; k < 2; k++) {
+    const int64_t* sizes = exact_sizes + 5 * k;
+    parts[k] = {exact[2 * k], exact[2 * k + 1], sizes[0], sizes[1], sizes[2], sizes[3], sizes[4]};
+    others += sizes[0];
+  }
+  const int64_t joint = heads * rows, coded = whole(tokens), stride = coded + whole(others);
+  Numbers scores(batch * groups * joint * stride);
+  const TileScores scoring = {
+      queries, entries, waves, offset_waves, (const int8_t*)keys[0], (const float*)keys[1], (const float*)keys[2],
+      Levels((const uint8_t* const*)keys + 3, counts, keys_pitch), (const uint8_t*)keys[3 + WIDTHS], scores.data(),
+      stride, batch * groups, key_bases, heads, rows, size, pairs, tokens, tile, factor, factors};
+  const Mixed<true> mixing = {
+      scores.data(), (const int8_t*)values[0], (const float*)values[1], (const float*)values[2],
+      Levels((const uint8_t* const*)values + 3, counts + WIDTHS, values_pitch), (const uint8_t*)values[3 + WIDTHS], out,
+      stride, batch * groups, value_bases, heads, rows, value_size, tokens, threads, factors};
+  Numbers sums(mixing.numbers()), best(batch * groups * scoring.chunks() * joint);
+  const int64_t all_rows = batch * groups * joint, key_heads = groups * heads;
+#pragma omp parallel num_threads(threads)
+  {
+    scoring.run(best.data());
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < all_rows; row++) {
+      const int64_t head = row / rows % key_heads, b = row / rows / key_heads;
+      float* to = scores.data() + row * stride + coded;
+      for (const Exact& part : parts) {
+        const float* key = part.keys + b * part.keys_batch + head * part.keys_head;
+        for (int64_t t = 0; t < part.tokens; t++) *to++ = factor * product(queries + row * size, key + t * size, size);
+      }
+    }
+    std::vector<float> greatest(all_rows);
+    for (int64_t row = 0; row < all_rows; row++) {
+      const float* from = best.data() + row / joint * scoring.chunks() * joint + row % joint;
+      greatest[row] = maximum(scores.data() + row * stride + coded, others);
+      for (int64_t k = 0; k < scoring.chunks(); k++) greatest[row] = std::max(greatest[row], from[k * joint]);
+    }
+    mixing.add(greatest.data(), sums.data());
+    mixing.join(sums.data(), [&](int64_t row, float sum) {
+      float* weights = scores.data() + row * stride + coded;
+      for (int64_t t = 0; t < others; t++) sum += weights[t] = std::exp(weights[t] - greatest[row]);
+      for (int64_t t = 0; t < others; t++) weights[t] /= sum;
+      return 1 / sum;
+    });
+    mixing.rebuild(sums.data());
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < all_rows; row++) {
+      const int64_t head = row / rows % key_heads, b = row / rows / key_heads;
+      const float* weights = scores.data() + row * stride + coded;
+      for (const Exact& part : parts) {
+        const float* value = part.values + b * part.values_batch + head * part.values_head;
+        for (int64_t t = 0; t < part.tokens; t++, weights++)
+          for (int64_t j = 0; j < value_size; j++) out[row * value_size + j] += *weights * value[t * value_size + j];
+      }
+    }
+  }
+}
