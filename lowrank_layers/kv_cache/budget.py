@@ -136,7 +136,7 @@ def _scatters(layer: LowRankKV) -> list[Scatter]:
     """What a first fit of keys and of values looks at."""
     span = layer.first_fit()
     assert span is not None
-    frames, keep, least = (layer.frame(), None), layer.counting(*span), layer.settings.at_a_time
+    frames, keep, least = (layer.frame(), None), layer.counting(*span), layer.settings.at_first
     with without_autocast(layer.like().device):
         return [
             Scatter.of(grouped(x, x.shape[1] if layer.settings.joint else 1), frame, keep=keep).pooled(least)

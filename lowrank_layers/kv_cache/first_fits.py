@@ -96,7 +96,7 @@ class FirstFits:
             frame: the frame in which keys are stored.
             keep: which tokens count, ``[batch, tokens]``; ``None`` counts all.
         """
-        data = keep, self.settings.at_a_time
+        data = keep, self.settings.at_first
         heads = sides[0].shape[1] if self.settings.joint else 1
         keys, values = sides
         return (

@@ -293,7 +293,7 @@ class LowRankKV:
         if self.starts is not None and self.starts.most > len(self):
             return None  # a row has padding only
         least = 0 if self.starts is None else self.starts.least
-        return (skip, stop) if stop - skip - least >= self.settings.at_a_time else None
+        return (skip, stop) if stop - skip - least >= self.settings.at_first else None
 
     def leaving(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Keys without their rotation, and values, of a range of recent tokens, in fp32.
@@ -330,7 +330,7 @@ class LowRankKV:
         if span is None or self.waits_for_budget:
             return
         assert self.recent is not None
-        sides, keep, least = self.leaving(*span), self.counting(*span), self.settings.at_a_time
+        sides, keep, least = self.leaving(*span), self.counting(*span), self.settings.at_first
         fits = self.fits(sides, self.frame(), keep, (self.like(0).dtype, self.like(1).dtype))
         keys, values = (fit(x, keep, least) for fit, x in zip(fits, sides, strict=True))
         skip, count = span

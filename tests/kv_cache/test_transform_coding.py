@@ -44,7 +44,9 @@ def test_bits_are_the_default_and_a_rank_keeps_its_own():
     assert filled().old[0].parts[0].coefficients.dtype == torch.uint8
     by_rank = lr.KVSettings(rank=8)
     assert (by_rank.recent, by_rank.at_a_time, by_rank.rotated) == (128, 64, "before")
-    assert (lr.KVSettings().recent, lr.KVSettings().at_a_time, lr.KVSettings().rotated) == (16, 16, "tile")
+    by_bits = lr.KVSettings()
+    assert (by_bits.recent, by_bits.at_first, by_bits.at_a_time, by_bits.rotated) == (16, 16, 8, "tile")
+    assert lr.KVSettings(block=5).at_first == 5
     assert lr.KVSettings(dtype=torch.int8).rank_of(values=True) == 16
 
 

@@ -35,13 +35,14 @@ extern "C" void attention(
     others += sizes[0];
   }
   const int64_t joint = heads * rows, coded = whole(tokens), stride = coded + whole(others);
-  Numbers scores(batch * groups * joint * stride);
+  static thread_local Numbers held;  // new memory at every step would cost as much as the scores
+  float* scores = held.room(batch * groups * joint * stride);
   const TileScores scoring = {
       queries, entries, waves, offset_waves, (const int8_t*)keys[0], (const float*)keys[1], (const float*)keys[2],
-      Levels((const uint8_t* const*)keys + 3, counts, keys_pitch), (const uint8_t*)keys[3 + WIDTHS], scores.data(),
+      Levels((const uint8_t* const*)keys + 3, counts, keys_pitch), (const uint8_t*)keys[3 + WIDTHS], scores,
       stride, batch * groups, key_bases, heads, rows, size, pairs, tokens, tile, factor, factors};
   const Mixed<true> mixing = {
-      scores.data(), (const int8_t*)values[0], (const float*)values[1], (const float*)values[2],
+      scores, (const int8_t*)values[0], (const float*)values[1], (const float*)values[2],
       Levels((const uint8_t* const*)values + 3, counts + WIDTHS, values_pitch), (const uint8_t*)values[3 + WIDTHS], out,
       stride, batch * groups, value_bases, heads, rows, value_size, tokens, threads, factors};
   Numbers sums(mixing.numbers()), best(batch * groups * scoring.chunks() * joint);
@@ -52,7 +53,7 @@ extern "C" void attention(
 #pragma omp for schedule(static)
     for (int64_t row = 0; row < all_rows; row++) {
       const int64_t head = row / rows % key_heads, b = row / rows / key_heads;
-      float* to = scores.data() + row * stride + coded;
+      float* to = scores + row * stride + coded;
       for (const Exact& part : parts) {
         const float* key = part.keys + b * part.keys_batch + head * part.keys_head;
         for (int64_t t = 0; t < part.tokens; t++) *to++ = factor * product(queries + row * size, key + t * size, size);
@@ -61,12 +62,12 @@ extern "C" void attention(
     std::vector<float> greatest(all_rows);
     for (int64_t row = 0; row < all_rows; row++) {
       const float* from = best.data() + row / joint * scoring.chunks() * joint + row % joint;
-      greatest[row] = maximum(scores.data() + row * stride + coded, others);
+      greatest[row] = maximum(scores + row * stride + coded, others);
       for (int64_t k = 0; k < scoring.chunks(); k++) greatest[row] = std::max(greatest[row], from[k * joint]);
     }
     mixing.add(greatest.data(), sums.data());
     mixing.join(sums.data(), [&](int64_t row, float sum) {
-      float* weights = scores.data() + row * stride + coded;
+      float* weights = scores + row * stride + coded;
       for (int64_t t = 0; t < others; t++) sum += weights[t] = std::exp(weights[t] - greatest[row]);
       for (int64_t t = 0; t < others; t++) weights[t] /= sum;
       return 1 / sum;
@@ -75,7 +76,7 @@ extern "C" void attention(
 #pragma omp for schedule(static)
     for (int64_t row = 0; row < all_rows; row++) {
       const int64_t head = row / rows % key_heads, b = row / rows / key_heads;
-      const float* weights = scores.data() + row * stride + coded;
+      const float* weights = scores + row * stride + coded;
       for (const Exact& part : parts) {
         const float* value = part.values + b * part.values_batch + head * part.values_head;
         for (int64_t t = 0; t < part.tokens; t++, weights++)

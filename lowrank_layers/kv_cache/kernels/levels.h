@@ -99,6 +99,11 @@ class Numbers {
  public:
   explicit Numbers(int64_t count = 0) { assign(count); }
   void assign(int64_t count) { lines.assign((count + 15) / 16, Line{}); }
+  // Room for so many, whatever they are.
+  float* room(int64_t count) {
+    if (int64_t(lines.size()) * 16 < count) assign(count);
+    return data();
+  }
   float* data() { return lines.empty() ? nullptr : lines.data()->of; }
 
  private:

@@ -36,9 +36,11 @@ def is_cross_attention(cache: Any, module: nn.Module | None, frame: FrameType | 
         module: the module whose forward is running.
         frame: the frame in which the module calls the cache, or a deeper one.
     """
+    if module is None:
+        return False
     while frame is not None and frame.f_locals.get("self") is not module:
         frame = frame.f_back
-    if module is None or frame is None:
+    if frame is None:
         return False
     seen = frame.f_locals
     pair = next((each for each in seen.values() if isinstance(each, EncoderDecoderCache)), None)
