@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -10,12 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .errors import CheckpointError, LowRankError
-from .files import replacing
+from .files import read_tensors, write_tensors
 from .modules import (
     ModelDescription,
     check_can_be_filled,
@@ -79,10 +76,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     shared = shared_names(state)
     tensors = separate({name: tensor.detach() for name, tensor in state.items() if name not in shared})
     header = {"version": VERSION, **ModelDescription.of(model).to_json(), "shared": shared}
-    if not path.parent.is_dir():
-        raise CheckpointError(f"save: the folder {path.parent} does not exist.")
-    with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata={"format": "pt", KEY: json.dumps(header)})
+    write_tensors(path, tensors, KEY, header)
 
 
 def load(path: str | os.PathLike[str], into: nn.Module) -> nn.Module:
@@ -132,24 +126,15 @@ def _may_be_stored(tensor: Tensor) -> bool:
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    if not path.is_file():
-        raise CheckpointError(f"{path}: there is no such file.")
+    foreign = (
+        f"was not written by lowrank_layers.save (no {KEY!r} in its metadata);"
+        " load it with safetensors.torch.load_model."
+    )
+    header, tensors = read_tensors(path, KEY, foreign)
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: is torn or no safetensors file: {error}") from None
-    if KEY not in metadata:
-        raise CheckpointError(
-            f"{path}: was not written by lowrank_layers.save (no {KEY!r} in its metadata);"
-            " load it with safetensors.torch.load_model."
-        )
-    try:
-        header = json.loads(metadata[KEY])
         version = header["version"]
         damaged = [key for key, kind in _HEADER.items() if not isinstance(header[key], kind)]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: its metadata is damaged: {type(error).__name__}: {error}") from None
     if version != VERSION:
         raise CheckpointError(f"{path}: has format version {version!r}, expected {VERSION}; update the package.")

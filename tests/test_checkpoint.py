@@ -214,7 +214,7 @@ def test_a_failed_save_leaves_the_old_file(small, path, monkeypatch):
     def fail(*_, **__):
         raise OSError("disk full")
 
-    monkeypatch.setattr("lowrank_layers.checkpoint.save_file", fail)
+    monkeypatch.setattr("lowrank_layers.files.save_file", fail)
     with pytest.raises(OSError, match="disk full"):
         lr.save(small, path)
     assert path.read_bytes() == before

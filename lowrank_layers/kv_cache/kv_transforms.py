@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, overload
+from typing import overload
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import CheckpointError, LowRankError
-from ..files import replacing
+from ..files import read_tensors, write_tensors
 from .bit_fit import BitPlan, plan_bits
 from .rope import Rotation
 from .settings import KVSettings
@@ -123,8 +120,6 @@ class KVTransforms(Sequence[Pair]):
             CheckpointError: for a folder that does not exist.
         """
         path = _file(path)
-        if not path.parent.is_dir():
-            raise CheckpointError(f"save: the folder {path.parent} does not exist.")
         turned: list[Rotation] = []
         tensors: dict[str, Tensor] = {}
         for layer, pair in enumerate(self.layers):
@@ -144,8 +139,7 @@ class KVTransforms(Sequence[Pair]):
             "layers": places,
         }
         owned = {name: tensor.clone().contiguous() for name, tensor in tensors.items()}
-        with replacing(path) as temporary:
-            save_file(owned, temporary, metadata={"format": "pt", KEY: json.dumps(body)})
+        write_tensors(path, owned, KEY, body)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> KVTransforms:
@@ -159,7 +153,8 @@ class KVTransforms(Sequence[Pair]):
             CheckpointError: for a file that is missing, torn or foreign.
         """
         path = _file(path)
-        body, tensors = _read(path)
+        foreign = f"was not written by KVTransforms.save (no {KEY!r} in its metadata)."
+        body, tensors = read_tensors(path, KEY, foreign)
         try:
             if body["version"] != VERSION:
                 raise CheckpointError(f"format version {body['version']!r}, expected {VERSION}; update the package")
@@ -207,18 +202,3 @@ def _transform(prefix: str, tensors: dict[str, Tensor], device: torch.device | s
     inverse = torch.linalg.inv(basis.double())
     found = (mean, basis, variances, (inverse.mT @ inverse).float())
     return Transform(*(tensor.to(device) for tensor in found))
-
-
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    if not path.is_file():
-        raise CheckpointError(f"{path}: there is no such file.")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if KEY not in metadata:
-                raise CheckpointError(f"{path}: was not written by KVTransforms.save (no {KEY!r} in its metadata).")
-            return json.loads(metadata[KEY]), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-    except CheckpointError:
-        raise
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: is torn or no safetensors file: {error}") from None

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ...errors import CheckpointError, LowRankError
-from ...files import replacing
+from ...files import read_tensors, write_tensors
 from ..rope import Rotation
 from ..serialize import layer_from_tensors, layer_to_tensors, settings_from_json, settings_to_json
 from ..settings import KVSettings
@@ -52,9 +49,6 @@ def save(contents: CacheContents, path: str | os.PathLike[str]) -> None:
     Raises:
         CheckpointError: for a folder that does not exist, and layers that cannot be saved.
     """
-    path = Path(path)
-    if not path.parent.is_dir():
-        raise CheckpointError(f"save: the folder {path.parent} does not exist.")
     rotations = contents.rotations
     layers, tensors = [], {f"rotations.{i}": rotation.frequencies for i, rotation in enumerate(rotations)}
     for index, layer in enumerate(contents.layers):
@@ -66,8 +60,7 @@ def save(contents: CacheContents, path: str | os.PathLike[str]) -> None:
     body = {"version": VERSION, "settings": settings, "rotations": turned, "layers": layers, "depth": contents.depth}
     # safetensors refuses tensors that share memory, as rows of one buffer may
     owned = {name: tensor.clone().contiguous() for name, tensor in tensors.items()}
-    with replacing(path) as temporary:
-        save_file(owned, temporary, metadata={"format": "pt", KEY: json.dumps(body)})
+    write_tensors(Path(path), owned, KEY, body)
 
 
 def load(path: str | os.PathLike[str], device: torch.device) -> CacheContents:
@@ -81,7 +74,10 @@ def load(path: str | os.PathLike[str], device: torch.device) -> CacheContents:
         CheckpointError: for a file that is missing, torn or foreign.
     """
     path = Path(path)
-    body, tensors = _read(path, device)
+    foreign = f"was not written by LowRankCache.save (no {KEY!r} in its metadata)."
+    body, held = read_tensors(path, KEY, foreign, str(device))
+    # copies are aligned as tensors are made, which decides the last digits of products
+    tensors = {name: tensor.clone() for name, tensor in held.items()}
     try:
         if body["version"] != VERSION:
             raise CheckpointError(f"format version {body['version']!r}, expected {VERSION}; update the package")
@@ -100,23 +96,6 @@ def load(path: str | os.PathLike[str], device: torch.device) -> CacheContents:
         what = str(error) if isinstance(error, LowRankError) else f"{type(error).__name__}: {error}"
         raise CheckpointError(f"{path}: is damaged, or not a cache: {what}.") from None
     return CacheContents(settings, layers, rotations, body["depth"])
-
-
-def _read(path: Path, device: torch.device) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    if not path.is_file():
-        raise CheckpointError(f"{path}: there is no such file.")
-    try:
-        with safe_open(path, framework="pt", device=str(device)) as file:
-            metadata = file.metadata() or {}
-            if KEY not in metadata:
-                raise CheckpointError(f"{path}: was not written by LowRankCache.save (no {KEY!r} in its metadata).")
-            body = json.loads(metadata[KEY])
-            # copies are aligned as tensors are made, which decides the last digits of products
-            return body, {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - not a dict
-    except CheckpointError:
-        raise
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: is torn or no safetensors file: {error}") from None
 
 
 def _layer_to_tensors(layer: Any, rotations: list[Rotation], index: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
