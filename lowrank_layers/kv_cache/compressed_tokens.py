@@ -64,7 +64,7 @@ class HeadGroups:
         batch, groups, heads, count, parts, wide = turned.shape
         # [tiles, parts] @ [parts, rows * rank]
         flat = turned.permute(0, 1, 4, 2, 3, 5).reshape(batch, groups, parts, -1)
-        inner, shift = (waves @ flat).unflatten(-1, (heads * count, wide)).split([rank, TILE_FRAME], -1)
+        inner, shift = (waves.to(flat.dtype) @ flat).unflatten(-1, (heads * count, wide)).split([rank, TILE_FRAME], -1)
         found = self.coefficients.tile_scores(inner, shift, TILE_FRAME)
         flat = found.transpose(2, 3).reshape(batch, groups * heads, count, -1)
         return flat[..., : self.coefficients.tokens]

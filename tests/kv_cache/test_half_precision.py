@@ -6,6 +6,8 @@ import torch.nn.functional as F
 
 import lowrank_layers as lr
 
+from .packed import OFFSET, ROTATIONS, SIZE, exact_scores, group_of, score_terms
+
 KEEP = {"keep_recent": 6, "keep_first": 2, "block": 4}
 
 
@@ -83,3 +85,15 @@ def test_coefficients_of_finite_keys_are_finite(stored, refresh):
         cache.compress()
     assert cache.compressed > 250
     assert apart(cache.dense()[0].float(), keys.float()) < 0.02
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_scores_of_keys_in_the_frames_of_their_tiles(dtype):
+    rotation = ROTATIONS["halves"]
+    group = group_of(1, 1, 1, 2, 77, (3, 6, 8, 16), rotation)
+    rows = torch.randn(1, 2, 3, SIZE, dtype=dtype)
+    found = group.tile_scores(rows, rotation.tile_waves(OFFSET, 77))
+    assert found.dtype == dtype
+    # turned rows, those by directions, levels' middles that are taken off, gains, shifts and sums are rounded
+    bound = 8 * torch.finfo(dtype).eps * score_terms(group, rows)
+    assert ((found - exact_scores(group, rows, rotation)).abs() <= bound).all()

@@ -1,0 +1,88 @@
+"""Keys and values as packed levels of random numbers, and bounds for what is computed with them."""
+
+import torch
+
+import lowrank_layers as lr
+from lowrank_layers.kv_cache.bit_allocation import WIDTHS
+from lowrank_layers.kv_cache.bit_coefficients import GAINS, BitCoefficients, packed
+from lowrank_layers.kv_cache.compressed_tokens import HeadGroups
+from lowrank_layers.kv_cache.subspace import Subspace
+from lowrank_layers.kv_cache.tile_frame import TileFrame
+
+SIZE, OFFSET = 16, 5
+ROTATIONS = {
+    "halves": lr.Rotation.of(SIZE),
+    "interleaved": lr.Rotation.of(SIZE, interleaved=True),
+    "part of a head": lr.Rotation.of(8, start=4),
+}
+SHAPES = {
+    "whole tiles": (1, 1, 1, 3, 3, 96, (3, 6, 8, 16)),
+    "one token": (1, 1, 1, 1, 1, 1, (1, 2, 4, 0)),
+    "tokens left over, batch": (2, 1, 1, 2, 2, 77, (5, 10, 4, 8)),
+    "groups and bases of their own": (2, 3, 2, 1, 5, 40, (2, 0, 4, 0)),
+    "one width, many rows": (1, 1, 1, 2, 32, 50, (0, 0, 24, 0)),
+    "more tokens than stay in the cache": (1, 2, 1, 1, 2, 2500, (1, 2, 4, 8)),
+}
+"""Batch, groups, batch of the bases, heads per group, rows per head, tokens, widths."""
+
+
+def group_of(batch, groups, bases, heads, tokens, widths, rotation, device="cpu"):
+    """Groups of heads with random bases, means and levels."""
+    rank, width = sum(widths), heads * SIZE
+    levels = [
+        torch.randint(0, 2**bits, (batch, groups, count, tokens), dtype=torch.uint8)
+        for bits, count in zip(WIDTHS, widths, strict=True)
+    ]
+    codes = packed(torch.cat(levels, 2), widths)
+    codes["gains"] = torch.randint(0, GAINS, (batch, groups, tokens), dtype=torch.uint8)
+    subspace = Subspace(
+        torch.randint(-127, 128, (bases, groups, width, rank), dtype=torch.int8).to(device),
+        torch.randn(bases, groups, width).to(device),
+        (torch.rand(bases, groups, rank) / 127).to(device),
+        frame=None if rotation is None else TileFrame(rotation.to(torch.device(device)), SIZE),
+    )
+    codes = {name: code.to(device) for name, code in codes.items()}
+    return HeadGroups(slice(None), SIZE, subspace, BitCoefficients(widths, torch.ones(1, groups, rank), codes))
+
+
+def exact_scores(group, rows, rotation):
+    """The products of rows with the rotated keys in fp64."""
+    tokens = group.coefficients.tokens
+    keys = rotation.turn(
+        group.rebuilt(0, tokens, torch.float64), torch.arange(OFFSET, OFFSET + tokens, device=rows.device)
+    )
+    return rows.double() @ keys.mT
+
+
+def score_bound(group, rows):
+    """What rounding every number in fp32 costs the scores at most."""
+    tokens = group.coefficients.tokens
+    # angles are rounded, and so is the sum over the entries and the directions
+    rounding = 2.0**-24 * (OFFSET + tokens - 1 + 4 * (SIZE + group.subspace.basis.shape[3]))
+    return rounding * score_terms(group, rows)
+
+
+def score_terms(group, rows):
+    """Bounds the sums of the absolute terms of the scores."""
+    return rows.double().norm(dim=-1, keepdim=True) * _terms(group)[:, :, None]
+
+
+def mixed_terms(group, weights):
+    """Bounds the sums of the absolute terms of weighted values."""
+    return weights.double() @ _terms(group)[..., None]
+
+
+def mixed_bound(group, weights):
+    """What rounding every number in fp32 costs weighted sums at most."""
+    rounding = 2.0**-24 * (group.coefficients.tokens + 4 * group.subspace.basis.shape[3])
+    return rounding * mixed_terms(group, weights)
+
+
+def _terms(group):
+    """Bounds the entries of a token and what cancels in them: its norm, and those of ``mean + basis c``'s terms."""
+    tokens = group.coefficients.tokens
+    columns = group.subspace.columns(torch.float64).norm(dim=2)[..., None]
+    held = group.coefficients.read(0, tokens, torch.float64).abs()
+    terms = (columns * held).sum(2) + group.subspace.mean.double().norm(dim=2)[..., None]
+    heads = group.subspace.mean.shape[2] // SIZE
+    return group.rebuilt(0, tokens, torch.float64).norm(dim=-1) + terms.repeat_interleave(heads, 1)
