@@ -8,6 +8,8 @@ import torch
 import lowrank_layers
 from benchmarks.vision import import_torchvision
 
+collect_ignore = [] if importlib.util.find_spec("triton") else ["lowrank_layers/kv_cache/triton_kernels.py"]
+
 
 def pytest_collect_file(file_path):
     """Transformers imports torchvision where it is installed, also for doctests."""

@@ -50,6 +50,8 @@ def modules() -> Iterator[ModuleType]:
     with contextlib.suppress(ImportError):
         import_torchvision()  # transformers imports it where it is installed
     for info in pkgutil.walk_packages(lr.__path__, "lowrank_layers."):
+        if info.name.endswith(".triton_kernels") and importlib.util.find_spec("triton") is None:
+            continue
         yield importlib.import_module(info.name)
 
 

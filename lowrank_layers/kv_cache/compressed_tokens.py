@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import decode_kernel
+from . import decode_kernel, triton_decode
 from .bit_coefficients import BitCoefficients
 from .bit_subspace import bit_subspaces
 from .coefficients import Coefficients
@@ -56,6 +56,8 @@ class HeadGroups:
         """
         if decode_kernel.applies(rows, self.subspace, self.coefficients):
             return decode_kernel.tile_scores(rows, waves, self.subspace, self.coefficients)
+        if (scores := triton_decode.tile_scores(rows, waves, self.subspace, self.coefficients)) is not None:
+            return scores
         frame, rank = self._frame(), self.subspace.basis.shape[3]
         basis, mean = self._per_head(rows.dtype)
         offsets = frame.of_offsets(mean)
@@ -77,6 +79,8 @@ class HeadGroups:
         """
         if decode_kernel.applies(weights, self.subspace, self.coefficients):
             return decode_kernel.mixed(weights, self.subspace, self.coefficients)
+        if (values := triton_decode.mixed(weights, self.subspace, self.coefficients)) is not None:
+            return values
         basis, mean = self._per_head(weights.dtype)
         split = self._by_group(weights)
         inner = self.coefficients.mixed(split.flatten(2, 3)).unflatten(2, split.shape[2:4])

@@ -50,16 +50,29 @@ def applies(rows: Tensor, subspace: Subspace, coefficients: Coefficients) -> boo
         coefficients: the coefficients.
     """
     return (
+        rows.device.type == "cpu"
+        and rows.dtype == torch.float32
+        and suits(rows, subspace, coefficients)
+        and library() is not None
+    )
+
+
+def suits(rows: Tensor, subspace: Subspace, coefficients: Coefficients) -> bool:
+    """Whether there are few rows without gradients, and packed levels with a basis in int8.
+
+    Args:
+        rows: queries or weights, ``[batch, heads, q, ...]``.
+        subspace: the subspace of the coefficients.
+        coefficients: the coefficients.
+    """
+    return (
         isinstance(coefficients, BitCoefficients)
         and not torch.compiler.is_compiling()
         and type(rows) is Tensor
-        and rows.device.type == "cpu"
-        and rows.dtype == torch.float32
         and rows.shape[2] <= MOST_ROWS
         and not (rows.requires_grad and torch.is_grad_enabled())
         and subspace.basis.dtype == torch.int8
         and subspace.mean.dtype == torch.float32
-        and library() is not None
     )
 
 

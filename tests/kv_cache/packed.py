@@ -21,6 +21,7 @@ SHAPES = {
     "tokens left over, batch": (2, 1, 1, 2, 2, 77, (5, 10, 4, 8)),
     "groups and bases of their own": (2, 3, 2, 1, 5, 40, (2, 0, 4, 0)),
     "one width, many rows": (1, 1, 1, 2, 32, 50, (0, 0, 24, 0)),
+    "no direction": (1, 1, 1, 2, 1, 40, (0, 0, 0, 0)),
     "more tokens than stay in the cache": (1, 2, 1, 1, 2, 2500, (1, 2, 4, 8)),
 }
 """Batch, groups, batch of the bases, heads per group, rows per head, tokens, widths."""
