@@ -69,7 +69,9 @@ class BitCoefficients(Coefficients):
         return torch.addcmul(shift, rows @ levels - self._along(rows), gains)
 
     def mixed(self, weights: Tensor) -> Tensor:
-        """``weights c^T``, likewise."""
+        """``weights c^T``, likewise; in half precision levels are about zero, since sums with their middles cancel."""
+        if weights.dtype in (torch.float16, torch.bfloat16):
+            return super().mixed(weights)
         weights = weights * gain_factors(self.codes["gains"], weights.dtype)[:, :, None]
         levels = unpacked(self.codes).to(weights.dtype)
         return weights @ levels.mT - weights.sum(-1, keepdim=True) * self.centres(weights)

@@ -97,3 +97,13 @@ def test_scores_of_keys_in_the_frames_of_their_tiles(dtype):
     # turned rows, those by directions, levels' middles that are taken off, gains, shifts and sums are rounded
     bound = 8 * torch.finfo(dtype).eps * score_terms(group, rows)
     assert ((found - exact_scores(group, rows, rotation)).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weighted_sums_over_levels_are_as_exact_as_over_values(dtype):
+    tokens = 2000
+    group = group_of(1, 1, 1, 2, tokens, (16, 0, 0, 0), None)
+    weights, values = torch.randn(1, 2, 3, tokens).softmax(-1).to(dtype), group.rebuilt(0, tokens, torch.float64)
+    exact = weights.double() @ values
+    # bases and coefficients are rounded in place of values
+    assert apart(group.mixed(weights), exact) <= 3 * apart(weights @ values.to(dtype), exact)
