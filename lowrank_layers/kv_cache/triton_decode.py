@@ -28,8 +28,8 @@ PRECISIONS = {torch.float32: "tf32x3", torch.float16: "tf32", torch.bfloat16: "t
 """Precision of the products by the dtype of the rows; levels and bases are integers, which all of them hold."""
 PROGRAMS, RUN = 512, 256
 """Sums over tokens are split into about as many programs, each of at least ``RUN`` tokens."""
-RANKS = 32
-"""Directions at a time."""
+RANKS = {"tile_scores": 16, "mixed": 32}
+"""Directions at a time; these and two warps for scores were the fastest of those tried on an H200."""
 _FAILED: set[torch.device] = set()
 
 
@@ -97,7 +97,8 @@ def tile_scores(rows: Tensor, waves: Tensor, subspace: Subspace, coefficients: C
         COUNT=wide,
         ROWS=_power(wide * at_once),
         SIZE=size,
-        RANKS=RANKS,
+        RANKS=RANKS["tile_scores"],
+        num_warps=2,
         PRECISION=PRECISIONS[rows.dtype],
         **_pairs(rotation, size),
     )
@@ -122,7 +123,7 @@ def mixed(weights: Tensor, subspace: Subspace, coefficients: Coefficients) -> Te
     flat = flat if flat.stride(1) == 1 else flat.contiguous()
     at_once = min(_power(rows), 64)
     outer = -(-rows // at_once) * batch * groups
-    blocks = max(1, -(-rank // RANKS))
+    blocks = max(1, -(-rank // RANKS["mixed"]))
     run = max(RUN, -(-tokens // max(1, PROGRAMS // (blocks * outer))))
     runs = -(-tokens // run)
     sums = weights.new_empty(runs, batch, groups, heads // groups, count, rank + 1, dtype=torch.float32)
@@ -133,7 +134,7 @@ def mixed(weights: Tensor, subspace: Subspace, coefficients: Coefficients) -> Te
         [*_counts(coefficients), tokens, rows, flat.stride(0), run],
         LEAST_GAIN=LEAST_GAIN,
         ROWS=at_once,
-        RANKS=RANKS,
+        RANKS=RANKS["mixed"],
         TOKENS=64,
         PRECISION=PRECISIONS[weights.dtype],
     )

@@ -66,7 +66,7 @@ def test_they_compile_for_a_gpu_that_is_not_here(rotation, dtype, monkeypatch):
     )
     found = []
 
-    def compiled(name, grid, tensors, sizes, **constants):
+    def compiled(name, grid, tensors, sizes, *, num_warps=4, **constants):
         function = getattr(triton_decode.kernels(), name)
         kinds = ["*" + names[t.dtype] for t in tensors] + ["i32" for _ in sizes] + ["constexpr" for _ in constants]
         source = ASTSource(function, dict(zip(function.arg_names, kinds, strict=True)), constants)
