@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from . import encode_kernel
 from .bit_allocation import WIDTHS
 from .coefficients import Coefficients, in_tiles
 
@@ -36,6 +37,8 @@ class BitCoefficients(Coefficients):
 
     def encode(self, values: Tensor) -> dict[str, Tensor]:
         """Levels and gains, the directions of one width packed into bytes."""
+        if encode_kernel.applies(values):
+            return encode_kernel.encode(values, self.weights, self.widths, LEAST_GAIN, GAINS)
         parts = [self._encode(part) for part in values.split(RUN, -1)]
         return {name: torch.cat([part[name] for part in parts], -1) for name in parts[0]}
 

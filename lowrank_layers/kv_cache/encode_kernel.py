@@ -1,0 +1,83 @@
+"""Coefficients to packed levels and gains on a CPU, in one compiled function.
+
+The same computation in operations of torch, which serves everywhere else, is in ``bit_coefficients.py``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .bit_allocation import WIDTHS
+from .compiled import compiled
+
+SOURCES = Path(__file__).with_name("kernels")
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The compiled functions, as :func:`~lowrank_layers.kv_cache.compiled.compiled` gives them."""
+    functions = compiled(SOURCES)
+    if functions is not None:
+        functions.encode.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_int64] * 7
+    return functions
+
+
+def applies(values: Tensor) -> bool:
+    """Whether the compiled function can be used.
+
+    It is for tensors without gradients, in fp32 on a CPU, where a C++ compiler is found: see
+    :func:`~lowrank_layers.kv_cache.compiled.compiled`.
+
+    Args:
+        values: what is encoded.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and type(values) is Tensor
+        and values.device.type == "cpu"
+        and values.dtype == torch.float32
+        and not (values.requires_grad and torch.is_grad_enabled())
+        and library() is not None
+    )
+
+
+def encode(values: Tensor, weights: Tensor, widths: Sequence[int], least_gain: int, gains: int) -> dict[str, Tensor]:
+    """What :meth:`BitCoefficients.encode` gives.
+
+    Args:
+        values: ``[batch, groups, rank, tokens]``.
+        weights: weights of the directions' squared errors, ``[1 or batch, groups, rank]``.
+        widths: numbers of directions with each of ``WIDTHS`` bits.
+        least_gain: the least gain.
+        gains: the number of gains.
+    """
+    functions = library()
+    assert functions is not None
+    batch, groups, _, tokens = values.shape
+    values, weights = values.contiguous(), weights.to(values).contiguous()
+    counts = [count * width // 8 for width, count in zip(WIDTHS, widths, strict=True)]
+    codes = {
+        f"levels{width}": torch.empty(batch, groups, count, tokens, dtype=torch.uint8)
+        for width, count in zip(WIDTHS, counts, strict=True)
+    }
+    codes["gains"] = torch.empty(batch, groups, tokens, dtype=torch.uint8)
+    functions.encode(
+        values.data_ptr(),
+        weights.data_ptr(),
+        (ctypes.c_void_p * len(codes))(*(code.data_ptr() for code in codes.values())),
+        (ctypes.c_int64 * len(counts))(*counts),
+        batch * groups,
+        len(weights) * groups,
+        tokens,
+        tokens,
+        least_gain,
+        gains,
+        torch.get_num_threads(),
+    )
+    return codes
