@@ -16,6 +16,8 @@ from torch import Tensor
 
 RUN = 4096
 """Tokens that are converted to another dtype at a time: the converted ones stay in a processor's cache."""
+ROOM, ROOM_PART = 64, 1 / 32
+"""Tokens, and part of the tokens held, for which there is room once tokens are appended: the greater one counts."""
 
 
 class Coefficients(ABC):
@@ -37,7 +39,7 @@ class Coefficients(ABC):
 
     def __init__(self, dtype: torch.dtype, codes: Mapping[str, Tensor] | None = None) -> None:
         self.dtype = dtype
-        self.codes = {name: _growing(code) for name, code in (codes or {}).items()}
+        self._hold(codes or {})
 
     @abstractmethod
     def encode(self, values: Tensor) -> dict[str, Tensor]:
@@ -87,8 +89,16 @@ class Coefficients(ABC):
         Args:
             codes: what :meth:`encode` gave.
         """
-        for name, code in codes.items():
-            self.codes[name] = _growing(torch.cat([self.codes[name], code], -1) if name in self.codes else code)
+        held, added = self.tokens, next(code.shape[-1] for code in codes.values())
+        if not self.codes:
+            self._hold(codes)
+        elif torch.compiler.is_compiling():
+            self._hold({name: torch.cat([self.codes[name], code], -1) for name, code in codes.items()})
+        else:
+            self._reserve(added)
+            for name, code in codes.items():
+                self._buffers[name][..., held : held + added] = code
+            self._show(held + added)
 
     def read(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         """The coefficients of a range of tokens, ``[batch, groups, rank, stop - start]``.
@@ -136,7 +146,8 @@ class Coefficients(ABC):
         Args:
             tokens: how many.
         """
-        self.apply(lambda code: code[..., :tokens].contiguous())
+        if tokens < self.tokens:
+            self.apply(lambda code: code[..., :tokens].clone(memory_format=torch.contiguous_format))
 
     def apply(self, change: Callable[[Tensor], Tensor]) -> None:
         """Replaces every stored tensor.
@@ -144,7 +155,7 @@ class Coefficients(ABC):
         Args:
             change: gives the new tensor for an old one.
         """
-        self.codes = {name: _growing(change(code)) for name, code in self.codes.items()}
+        self._hold({name: change(code) for name, code in self.codes.items()})
 
     def over_batch(self, change: Callable[[Tensor], Tensor]) -> None:
         """Replaces every stored tensor by rows of itself.
@@ -155,8 +166,31 @@ class Coefficients(ABC):
         self.apply(change)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Names and tensors of everything that is stored."""
-        yield from self.codes.items()
+        """Names and tensors of everything that is stored, and of the room for more tokens."""
+        for name, buffer in self._buffers.items():
+            yield name, self.codes[name]
+            yield f"{name}.room", buffer[..., self.tokens :]
+
+    def _hold(self, codes: Mapping[str, Tensor]) -> None:
+        """Stores these tokens only, without room for more."""
+        self._buffers = dict(codes)
+        self.codes = {name: _growing(code) for name, code in codes.items()}
+
+    def _show(self, tokens: int) -> None:
+        self.codes = {name: _growing(buffer[..., :tokens]) for name, buffer in self._buffers.items()}
+
+    def _reserve(self, more: int) -> None:
+        """Makes room for more tokens, the same for all codes, so that few appended tokens do not copy all others."""
+        held = self.tokens
+        buffer = next(iter(self._buffers.values()))
+        frozen = buffer.is_inference() and not torch.is_inference_mode_enabled()
+        if held + more <= buffer.shape[-1] and not frozen:
+            return
+        room = held + max(more, ROOM, int(held * ROOM_PART))
+        for name, code in self.codes.items():
+            self._buffers[name] = code.new_empty(*code.shape[:-1], room)
+            self._buffers[name][..., :held] = code
+        self._show(held)
 
     def _runs(self, dtype: torch.dtype) -> list[tuple[int, int]]:
         """All tokens, at once where nothing is converted."""

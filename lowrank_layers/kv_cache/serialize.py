@@ -58,7 +58,7 @@ def layer_to_tensors(kv: LowRankKV) -> tuple[dict[str, Any], dict[str, Tensor]]:
     Args:
         kv: the cache of the layer.
     """
-    tensors = {name: tensor.contiguous() for name, tensor in kv.tensors() if not name.endswith(".tail")}
+    tensors = {name: tensor.contiguous() for name, tensor in kv.tensors() if not name.endswith((".tail", ".room"))}
     if kv.recent is not None:
         tensors |= {f"{side}.tail": recent.read().contiguous() for side, recent in zip(SIDES, kv.recent, strict=True)}
     body: dict[str, Any] = {"tokens": len(kv)}

@@ -106,3 +106,40 @@ def test_int8_is_off_by_at_most_half_a_step():
     zeros = coefficients.coefficients_for(torch.int8)
     zeros.append(torch.zeros(1, 1, 5, 3))
     assert not zeros.read(0, 3, torch.float32).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
+def test_tokens_are_appended_in_place_into_room_that_counts(dtype):
+    store, values, places = coefficients.coefficients_for(dtype), torch.randn(2, 3, 5, 4000), set()
+    store.append(values[..., :1000])
+    assert not sum(t.nbytes for name, t in store.tensors() if name.endswith(".room"))
+    for at in range(1000, 4000, 4):
+        store.append(values[..., at : at + 4])
+        places.add(store.codes["values"].data_ptr())
+        assert len({code.stride(-2) for code in store.codes.values()}) == 1
+        assert all(code.shape[-1] == store.tokens == at + 4 for code in store.codes.values())
+    at_once = coefficients.coefficients_for(dtype)
+    at_once.append(values)
+    assert all(torch.equal(code, at_once.codes[name]) for name, code in store.codes.items())
+    # by 64 up to 2,048 tokens, and by 1/32 from then on
+    assert len(places) <= 1048 // 64 + 1 + 22
+    stored = sum(t.nbytes for _, t in store.tensors())
+    assert stored == sum(code.untyped_storage().nbytes() for code in store.codes.values())
+    assert stored <= (1 + coefficients.ROOM_PART) * sum(t.nbytes for _, t in at_once.tensors())
+
+
+def test_tokens_from_inference_mode_grow_outside_of_it():
+    with torch.inference_mode():
+        store = coefficients.coefficients_for(torch.int8)
+        store.append(torch.full((1, 1, 3, 10), 127.0))
+        store.append(torch.full((1, 1, 3, 2), 127.0))
+    store.append(torch.full((1, 1, 3, 2), 127.0))
+    assert store.tokens == 14
+    assert bool((store.read(0, 14, torch.float32) == 127).all())
+
+
+def test_what_is_cut_off_takes_no_memory():
+    store = coefficients.coefficients_for(torch.int8)
+    store.append(torch.randn(1, 1, 1, 1000))
+    store.truncate(10)
+    assert all(code.untyped_storage().nbytes() == code.nbytes for code in store.codes.values())
