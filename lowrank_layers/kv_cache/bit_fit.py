@@ -13,6 +13,7 @@ from .bit_allocation import WIDTHS, Directions, allocate_bits, distortion
 from .bit_coefficients import BitCoefficients
 from .bit_subspace import Widths, bit_subspaces
 from .compressed_tokens import CompressedTokens, HeadGroups, Heads, grouped
+from .leaving_tokens import LeavingTokens
 from .subspace import Scatter, Subspace
 from .tile_frame import TileFrame
 from .transform import Transform
@@ -93,41 +94,40 @@ class BitFit:
     made: Sequence[tuple[Subspace, BitCoefficients]] | None = None
     refresh: float | None = None
 
-    def __call__(self, x: Tensor, keep: Tensor | None = None, least: int = 1) -> CompressedTokens:
+    def __call__(self, tokens: LeavingTokens, keep: Tensor | None = None, least: int = 1) -> CompressedTokens:
         """Codes the first old tokens.
 
         Args:
-            x: keys (without their rotation) or values, ``[batch, heads, tokens, size]`` in fp32.
+            tokens: keys or values.
             keep: which tokens count, ``[batch, tokens]``; ``None`` counts all.
             least: rows of the batch with fewer tokens that count get a transform of the whole batch.
         """
-        found = self._coded(x, keep)
+        found = self._coded(tokens, keep)
         if not self.shared or self.refresh is None:
             return found
         unlike = found.discarded > self.refresh * self._expected() + 1e-4
-        if not unlike and x.shape[2] < LONG * self.transform.basis.shape[2]:
+        if not unlike and tokens.exact.shape[2] < LONG * self.transform.basis.shape[2]:
             return found
-        own = self._of_tokens(x, keep, least)._coded(x, keep)
+        own = self._of_tokens(tokens.plain, keep, least)._coded(tokens, keep)
         return own if own.discarded < found.discarded else found
 
-    def _coded(self, x: Tensor, keep: Tensor | None) -> CompressedTokens:
-        groups, size = self.transform.mean.shape[1], x.shape[3]
-        together = x.shape[1] // groups
+    def _coded(self, tokens: LeavingTokens, keep: Tensor | None) -> CompressedTokens:
+        _, heads, count, size = tokens.exact.shape
+        groups = self.transform.mean.shape[1]
+        together = heads // groups
+        # padding comes first
+        start = max(0, count - LOOKED_AT) // (2 if keep is None else 1)
+        looked_at = slice(start, min(start + LOOKED_AT, count))
         parts, discarded = [], 0.0
-        made = self.made or bit_subspaces(self.transform.to(x.device), self.widths, self.frame, shared=self.shared)
+        made = self.made or bit_subspaces(
+            self.transform.to(tokens.exact.device), self.widths, self.frame, shared=self.shared
+        )
         for group, (subspace, empty) in enumerate(made):
-            store = empty.empty()
             which: Heads = slice(None) if groups == 1 else list(range(group * together, (group + 1) * together))
-            rows = grouped(x[:, which], together)
-            part = HeadGroups(which, size, subspace, store)
-            codes = store.encode(subspace.coefficients(rows))
-            # padding comes first
-            start = max(0, x.shape[2] - LOOKED_AT) // (2 if keep is None else 1)
-            looked_at = slice(start, start + LOOKED_AT)
-            seen = {name: code[..., looked_at] for name, code in codes.items()}
-            counting = None if keep is None else keep[:, looked_at]
-            discarded = max(discarded, part.discarded(rows[:, :, looked_at], seen, start, counting))
-            store.append_codes(codes)
+            part = HeadGroups(which, size, subspace, empty.empty())
+            codes, lost, whole = part.coded(tokens.of_heads(which), looked_at, keep)
+            discarded = max(discarded, lost / max(whole, 1e-30))
+            part.coefficients.append_codes(codes)
             parts.append(part)
         return CompressedTokens(parts, discarded)
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from . import decode_kernel, triton_decode
+from . import compress_kernel, decode_kernel, triton_decode
 from .bit_coefficients import BitCoefficients
 from .bit_subspace import bit_subspaces
 from .coefficients import Coefficients
+from .leaving_tokens import LeavingTokens
 from .rope import TILE_FRAME
 from .subspace import Scatter, Subspace
 from .tile_frame import TileFrame
@@ -100,42 +101,49 @@ class HeadGroups:
         split: Tensor = rows.unflatten(3, (-1, self.size)).transpose(2, 3).flatten(1, 2)
         return split
 
-    def extend(self, rows: Tensor, limit: float | None, keep: Tensor | None = None) -> None:
+    def extend(self, tokens: LeavingTokens, limit: float | None, keep: Tensor | None = None) -> None:
         """Compresses more tokens.
 
         Args:
-            rows: ``[batch, groups, tokens, width]``.
+            tokens: keys or values of the heads.
             limit: the subspace is fitted again where it discards more than this part of their energy; ``None`` never
                 fits it again.
             keep: which tokens count, ``[batch, tokens so far and these]``; ``None`` counts all.
         """
-        found = self.subspace.coefficients(rows, self.coefficients.tokens)
-        codes = self.coefficients.encode(found)
-        held = self.coefficients.tokens
+        count, held = tokens.exact.shape[2], self.coefficients.tokens
         before, these = (None, None) if keep is None else (keep[:, :held], keep[:, held:])
-        if limit is not None and self.discarded(rows, codes, keep=these) > limit:
-            self._refit(rows, before, these)
-            codes = self.coefficients.encode(self.subspace.coefficients(rows, self.coefficients.tokens))
+        looked_at = slice(0, 0 if limit is None else count)
+        codes, lost, whole = self.coded(tokens, looked_at, these)
+        if limit is not None and lost > limit * max(whole, 1e-30):
+            self._refit(self._rows(tokens), before, these)
+            codes, *_ = self.coded(tokens, slice(0, 0))
         self.coefficients.append_codes(codes)
 
-    def discarded(
-        self, rows: Tensor, codes: Mapping[str, Tensor], start: int | None = None, keep: Tensor | None = None
-    ) -> float:
-        """The part of the energy of rows, about the mean and in the metric, that their codes do not hold.
+    def coded(
+        self, tokens: LeavingTokens, looked_at: slice, keep: Tensor | None = None
+    ) -> tuple[dict[str, Tensor], float, float]:
+        """How the next tokens are stored, their energy about the mean and in the metric that is lost, and all of it.
 
         Args:
-            rows: ``[batch, groups, tokens, width]``.
-            codes: how their coefficients are stored.
-            start: index of the first token; ``None`` is that of the next one.
+            tokens: keys or values of the heads.
+            looked_at: the tokens whose energy is measured.
             keep: which tokens count, ``[batch, tokens]``; ``None`` counts all.
         """
-        start = self.coefficients.tokens if start is None else start
-        centred = self.subspace.centred(rows, start)
-        held = self.coefficients.decode(codes, torch.float32)
+        if keep is None and compress_kernel.applies(tokens, self.subspace, self.coefficients):
+            return compress_kernel.compress(tokens, self.subspace, self.coefficients, looked_at)
+        start, rows = self.coefficients.tokens, self._rows(tokens)
+        codes = self.coefficients.encode(self.subspace.coefficients(rows, start))
+        if looked_at.start == looked_at.stop:
+            return codes, 0.0, 0.0
+        held = self.coefficients.decode({name: code[..., looked_at] for name, code in codes.items()}, torch.float32)
+        centred = self.subspace.centred(rows[:, :, looked_at], start + looked_at.start)
         left = centred - (self.subspace.columns(torch.float32) @ held).mT
         if keep is not None:
-            centred, left = (x * keep[:, None, :, None] for x in (centred, left))
-        return float(self.subspace.energy(left) / self.subspace.energy(centred).clamp_min(1e-30))
+            centred, left = (x * keep[:, None, looked_at, None] for x in (centred, left))
+        return codes, float(self.subspace.energy(left)), float(self.subspace.energy(centred))
+
+    def _rows(self, tokens: LeavingTokens) -> Tensor:
+        return grouped(tokens.plain, self.subspace.basis.shape[2] // self.size)
 
     def _refit(self, rows: Tensor, before: Tensor | None, these: Tensor | None) -> None:
         """Fits the subspace to all tokens and those that come; tokens that are stored are coded again."""
@@ -233,16 +241,16 @@ class CompressedTokens:
         """
         return self._joined([part.rebuilt(start, stop, dtype) for part in self.parts])
 
-    def extend(self, x: Tensor, limit: float | None, keep: Tensor | None = None) -> None:
+    def extend(self, tokens: LeavingTokens, limit: float | None, keep: Tensor | None = None) -> None:
         """Compresses more tokens.
 
         Args:
-            x: ``[batch, heads, tokens, size]``.
+            tokens: keys or values of all heads.
             limit: as in :meth:`HeadGroups.extend`.
             keep: as in :meth:`HeadGroups.extend`.
         """
         for part in self.parts:
-            part.extend(grouped(x[:, part.heads], part.subspace.basis.shape[2] // part.size), limit, keep)
+            part.extend(tokens.of_heads(part.heads), limit, keep)
 
     def truncate(self, tokens: int) -> None:
         """Keeps the first tokens.

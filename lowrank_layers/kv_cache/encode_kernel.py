@@ -61,12 +61,8 @@ def encode(values: Tensor, weights: Tensor, widths: Sequence[int], least_gain: i
     assert functions is not None
     batch, groups, _, tokens = values.shape
     values, weights = values.contiguous(), weights.to(values).contiguous()
-    counts = [count * width // 8 for width, count in zip(WIDTHS, widths, strict=True)]
-    codes = {
-        f"levels{width}": torch.empty(batch, groups, count, tokens, dtype=torch.uint8)
-        for width, count in zip(WIDTHS, counts, strict=True)
-    }
-    codes["gains"] = torch.empty(batch, groups, tokens, dtype=torch.uint8)
+    codes = new_codes(batch, groups, tokens, widths)
+    counts = [code.shape[2] for code in codes.values()][:-1]
     functions.encode(
         values.data_ptr(),
         weights.data_ptr(),
@@ -81,3 +77,20 @@ def encode(values: Tensor, weights: Tensor, widths: Sequence[int], least_gain: i
         torch.get_num_threads(),
     )
     return codes
+
+
+def new_codes(batch: int, groups: int, tokens: int, widths: Sequence[int]) -> dict[str, Tensor]:
+    """Codes that are written to.
+
+    Args:
+        batch: rows of the batch.
+        groups: groups of heads.
+        tokens: number of tokens.
+        widths: numbers of directions with each of ``WIDTHS`` bits.
+    """
+    shape = batch, groups
+    codes = {
+        f"levels{width}": torch.empty(*shape, count * width // 8, tokens, dtype=torch.uint8)
+        for width, count in zip(WIDTHS, widths, strict=True)
+    }
+    return codes | {"gains": torch.empty(*shape, tokens, dtype=torch.uint8)}

@@ -5,19 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from ..errors import LowRankError
 from .bit_fit import BitPlan, fitted_transform, plan_bits
 from .compressed_tokens import CompressedTokens
 from .fit import Fit
+from .leaving_tokens import LeavingTokens
 from .settings import KVSettings
 from .subspace import Subspace
 from .tile_frame import TileFrame
 from .transform import Transform
 
-Compress = Callable[[Tensor, Tensor | None, int], CompressedTokens]
+Compress = Callable[[LeavingTokens, Tensor | None, int], CompressedTokens]
 Sides = tuple[Tensor, Tensor]
 
 
@@ -65,26 +65,27 @@ class FirstFits:
         )
 
     def __call__(
-        self, sides: Sides, frame: TileFrame | None, keep: Tensor | None, dtypes: tuple[torch.dtype, torch.dtype]
+        self, sides: tuple[LeavingTokens, LeavingTokens], frame: TileFrame | None, keep: Tensor | None
     ) -> tuple[Compress, Compress]:
         """What compresses keys, and what compresses values.
 
         Args:
-            sides: keys without their rotation, and values, in fp32.
+            sides: keys and values.
             frame: the frame in which keys are stored.
             keep: which tokens count, ``[batch, tokens]``; ``None`` counts all.
-            dtypes: the dtypes in which keys and values came.
         """
         if not self.settings.by_rank:
             plan = self.budgeted or self.plan
             if plan is None:
-                (plan,) = plan_bits([self.transforms(sides, frame, keep)], self.settings.mean_bits)
-            return plan.fits(frame, self.settings.refresh, sides[0].device)
+                (plan,) = plan_bits(
+                    [self.transforms((sides[0].plain, sides[1].plain), frame, keep)], self.settings.mean_bits
+                )
+            return plan.fits(frame, self.settings.refresh, sides[0].exact.device)
         found = []
-        for side, dtype in enumerate(dtypes):
+        for side, tokens in enumerate(sides):
             rank = self.settings.rank_of(values=side == 1) if self.ranks is None else self.ranks[side]
             subspace = None if self.subspaces is None else self.subspaces[side]
-            stored = self.settings.dtypes(dtype)
+            stored = self.settings.dtypes(tokens.exact.dtype)
             found.append(Fit(rank, self.settings.joint, *stored, subspace, None if side else frame))
         return found[0], found[1]
 

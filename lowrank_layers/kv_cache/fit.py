@@ -14,6 +14,7 @@ from torch import Tensor
 from ..rank import Rank
 from .coefficients import coefficients_for
 from .compressed_tokens import CompressedTokens, HeadGroups, Heads, grouped
+from .leaving_tokens import LeavingTokens
 from .subspace import Scatter, Subspace, chosen_ranks
 from .tile_frame import TileFrame
 
@@ -38,14 +39,15 @@ class Fit:
     subspace: Subspace | None = None
     frame: TileFrame | None = None
 
-    def __call__(self, x: Tensor, keep: Tensor | None = None, least: int = 1) -> CompressedTokens:
+    def __call__(self, tokens: LeavingTokens, keep: Tensor | None = None, least: int = 1) -> CompressedTokens:
         """Compresses the first old tokens.
 
         Args:
-            x: keys (without their rotation) or values, ``[batch, heads, tokens, size]`` in fp32.
+            tokens: keys or values.
             keep: which tokens count, ``[batch, tokens]``; ``None`` counts all.
             least: rows of the batch with fewer tokens that count get a subspace of the whole batch.
         """
+        x = tokens.plain
         heads, size = x.shape[1], x.shape[3]
         together = heads if self.joint else 1
         if self.subspace is not None:

@@ -17,6 +17,7 @@ from .attend import attend
 from .autocast import as_autocast, without_autocast
 from .compressed_tokens import CompressedTokens
 from .first_fits import FirstFits
+from .leaving_tokens import LeavingTokens
 from .masks import causal_mask
 from .padding import RowStarts, seen_tokens
 from .recent_tokens import RecentTokens
@@ -202,8 +203,8 @@ class LowRankKV:
             elif count >= self.settings.at_a_time:
                 limits = self._limits()
                 keep = None if limits == [None, None] else self.counting(-self.compressed, count)
-                for side, x, limit in zip(self.old, self.leaving(0, count), limits, strict=True):
-                    side.extend(x, limit, keep)
+                for side, tokens, limit in zip(self.old, self._leaving(0, count), limits, strict=True):
+                    side.extend(tokens, limit, keep)
                 self._drop(count)
 
     def crop(self, tokens: int) -> None:
@@ -302,13 +303,8 @@ class LowRankKV:
             start: index of the first token among the recent ones.
             stop: index after the last one.
         """
-        assert self.recent is not None
-        keys, values = (recent.read()[:, :, start:stop].float() for recent in self.recent)
-        if self.rotation is not None:
-            index = self._before_recent() + start + torch.arange(stop - start, device=keys.device)
-            positions = index if self.starts is None else self.starts.positions(index)
-            keys = self.rotation.turn(keys, -positions)
-        return keys, values
+        keys, values = self._leaving(start, stop)
+        return keys.plain, values.plain
 
     def counting(self, start: int, stop: int) -> Tensor | None:
         """Which tokens of a range count in a fit, being neither padding nor among a row's first; ``None`` if all do.
@@ -324,14 +320,22 @@ class LowRankKV:
         held = self._keep(start, stop)
         return held if self.starts is None else held & self.starts.holds(index)
 
+    def _leaving(self, start: int, stop: int) -> tuple[LeavingTokens, LeavingTokens]:
+        assert self.recent is not None
+        keys, values = (recent.read()[:, :, start:stop] for recent in self.recent)
+        first, positions = self._before_recent() + start, None
+        if self.starts is not None:
+            positions = self.starts.positions(torch.arange(first, first + stop - start, device=keys.device))
+        return LeavingTokens(keys, self.rotation, first, positions), LeavingTokens(values)
+
     def _fit(self) -> None:
         """The first fit."""
         span = self.first_fit()
         if span is None or self.waits_for_budget:
             return
         assert self.recent is not None
-        sides, keep, least = self.leaving(*span), self.counting(*span), self.settings.at_first
-        fits = self.fits(sides, self.frame(), keep, (self.like(0).dtype, self.like(1).dtype))
+        sides, keep, least = self._leaving(*span), self.counting(*span), self.settings.at_first
+        fits = self.fits(sides, self.frame(), keep)
         keys, values = (fit(x, keep, least) for fit, x in zip(fits, sides, strict=True))
         skip, count = span
         if skip:

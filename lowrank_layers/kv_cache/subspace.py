@@ -64,13 +64,16 @@ class Subspace:
             rows: ``[batch, groups, tokens, width]``.
             start: index of the first token, counted from the start of a tile.
         """
-        analysis = self._analysis if self.shared else self._solved()
-        found: Tensor = analysis @ self.centred(rows, start).mT
+        found: Tensor = self.analysis() @ self.centred(rows, start).mT
         return found
+
+    def analysis(self) -> Tensor:
+        """What takes centred rows to coefficients, ``[batch, groups, rank, width]``."""
+        return self._analysis if self.shared else self._solved()
 
     @cached_property
     def _analysis(self) -> Tensor:
-        """What takes centred rows to coefficients: kept where it is the model's."""
+        """Kept where it is the model's."""
         return self._solved()
 
     def _solved(self) -> Tensor:
