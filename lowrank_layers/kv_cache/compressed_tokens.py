@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -19,6 +19,8 @@ from .tile_frame import TileFrame
 from .transform import Transform
 
 Heads = slice | list[int]
+JUDGED = 64
+"""Least number of tokens that are judged: blocks of more than half of them have to lose much, as outliers do not."""
 
 
 @dataclass(eq=False)
@@ -36,6 +38,8 @@ class HeadGroups:
     size: int
     subspace: Subspace
     coefficients: Coefficients
+    _seen: int = field(default=0, init=False)
+    _badly: int = field(default=0, init=False)
 
     def scores(self, rows: Tensor) -> Tensor:
         """``rows (mean + basis c)^T`` as ``((rows basis) c) + rows mean``, ``[batch, heads, q, tokens]``.
@@ -106,15 +110,15 @@ class HeadGroups:
 
         Args:
             tokens: keys or values of the heads.
-            limit: the subspace is fitted again where it discards more than this part of their energy; ``None`` never
-                fits it again.
+            limit: the subspace is fitted again where most of ``JUDGED`` tokens are in blocks that lose more than this
+                part of their energy; ``None`` never fits it again.
             keep: which tokens count, ``[batch, tokens so far and these]``; ``None`` counts all.
         """
         count, held = tokens.exact.shape[2], self.coefficients.tokens
         before, these = (None, None) if keep is None else (keep[:, :held], keep[:, held:])
         looked_at = slice(0, 0 if limit is None else count)
         codes, lost, whole = self.coded(tokens, looked_at, these)
-        if limit is not None and lost > limit * max(whole, 1e-30):
+        if limit is not None and self._unlike(count, lost > limit * max(whole, 1e-30)):
             self._refit(self._rows(tokens), before, these)
             codes, *_ = self.coded(tokens, slice(0, 0))
         self.coefficients.append_codes(codes)
@@ -141,6 +145,27 @@ class HeadGroups:
         if keep is not None:
             centred, left = (x * keep[:, None, looked_at, None] for x in (centred, left))
         return codes, float(self.subspace.energy(left)), float(self.subspace.energy(centred))
+
+    def truncate(self, tokens: int) -> None:
+        """Keeps the first tokens.
+
+        Args:
+            tokens: how many.
+        """
+        self.coefficients.truncate(tokens)
+        self._forget()
+
+    def _unlike(self, count: int, loses_much: bool) -> bool:
+        """Whether most tokens since the last judgement, of which there have to be enough, lose much."""
+        self._seen, self._badly = self._seen + count, self._badly + count * loses_much
+        if self._seen < JUDGED:
+            return False
+        unlike = 2 * self._badly > self._seen
+        self._forget()
+        return unlike
+
+    def _forget(self) -> None:
+        self._seen, self._badly = 0, 0
 
     def _rows(self, tokens: LeavingTokens) -> Tensor:
         return grouped(tokens.plain, self.subspace.basis.shape[2] // self.size)
@@ -259,7 +284,7 @@ class CompressedTokens:
             tokens: how many.
         """
         for part in self.parts:
-            part.coefficients.truncate(tokens)
+            part.truncate(tokens)
 
     def over_batch(self, change: Callable[[Tensor], Tensor]) -> None:
         """Replaces every tensor by rows of itself; a subspace that serves the whole batch stays.

@@ -130,6 +130,26 @@ def test_directions_are_fitted_again_when_tokens_become_unlike():
     assert lost[1] < 0.5 * lost[0]
 
 
+def test_an_outlier_among_small_blocks_does_not_fit_directions_again_but_a_change_does():
+    cache = filled(keep_recent=0, block=4)
+    directions = [part.subspace for side in cache.old for part in side.parts]
+    same, unlike = tokens(400, seed=3), tokens(400, seed=4, mix=8)
+    at = torch.arange(400)
+    sides = [(ROTATION.turn(ROTATION.turn(keys, -at), at + 400), values) for keys, values in (same, unlike)]
+
+    def add(keys: Tensor, values: Tensor, count: int) -> list[bool]:
+        for token in range(count):
+            cache.append(keys[:, :, token : token + 1], values[:, :, token : token + 1])
+            cache.compress()
+        return [
+            part.subspace is old
+            for part, old in zip((p for side in cache.old for p in side.parts), directions, strict=True)
+        ]
+
+    assert all(add(*(torch.cat([x[:, :, :1], y[:, :, 1:]], 2) for x, y in zip(sides[1], sides[0], strict=True)), 128))
+    assert not any(add(*sides[1], 128))
+
+
 def calibrated(mix: int = 7) -> tuple[Transform, Transform]:
     cache = lr.LowRankKV(rotation=ROTATION, keep_recent=0, keep_first=0)
     cache.append(*tokens(3000, seed=5, mix=mix))
