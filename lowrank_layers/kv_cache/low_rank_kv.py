@@ -106,7 +106,7 @@ class LowRankKV:
         """
         self._check(keys, values)
         if self.recent is None:
-            room = self.settings.recent + self.settings.at_a_time
+            room = self.settings.recent + self.settings.block_on(keys.device)
             self.recent = RecentTokens(keys, room), RecentTokens(values, room)
         for recent, x in zip(self.recent, (keys, values), strict=True):
             recent.append(x)
@@ -200,7 +200,7 @@ class LowRankKV:
             count = self.recent[0].tokens - self.settings.recent
             if self.old is None:
                 self._fit()
-            elif count >= self.settings.at_a_time:
+            elif count >= self.settings.block_on(self.like().device):
                 limits = self._limits()
                 keep = None if limits == [None, None] else self.counting(-self.compressed, count)
                 for side, tokens, limit in zip(self.old, self._leaving(0, count), limits, strict=True):

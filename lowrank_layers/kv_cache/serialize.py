@@ -85,7 +85,7 @@ def layer_from_tensors(
     kv = LowRankKV(settings, rotation)
     if body["tokens"]:
         keys, values = (left.pop(f"{side}.tail") for side in SIDES)
-        room = settings.recent + settings.at_a_time
+        room = settings.recent + settings.block_on(keys.device)
         kv.recent = RecentTokens(keys, max(room, keys.shape[2])), RecentTokens(values, max(room, values.shape[2]))
         for recent, x in zip(kv.recent, (keys, values), strict=True):
             recent.append(x)

@@ -48,8 +48,8 @@ class KVSettings:
             and ``"before"`` with a rank.
         dtype: dtype of the coefficients with a rank; ``None`` is the one in which keys and values come. ``torch.int8``
             stores one scale per token and group of heads beside them, and the bases in bfloat16.
-        block: number of tokens that are compressed at a time; ``None`` is 8 with bits, after 16 for the first time, and
-            64 with a rank.
+        block: number of tokens that are compressed at a time; ``None`` is 64, and 8 with bits on a CPU, where few
+            tokens are compressed in one compiled call.
         refresh: the subspace is fitted again when a block loses more than this many times what the first fit lost;
             ``None`` never fits it again.
         max_length: greatest number of tokens that the cache takes; ``None`` sets no limit.
@@ -121,14 +121,19 @@ class KVSettings:
         return (128 if self.by_rank else 16) if self.keep_recent is None else self.keep_recent
 
     @property
-    def at_a_time(self) -> int:
-        """Number of tokens that are compressed at a time."""
-        return (64 if self.by_rank else 8) if self.block is None else self.block
-
-    @property
     def at_first(self) -> int:
         """Least number of tokens that are compressed for the first time, and that directions are fitted to."""
-        return self.at_a_time if self.by_rank or self.block is not None else 16
+        return (64 if self.by_rank else 16) if self.block is None else self.block
+
+    def block_on(self, device: torch.device) -> int:
+        """Number of tokens that are compressed at a time.
+
+        Args:
+            device: where they are.
+        """
+        if self.block is not None:
+            return self.block
+        return 8 if device.type == "cpu" and not self.by_rank else 64
 
     @property
     def rotated(self) -> str:

@@ -12,6 +12,7 @@ from lowrank_layers.kv_cache.bit_fit import plan_bits
 from lowrank_layers.kv_cache.transform import Transform
 
 SIZE, HEADS = 16, 2
+CPU = torch.device("cpu")
 ROTATION = lr.Rotation.of(SIZE)
 
 
@@ -43,10 +44,11 @@ def test_bits_are_the_default_and_a_rank_keeps_its_own():
     assert lr.LowRankKV(rotation=ROTATION).settings.mean_bits == lr.KVSettings().mean_bits
     assert filled().old[0].parts[0].coefficients.dtype == torch.uint8
     by_rank = lr.KVSettings(rank=8)
-    assert (by_rank.recent, by_rank.at_a_time, by_rank.rotated) == (128, 64, "before")
+    assert (by_rank.recent, by_rank.at_first, by_rank.block_on(CPU), by_rank.rotated) == (128, 64, 64, "before")
     by_bits = lr.KVSettings()
-    assert (by_bits.recent, by_bits.at_first, by_bits.at_a_time, by_bits.rotated) == (16, 16, 8, "tile")
-    assert lr.KVSettings(block=5).at_first == 5
+    assert (by_bits.recent, by_bits.at_first, by_bits.block_on(CPU), by_bits.rotated) == (16, 16, 8, "tile")
+    assert by_bits.block_on(torch.device("cuda")) == 64
+    assert lr.KVSettings(block=5).at_first == lr.KVSettings(block=5).block_on(CPU) == 5
     assert lr.KVSettings(dtype=torch.int8).rank_of(values=True) == 16
 
 
