@@ -125,9 +125,8 @@ class BitFit:
         for group, (subspace, empty) in enumerate(made):
             which: Heads = slice(None) if groups == 1 else list(range(group * together, (group + 1) * together))
             part = HeadGroups(which, size, subspace, empty.empty())
-            codes, lost, whole = part.coded(tokens.of_heads(which), looked_at, keep)
+            lost, whole = part.add(tokens.of_heads(which), looked_at, keep)
             discarded = max(discarded, lost / max(whole, 1e-30))
-            part.coefficients.append_codes(codes)
             parts.append(part)
         return CompressedTokens(parts, discarded)
 

@@ -95,10 +95,35 @@ class Coefficients(ABC):
         elif torch.compiler.is_compiling():
             self._hold({name: torch.cat([self.codes[name], code], -1) for name, code in codes.items()})
         else:
-            self._reserve(added)
-            for name, code in codes.items():
-                self._buffers[name][..., held : held + added] = code
-            self._show(held + added)
+            for name, buffer in self.room(added).items():
+                buffer[..., held : held + added] = codes[name]
+            self.show(held + added)
+
+    def room(self, more: int) -> Mapping[str, Tensor]:
+        """The buffers of all codes, once there is room for more tokens in them, the same in all.
+
+        What is written behind the tokens held counts once it is shown. So few appended tokens do not copy all others.
+
+        Args:
+            more: number of tokens.
+        """
+        held, buffer = self.tokens, next(iter(self._buffers.values()))
+        frozen = buffer.is_inference() and not torch.is_inference_mode_enabled()
+        if held + more > buffer.shape[-1] or frozen:
+            size = held + (max(more, ROOM, int(held * ROOM_PART)) if held else more)
+            for name, code in self.codes.items():
+                self._buffers[name] = code.new_empty(*code.shape[:-1], size)
+                self._buffers[name][..., :held] = code
+            self.show(held)
+        return self._buffers
+
+    def show(self, tokens: int) -> None:
+        """Sets how many tokens are held of those that are written.
+
+        Args:
+            tokens: their number.
+        """
+        self.codes = {name: _growing(buffer[..., :tokens]) for name, buffer in self._buffers.items()}
 
     def read(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         """The coefficients of a range of tokens, ``[batch, groups, rank, stop - start]``.
@@ -175,22 +200,6 @@ class Coefficients(ABC):
         """Stores these tokens only, without room for more."""
         self._buffers = dict(codes)
         self.codes = {name: _growing(code) for name, code in codes.items()}
-
-    def _show(self, tokens: int) -> None:
-        self.codes = {name: _growing(buffer[..., :tokens]) for name, buffer in self._buffers.items()}
-
-    def _reserve(self, more: int) -> None:
-        """Makes room for more tokens, the same for all codes, so that few appended tokens do not copy all others."""
-        held = self.tokens
-        buffer = next(iter(self._buffers.values()))
-        frozen = buffer.is_inference() and not torch.is_inference_mode_enabled()
-        if held + more <= buffer.shape[-1] and not frozen:
-            return
-        room = held + max(more, ROOM, int(held * ROOM_PART))
-        for name, code in self.codes.items():
-            self._buffers[name] = code.new_empty(*code.shape[:-1], room)
-            self._buffers[name][..., :held] = code
-        self._show(held)
 
     def _runs(self, dtype: torch.dtype) -> list[tuple[int, int]]:
         """All tokens, at once where nothing is converted."""

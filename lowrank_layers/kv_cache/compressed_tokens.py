@@ -117,16 +117,14 @@ class HeadGroups:
         count, held = tokens.exact.shape[2], self.coefficients.tokens
         before, these = (None, None) if keep is None else (keep[:, :held], keep[:, held:])
         looked_at = slice(0, 0 if limit is None else count)
-        codes, lost, whole = self.coded(tokens, looked_at, these)
+        lost, whole = self.add(tokens, looked_at, these)
         if limit is not None and self._unlike(count, lost > limit * max(whole, 1e-30)):
+            self.truncate(held)
             self._refit(self._rows(tokens), before, these)
-            codes, *_ = self.coded(tokens, slice(0, 0))
-        self.coefficients.append_codes(codes)
+            self.add(tokens, slice(0, 0))
 
-    def coded(
-        self, tokens: LeavingTokens, looked_at: slice, keep: Tensor | None = None
-    ) -> tuple[dict[str, Tensor], float, float]:
-        """How the next tokens are stored, their energy about the mean and in the metric that is lost, and all of it.
+    def add(self, tokens: LeavingTokens, looked_at: slice, keep: Tensor | None = None) -> tuple[float, float]:
+        """Compresses more tokens; gives their energy about the mean and in the metric that is lost, and all of it.
 
         Args:
             tokens: keys or values of the heads.
@@ -136,15 +134,16 @@ class HeadGroups:
         if keep is None and compress_kernel.applies(tokens, self.subspace, self.coefficients):
             return compress_kernel.compress(tokens, self.subspace, self.coefficients, looked_at)
         start, rows = self.coefficients.tokens, self._rows(tokens)
-        codes = self.coefficients.encode(self.subspace.coefficients(rows, start))
+        self.coefficients.append(self.subspace.coefficients(rows, start))
         if looked_at.start == looked_at.stop:
-            return codes, 0.0, 0.0
-        held = self.coefficients.decode({name: code[..., looked_at] for name, code in codes.items()}, torch.float32)
-        centred = self.subspace.centred(rows[:, :, looked_at], start + looked_at.start)
+            return 0.0, 0.0
+        first, last = start + looked_at.start, start + looked_at.stop
+        centred = self.subspace.centred(rows[:, :, looked_at], first)
+        held = self.coefficients.read(first, last, torch.float32)
         left = centred - (self.subspace.columns(torch.float32) @ held).mT
         if keep is not None:
             centred, left = (x * keep[:, None, looked_at, None] for x in (centred, left))
-        return codes, float(self.subspace.energy(left)), float(self.subspace.energy(centred))
+        return float(self.subspace.energy(left)), float(self.subspace.energy(centred))
 
     def truncate(self, tokens: int) -> None:
         """Keeps the first tokens.

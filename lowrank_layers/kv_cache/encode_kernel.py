@@ -17,6 +17,8 @@ from .bit_allocation import WIDTHS
 from .compiled import compiled
 
 SOURCES = Path(__file__).with_name("kernels")
+NAMES = (*(f"levels{width}" for width in WIDTHS), "gains")
+"""Names of the codes, in the order in which compiled functions take them."""
 
 
 @functools.cache

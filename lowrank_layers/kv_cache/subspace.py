@@ -80,7 +80,7 @@ class Subspace:
         basis = self.columns(torch.float32)
         dual = (basis if self.metric is None else self.metric @ basis).mT
         solved: Tensor = torch.linalg.solve(dual @ basis, dual)
-        return solved
+        return solved.contiguous()  # it comes column by column
 
     def centred(self, rows: Tensor, start: int = 0) -> Tensor:
         """Rows without the mean, in the frame of the subspace and in fp32.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from itertools import product
 
@@ -67,7 +68,17 @@ def _seed():
 def _by_torch(part, tokens, looked_at, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(compress_kernel, "applies", lambda *_: False)
-        return part.coded(tokens, looked_at)
+        return _added(part, tokens, looked_at)
+
+
+def _added(part, tokens, looked_at):
+    """The codes that a copy gets, the energy that is lost, and all of it."""
+    other, held = copy.deepcopy(part), part.coefficients.tokens
+    lost, whole = other.add(tokens, looked_at)
+    assert other.coefficients.tokens == held + tokens.exact.shape[2]
+    codes = other.coefficients.codes
+    assert all(torch.equal(codes[name][..., :held], code) for name, code in part.coefficients.codes.items())
+    return {name: code[..., held:] for name, code in codes.items()}, lost, whole
 
 
 @pytest.mark.parametrize(("rotation", "case"), list(product(ROTATIONS, CASES)))
@@ -75,7 +86,7 @@ def test_codes_and_energies_are_those_of_torch_but_for_rounding(rotation, case, 
     part, tokens = _case(rotation, case)
     looked_at = slice(0, tokens.exact.shape[2])
     assert compress_kernel.applies(tokens, part.subspace, part.coefficients)
-    codes, lost, whole = part.coded(tokens, looked_at)
+    codes, lost, whole = _added(part, tokens, looked_at)
     expected, lost_too, whole_too = _by_torch(part, tokens, looked_at, monkeypatch)
     assert whole == pytest.approx(whole_too, rel=1e-4)
     assert lost == pytest.approx(lost_too, rel=1e-2)
@@ -93,15 +104,15 @@ def test_codes_and_energies_are_those_of_torch_but_for_rounding(rotation, case, 
 def test_directions_of_the_model_lose_what_they_lose_in_torch(case, monkeypatch):
     part, tokens = _case("halves", case, shared=True)
     looked_at = slice(0, tokens.exact.shape[2])
-    found = part.coded(tokens, looked_at)[1:]
+    found = _added(part, tokens, looked_at)[1:]
     assert found == pytest.approx(_by_torch(part, tokens, looked_at, monkeypatch)[1:], rel=1e-3)
 
 
 def test_the_tokens_that_are_looked_at_are_those_asked_for(monkeypatch):
     part, tokens = _case("halves", "a prompt")
-    found = part.coded(tokens, slice(128, 384))[1:]
+    found = _added(part, tokens, slice(128, 384))[1:]
     assert found == pytest.approx(_by_torch(part, tokens, slice(128, 384), monkeypatch)[1:], rel=1e-2)
-    assert part.coded(tokens, slice(0, 0))[1:] == (0, 0)
+    assert _added(part, tokens, slice(0, 0))[1:] == (0, 0)
 
 
 @pytest.mark.parametrize("joint", [True, False])
@@ -118,13 +129,24 @@ def test_what_is_compressed_is_close_to_the_tokens(joint):
         assert float((dense - exact).square().mean()) < 3e-4
 
 
+def test_codes_may_come_in_any_order():
+    part, tokens = _case("halves", "few tokens")
+    other = copy.deepcopy(part)
+    codes = other.coefficients.codes
+    other.coefficients = other.coefficients.empty()
+    other.coefficients.append_codes(dict(sorted(codes.items())))
+    for each in (part, other):
+        each.add(tokens, slice(0, 0))
+    assert all(torch.equal(other.coefficients.codes[name], code) for name, code in part.coefficients.codes.items())
+
+
 def test_the_number_of_threads_does_not_matter():
     part, tokens = _case("halves", "a prompt in a metric")
     before, found = torch.get_num_threads(), []
     try:
         for threads in (1, 3):
             torch.set_num_threads(threads)
-            found.append(part.coded(tokens, slice(0, 300)))
+            found.append(_added(part, tokens, slice(0, 300)))
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(code, found[1][0][name]) for name, code in found[0][0].items())

@@ -1,6 +1,6 @@
 // Tokens as they come to packed levels and gains, and the energy that is lost: keys are turned back by the position of
-// their tile's centre, the mean is taken off, and what is left is projected and coded. HeadGroups.compressed says the
-// same in operations of torch.
+// their tile's centre, the mean is taken off, and what is left is projected and coded. HeadGroups.add says the same in
+// operations of torch.
 
 #include "codes.h"
 
@@ -34,6 +34,10 @@ void multiply(const float* matrix, int64_t row, int64_t column, int64_t rows, in
     in_blocks<ROWS>(rows, Product<2>{matrix, row, column, inner, from, to});
   else
     in_blocks<ROWS>(rows, Product<1>{matrix, row, column, inner, from, to});
+}
+
+void scaled(const int8_t* x, const float* factors, int64_t count, float* __restrict to) {
+  for (int64_t j = 0; j < count; j++) to[j] = float(x[j]) * factors[j];
 }
 
 double dot(const float* x, const float* y, int64_t rows, int64_t tokens) {
@@ -128,8 +132,12 @@ extern "C" void compress_tokens(
   std::fill_n(energies, batch * groups * 2, 0.0);
 #pragma omp parallel num_threads(threads)
   {
-    Numbers x(width * STEP), rest(width * STEP), room(width * STEP), found(rank * STEP), change(rank * STEP);
-    Numbers columns(width * rank);
+    // kept from call to call: new pages take longer than all else
+    static thread_local Numbers held[6];
+    const int64_t sizes[] = {width * STEP, width * STEP, width * STEP, rank * STEP, rank * STEP, width * rank};
+    for (int k = 0; k < 6; k++) held[k].reserve(sizes[k]);
+    float *x = held[0].data(), *rest = held[1].data(), *room = held[2].data(), *found = held[3].data();
+    float *change = held[4].data(), *columns = held[5].data();
     int64_t own = -1;
 #pragma omp for collapse(2) schedule(static)
     for (int64_t each = 0; each < batch * groups; each++)
@@ -140,12 +148,11 @@ extern "C" void compress_tokens(
         if (own != base) {
           own = base;
           for (int64_t i = 0; i < width; i++)
-            for (int64_t j = 0; j < rank; j++)
-              columns.data()[i * rank + j] = basis[(base * width + i) * rank + j] * scale[base * rank + j];
+            scaled(basis + (base * width + i) * rank, scale + base * rank, rank, columns + i * rank);
         }
         for (int64_t h = 0; h < heads; h++) {
           const float* from = rows + row * strides[0] + (group * heads + h) * strides[1] + at * strides[2];
-          float* to = x.data() + h * size * STEP;
+          float* to = x + h * size * STEP;
           for (int64_t t = 0; t < here; t++)
             for (int64_t j = 0; j < size; j++) to[j * STEP + t] = from[t * strides[2] + j];
           const float* about = mean + base * width + h * size;
@@ -156,15 +163,15 @@ extern "C" void compress_tokens(
               for (int64_t t = 0; t < STEP; t++) to[j * STEP + t] -= about[j];
         }
         const Projection projection = {
-            analysis == nullptr ? nullptr : analysis + base * rank * width, columns.data(),
+            analysis == nullptr ? nullptr : analysis + base * rank * width, columns,
             metric == nullptr ? nullptr : metric + group * width * width,
             weights + (row % weightings * groups + group) * rank, width, rank};
-        projection.coefficients(x.data(), found.data(), rest.data(), room.data(), change.data(), steps, here);
-        Tokens{found.data(), projection.weights}.code(Parts(parts, counts, each, pitch), factors, gains, at, here);
+        projection.coefficients(x, found, rest, room, change, steps, here);
+        Tokens{found, projection.weights}.code(Parts(parts, counts, each, pitch), factors, gains, begin, here);
         if (at >= look_from && at + here <= look_to) {
-          projection.left(x.data(), found.data(), rest.data(), here);
-          const double lost = dot(rest.data(), projection.measured(rest.data(), room.data(), here), width, here);
-          const double all = dot(x.data(), projection.measured(x.data(), room.data(), here), width, here);
+          projection.left(x, found, rest, here);
+          const double lost = dot(rest, projection.measured(rest, room, here), width, here);
+          const double all = dot(x, projection.measured(x, room, here), width, here);
 #pragma omp atomic
           energies[2 * each] += lost;
 #pragma omp atomic

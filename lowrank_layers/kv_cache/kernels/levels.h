@@ -104,6 +104,9 @@ class Numbers {
     if (int64_t(lines.size()) * 16 < count) assign(count);
     return data();
   }
+  void reserve(int64_t count) {
+    if (count > int64_t(lines.size()) * 16) assign(count);
+  }
   float* data() { return lines.empty() ? nullptr : lines.data()->of; }
 
  private:
