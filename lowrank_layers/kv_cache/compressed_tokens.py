@@ -105,8 +105,8 @@ class HeadGroups:
         split: Tensor = rows.unflatten(3, (-1, self.size)).transpose(2, 3).flatten(1, 2)
         return split
 
-    def extend(self, tokens: LeavingTokens, limit: float | None, keep: Tensor | None = None) -> None:
-        """Compresses more tokens.
+    def extend(self, tokens: LeavingTokens, limit: float | None, keep: Tensor | None = None) -> float:
+        """Compresses more tokens; gives the part of their energy that is lost once the subspace is fitted again, or 0.
 
         Args:
             tokens: keys or values of the heads.
@@ -118,10 +118,12 @@ class HeadGroups:
         before, these = (None, None) if keep is None else (keep[:, :held], keep[:, held:])
         looked_at = slice(0, 0 if limit is None else count)
         lost, whole = self.add(tokens, looked_at, these)
-        if limit is not None and self._unlike(count, lost > limit * max(whole, 1e-30)):
-            self.truncate(held)
-            self._refit(self._rows(tokens), before, these)
-            self.add(tokens, slice(0, 0))
+        if limit is None or not self._unlike(count, lost > limit * max(whole, 1e-30)):
+            return 0.0
+        self.truncate(held)
+        self._refit(self._rows(tokens), before, these)
+        lost, whole = self.add(tokens, looked_at, these)
+        return lost / max(whole, 1e-30)
 
     def add(self, tokens: LeavingTokens, looked_at: slice, keep: Tensor | None = None) -> tuple[float, float]:
         """Compresses more tokens; gives their energy about the mean and in the metric that is lost, and all of it.
@@ -209,7 +211,7 @@ class CompressedTokens:
 
     Args:
         parts: the groups of heads, by rank.
-        discarded: the part of the energy that the first fit did not hold.
+        discarded: the part of the energy that the first fit did not hold, or a later one that held less.
     """
 
     parts: list[HeadGroups]
@@ -274,7 +276,8 @@ class CompressedTokens:
             keep: as in :meth:`HeadGroups.extend`.
         """
         for part in self.parts:
-            part.extend(tokens.of_heads(part.heads), limit, keep)
+            # what a new fit loses too is no reason for the next one
+            self.discarded = max(self.discarded, part.extend(tokens.of_heads(part.heads), limit, keep))
 
     def truncate(self, tokens: int) -> None:
         """Keeps the first tokens.

@@ -152,6 +152,16 @@ def test_an_outlier_among_small_blocks_does_not_fit_directions_again_but_a_chang
     assert not any(add(*sides[1], 128))
 
 
+def test_what_no_directions_hold_does_not_fit_them_again_and_again():
+    cache, fits = filled(keep_recent=0, block=4), []
+    noise = torch.randn(2, 1, HEADS, 2000, SIZE)
+    for at in range(0, 2000, 4):
+        cache.append(*noise[:, :, :, at : at + 4])
+        cache.compress()
+        fits.append([part.subspace for side in cache.old for part in side.parts])
+    assert all(1 < len(set(side)) <= 6 for side in zip(*fits, strict=True))
+
+
 def calibrated(mix: int = 7) -> tuple[Transform, Transform]:
     cache = lr.LowRankKV(rotation=ROTATION, keep_recent=0, keep_first=0)
     cache.append(*tokens(3000, seed=5, mix=mix))
