@@ -41,6 +41,10 @@ class Coefficients(ABC):
         self.dtype = dtype
         self._hold(codes or {})
 
+    def __getstate__(self) -> dict[str, object]:
+        # what a compiled function reads has addresses, which are not those of a copy
+        return {name: value for name, value in vars(self).items() if name != "_arguments"}
+
     @abstractmethod
     def encode(self, values: Tensor) -> dict[str, Tensor]:
         """Coefficients as they are stored.

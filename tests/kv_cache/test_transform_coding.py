@@ -1,5 +1,7 @@
 """Transform coding through the whole of a cache: attention, growth, drift, calibrated directions, budgets."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -118,6 +120,20 @@ def test_tokens_that_come_later_grow_by_blocks_and_survive_a_file_and_cuts():
         torch.testing.assert_close(side, expected[:, :, :333])
     expected = F.scaled_dot_product_attention(query, *cache.dense())
     torch.testing.assert_close(cache.attend(query), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_copy_that_was_attended_to_goes_its_own_way():
+    cache, more = filled(block=4), tokens(40, seed=1)
+    query = torch.randn(1, HEADS, 1, SIZE)
+    for start in (0, 20):
+        for side in (cache, again := copy.deepcopy(cache)):
+            side.append(*(x[:, :, start : start + 20] for x in more))
+            side.compress()
+            expected = F.scaled_dot_product_attention(query, *side.dense())
+            torch.testing.assert_close(side.attend(query), expected, atol=1e-4, rtol=1e-4)
+            assert torch.equal(side.dense()[1], cache.dense()[1])
+        again.crop(100)
+        assert len(cache) == 420 + start
 
 
 def test_directions_are_fitted_again_when_tokens_become_unlike():
