@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..rank import Rank, Spectrum, choose_rank
+from .moment_kernel import second_moment
 from .tile_frame import TileFrame
 
 
@@ -211,7 +212,7 @@ class Scatter:
             centred = (wide - mean[:, :, None]) * weights
         if frame is not None:
             centred = frame.into(centred, start)
-        return cls(count, mean, centred.mT @ centred, frame)
+        return cls(count, mean, second_moment(centred), frame)
 
     @classmethod
     def of_coefficients(cls, subspace: Subspace, coefficients: Tensor, keep: Tensor | None = None) -> Scatter:
