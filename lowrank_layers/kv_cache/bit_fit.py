@@ -142,7 +142,9 @@ class BitFit:
         metric = self.transform.metric
         own = fitted_transform(x, together, self.frame, keep, least, values=self.values, metric=metric)
         spent = sum(bits * count for each in self.widths for bits, count in zip(WIDTHS, each, strict=True))
-        directions = [Directions(v, first=8 * width / x.shape[2]) for v in own.variances.mean(0)]
+        # bits per token: a mean, and per direction a column in int8, its scale and its weight
+        spent -= 32 * width * len(self.widths) / x.shape[2]
+        directions = [Directions(v, first=8 * (width + 8) / x.shape[2]) for v in own.variances.mean(0)]
         return replace(self, transform=own, widths=allocate_bits(directions, spent), shared=False, made=None)
 
 

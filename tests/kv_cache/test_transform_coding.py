@@ -208,6 +208,16 @@ def test_tokens_unlike_the_calibrated_ones_get_directions_of_their_own_where_tha
     assert error(caches[1], 1) < 0.5 * error(caches[0], 1)
 
 
+@pytest.mark.parametrize("count", [150, 250, 400, 800])
+def test_directions_of_their_own_are_paid_for(count):
+    caches = [lr.LowRankKV(rotation=ROTATION, subspaces=calibrated(mix=9), bits=4, refresh=r) for r in (None, 2.0)]
+    for cache in caches:
+        cache.append(*tokens(count))
+        cache.compress()
+    assert not all(part.subspace.shared for side in caches[1].old for part in side.parts)
+    assert caches[1].nbytes() <= caches[0].nbytes()
+
+
 def test_a_budget_shares_bits_and_is_kept():
     layers = [lr.LowRankKV(rotation=ROTATION) for _ in range(3)]
     for scale, layer in enumerate(layers):
