@@ -141,11 +141,11 @@ class BitFit:
         width, together = self.transform.basis.shape[2], x.shape[1] // self.transform.mean.shape[1]
         metric = self.transform.metric
         own = fitted_transform(x, together, self.frame, keep, least, values=self.values, metric=metric)
-        spent = sum(bits * count for each in self.widths for bits, count in zip(WIDTHS, each, strict=True))
         # bits per token: a mean, and per direction a column in int8, its scale and its weight
-        spent -= 32 * width * len(self.widths) / x.shape[2]
+        spent = sum(bits * count for each in self.widths for bits, count in zip(WIDTHS, each, strict=True))
+        left = spent - 32 * width * len(self.widths) / x.shape[2]
         directions = [Directions(v, first=8 * (width + 8) / x.shape[2]) for v in own.variances.mean(0)]
-        return replace(self, transform=own, widths=allocate_bits(directions, spent), shared=False, made=None)
+        return replace(self, transform=own, widths=allocate_bits(directions, left), shared=False, made=None)
 
 
 @dataclass(frozen=True, eq=False)

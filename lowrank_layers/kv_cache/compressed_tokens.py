@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -32,14 +32,14 @@ class HeadGroups:
         size: number of entries of a head; the subspace is as wide as a group has heads times this.
         subspace: the subspaces of all groups.
         coefficients: the coefficients of all groups.
+        judged: numbers of tokens since the last judgement of drift, and of those of them in blocks that lose much.
     """
 
     heads: Heads
     size: int
     subspace: Subspace
     coefficients: Coefficients
-    _seen: int = field(default=0, init=False)
-    _badly: int = field(default=0, init=False)
+    judged: tuple[int, int] = (0, 0)
 
     def scores(self, rows: Tensor) -> Tensor:
         """``rows (mean + basis c)^T`` as ``((rows basis) c) + rows mean``, ``[batch, heads, q, tokens]``.
@@ -154,19 +154,13 @@ class HeadGroups:
             tokens: how many.
         """
         self.coefficients.truncate(tokens)
-        self._forget()
+        self.judged = 0, 0
 
     def _unlike(self, count: int, loses_much: bool) -> bool:
         """Whether most tokens since the last judgement, of which there have to be enough, lose much."""
-        self._seen, self._badly = self._seen + count, self._badly + count * loses_much
-        if self._seen < JUDGED:
-            return False
-        unlike = 2 * self._badly > self._seen
-        self._forget()
-        return unlike
-
-    def _forget(self) -> None:
-        self._seen, self._badly = 0, 0
+        seen, badly = self.judged[0] + count, self.judged[1] + count * loses_much
+        self.judged = (seen, badly) if seen < JUDGED else (0, 0)
+        return seen >= JUDGED and 2 * badly > seen
 
     def _rows(self, tokens: LeavingTokens) -> Tensor:
         return grouped(tokens.plain, self.subspace.basis.shape[2] // self.size)

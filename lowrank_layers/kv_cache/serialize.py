@@ -116,6 +116,7 @@ def _side_to_json(side: CompressedTokens) -> dict[str, Any]:
         body: dict[str, Any] = {
             "heads": part.heads if isinstance(part.heads, list) else None,
             "size": part.size,
+            "judged": list(part.judged),
             "dtype": _dtype_to_json(store.dtype),
         }
         if isinstance(store, BitCoefficients):
@@ -144,7 +145,8 @@ def _side_from_json(
         if wide % part["size"] or rank != held or subspace.mean.shape[2] != wide:
             raise CheckpointError(f"the bases of {prefix} do not fit their coefficients")
         heads = slice(None) if part["heads"] is None else part["heads"]
-        parts.append(HeadGroups(heads, part["size"], subspace, coefficients))
+        seen, badly = (int(number) for number in part["judged"])
+        parts.append(HeadGroups(heads, part["size"], subspace, coefficients, (seen, badly)))
     return CompressedTokens(parts, body["discarded"])
 
 

@@ -168,6 +168,20 @@ def test_an_outlier_among_small_blocks_does_not_fit_directions_again_but_a_chang
     assert not any(add(*sides[1], 128))
 
 
+def test_a_file_holds_what_drift_has_been_seen():
+    one, two = filled(keep_recent=0, block=4), filled(keep_recent=0, block=4)
+    keys, values = tokens(480, seed=4, mix=8)
+    for at in range(400, 480, 4):
+        if at == 440:
+            two = serialize.layer_from_tensors(*serialize.layer_to_tensors(two), two.settings, ROTATION)
+        for cache in (one, two):
+            cache.append(keys[:, :, at : at + 4], values[:, :, at : at + 4])
+            cache.compress()
+    for before, after in zip(one.old, two.old, strict=True):
+        assert torch.equal(before.parts[0].subspace.basis, after.parts[0].subspace.basis)
+    assert not torch.equal(two.old[1].parts[0].subspace.basis, filled().old[1].parts[0].subspace.basis)
+
+
 def test_what_no_directions_hold_does_not_fit_them_again_and_again():
     cache, fits = filled(keep_recent=0, block=4), []
     noise = torch.randn(2, 1, HEADS, 2000, SIZE)
