@@ -11,7 +11,7 @@ from torch import Tensor
 from . import encode_kernel
 from .compiled import compiled
 
-FEW = 64
+FEW = 256
 """Rows up to which a product is as fast."""
 
 
