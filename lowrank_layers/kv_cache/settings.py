@@ -50,8 +50,8 @@ class KVSettings:
             stores one scale per token and group of heads beside them, and the bases in bfloat16.
         block: number of tokens that are compressed at a time; ``None`` is 64, and 8 with bits on a CPU, where few
             tokens are compressed in one compiled call.
-        refresh: the subspace is fitted again when a block loses more than this many times what the first fit lost;
-            ``None`` never fits it again.
+        refresh: the subspace is fitted again when most of 64 tokens are in blocks that lose more than this many times
+            what the last fit lost; ``None`` never fits it again.
         max_length: greatest number of tokens that the cache takes; ``None`` sets no limit.
 
     Raises:
