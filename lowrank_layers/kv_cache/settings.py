@@ -48,7 +48,7 @@ class KVSettings:
             and ``"before"`` with a rank.
         dtype: dtype of the coefficients with a rank; ``None`` is the one in which keys and values come. ``torch.int8``
             stores one scale per token and group of heads beside them, and the bases in bfloat16.
-        block: number of tokens that are compressed at a time; ``None`` is 64, and 8 with bits on a CPU, where few
+        block: number of tokens that are compressed at a time; ``None`` is 64, and 4 with bits on a CPU, where few
             tokens are compressed in one compiled call.
         refresh: the subspace is fitted again when most of 64 tokens are in blocks that lose more than this many times
             what the last fit lost; ``None`` never fits it again.
@@ -133,7 +133,7 @@ class KVSettings:
         """
         if self.block is not None:
             return self.block
-        return 8 if device.type == "cpu" and not self.by_rank else 64
+        return 4 if device.type == "cpu" and not self.by_rank else 64
 
     @property
     def rotated(self) -> str:

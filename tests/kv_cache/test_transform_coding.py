@@ -48,7 +48,7 @@ def test_bits_are_the_default_and_a_rank_keeps_its_own():
     by_rank = lr.KVSettings(rank=8)
     assert (by_rank.recent, by_rank.at_first, by_rank.block_on(CPU), by_rank.rotated) == (128, 64, 64, "before")
     by_bits = lr.KVSettings()
-    assert (by_bits.recent, by_bits.at_first, by_bits.block_on(CPU), by_bits.rotated) == (16, 16, 8, "tile")
+    assert (by_bits.recent, by_bits.at_first, by_bits.block_on(CPU), by_bits.rotated) == (16, 16, 4, "tile")
     assert by_bits.block_on(torch.device("cuda")) == 64
     assert lr.KVSettings(block=5).at_first == lr.KVSettings(block=5).block_on(CPU) == 5
     assert lr.KVSettings(dtype=torch.int8).rank_of(values=True) == 16
