@@ -29,6 +29,10 @@ CACHES = {
     "r = 16, heads joint": {"rank": 16, "rope": "after", "joint": True},
     "r = 16, RoPE taken off": {"rank": 16, "rope": "before", "joint": False},
     "r = 16, RoPE taken off, heads joint, int8": {"rank": 16, "rope": "before", "joint": True, "dtype": torch.int8},
+    "r = 16, RoPE by tiles": {"rank": 16, "rope": "tile", "joint": False},
+    "r = 16, RoPE by tiles, heads joint, int8": {"rank": 16, "rope": "tile", "joint": True, "dtype": torch.int8},
+    "3 bits (the default)": {"bits": 3, "keep_recent": 128},
+    "3 bits, per head": {"bits": 3, "keep_recent": 128, "joint": False},
 }
 MODELS = {
     "7B-like (14 GB of weights, 32 layers, 8 heads of 128, bfloat16)": (14e9, 32 * 2 * 8 * 128 * 2, 131072),
@@ -109,7 +113,7 @@ def cost_rows(count: int, args: argparse.Namespace) -> list[list[object]]:
     """CPU milliseconds of the first fit, and of a block of 64 tokens with and without fitting again."""
     rows: list[list[object]] = []
     for label, settings in CACHES.items():
-        if settings["rank"] == 64:
+        if settings.get("rank") == 64:
             continue
         cells, cache = [], lr.LowRankKV(lr.KVSettings(), None)
         first = []
