@@ -43,7 +43,7 @@ class Coefficients(ABC):
 
     def __getstate__(self) -> dict[str, object]:
         # what a compiled function reads has addresses, which are not those of a copy
-        return {name: value for name, value in vars(self).items() if name != "_arguments"}
+        return {name: value for name, value in vars(self).items() if name not in ("_arguments", "_step")}
 
     @abstractmethod
     def encode(self, values: Tensor) -> dict[str, Tensor]:

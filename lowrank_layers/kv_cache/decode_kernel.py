@@ -34,7 +34,7 @@ def library() -> ctypes.CDLL | None:
     if functions is not None:
         functions.tile_scores.argtypes = [ctypes.c_void_p] * 10 + [ctypes.c_int64] * 11
         functions.mixed.argtypes = [ctypes.c_void_p] * 7 + [ctypes.c_int64] * 10
-        functions.attention.argtypes = [ctypes.c_void_p] * 10 + [ctypes.c_int64] * 15 + [ctypes.c_float]
+        functions.attention.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_float]
     return functions
 
 

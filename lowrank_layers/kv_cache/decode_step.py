@@ -7,7 +7,8 @@ serves everywhere else, is in ``attend.py``.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,9 +17,16 @@ from . import decode_kernel
 from .bit_allocation import WIDTHS
 from .bit_coefficients import LEAST_GAIN
 from .compressed_tokens import CompressedTokens
+from .decode_kernel import Arguments, arguments
 from .rope import TILE_FRAME, Rotation
 
 Sides = tuple[Tensor, Tensor]
+EXACT = 3 + 2 * (4 + len(WIDTHS))
+"""Where the pointers to exact tokens begin."""
+SIZES = 2 * len(WIDTHS)
+"""Where the sizes of exact tokens begin."""
+THREADS = SIZES + 10 + 14
+"""Where the number of threads is."""
 
 
 def attention(
@@ -42,41 +50,61 @@ def attention(
     Returns:
         ``[batch, query heads, 1, size of a value]``; ``None`` where the compiled function does not serve.
     """
-    keys, values = old
-    if len(keys.parts) != 1 or len(values.parts) != 1 or keys.frame is None or len(exact) > 2:
+    if not (_serves(query) and len(exact) <= 2 and all(_is_plain(side) for pair in exact for side in pair)):
         return None
-    first, second = keys.parts[0], values.parts[0]
-    alike = first.subspace.basis.shape[1] == second.subspace.basis.shape[1]
-    served = all(decode_kernel.applies(query, part.subspace, part.coefficients) for part in (first, second))
-    if not (served and alike and all(_is_plain(side) for pair in exact for side in pair)):
+    step = _prepared(query, old, rotation, offset)
+    if step is None:
         return None
-    functions = decode_kernel.library()
-    assert functions is not None
-    batch, query_heads, _, size = query.shape
-    groups, heads = first.subspace.basis.shape[1], keys.heads
-    frame, value_size = keys.frame, second.size
     query = query.contiguous()
-    out = query.new_empty(batch, query_heads, 1, value_size)
-    waves = rotation.tile_waves(offset, keys.tokens)
-    sides = [decode_kernel.arguments(part.subspace, part.coefficients) for part in (first, second)]
+    out = query.new_empty(*query.shape[:3], step.value_size)
     runs = [*exact, *[(out[:, :0], out[:, :0])] * (2 - len(exact))]
-    sizes = [
-        number
-        for k, v in runs
-        for number in (k.shape[2] if k.shape[1] else 0, k.stride(0), k.stride(1), v.stride(0), v.stride(1))
-    ]
-    functions.attention(
-        query.data_ptr(),
-        frame.entries.data_ptr(),
-        waves.data_ptr(),
-        rotation.offset_waves.data_ptr(),
-        *(side.pointers for side in sides),
-        (ctypes.c_int64 * (2 * len(WIDTHS)))(*sides[0].counts, *sides[1].counts),
-        (ctypes.c_void_p * 4)(*(side.data_ptr() for pair in runs for side in pair)),
-        (ctypes.c_int64 * 10)(*sizes),
-        out.data_ptr(),
-        sides[0].pitch,
-        sides[1].pitch,
+    for index, (k, v) in enumerate(runs):
+        step.tensors[EXACT + 2 * index : EXACT + 2 * index + 2] = [k.data_ptr(), v.data_ptr()]
+        tokens = k.shape[2] if k.shape[1] else 0
+        sizes: list[int | ctypes.c_int64] = [tokens, k.stride(0), k.stride(1), v.stride(0), v.stride(1)]
+        step.numbers[SIZES + 5 * index : SIZES + 5 * index + 5] = sizes
+    step.numbers[THREADS] = torch.get_num_threads()
+    step.function(query.data_ptr(), out.data_ptr(), step.tensors, step.numbers, scale)
+    return out
+
+
+@dataclass(frozen=True, eq=False)
+class _Step:
+    """What of a step's arguments stays until more tokens are compressed."""
+
+    sides: tuple[Arguments, Arguments]
+    shape: torch.Size
+    waves: Tensor
+    function: Callable[..., None]
+    tensors: ctypes.Array[ctypes.c_void_p]
+    numbers: ctypes.Array[ctypes.c_int64]
+    value_size: int
+
+
+def _prepared(
+    query: Tensor, old: tuple[CompressedTokens, CompressedTokens], rotation: Rotation, offset: int
+) -> _Step | None:
+    """The arguments for compressed tokens; ``None`` where the compiled function does not serve."""
+    keys, values = old
+    first, second = keys.parts[0], values.parts[0]
+    held: _Step | None = vars(first.coefficients).get("_step")
+    if held is not None and held.shape == query.shape:
+        sides = (arguments(first.subspace, first.coefficients), arguments(second.subspace, second.coefficients))
+        if held.sides[0] is sides[0] and held.sides[1] is sides[1]:
+            return held
+    if len(keys.parts) != 1 or len(values.parts) != 1 or keys.frame is None:
+        return None
+    groups, heads = first.subspace.basis.shape[1], keys.heads
+    served = all(decode_kernel.applies(query, part.subspace, part.coefficients) for part in (first, second))
+    if not served or groups != second.subspace.basis.shape[1]:
+        return None
+    batch, query_heads, _, size = query.shape
+    sides = (arguments(first.subspace, first.coefficients), arguments(second.subspace, second.coefficients))
+    waves = rotation.tile_waves(offset, keys.tokens)
+    numbers = (
+        *(count for side in sides for count in side.counts),
+        *[0] * 10,
+        *(side.pitch for side in sides),
         batch,
         groups,
         len(first.subspace.mean),
@@ -84,15 +112,35 @@ def attention(
         heads // groups,
         query_heads // heads,
         size,
-        value_size,
+        second.size,
         len(rotation.frequencies),
         keys.tokens,
         TILE_FRAME,
         LEAST_GAIN,
-        torch.get_num_threads(),
-        scale,
+        0,
     )
-    return out
+    tensors = (keys.frame.entries.data_ptr(), waves.data_ptr(), rotation.offset_waves.data_ptr())
+    pointers = (*tensors, *sides[0].pointers, *sides[1].pointers, *[0] * 4)
+    functions = decode_kernel.library()
+    assert functions is not None
+    step = _Step(
+        sides,
+        query.shape,
+        waves,
+        functions.attention,
+        (ctypes.c_void_p * len(pointers))(*pointers),
+        (ctypes.c_int64 * len(numbers))(*numbers),
+        second.size,
+    )
+    vars(first.coefficients)["_step"] = step
+    return step
+
+
+def _serves(query: Tensor) -> bool:
+    """Whether a query is fp32 on a CPU, without a gradient."""
+    learns = query.requires_grad and torch.is_grad_enabled()
+    plain = type(query) is Tensor and query.device.type == "cpu" and query.dtype == torch.float32
+    return plain and not learns and not torch.compiler.is_compiling()
 
 
 def _is_plain(x: Tensor) -> bool:

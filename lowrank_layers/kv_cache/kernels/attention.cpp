@@ -15,17 +15,20 @@ struct Exact {
 }  // namespace
 
 extern "C" void attention(
-    const float* queries,             // [batch, query heads, size]
-    const int64_t* entries, const float* waves, const float* offset_waves,
-    const void* const* keys,          // basis, scale, mean, levels by width, gains
-    const void* const* values,        // likewise
-    const int64_t* counts,            // rows of bytes by width, of keys and then of values
-    const float* const* exact,        // keys and values of the first tokens, and of the recent ones
-    const int64_t* exact_sizes,       // for both: tokens, steps between batch rows and heads, of keys and of values
-    float* out,                       // [batch, query heads, size of a value]
-    int64_t keys_pitch, int64_t values_pitch, int64_t batch, int64_t groups, int64_t key_bases, int64_t value_bases,
-    int64_t heads, int64_t rows, int64_t size, int64_t value_size, int64_t pairs, int64_t tokens, int64_t tile,
-    int64_t least_gain, int64_t threads, float factor) {
+    const float* queries,        // [batch, query heads, size]
+    float* out,                  // [batch, query heads, size of a value]
+    const void* const* tensors,  // entries, waves and offset waves of TileScores; basis, scale, mean, levels by width and
+                                 // gains of keys and of values; keys and values of the first tokens, and of the recent
+    const int64_t* numbers,      // rows of bytes by width, of keys and of values; for first and recent tokens: how many,
+                                 // steps between batch rows and heads, of keys and of values; and those below
+    float factor) {
+  constexpr int64_t SIDE = 4 + WIDTHS;
+  const void *const *keys = tensors + 3, *const *values = keys + SIDE;
+  const float* const* exact = (const float* const*)(values + SIDE);
+  const int64_t *counts = numbers, *exact_sizes = counts + 2 * WIDTHS, *rest = exact_sizes + 10;
+  const int64_t keys_pitch = rest[0], values_pitch = rest[1], batch = rest[2], groups = rest[3], key_bases = rest[4],
+                value_bases = rest[5], heads = rest[6], rows = rest[7], size = rest[8], value_size = rest[9],
+                pairs = rest[10], tokens = rest[11], tile = rest[12], least_gain = rest[13], threads = rest[14];
   const Gains factors(least_gain);
   Exact parts[2];
   int64_t others = 0;
@@ -38,7 +41,7 @@ extern "C" void attention(
   static thread_local Numbers held;  // new memory at every step would cost as much as the scores
   float* scores = held.room(batch * groups * joint * stride);
   const TileScores scoring = {
-      queries, entries, waves, offset_waves, (const int8_t*)keys[0], (const float*)keys[1], (const float*)keys[2],
+      queries, (const int64_t*)tensors[0], (const float*)tensors[1], (const float*)tensors[2], (const int8_t*)keys[0], (const float*)keys[1], (const float*)keys[2],
       Levels((const uint8_t* const*)keys + 3, counts, keys_pitch), (const uint8_t*)keys[3 + WIDTHS], scores,
       stride, batch * groups, key_bases, heads, rows, size, pairs, tokens, tile, factor, factors};
   const Mixed<true> mixing = {
