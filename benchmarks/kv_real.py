@@ -67,7 +67,7 @@ def main() -> None:
     parser.add_argument("--transforms", type=Path, help="folder that keeps what calibration gives")
     parser.add_argument("--only", default="", help="a regular expression for the caches that are compared")
     parser.add_argument("--lengths", type=int, nargs="*", help="tokens of the prompts; by default the model's")
-    parser.add_argument("--calibration", type=int, default=16, help="windows of each text for calibration")
+    parser.add_argument("--calibration", type=int, default=24, help="windows of each text for calibration")
     parser.add_argument("--window", type=int, default=2048, help="tokens of a window for calibration")
     parser.add_argument("--trials", type=int, default=10, help="pass keys per length")
     parser.add_argument("--passages", type=int, default=200, help="passages of LAMBADA")
