@@ -19,13 +19,17 @@ from .compress import (
     CostModel as CostModel,
     CountedCost as CountedCost,
     Damping as Damping,
+    Distillation as Distillation,
     Entry as Entry,
     Method as Method,
     Option as Option,
     Plan as Plan,
+    Recovery as Recovery,
+    RecoverySettings as RecoverySettings,
     densify_ as densify_,
     factorize_ as factorize_,
     make_plan as make_plan,
+    recover_ as recover_,
     register_method as register_method,
 )
 from .compress.methods import (

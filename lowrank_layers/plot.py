@@ -12,6 +12,7 @@ from torch import nn
 from .calibrate.statistics import Statistics
 from .compress.candidates import Candidate
 from .compress.plan import Plan
+from .compress.recovery import Recovery
 from .errors import LowRankError, MissingExtraError
 
 if TYPE_CHECKING:
@@ -112,6 +113,31 @@ def losses(curves: Mapping[str, Sequence[float]], *, ax: Axes | None = None) -> 
     """
     axes = _lines("losses", {label: enumerate(values, start=1) for label, values in curves.items()}, ax)
     axes.set(xlabel="step", ylabel="training loss", title="Fine-tuning")
+    return axes
+
+
+def recovery(result: Recovery, *, ax: Axes | None = None) -> Axes:
+    """Plots the objective and the held-out scores of a recovery against its steps, and marks the state that was kept.
+
+    Args:
+        result: what :func:`recover_` returned.
+        ax: the axes to draw on; by default those of a new figure.
+
+    Raises:
+        MissingExtraError: if matplotlib is not installed.
+    """
+    axes = panels(1)[0] if ax is None else ax
+    axes.plot(range(1, len(result.losses) + 1), result.losses, color=_COLOURS[0], label="objective")
+    axes.set(xlabel="step", ylabel="objective", title="Recovery")
+    lines = list(axes.get_lines())
+    if result.scores:
+        right = axes.twinx()
+        lines += right.plot(*zip(*result.scores, strict=True), "o-", color=_COLOURS[1], label="held-out score")
+        lines += right.plot(
+            [result.best_step], [dict(result.scores)[result.best_step]], "k*", markersize=12, label="kept"
+        )
+        right.set_ylabel("held-out score")
+    axes.legend(lines, [str(line.get_label()) for line in lines], fontsize="small")
     return axes
 
 

@@ -55,6 +55,17 @@ def test_losses_are_drawn_by_step():
     assert len(axes.get_lines()) == 3
 
 
+def test_a_recovery_shows_its_objective_and_the_state_that_was_kept():
+    result = lr.Recovery(losses=(2.0, 1.0), scores=((0, 0.5), (1, 0.75), (2, 0.25)), best_step=1)
+    axes = plot.recovery(result)
+    assert list(axes.get_lines()[0].get_xdata()) == [1, 2]
+    scores, kept = axes.figure.axes[1].get_lines()
+    assert list(scores.get_ydata()) == [0.5, 0.75, 0.25]
+    assert list(kept.get_xydata()[0]) == [1, 0.75]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["objective", "held-out score", "kept"]
+    assert len(plot.recovery(lr.Recovery((1.0,), (), 1)).figure.axes) == 1
+
+
 def test_perplexity_against_bytes():
     axes = plot.perplexity_against_bytes({"ours": [(2048, 9.0), (1024, 8.0)]})
     assert list(axes.get_lines()[0].get_xdata()) == [1, 2]

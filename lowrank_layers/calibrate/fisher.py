@@ -63,7 +63,7 @@ class SampledCrossEntropy:
                 f" 2 dimensions, [N, ..., classes], or an object with .logits; {remedy}"
             )
         logits = logits.movedim(self.class_dim, -1)
-        chosen = _chosen(tuple(logits.shape[:-1]), target, mask)
+        chosen = counted_positions(tuple(logits.shape[:-1]), target, mask)
         logits = (logits.flatten(0, -2) if chosen is None else logits[chosen.to(logits.device)]).float()
         if not len(logits):
             raise LowRankError("SampledCrossEntropy: every position of a batch is padding; leave such batches out.")
@@ -73,8 +73,14 @@ class SampledCrossEntropy:
         return F.cross_entropy(logits, labels.to(logits.device))
 
 
-def _chosen(lead: tuple[int, ...], target: object, mask: Tensor | None) -> Tensor | None:
-    """The positions that draw a label; ``None`` if all do."""
+def counted_positions(lead: tuple[int, ...], target: object, mask: Tensor | None) -> Tensor | None:
+    """Returns the positions of an output that are data and have no label of -100; ``None`` if all count.
+
+    Args:
+        lead: the output's shape without the classes.
+        target: the target, whose labels are looked at where it has this shape.
+        mask: the mask of the output, nonzero at data.
+    """
     chosen = None
     if isinstance(target, Tensor) and tuple(target.shape) == lead and not target.is_floating_point():
         chosen = target != IGNORED

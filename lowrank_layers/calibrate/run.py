@@ -51,7 +51,7 @@ def batch_loss(batch: Any, loss: Loss, padding: Padding, owner: str) -> Tensor:
             shown.register_hook(_of_data(found))
             output = _with_main(output, shown)
     try:
-        value = _call(loss, output, target, real)
+        value = call_loss(loss, output, target, real)
     except (TypeError, AttributeError, KeyError) as error:
         if isinstance(output, Tensor) or isinstance(error, LowRankError):
             raise
@@ -74,7 +74,7 @@ def is_minimum(model: nn.Module, batch: Any, loss: Loss) -> bool:
     def size(values: Tensor) -> float:
         values = values.detach().requires_grad_()
         with torch.enable_grad():
-            value = check_loss(_call(loss, _with_main(output, values), target, None), "calibrate", output)
+            value = check_loss(call_loss(loss, _with_main(output, values), target, None), "calibrate", output)
             (gradient,) = torch.autograd.grad(value, values, allow_unused=True)
         return 0.0 if gradient is None else float(torch.linalg.vector_norm(gradient.double()))
 
@@ -201,7 +201,8 @@ def _takes_mask(loss: Loss) -> bool:
         return False
 
 
-def _call(loss: Loss, output: Any, target: Any, mask: Tensor | None) -> Any:
+def call_loss(loss: Loss, output: Any, target: Any, mask: Tensor | None) -> Any:
+    """Calls a loss or metric, with the mask of the output where it takes one."""
     return loss(output, target, mask=mask) if _takes_mask(loss) else loss(output, target)
 
 

@@ -1,4 +1,4 @@
-"""Compression of a trained model to a budget: methods, allocation, plan, factorization."""
+"""Compression of a trained model to a budget: methods, allocation, plan, factorization, recovery."""
 
 from . import methods as methods
 from .candidates import Candidate as Candidate
@@ -10,4 +10,10 @@ from .factorize import factorize_ as factorize_
 from .make_plan import make_plan as make_plan
 from .method import Method as Method, Option as Option
 from .plan import Plan as Plan
+from .recovery import (
+    Distillation as Distillation,
+    Recovery as Recovery,
+    RecoverySettings as RecoverySettings,
+    recover_ as recover_,
+)
 from .registry import METHODS as METHODS, register_method as register_method
