@@ -1,4 +1,4 @@
-"""Compression of a trained model to a budget: methods, allocation, plan, factorization, recovery."""
+"""Compression of a trained model to a budget: methods, allocation, plan, factorization, recovery, evaluation."""
 
 from . import methods as methods
 from .candidates import Candidate as Candidate
@@ -6,6 +6,13 @@ from .cost_model import CostModel as CostModel, CountedCost as CountedCost
 from .damping import Damping as Damping
 from .densify import densify_ as densify_
 from .entry import Entry as Entry
+from .evaluation import (
+    Comparison as Comparison,
+    Evaluation as Evaluation,
+    Latency as Latency,
+    compare as compare,
+    evaluate as evaluate,
+)
 from .factorize import factorize_ as factorize_
 from .make_plan import make_plan as make_plan
 from .method import Method as Method, Option as Option
