@@ -117,11 +117,11 @@ def evaluate_together(
 
     Args:
         models: the models.
-        data: as in :func:`evaluate`, and so are the others.
-        metric: see there.
-        score: see there.
-        example: see there.
-        repeats: see there.
+        data: as in :func:`evaluate`.
+        metric: as in :func:`evaluate`.
+        score: as in :func:`evaluate`.
+        example: as in :func:`evaluate`.
+        repeats: as in :func:`evaluate`.
     """
     for model in models:
         if not isinstance(model, nn.Module):
