@@ -110,22 +110,25 @@ def times(subject: Subject, rows: Rows, args: argparse.Namespace) -> list[str]:
     lengths = (160,) if args.smoke else tuple(n for n in LENGTHS if n <= subject.model.config.max_position_embeddings)
     steps = 4 if args.smoke else ROOM - 1
     for length in lengths or (subject.model.config.max_position_embeddings,):
-        found = measured(subject.model, text[:length], steps, args.rounds, made)
-        base = next(iter(found.values()))
-        for label, own in found.items():
-            cells: list[object] = [length, label]
-            for which in (1, 2):
-                ratios = [theirs / ours for theirs, ours in zip(base[which], own[which], strict=True)]
-                cells += [f"{1e3 * statistics.median(own[which]):.1f}", f"{statistics.median(ratios):.2f}"]
-                cells.append(f"{sum(base[which]) / sum(own[which]):.2f}")
-            share = statistics.median(ours / theirs for theirs, ours in zip(base[0], own[0], strict=True))
-            cells += [f"{statistics.median(own[0]):.2f}", f"{share:.2f}"]
-            table.append(cells)
+        (dense, exact), *others = made.items()
+        for other, cache in others:
+            # by pairs: the more caches take turns, the less of each is left in the processor's
+            found = measured(subject.model, text[:length], steps, args.rounds, {dense: exact, other: cache})
+            base = found[dense]
+            for label, own in found.items():
+                cells: list[object] = [length, label]
+                for which in (1, 2):
+                    ratios = [theirs / ours for theirs, ours in zip(base[which], own[which], strict=True)]
+                    cells += [f"{1e3 * statistics.median(own[which]):.1f}", f"{statistics.median(ratios):.2f}"]
+                    cells.append(f"{sum(base[which]) / sum(own[which]):.2f}")
+                share = statistics.median(ours / theirs for theirs, ours in zip(base[0], own[0], strict=True))
+                cells += [f"{statistics.median(own[0]):.2f}", f"{share:.2f}"]
+                table.append(cells)
         print(f"{subject.name}: times at {length} tokens", flush=True)
     return [
         f"## {subject.name}: times",
-        f"`model(...)` in fp32, batch 1: medians of {steps} steps of one token, taken in turn; the speed-up of all"
-        " steps counts those too in which tokens are compressed. Attention: what a step spends between RoPE and the"
+        f"`model(...)` in fp32, batch 1: medians of {steps} steps of one token, taken in turn by two caches; the"
+        " speed-up of all steps counts those too in which tokens are compressed. Attention: what a step spends between RoPE and the"
         " output's projection, in all layers: the cache and the attention. Prompt: reading it and the step after it,"
         f" with all fits, the median of {args.rounds}.",
         markdown_table(HEAD, table),
