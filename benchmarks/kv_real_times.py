@@ -128,8 +128,9 @@ def times(subject: Subject, rows: Rows, args: argparse.Namespace) -> list[str]:
     return [
         f"## {subject.name}: times",
         f"`model(...)` in fp32, batch 1: medians of {steps} steps of one token, taken in turn by two caches; the"
-        " speed-up of all steps counts those too in which tokens are compressed. Attention: what a step spends between RoPE and the"
-        " output's projection, in all layers: the cache and the attention. Prompt: reading it and the step after it,"
+        " speed-up of all steps counts those too in which tokens are compressed. Attention: what a step spends between"
+        " RoPE and the output's projection, in all layers: the cache and the attention. Prompt: reading it and the step"
+        " after it,"
         f" with all fits, the median of {args.rounds}.",
         markdown_table(HEAD, table),
     ]
