@@ -128,11 +128,15 @@ from .lora.inits.loftq import LoftQ as LoftQ
 from .lora.inits.lora_ga import LoRAGA as LoRAGA
 from .optim import LowRankProjection as LowRankProjection
 from .rank import Budget as Budget, Rank as Rank, RankRule as RankRule, Spectrum as Spectrum
+from .rank.effective_rank import EffectiveRank as EffectiveRank
 from .rank.elbow import Elbow as Elbow
 from .rank.energy import Energy as Energy, RelativeError as RelativeError
 from .rank.evbmf import EVBMF as EVBMF
 from .rank.gavish_donoho import GavishDonoho as GavishDonoho
+from .rank.rank_fraction import RankFraction as RankFraction
+from .rank.residual_whiteness import ResidualWhiteness as ResidualWhiteness
 from .rank.size import ParameterFraction as ParameterFraction
+from .rank.stable_rank import StableRank as StableRank
 
 if torch.distributed.is_available():  # torch may be built without it
     from .distributed import (

@@ -10,15 +10,14 @@ from torch import Tensor
 
 from ..errors import LowRankError
 from ..linalg import SparseMatrix, scaled_to_unit
-from ..rank import Rank, Spectrum, check_rank, choose_rank, pair_spectrum
-from ..rank.size import ParameterFraction
+from ..rank import Rank, Spectrum, WithoutValues, check_rank, choose_rank, pair_spectrum
 
 
 def matrix_rank(rank: Rank, matrix: Tensor | SparseMatrix, owner: str) -> int:
     """Turns a rank argument into an integer for a matrix; a rule gets the singular values."""
     check_rank(rank, owner)
     rows, columns = matrix.shape
-    values = None if isinstance(rank, int | ParameterFraction) else singular_values(matrix, owner)
+    values = None if isinstance(rank, int | WithoutValues) else singular_values(matrix, owner)
     return choose_rank(rank, pair_spectrum(rows, columns, values, owner), min(rows, columns))
 
 
@@ -42,7 +41,7 @@ def singular_values(matrix: Tensor | SparseMatrix, owner: str) -> Tensor:
         if short > 4096:
             raise LowRankError(
                 f"{owner}: got a rank rule and a sparse matrix of shape {tuple(scaled.shape)}, whose {short} singular"
-                " values would all be needed; give an integer rank or ParameterFraction."
+                " values would all be needed; give an integer rank, ParameterFraction or RankFraction."
             )
         wide = scaled.double()
         squares: Tensor = torch.linalg.eigvalsh((wide if scaled.shape[0] == short else wide.mT).gram())

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import LowRankError
 from ..linalg import full_precision, scaled_to_unit, unfold
-from ..rank import Rank, RankRule, Spectrum, check_rank, choose_rank
+from ..rank import Rank, RankRule, Spectrum, WithoutValues, check_rank, choose_rank
 from ..rank.size import ParameterFraction
 from .ranks import singular_values
 
@@ -35,7 +35,7 @@ def mode_ranks(rank: RankRule | Sequence[Rank | None], tensor: Tensor, owner: st
             chosen.append(None)
             continue
         columns = tensor.numel() // n
-        values = None if isinstance(r, int) else singular_values(unfold(tensor, mode), owner)
+        values = None if isinstance(r, int | WithoutValues) else singular_values(unfold(tensor, mode), owner)
         sizes = range(n + columns, (n + columns) * n + 1, n + columns)
         chosen.append(choose_rank(r, Spectrum(values, (n, columns), sizes, tensor.numel(), owner), n))
     shared = {mode: r for mode, r in enumerate(each) if isinstance(r, ParameterFraction)}
@@ -78,9 +78,14 @@ def choose_tucker_rank(rank: Any, shape: tuple[int, ...], kernels: Tensor | None
             sizes = [size for _, size in path]
             chosen.append(path[each(Spectrum(None, (shape[0], shape[1]), sizes, dense, owner)) - 1][0][mode])
             continue
-        values = _joint_spectrum(kernels, mode) if kernels is not None and not isinstance(each, int) else None
-        columns = dense // shape[mode]
-        chosen.append(choose_rank(each, Spectrum(values, (shape[mode], columns), (), dense, owner), limit))
+        values = (
+            _joint_spectrum(kernels, mode)
+            if kernels is not None and not isinstance(each, int | WithoutValues)
+            else None
+        )
+        rows, columns = shape[mode], dense // shape[mode]
+        per_rank = range(rows + columns, (rows + columns) * limit + 1, rows + columns)
+        chosen.append(choose_rank(each, Spectrum(values, (rows, columns), per_rank, dense, owner), limit))
     return chosen[0], chosen[1]
 
 

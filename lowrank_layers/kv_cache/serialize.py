@@ -10,11 +10,15 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, LowRankError
+from ..rank.effective_rank import EffectiveRank
 from ..rank.elbow import Elbow
 from ..rank.energy import Energy, RelativeError
 from ..rank.evbmf import EVBMF
 from ..rank.gavish_donoho import GavishDonoho
+from ..rank.rank_fraction import RankFraction
+from ..rank.residual_whiteness import ResidualWhiteness
 from ..rank.size import ParameterFraction
+from ..rank.stable_rank import StableRank
 from .bit_coefficients import BitCoefficients
 from .coefficients import Coefficients, coefficients_for
 from .compressed_tokens import CompressedTokens, HeadGroups
@@ -26,7 +30,11 @@ from .settings import KVSettings
 from .subspace import Subspace
 from .tile_frame import TileFrame
 
-RULES = {rule.__name__: rule for rule in (EVBMF, Elbow, Energy, GavishDonoho, ParameterFraction, RelativeError)}
+_MATRIX_RULES = (
+    *(Energy, RelativeError, ParameterFraction, RankFraction),
+    *(EVBMF, GavishDonoho, ResidualWhiteness, Elbow, StableRank, EffectiveRank),
+)
+RULES = {rule.__name__: rule for rule in _MATRIX_RULES}
 """The rank rules that a file can name."""
 
 

@@ -9,6 +9,7 @@ from .rule import (
     Rank as Rank,
     RankRule as RankRule,
     Spectrum as Spectrum,
+    WithoutValues as WithoutValues,
     check_rank as check_rank,
     choose_rank as choose_rank,
     pair_spectrum as pair_spectrum,

@@ -53,6 +53,10 @@ class RankRule(Protocol):
         """The rank to use."""
 
 
+class WithoutValues:
+    """Base of rules that read no singular values, so that none are computed for them."""
+
+
 Rank = int | RankRule
 
 

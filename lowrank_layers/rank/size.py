@@ -3,11 +3,11 @@
 import bisect
 from dataclasses import dataclass
 
-from .rule import Spectrum, check_fraction
+from .rule import Spectrum, WithoutValues, check_fraction
 
 
 @dataclass(frozen=True)
-class ParameterFraction:
+class ParameterFraction(WithoutValues):
     """The largest rank whose factors hold at most ``fraction`` of the dense weight's parameters.
 
     For a matrix ``[m, n]`` that is ``floor(fraction * m * n / (m + n))``, and at least 1.

@@ -22,6 +22,7 @@ CLASSES = {
     lr.Energy: 0.9,
     lr.RelativeError: 0.1,
     lr.ParameterFraction: 0.5,
+    lr.RankFraction: 0.5,
 }
 """The rules that take a fraction, and a good one."""
 
@@ -196,10 +197,11 @@ def test_the_error_asked_for_is_reached():
 
 @pytest.mark.parametrize("seed", range(3))
 def test_rank_sixteen_is_recovered_from_noise(seed):
-    """True rank 16 in 256 x 384: EVBMF 16, Gavish-Donoho 16, elbow 16; 90 % of the energy says about 77."""
+    """True rank 16 in 256 x 384: the rules that know noise say 16, 90 % of the energy says about 77."""
     seen = spectrum(noisy_matrix(16, (256, 384), 0.58, seed))
     assert lr.EVBMF()(seen) == 16
     assert lr.GavishDonoho()(seen) == 16
+    assert lr.ResidualWhiteness()(seen) == 16
     # the elbow of a slowly falling noise floor lies a value or two inside it; with less noise it is sharp
     assert lr.Elbow()(spectrum(noisy_matrix(16, (256, 384), 0.1, seed))) == 16
     assert 70 <= lr.Energy(0.9)(seen) <= 90
@@ -220,6 +222,23 @@ def test_evbmf_on_pure_noise_is_one_not_zero(shape):
     for seed in range(5):
         assert lr.EVBMF()(spectrum(noisy_matrix(0, shape, 1.0, seed))) == 1
     assert lr.EVBMF()(spectrum(nn.Linear(shape[1], shape[0]).weight.detach())) == 1
+
+
+def test_the_residual_of_pure_noise_is_white_99_times_in_100():
+    """Of 300 matrices of noise, 3 are expected to have more than rank 1; 12 or more have a chance below 1e-4."""
+    answers = [lr.ResidualWhiteness()(spectrum(noisy_matrix(0, (40, 60), 1.0, seed))) for seed in range(300)]
+    assert sum(answer > 1 for answer in answers) < 12
+
+
+@pytest.mark.parametrize("rank", [1, 3, 8])
+def test_effective_and_stable_rank_are_the_rank_of_equal_singular_values(rank):
+    """Without noise. Noise of a thousandth per entry moves the stable rank by nothing, the effective rank by a lot."""
+    left = torch.linalg.qr(torch.randn(60, rank, generator=generator(1), dtype=torch.float64)).Q
+    right = torch.linalg.qr(torch.randn(90, rank, generator=generator(2), dtype=torch.float64)).Q
+    exact = left @ right.mT
+    assert lr.EffectiveRank()(spectrum(exact)) == lr.StableRank()(spectrum(exact)) == rank
+    noisy = spectrum(exact + 1e-3 * torch.randn(60, 90, generator=generator(3), dtype=torch.float64))
+    assert lr.StableRank()(noisy) == rank < lr.EffectiveRank()(noisy)
 
 
 def test_gavish_donoho_is_four_over_root_three_for_known_noise():
@@ -388,6 +407,38 @@ def test_parameter_fraction_of_tucker_uses_what_it_may(fraction, place):
 def test_parameter_fraction_grows_with_the_fraction(pair, shape):
     low, high = (lr.ParameterFraction(fraction)(spectrum_of(None, shape)) for fraction in sorted(pair))
     assert 1 <= low <= high <= min(shape)
+
+
+# ----------------------------------------------------------------------------------------------- RankFraction
+
+
+@DERANDOMIZED
+@given(fraction=fractions, shape=sizes)
+def test_rank_fraction_of_a_matrix(fraction, shape):
+    expected = max(1, math.floor(fraction * min(shape)))
+    rule = lr.RankFraction(fraction)
+    assert rule(spectrum_of(None, shape)) == expected
+    assert lr.LowRankLinear(shape[1], shape[0], device="meta", rank=rule).rank == expected
+
+
+def test_rank_fraction_of_decompositions_and_kernels():
+    """CP's full rank is the largest of use: the product of all modes but the largest."""
+    rule = lr.RankFraction(0.25)
+    assert lr.svd(torch.randn(40, 60), rule).rank == 10
+    assert lr.nmf(torch.rand(40, 60), rule, sweeps=1).rank == 10
+    kernel = torch.randn(24, 16, 3, 3)
+    assert lr.tucker(kernel, (rule, rule, None, None)).rank == (6, 4, 3, 3)
+    assert lr.tucker(kernel, rule).rank == (6, 4, 1, 1)
+    conv = nn.Conv2d(16, 24, 3)
+    assert lr.TuckerConv2d.from_dense(conv, rank=rule).rank == lr.TuckerConv2d(16, 24, 3, rank=rule).rank == (6, 4)
+    assert lr.LowRankConv2d.from_dense(conv, rank=rule).rank == 6
+    assert lr.CPConv2d(16, 24, 3, device="meta", rank=rule).rank == 16 * 9 // 4
+    assert lr.cp(torch.randn(6, 5, 4), rule, sweeps=1).rank == 5
+
+
+def test_rank_fraction_of_every_layer_of_a_plan():
+    model = nn.Sequential(nn.Linear(80, 80), nn.ReLU(), nn.Linear(80, 40))
+    assert [entry.rank for entry in lr.make_plan(model, rank=lr.RankFraction(0.25))] == [20, 10]
 
 
 # -------------------------------------------------------------------------------------------------- refusals

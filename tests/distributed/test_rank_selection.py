@@ -87,5 +87,5 @@ def case_rules(rank: int) -> dict[str, bool]:
 
 def test_rules(seen):
     for process in seen:
-        assert len(process) == 10
+        assert len(process) == len(RULES) + 2
         assert all(process.values()), process

@@ -84,6 +84,26 @@ def _evbmf(s: np.ndarray, shape: tuple[int, int]) -> int:
     return max(1, int((s > math.sqrt(columns * variance * x_bar)).sum()))
 
 
+def _stable_rank(s: np.ndarray, shape: tuple[int, int]) -> int:
+    return max(1, round((np.linalg.norm(s) / s[0]) ** 2))
+
+
+def _effective_rank(s: np.ndarray, shape: tuple[int, int]) -> int:
+    p = s[s > 0] / s.sum()
+    return max(1, round(math.exp(-(p * np.log(p)).sum())))
+
+
+def _residual_whiteness(s: np.ndarray, shape: tuple[int, int]) -> int:
+    """One rank after the other, with the 99 % quantile of Tracy and Widom's first law."""
+    for r in range(1, len(s)):
+        p, q = shape[0] - r, shape[1] - r
+        variance = (s[r:] ** 2).sum() / (p * q)
+        both = math.sqrt(p) + math.sqrt(q)
+        if s[r] ** 2 <= variance * (both**2 + 2.0234 * both * (p**-0.5 + q**-0.5) ** (1 / 3)):
+            return r
+    return max(1, len(s) - 1)
+
+
 RULES = [
     RuleRow(lr.Energy(0.5), _energy(0.5)),
     RuleRow(lr.Energy(0.9), _energy(0.9)),
@@ -92,7 +112,10 @@ RULES = [
     RuleRow(lr.RelativeError(0.4), _relative_error(0.4)),
     RuleRow(lr.EVBMF(), _evbmf, noiseless=True),
     RuleRow(lr.GavishDonoho(), _gavish_donoho, noiseless=True),
+    RuleRow(lr.ResidualWhiteness(), _residual_whiteness, noiseless=True),
     RuleRow(lr.Elbow(), _elbow, noiseless=True),
+    RuleRow(lr.StableRank(), _stable_rank, noiseless=True),
+    RuleRow(lr.EffectiveRank(), _effective_rank),
 ]
 
 
