@@ -127,11 +127,20 @@ from .lora.inits.eva import EVA as EVA
 from .lora.inits.loftq import LoftQ as LoftQ
 from .lora.inits.lora_ga import LoRAGA as LoRAGA
 from .optim import LowRankProjection as LowRankProjection
-from .rank import Budget as Budget, Rank as Rank, RankRule as RankRule, Spectrum as Spectrum
+from .rank import Budget as Budget, Rank as Rank, RankRule as RankRule, Refit as Refit, Spectrum as Spectrum
+from .rank.consensus import (
+    ConsensusStability as ConsensusStability,
+    consensus_matrix as consensus_matrix,
+    cophenetic_correlation as cophenetic_correlation,
+    dispersion as dispersion,
+)
+from .rank.corcondia import CORCONDIA as CORCONDIA, core_consistency as core_consistency
+from .rank.cross_validation import CrossValidation as CrossValidation
 from .rank.effective_rank import EffectiveRank as EffectiveRank
 from .rank.elbow import Elbow as Elbow
 from .rank.energy import Energy as Energy, RelativeError as RelativeError
 from .rank.evbmf import EVBMF as EVBMF
+from .rank.factor_match import FactorMatch as FactorMatch, factor_match_score as factor_match_score
 from .rank.gavish_donoho import GavishDonoho as GavishDonoho
 from .rank.rank_fraction import RankFraction as RankFraction
 from .rank.residual_whiteness import ResidualWhiteness as ResidualWhiteness

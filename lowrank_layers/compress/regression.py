@@ -96,6 +96,14 @@ class Regression:
         # F X^(1/2)^T = W C X^-1 L^T = W C L^-1, with L^T L = X
         return self.outputs.root.times(root.divide_columns(self.weight @ self.cross))
 
+    @property
+    def symmetric_matrix(self) -> Tensor:
+        """``M`` by the symmetric roots of both moments, whose rows and columns are outputs and inputs, ``[m, n]``.
+
+        A triangular root gathers what it weights in its first rows, so that single entries cannot be predicted.
+        """
+        return _to_symmetric(self.outputs.root, _to_symmetric(self.inputs.root, self.matrix.mT).mT)
+
     @cached_property
     def _gram(self) -> Tensor:
         """``M M^T`` or ``M^T M``, whichever is smaller, with no more roots than it needs."""
@@ -198,6 +206,14 @@ class FirstStage:
         """The matrix ``[r * positions, n * positions]``."""
         eye = torch.eye(self.positions, dtype=self.factor.dtype, device=self.factor.device)
         return torch.kron(self.factor.contiguous(), eye)
+
+
+def _to_symmetric(root: Root, product: Tensor) -> Tensor:
+    """``S A`` from ``L A``, with ``L = U S`` the polar decomposition of the root; a diagonal root is symmetric."""
+    if root.factor.ndim == 1:
+        return product
+    u, _, vh = exact_svd(root.factor)
+    return vh.mT @ (u.mT @ product)
 
 
 def joint_bias(problems: Sequence[Regression], products: Sequence[Tensor]) -> Tensor | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -19,7 +20,8 @@ from ..linalg import (
     unfold,
     working_dtype,
 )
-from ..rank import Rank
+from ..linalg.nonnegative import check_choice
+from ..rank import Rank, Refit
 from .ranks import cp_rank
 
 
@@ -31,6 +33,7 @@ def cp(
     sweeps: int = 50,
     starts: int = 2,
     tolerance: float = 1e-5,
+    init: Literal["hosvd", "random"] = "hosvd",
     seed: int = 0,
 ) -> CP:
     """Decomposes a tensor into a sum of ``rank`` outer products (canonical polyadic decomposition, CP).
@@ -44,11 +47,13 @@ def cp(
             do not flow: the input is detached.
         rank: number of components; above the largest rank of use (the product of all modes but the largest) it is
             clamped. At that rank the result is exact. ``ParameterFraction`` counts the values in the factors. Rules
-            that look at singular values are refused: no spectrum tells the error at a CP rank.
+            that look at singular values are refused: no spectrum tells the error at a CP rank. ``CORCONDIA``,
+            ``FactorMatch`` and ``CrossValidation`` look at factorizations of several ranks.
         sweeps: largest number of sweeps per start.
         starts: number of starts: first the leading vectors of the HOSVD, then random ones. Each runs a few sweeps, the
             most promising one to the end.
         tolerance: stops when the relative error changes by less than this in a sweep.
+        init: ``"hosvd"``, or ``"random"`` for random vectors in the first start too.
         seed: seed of the random vectors; the global generator is untouched.
 
     Shape:
@@ -67,13 +72,18 @@ def cp(
     tensor = check_tensor(tensor, "cp")
     check_integer(sweeps, "cp", "sweeps", 1)
     check_integer(starts, "cp", "starts", 1)
-    rank = cp_rank(rank, tensor.shape, "cp")
+    check_choice(init, ("hosvd", "random"), "cp", "init")
+
+    def refit() -> Refit:
+        return cp_refit(tensor, sweeps=sweeps, starts=starts, tolerance=tolerance, init=init, seed=seed)
+
+    rank = cp_rank(rank, tensor.shape, "cp", refit)
     work, scale = scaled_to_unit(tensor.to(working_dtype(tensor)))
     if rank >= tensor.numel() // max(tensor.shape):
         weights, factors = _fibres(work)
     else:
         generator = torch.Generator().manual_seed(seed)
-        runs = [_Run(work, _start(work, rank, generator, hosvd=k == 0)) for k in range(starts)]
+        runs = [_Run(work, _start(work, rank, generator, hosvd=k == 0 and init == "hosvd")) for k in range(starts)]
         if starts > 1:
             for run in runs:
                 run.sweep(min(5, sweeps), tolerance)
@@ -82,6 +92,21 @@ def cp(
         weights, factors = best.components()
     dtype = tensor.dtype
     return CP(narrowed(weights * scale, dtype, "cp"), tuple(factor.to(dtype).contiguous() for factor in factors))
+
+
+def cp_refit(tensor: Tensor, **settings: Any) -> Refit:
+    """What rules are given that look at decompositions of several ranks; their random starts are single ones.
+
+    Args:
+        tensor: the tensor whose rank is chosen.
+        **settings: settings of :func:`cp`.
+    """
+
+    def fit(tensor: Tensor, rank: int, start: int | None) -> CP:
+        once = {} if start is None else {"starts": 1, "init": "random", "seed": start}
+        return cp(tensor, rank, **settings | once)
+
+    return Refit(tensor, fit)
 
 
 def _fibres(tensor: Tensor) -> tuple[Tensor, list[Tensor]]:

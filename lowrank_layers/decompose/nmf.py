@@ -33,11 +33,12 @@ from ..linalg.nonnegative import (
     smallest,
     tiny,
 )
-from ..rank import Rank
+from ..rank import Rank, Refit
 from .ranks import matrix_rank
 from .svd import svd
 
 Init = Literal["nndsvda", "nndsvd", "random"]
+_RANDOM: Init = "random"
 
 
 @full_precision
@@ -105,7 +106,12 @@ def nmf(
     wide = found.to(working_dtype(found))
     check_nonnegative(wide, "nmf")
     m, n = found.shape
-    rank = matrix_rank(rank, wide, "nmf")
+
+    def fit(tensor: Matrix, rank: int, start: int | None) -> NMF:
+        begin, number = (init, seed) if start is None else (_RANDOM, start)
+        return nmf(tensor, rank, solver=solver, loss=loss, init=begin, sweeps=sweeps, tolerance=tolerance, seed=number)
+
+    rank = matrix_rank(rank, wide, "nmf", lambda: Refit(matrix, fit))
     if rank == min(m, n):
         eye = torch.eye(min(m, n), dtype=found.dtype, device=found.device)
         dense = found.clone(memory_format=torch.contiguous_format) if isinstance(found, Tensor) else found.to_dense()

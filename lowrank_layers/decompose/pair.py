@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..factors import SVD
 from ..linalg import exact_svd, working_dtype
-from ..rank import Rank, choose_rank, pair_spectrum
+from ..rank import Rank, Refit, choose_rank, pair_spectrum
 from .svd import svd
 
 
@@ -19,9 +19,15 @@ def truncated_pair(matrix: Tensor, rank: Rank, owner: str) -> tuple[Tensor, Tens
     wide = matrix.to(working_dtype(matrix))
     full = None if known else svd(wide)
     values = None if full is None else full.s
-    chosen = choose_rank(rank, pair_spectrum(matrix.shape[0], matrix.shape[1], values, owner), limit)
+    spectrum = pair_spectrum(matrix.shape[0], matrix.shape[1], values, owner, lambda: svd_refit(wide))
+    chosen = choose_rank(rank, spectrum, limit)
     up, down = (svd(wide, chosen) if full is None else full.truncate(chosen)).pair()
     return up.to(matrix.dtype), down.to(matrix.dtype)
+
+
+def svd_refit(matrix: Tensor) -> Refit:
+    """What rules are given that look at truncated SVDs of several ranks."""
+    return Refit(matrix, lambda tensor, rank, _: svd(tensor, rank))
 
 
 def pair_factors(up: Tensor, down: Tensor) -> SVD:

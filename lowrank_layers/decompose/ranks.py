@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from ..errors import LowRankError
 from ..linalg import SparseMatrix, scaled_to_unit
-from ..rank import Rank, Spectrum, WithoutValues, check_rank, choose_rank, pair_spectrum
+from ..rank import Rank, Refit, Spectrum, WithoutValues, check_rank, choose_rank, pair_spectrum
 
 
-def matrix_rank(rank: Rank, matrix: Tensor | SparseMatrix, owner: str) -> int:
-    """Turns a rank argument into an integer for a matrix; a rule gets the singular values."""
+def matrix_rank(rank: Rank, matrix: Tensor | SparseMatrix, owner: str, refit: Callable[[], Refit] | None = None) -> int:
+    """Turns a rank argument into an integer for a matrix; a rule gets the singular values, and refits if it asks."""
     check_rank(rank, owner)
     rows, columns = matrix.shape
     values = None if isinstance(rank, int | WithoutValues) else singular_values(matrix, owner)
-    return choose_rank(rank, pair_spectrum(rows, columns, values, owner), min(rows, columns))
+    return choose_rank(rank, pair_spectrum(rows, columns, values, owner, refit), min(rows, columns))
 
 
 def cp_limit(shape: Sequence[int]) -> int:
@@ -26,11 +26,12 @@ def cp_limit(shape: Sequence[int]) -> int:
     return math.prod(shape) // max(shape)
 
 
-def cp_rank(rank: Rank, shape: Sequence[int], owner: str) -> int:
+def cp_rank(rank: Rank, shape: Sequence[int], owner: str, refit: Callable[[], Refit] | None = None) -> int:
     """Turns a rank argument into an integer for a CP decomposition, which has no singular values to look at."""
     limit = cp_limit(shape)
     sizes = range(sum(shape), sum(shape) * limit + 1, sum(shape))
-    return choose_rank(rank, Spectrum(None, (shape[0], shape[1]), sizes, math.prod(shape), owner), limit)
+    spectrum = Spectrum(None, (shape[0], shape[1]), sizes, math.prod(shape), owner, refit)
+    return choose_rank(rank, spectrum, limit)
 
 
 def singular_values(matrix: Tensor | SparseMatrix, owner: str) -> Tensor:

@@ -19,7 +19,7 @@ from ..linalg import (
     scaled_to_unit,
     working_dtype,
 )
-from ..rank import Rank
+from ..rank import Rank, Refit
 from .ranks import SMALL, matrix_rank, small_to_dense
 
 Method = Literal["auto", "exact", "randomized", "gram", "krylov"]
@@ -66,7 +66,11 @@ def svd(matrix: Matrix, rank: Rank | None = None, *, method: Method = "auto", se
         raise LowRankError(f"svd: got method {method!r}, expected {', '.join(others)} or {last}.")
     found = check_matrix(matrix, "svd")
     wide = found.to(working_dtype(found))
-    rank = min(found.shape) if rank is None else matrix_rank(rank, wide, "svd")
+    if rank is None:
+        rank = min(found.shape)
+    else:
+        refit = Refit(matrix, lambda tensor, r, _: svd(tensor, r, method=method, seed=seed))
+        rank = matrix_rank(rank, wide, "svd", lambda: refit)
     work, scale = scaled_to_unit(wide)
     if method == "auto":
         method = _pick(work, rank)

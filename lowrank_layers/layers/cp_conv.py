@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..decompose import cp
+from ..decompose.cp import cp_refit
 from ..decompose.ranks import cp_rank
 from ..factors import CP, Blocks
 from ..rank import Rank
@@ -45,7 +46,8 @@ class CPConv(FactoredConv):
 
         Args:
             conv: the dense convolution.
-            rank: an integer or ``ParameterFraction``.
+            rank: an integer, ``ParameterFraction``, ``RankFraction``, or without groups a rule that looks at CP
+                decompositions of several ranks, such as ``FactorMatch``.
 
         Raises:
             UnsupportedLayerError: if it is not the plain torch layer that this class replaces.
@@ -53,7 +55,8 @@ class CPConv(FactoredConv):
         """
         check_dense(cls, conv)
         kernels = kernel_of(conv).detach()
-        chosen = cp_rank(rank, tuple(kernels.shape[1:]), cls.__name__)
+        refit = (lambda: cp_refit(kernels[0])) if len(kernels) == 1 else None
+        chosen = cp_rank(rank, tuple(kernels.shape[1:]), cls.__name__, refit)
         return cls.from_parts(conv, [cp(kernel, chosen) for kernel in kernels])
 
     @classmethod

@@ -5,6 +5,7 @@ Each rule stands in a file of its own, from which ``lowrank_layers`` imports it.
 
 from .budget import Budget as Budget, as_budget as as_budget
 from .knapsack import allocate as allocate
+from .refit import Refit as Refit
 from .rule import (
     Rank as Rank,
     RankRule as RankRule,

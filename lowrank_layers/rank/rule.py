@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from ..checks import is_integer, is_number
 from ..errors import LowRankError
 from ..linalg import scaled_to_unit
+from .refit import Refit
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Spectrum:
         sizes: numbers stored at rank 1, 2, ...
         dense: numbers stored when dense.
         owner: name of the function or layer that asks, for messages.
+        refit: gives the tensor itself and its factorizations of other ranks; ``None`` where there are none.
     """
 
     values: Tensor | None
@@ -30,6 +32,7 @@ class Spectrum:
     sizes: Sequence[int]
     dense: int
     owner: str = "rank rule"
+    refit: Callable[[], Refit] | None = None
 
     def require_values(self, rule: object) -> Tensor:
         """The singular values in fp64, or an error that names the remedy."""
@@ -39,6 +42,19 @@ class Spectrum:
                 " give an integer or ParameterFraction."
             )
         return self.values.double()
+
+    def require_refit(self, rule: object) -> Refit:
+        """The tensor and its factorizations, or an error that names the remedy."""
+        if self.refit is None:
+            raise LowRankError(
+                f"{self.owner}: got {rule}, but here no single tensor is factorized at several ranks;"
+                " give an integer or ParameterFraction."
+            )
+        return self.refit()
+
+    def ranks_below_full(self, ranks: Sequence[int]) -> list[int]:
+        """Those of the ranks that are below the largest of use, which is exact for any tensor; rank 1 if none is."""
+        return sorted({rank for rank in ranks if rank < len(self.sizes)}) or [1]
 
     def energies(self, rule: object) -> Tensor:
         """The squares of the singular values in fp64, in a unit in which the largest one is between 1 and 4."""
@@ -83,10 +99,12 @@ def choose_rank(rank: Rank, spectrum: Spectrum, limit: int) -> int:
     return min(chosen, limit)
 
 
-def pair_spectrum(rows: int, columns: int, values: Tensor | None, owner: str) -> Spectrum:
+def pair_spectrum(
+    rows: int, columns: int, values: Tensor | None, owner: str, refit: Callable[[], Refit] | None = None
+) -> Spectrum:
     """The spectrum of a matrix that becomes a pair of factors, for a rank rule."""
     sizes = range(rows + columns, (rows + columns) * min(rows, columns) + 1, rows + columns)
-    return Spectrum(values, (rows, columns), sizes, rows * columns, owner)
+    return Spectrum(values, (rows, columns), sizes, rows * columns, owner, refit)
 
 
 def check_fraction(value: object, who: str, *, closed: bool) -> None:

@@ -14,7 +14,17 @@ from torch import nn
 
 import lowrank_layers as lr
 
-from .tables import DECOMPOSITIONS, DERANDOMIZED, LAYERS, RULES, SVD_METHODS, generator, spectrum, spectrum_of
+from .tables import (
+    DECOMPOSITIONS,
+    DERANDOMIZED,
+    LAYERS,
+    REFIT_RULES,
+    RULES,
+    SVD_METHODS,
+    generator,
+    spectrum,
+    spectrum_of,
+)
 
 rows = pytest.mark.parametrize("row", RULES, ids=lambda row: row.name)
 
@@ -118,7 +128,7 @@ def test_it_looks_and_does_not_touch(row):
     assert torch.equal(torch.get_rng_state(), state)
 
 
-@rows
+@pytest.mark.parametrize("row", RULES + REFIT_RULES, ids=lambda row: row.name)
 def test_it_is_a_frozen_value(row):
     assert isinstance(row.rule, lr.RankRule)
     assert copy.deepcopy(row.rule) == row.rule

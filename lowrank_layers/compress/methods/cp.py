@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ...decompose import cp
+from ...decompose.cp import cp_refit
 from ...decompose.ranks import cp_limit, cp_rank
 from ...factors import CP
 from ...layers import (
@@ -25,6 +26,7 @@ from ...layers import (
 )
 from ...layers.kernel import kernel_area, kernel_of
 from ...linalg import khatri_rao
+from ...rank import Refit
 from ..candidates import Candidate
 from ..method import Option, factored_costs, layer_for, smaller_ranks, spread
 from ..regression import FirstStage, joint_bias
@@ -78,10 +80,16 @@ class CPMethod:
         return options
 
     def choose(self, layer: Candidate, rank: Any) -> int:
-        """Returns the rank that an integer or a rule on sizes means."""
+        """Returns the rank that an integer, a rule on sizes or one on decompositions of the weighted kernel means."""
         cls = layer_for(self, layer.module)
         assert cls is not None
-        return cp_rank(rank, tuple(kernel_of(layer.module).shape[1:]), cls.__name__)
+        kernels = kernel_of(layer.module).detach()
+
+        def refit() -> Refit:
+            plain = layer.stats is not None and is_transposed(layer.module)
+            return cp_refit(kernels[0] if plain else layer.weighted_kernels[0][0].float(), sweeps=SWEEPS)
+
+        return cp_rank(rank, tuple(kernels.shape[1:]), cls.__name__, refit)
 
     def build(self, layer: Candidate, rank: int) -> FactoredModule:
         """Returns the factored layer; with statistics the one that minimises the weighted error."""

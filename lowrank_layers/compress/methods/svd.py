@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from ...decompose.pair import svd_refit
 from ...layers import (
     FactoredModule,
     LowRankConv1d,
@@ -61,13 +62,14 @@ class SVDMethod:
         return list(map(Option, ranks, factored_costs(self, layer, ranks), losses))
 
     def choose(self, layer: Candidate, rank: Any) -> int:
-        """Returns the rank that an integer or a rule means; a rule sees the weighted spectrum."""
+        """Returns the rank that an integer or a rule means; a rule sees the weighted spectrum, or refits the matrix."""
         _, rows, columns = linear_shape(layer.module)
         values = None
         if not isinstance(rank, int):
             values = torch.stack([problem.singular_values for problem in layer.problems]).square().mean(0).sqrt()
         owner = type(factored_like(self, layer.module, 1, bias=False)).__name__
-        return choose_rank(rank, pair_spectrum(rows, columns, values, owner), min(rows, columns))
+        refit = (lambda: svd_refit(layer.problems[0].symmetric_matrix)) if len(layer.problems) == 1 else None
+        return choose_rank(rank, pair_spectrum(rows, columns, values, owner, refit), min(rows, columns))
 
     def build(self, layer: Candidate, rank: int) -> FactoredModule:
         """Returns the factored layer; with statistics the one that minimises the weighted error."""

@@ -13,4 +13,4 @@ from .common import (
 )
 from .decompositions import DECOMPOSITIONS as DECOMPOSITIONS, SVD_METHODS as SVD_METHODS
 from .layers import LAYERS as LAYERS, LayerRow as LayerRow
-from .rules import RULES as RULES, spectrum as spectrum, spectrum_of as spectrum_of
+from .rules import REFIT_RULES as REFIT_RULES, RULES as RULES, spectrum as spectrum, spectrum_of as spectrum_of

@@ -1,4 +1,4 @@
-"""One row per rank rule that reads singular values; a new rule is one more row in ``RULES``."""
+"""One row per rank rule: in ``RULES`` if it reads singular values, in ``REFIT_RULES`` if it fits several ranks."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 import lowrank_layers as lr
+
+from .common import generator
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,80 @@ RULES = [
     RuleRow(lr.Elbow(), _elbow, noiseless=True),
     RuleRow(lr.StableRank(), _stable_rank, noiseless=True),
     RuleRow(lr.EffectiveRank(), _effective_rank),
+]
+
+
+@dataclass(frozen=True)
+class RefitRow:
+    """A rank rule that looks at factorizations of several ranks.
+
+    Args:
+        rule: the rule.
+        decompose: a decomposition that takes it.
+        planted: makes a tensor of a known rank, with noise, from the rank and a seed.
+        ranks: the ranks that it finds.
+        refused: a decomposition whose factors it cannot read, if there is one.
+    """
+
+    rule: Callable[[lr.Spectrum], int]
+    decompose: Callable[..., lr.SVD | lr.NMF | lr.CP]
+    planted: Callable[[int, int], Tensor]
+    ranks: tuple[int, ...]
+    refused: Callable[..., lr.Factorization] | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.decompose.__name__}-{self.rule}"
+
+
+def _noisy(tensor: Tensor, noise: float, g: torch.Generator) -> Tensor:
+    """Adds white noise of that part of the tensor's norm."""
+    dirt = torch.randn(tensor.shape, generator=g)
+    return tensor + noise * dirt * tensor.norm() / dirt.norm()
+
+
+def _matrix(noise: float) -> Callable[[int, int], Tensor]:
+    def planted(rank: int, seed: int) -> Tensor:
+        g = generator(seed)
+        return _noisy(torch.randn(40, rank, generator=g) @ torch.randn(rank, 30, generator=g), noise, g)
+
+    return planted
+
+
+def _kernel(noise: float) -> Callable[[int, int], Tensor]:
+    def planted(rank: int, seed: int) -> Tensor:
+        g = generator(seed)
+        factors = tuple(torch.randn(n, rank, generator=g) for n in (12, 10, 8))
+        return _noisy(lr.CP(torch.ones(rank), factors).to_dense(), noise, g)
+
+    return planted
+
+
+def _clusters(noise: float) -> Callable[[int, int], Tensor]:
+    """Columns that belong to one component each and have up to 0.3 of the others, and uniform noise."""
+
+    def planted(rank: int, seed: int) -> Tensor:
+        g = generator(seed)
+        per_cluster = 24 // rank
+        weights = torch.eye(rank).repeat(1, per_cluster) + 0.3 * torch.rand(rank, rank * per_cluster, generator=g)
+        matrix = torch.rand(30, rank, generator=g) @ weights
+        return matrix + noise * matrix.mean() * torch.rand(matrix.shape, generator=g)
+
+    return planted
+
+
+REFIT_RULES = [
+    RefitRow(lr.CrossValidation(ranks=range(1, 7)), lr.svd, _matrix(0.3), (1, 2, 4)),
+    RefitRow(lr.CrossValidation(ranks=range(1, 7)), lr.svd, _matrix(0.0), (1, 3)),
+    RefitRow(lr.CrossValidation(folds=3, ranks=range(1, 6)), lr.cp, _kernel(0.1), (2, 3)),
+    RefitRow(lr.CrossValidation(folds=3, ranks=range(1, 4)), lr.nmf, _clusters(0.1), (2,)),
+    RefitRow(lr.FactorMatch(ranks=range(1, 6)), lr.cp, _kernel(0.2), (2, 3), lr.svd),
+    RefitRow(lr.FactorMatch(ranks=range(1, 5), restarts=5), lr.nmf, _clusters(0.1), (2, 3), lr.svd),
+    RefitRow(lr.CORCONDIA(ranks=range(1, 6)), lr.cp, _kernel(0.01), (3, 4), lr.svd),
+    RefitRow(lr.ConsensusStability(ranks=range(2, 5), restarts=5), lr.nmf, _clusters(0.1), (2, 3), lr.cp),
+    RefitRow(
+        lr.ConsensusStability(ranks=range(2, 5), restarts=10, measure="cophenetic"), lr.nmf, _clusters(0.3), (2, 3)
+    ),
 ]
 
 
