@@ -9,6 +9,8 @@ from ..cost import Cost
 from ..errors import BudgetError
 from ..layers.config import describe
 from ..rank import Budget, allocate
+from ..rank.least_worst import allocate_least_worst
+from .alds import spectral_errors
 from .candidates import Candidate
 from .entry import Entry
 from .method import Method, Option
@@ -71,6 +73,7 @@ class Allocation:
         budget: the limit.
         total: cost of the whole dense model.
         units: how the losses of different layers compare.
+        alds: minimises the largest relative error of a layer in the spectral norm, not the sum of losses.
     """
 
     layers: dict[str, Candidate]
@@ -78,9 +81,10 @@ class Allocation:
     budget: Budget
     total: Cost
     units: Units
+    alds: bool = False
 
     def solve(self) -> dict[str, Offer]:
-        """The choice with the least sum of losses under the budget; idle layers become as small as they can.
+        """The choice with the least sum of losses, or largest error, under the budget; idle layers become smallest.
 
         Raises:
             BudgetError: if not even the smallest options fit.
@@ -91,12 +95,16 @@ class Allocation:
         picks = {name: costs[name].index(min(costs[name])) for name, layer in self.layers.items() if layer.idle}
         left -= sum(costs[name][pick] for name, pick in picks.items())
         used = [name for name in self.layers if name not in picks]
-        losses = [
-            comparable(self.layers[name], [offer.option.loss_increase for offer in self.offers[name]], self.units)
-            for name in used
-        ]
-        picks.update(zip(used, allocate([costs[name] for name in used], losses, left), strict=True))
+        losses = [self._losses(self.layers[name], [offer.option for offer in self.offers[name]]) for name in used]
+        choose = allocate_least_worst if self.alds else allocate
+        picks.update(zip(used, choose([costs[name] for name in used], losses, left), strict=True))
         return {name: self.offers[name][picks[name]] for name in self.layers}
+
+    def _losses(self, layer: Candidate, options: list[Option]) -> list[float]:
+        """What is minimised, for each option of one layer."""
+        if self.alds:
+            return spectral_errors(layer, options)
+        return comparable(layer, [option.loss_increase for option in options], self.units)
 
     def _left_for(self, costs: dict[str, list[int]]) -> int:
         """The part of the budget that is left for the planned layers."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
+from typing import Literal
 
 from torch import nn
 from tqdm import tqdm
@@ -13,6 +14,7 @@ from ..cost import Cost
 from ..errors import BudgetError, LowRankError
 from ..layers import linear_shape, weight_of
 from ..linalg import full_precision
+from ..linalg.nonnegative import check_choice
 from ..modules import Selector, check_model, opened_attentions, select, walk_layers
 from ..rank import Budget, Rank, as_budget, check_rank
 from .allocation import Allocation, Offer, entry_for, offers_for
@@ -22,6 +24,7 @@ from .damping import Damping
 from .eligible import UNREACHED, eligible_layers
 from .entry import Entry
 from .method import Method, Option, factored_cost
+from .methods.svd import SVDMethod
 from .plan import Plan, model_cost
 from .registry import METHODS, check_registered
 from .request import Request
@@ -37,6 +40,7 @@ def make_plan(
     *,
     rank: Rank | None = None,
     units: Units | None = None,
+    allocation: Literal["knapsack", "alds"] = "knapsack",
     damping: Damping | None = None,
     cost_model: CostModel | None = None,
     progress: bool = False,
@@ -74,6 +78,10 @@ def make_plan(
             the weighted spectrum where there are statistics. A layer that would grow is left dense.
         units: ``"absolute"``, ``"relative"``, ``"balanced"`` or ``"trimmed"``; by default ``"trimmed"``
             with statistics without gradients, ``"balanced"`` otherwise.
+        allocation: ``"knapsack"``, the least sum of losses, or ``"alds"``, the least of the largest relative error of a
+            layer in the spectral norm, of pairs of factors (Liebenwein et al., 2021; without its subspaces). The second
+            one looks at the worst input and not at the loss; it is there to compare with. It takes ``methods`` with
+            nothing but an ``SVDMethod``, which is its default, and no ``units``.
         damping: ridges on the moments in the statistics, by default ``Damping()``; the plan keeps them for
             :func:`factorize_`.
         cost_model: prices layers and options; by default parameters, multiply-accumulates and bytes are counted.
@@ -96,6 +104,9 @@ def make_plan(
     if (budget is None) == (rank is None):
         raise BudgetError("make_plan: expected either a budget, as in Budget(params=0.3), or rank=.")
     check_units(units)
+    check_choice(allocation, ("knapsack", "alds"), "make_plan", "allocation")
+    if allocation == "alds":
+        methods = _methods_of_alds(methods, units, rank)
     request = _request(methods, stats, damping, cost_model)
     if budget is not None and as_budget(budget).unit == "macs" and stats is None:
         raise BudgetError(
@@ -120,18 +131,18 @@ def make_plan(
             entries = _by_rule(layers, request.methods, rank)
             return Plan(entries, skipped=skipped, total=total, settings={"rank": repr(rank), **weighting})
         assert budget is not None
-        allocation = Allocation(
-            layers, _offers(layers, request.methods, progress), budget, total, units or default_units(layers.values())
-        )
-        picks = allocation.solve_without_slow() if methods is None else allocation.solve()
+        offers = _offers(layers, request.methods, progress)
+        scales = units or default_units(layers.values())
+        problem = Allocation(layers, offers, budget, total, scales, alds=allocation == "alds")
+        picks = problem.solve_without_slow() if methods is None else problem.solve()
         return Plan(
-            allocation.entries(picks),
+            problem.entries(picks),
             skipped=skipped,
             notes={name: UNREACHED for name, layer in layers.items() if layer.idle},
             total=total,
             settings={
                 "budget": {budget.unit: getattr(budget, budget.unit), "of": budget.of},
-                "units": allocation.units,
+                **({"allocation": "alds"} if problem.alds else {"units": problem.units}),
                 "calibrated": stats is not None,
                 **weighting,
             },
@@ -157,6 +168,16 @@ def _by_rule(layers: dict[str, Candidate], methods: Sequence[Method], rule: Rank
             offer, error = Offer(None, Option(None, layer.before, 0.0)), 0.0
         entries.append(entry_for(name, layer, offer, error))
     return entries
+
+
+def _methods_of_alds(methods: Sequence[Method] | None, units: Units | None, rank: Rank | None) -> Sequence[Method]:
+    """The one method whose options have the error that ALDS compares, or an error that names the remedy."""
+    if rank is not None or units is not None:
+        raise LowRankError("make_plan: got allocation='alds' with rank= or units=, expected a budget alone.")
+    chosen = [SVDMethod()] if methods is None else methods
+    if not all(isinstance(method, SVDMethod) for method in chosen):
+        raise LowRankError(f"make_plan: got allocation='alds' with methods={chosen!r}, expected [SVDMethod()].")
+    return chosen
 
 
 def _request(
