@@ -34,6 +34,7 @@ from .compress import (
     evaluate as evaluate,
     factorize_ as factorize_,
     make_plan as make_plan,
+    plan_by_validation as plan_by_validation,
     recover_ as recover_,
     register_method as register_method,
 )

@@ -24,3 +24,4 @@ from .recovery import (
     recover_ as recover_,
 )
 from .registry import METHODS as METHODS, register_method as register_method
+from .validation_plan import plan_by_validation as plan_by_validation
