@@ -88,3 +88,16 @@ def test_statistics_of_another_model_are_refused():
     stats = lr.calibrate(nn.Sequential(nn.Linear(6, 4)), [torch.randn(10, 6)])["0"]
     with pytest.raises(lr.LowRankError, match="got statistics of 6 inputs for a layer of 5"):
         lr.Candidate(nn.Linear(5, 4), stats).problems  # noqa: B018
+
+
+def test_the_symmetric_weighted_matrix_is_that_of_symmetric_roots():
+    """``G^(1/2) W X^(1/2)`` by eigenvalues; its singular values are those of any other roots."""
+    model = nn.Sequential(nn.Linear(12, 9, bias=False))
+    stats = lr.calibrate(model, [torch.randn(60, 12) @ torch.randn(12, 12)], loss=lr.SampledCrossEntropy())
+    (problem,) = lr.Candidate(model[0], stats["0"]).problems
+    roots = []
+    for metric in (problem.outputs, problem.inputs):
+        values, vectors = torch.linalg.eigh(metric.matrix)
+        roots.append(vectors * values.sqrt() @ vectors.mT)
+    torch.testing.assert_close(problem.symmetric_matrix, roots[0] @ problem.weight @ roots[1])
+    torch.testing.assert_close(torch.linalg.svdvals(problem.symmetric_matrix), problem.singular_values)

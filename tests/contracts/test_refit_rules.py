@@ -168,3 +168,9 @@ def test_entries_of_sparse_matrices_are_not_held_out():
 def test_one_entry_per_fold_is_needed():
     with pytest.raises(lr.LowRankError, match=r"^svd: .* for 4 entries, expected at least one per fold"):
         lr.svd(torch.rand(2, 2), lr.CrossValidation(folds=5))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_entries_are_held_out_in_any_precision(dtype):
+    matrix = REFIT_RULES[0].planted(3, 0).to(dtype)
+    assert lr.svd(matrix, lr.CrossValidation(ranks=range(1, 6))).rank == 3
