@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, Literal
 
 import torch
@@ -13,7 +12,6 @@ from ..factors import CP
 from ..linalg import (
     check_tensor,
     full_precision,
-    khatri_rao,
     leading_eigenvectors,
     narrowed,
     scaled_to_unit,
@@ -22,6 +20,7 @@ from ..linalg import (
 )
 from ..linalg.nonnegative import check_choice
 from ..rank import Rank, Refit
+from .cp_als import AlternatingLeastSquares
 from .ranks import cp_rank
 
 
@@ -30,17 +29,17 @@ def cp(
     tensor: Tensor,
     rank: Rank,
     *,
-    sweeps: int = 50,
-    starts: int = 2,
+    sweeps: int = 80,
+    starts: int | None = None,
     tolerance: float = 1e-5,
     init: Literal["hosvd", "random"] = "hosvd",
     seed: int = 0,
 ) -> CP:
     """Decomposes a tensor into a sum of ``rank`` outer products (canonical polyadic decomposition, CP).
 
-    Alternating least squares (Carroll and Chang, 1970; Harshman, 1970): each sweep solves for one factor after the
-    other. Columns are normalized, so that no component diverges against another. A sweep costs two large matrix
-    products in any order: the largest mode is contracted once for all the others.
+    Alternating least squares (Carroll and Chang, 1970; Harshman, 1970) with Anderson acceleration (Mitchell, Ye and De
+    Sterck, 2020), from several starts, of which the one of least error is returned. A sweep solves for one factor after
+    the other, in the order of the modes; it takes the time of two large matrix products.
 
     Args:
         tensor: any float dtype, any device; half precision is computed in fp32 and cast back. Gradients
@@ -49,10 +48,12 @@ def cp(
             clamped. At that rank the result is exact. ``ParameterFraction`` counts the values in the factors. Rules
             that look at singular values are refused: no spectrum tells the error at a CP rank. ``CORCONDIA``,
             ``FactorMatch`` and ``CrossValidation`` look at factorizations of several ranks.
-        sweeps: largest number of sweeps per start.
-        starts: number of starts: first the leading vectors of the HOSVD, then random ones. Each runs a few sweeps, the
-            most promising one to the end.
-        tolerance: stops when the relative error changes by less than this in a sweep.
+        sweeps: largest number of sweeps.
+        starts: number of starts: first the leading vectors of the HOSVD, then random ones. ``None``: 12 for up to 4,096
+            values, where they take little more time than one, else 6. Of a larger tensor the worse half of the starts
+            is given up every ten sweeps.
+        tolerance: stops when in the next ten sweeps no start would come below the least relative error by this much,
+            each at the pace of its last ten.
         init: ``"hosvd"``, or ``"random"`` for random vectors in the first start too.
         seed: seed of the random vectors; the global generator is untouched.
 
@@ -71,25 +72,16 @@ def cp(
     """
     tensor = check_tensor(tensor, "cp")
     check_integer(sweeps, "cp", "sweeps", 1)
-    check_integer(starts, "cp", "starts", 1)
+    if starts is not None:
+        check_integer(starts, "cp", "starts", 1)
     check_choice(init, ("hosvd", "random"), "cp", "init")
-
-    def refit() -> Refit:
-        return cp_refit(tensor, sweeps=sweeps, starts=starts, tolerance=tolerance, init=init, seed=seed)
-
-    rank = cp_rank(rank, tensor.shape, "cp", refit)
+    settings: dict[str, Any] = {"sweeps": sweeps, "starts": starts, "tolerance": tolerance, "init": init, "seed": seed}
+    rank = cp_rank(rank, tensor.shape, "cp", lambda: cp_refit(tensor, **settings))
     work, scale = scaled_to_unit(tensor.to(working_dtype(tensor)))
     if rank >= tensor.numel() // max(tensor.shape):
         weights, factors = _fibres(work)
     else:
-        generator = torch.Generator().manual_seed(seed)
-        runs = [_Run(work, _start(work, rank, generator, hosvd=k == 0 and init == "hosvd")) for k in range(starts)]
-        if starts > 1:
-            for run in runs:
-                run.sweep(min(5, sweeps), tolerance)
-        best = min(runs, key=lambda run: run.error)
-        best.sweep(sweeps - best.done, tolerance)
-        weights, factors = best.components()
+        weights, factors = _search(work, rank, **settings)
     dtype = tensor.dtype
     return CP(narrowed(weights * scale, dtype, "cp"), tuple(factor.to(dtype).contiguous() for factor in factors))
 
@@ -123,99 +115,52 @@ def _fibres(tensor: Tensor) -> tuple[Tensor, list[Tensor]]:
     return weights.to(tensor), factors
 
 
-class _Run:
-    """One start of the iteration, on a copy of the tensor whose modes are sorted by size, largest first."""
+SMALL = 2**12
+"""Number of values up to which a sweep of many starts takes about the time of one."""
 
-    def __init__(self, tensor: Tensor, factors: list[Tensor]) -> None:
-        self.order = sorted(range(tensor.ndim), key=lambda mode: -tensor.shape[mode])
-        self.tensor = tensor.permute(self.order).contiguous()
-        self.factors = [factors[mode] for mode in self.order]
-        self.grams = [_gram(factor) for factor in self.factors]
-        self.weights = torch.ones_like(self.factors[0][0])
-        self.norm = float(torch.linalg.vector_norm(tensor.double()))
-        self.error = math.inf
-        self.done = 0
-
-    def sweep(self, count: int, tolerance: float) -> None:
-        """Runs at most ``count`` sweeps, until the relative error falls by less than the tolerance."""
-        for _ in range(count):
-            before = self.error
-            self._sweep_once()
-            self.done += 1
-            if before - self.error < tolerance:
-                return
-
-    def components(self) -> tuple[Tensor, list[Tensor]]:
-        """Weights and factors, the largest component first, in the tensor's order of modes."""
-        by_size = self.weights.argsort(descending=True)
-        factors = [self.factors[self.order.index(mode)][:, by_size] for mode in range(len(self.order))]
-        return self.weights[by_size], factors
-
-    def _sweep_once(self) -> None:
-        """Solves for every factor once."""
-        others = self.factors[1]
-        for factor in self.factors[2:]:
-            others = khatri_rao(others, factor)
-        self._solve(0, unfold(self.tensor, 0) @ others)
-        # the largest mode is contracted once for all the others: [r, n_1, n_2, ...]
-        partial = torch.tensordot(self.factors[0], self.tensor, dims=([0], [0]))
-        for mode in range(1, len(self.factors)):
-            product = self._contract(partial, keep=mode)
-            self._solve(mode, product)
-        self._measure(product)
-
-    def _contract(self, partial: Tensor, keep: int) -> Tensor:
-        """Contracts all modes of ``[r, n_1, n_2, ...]`` but one per component: ``[n_keep, r]``."""
-        for mode in range(len(self.factors) - 1, 0, -1):
-            if mode != keep:
-                axis = mode if mode < keep else partial.ndim - 1
-                moved = partial.movedim(axis, -1)
-                column = self.factors[mode].mT.reshape(len(self.weights), *[1] * (moved.ndim - 2), -1)
-                partial = (moved * column).sum(-1)
-        return partial.mT
-
-    def _solve(self, mode: int, product: Tensor) -> None:
-        """Solves for one factor, given the matricized tensor times the Khatri-Rao product of the others.
-
-        The normal equations are solved in fp64. Columns have unit length, so their diagonal is 1; the ridge is the
-        rounding error of the product, which a nearly dependent component would amplify.
-        """
-        gram = self._gram_but(mode)
-        gram.diagonal().add_(torch.finfo(product.dtype).eps)
-        factor = torch.cholesky_solve(product.double().mT, torch.linalg.cholesky(gram)).mT
-        norms = torch.linalg.vector_norm(factor, dim=0)
-        self.weights = norms.to(product.dtype)
-        self.factors[mode] = (factor / norms.clamp_min(1e-300)).to(product.dtype)
-        self.grams[mode] = _gram(self.factors[mode])
-
-    def _gram_but(self, skip: int) -> Tensor:
-        """Returns the Gram matrix of the Khatri-Rao product of all factors but one."""
-        others = [gram for mode, gram in enumerate(self.grams) if mode != skip]
-        return math.prod(others[1:], start=others[0].clone())
-
-    def _measure(self, product: Tensor) -> None:
-        """Updates the relative error: ``||T - M||^2 = ||T||^2 - 2 <T, M> + ||M||^2``, from the last product."""
-        weights = self.weights.double()
-        inner = float((product.double() * self.factors[-1].double() * weights).sum())
-        gram = self._gram_but(len(self.grams) - 1) * self.grams[-1]
-        lost = max(self.norm**2 - 2 * inner + float(weights @ gram @ weights), 0.0)
-        self.error = math.sqrt(lost) / self.norm if self.norm > 0 else 0.0
+STEP = 10
+"""Number of sweeps after which starts are compared."""
 
 
-def _gram(factor: Tensor) -> Tensor:
-    """Computes ``F^T F`` in fp64."""
-    return factor.mT.double() @ factor.double()
+def _search(
+    tensor: Tensor, rank: int, *, sweeps: int, starts: int | None, tolerance: float, init: str, seed: int
+) -> tuple[Tensor, list[Tensor]]:
+    """Weights and factors of the best of several starts, the largest component first."""
+    small = tensor.numel() <= SMALL
+    count = starts or (12 if small else 6)
+    # components that cancel leave the rounding errors of what they cancel
+    ridge = torch.finfo(tensor.dtype).eps
+    als = AlternatingLeastSquares(
+        tensor.double() if small else tensor, _start(tensor, rank, count, seed, init)[1:], ridge
+    )
+    for done in range(0, sweeps, STEP):
+        before = als.errors
+        for _ in range(min(STEP, sweeps - done)):
+            als.sweep()
+        expected = als.errors - (before - als.errors)
+        if bool((expected > als.errors.min() - tolerance).all()):
+            break
+        if not small:
+            als.keep((len(als.errors) + 1) // 2)
+    weights, factors = als.components()
+    by_size = weights.argsort(descending=True)
+    return weights[by_size], [factor[:, by_size] for factor in factors]
 
 
-def _start(tensor: Tensor, rank: int, generator: torch.Generator, *, hosvd: bool) -> list[Tensor]:
-    """Returns random unit columns per mode, for ``hosvd`` with the leading eigenvectors of the unfoldings first."""
+def _start(tensor: Tensor, rank: int, count: int, seed: int, init: str) -> list[Tensor]:
+    """Returns random unit columns per mode, for ``"hosvd"`` with the leading vectors of the HOSVD in the first start.
+
+    Shape:
+        ``[count, n_k, rank]`` per mode, in fp64.
+    """
+    generator = torch.Generator().manual_seed(seed)
     factors = []
     for mode, n in enumerate(tensor.shape):
-        factor = torch.randn(n, rank, generator=generator, dtype=torch.float64).to(tensor)
-        factor = factor / torch.linalg.vector_norm(factor, dim=0)
-        if hosvd:
+        factor = torch.randn(count, n, rank, generator=generator, dtype=torch.float64).to(tensor.device)
+        factor = factor / torch.linalg.vector_norm(factor, dim=1, keepdim=True)
+        if init == "hosvd":
             matrix = unfold(tensor, mode).double()
-            leading = leading_eigenvectors(matrix @ matrix.mT, min(n, rank)).to(tensor)
-            factor[:, : leading.shape[1]] = leading
+            leading = leading_eigenvectors(matrix @ matrix.mT, min(n, rank))
+            factor[0, :, : leading.shape[1]] = leading
         factors.append(factor)
     return factors

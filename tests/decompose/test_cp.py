@@ -1,16 +1,15 @@
-"""The CP decomposition: tensors of exact rank, its canonical form, and tensorly as a peer."""
+"""The CP decomposition: tensors of exact rank, and its canonical form."""
 
+import itertools
 import math
 
 import pytest
-import tensorly
 import torch
 from hypothesis import given, strategies as st
-from tensorly.decomposition import parafac
 
 import lowrank_layers as lr
 
-from ..contracts.tables import DERANDOMIZED, relative
+from ..contracts.tables import DERANDOMIZED
 from .tensors import low_cp_rank, randn, with_spectrum
 
 
@@ -48,20 +47,20 @@ def test_it_recovers_the_components_themselves():
         assert torch.allclose((got.mT @ expected).abs(), torch.eye(3, dtype=torch.float64), atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("shape", "rank"), [((8, 7, 6), 3), ((6, 5, 3, 3), 4), ((10, 4, 9), 6), ((16, 12, 3, 3), 8)], ids=str
-)
-@pytest.mark.parametrize("seed", [0, 1])
-@pytest.mark.filterwarnings("ignore:Trying to compute SVD with n_eigenvecs")
-def test_it_is_as_good_as_tensorly(shape, rank, seed):
-    tensor = low_cp_rank(shape, rank, seed=20 + seed)
-    noise = randn(*shape, seed=40 + seed)
-    tensor = tensor + 0.3 * noise * tensor.norm() / noise.norm()
-    theirs = parafac(tensor.numpy(), rank, n_iter_max=200, tol=1e-9, init="svd", random_state=0)
-    bound = relative(torch.from_numpy(tensorly.cp_to_tensor(theirs)), tensor)
-    f = lr.cp(tensor, rank, sweeps=200, tolerance=1e-8)
-    assert f.relative_error(tensor) <= bound * 1.001
-    assert_canonical(f)
+def test_the_order_of_the_modes_changes_little():
+    """Every order ends in a minimum of the same quality, whichever mode a sweep solves first."""
+    tensor = low_cp_rank((8, 6, 5), 3) + 0.1 * randn(8, 6, 5)
+    errors = [
+        lr.cp(each, 3, sweeps=300, tolerance=1e-10).relative_error(each)
+        for each in (tensor.permute(order) for order in itertools.permutations(range(3)))
+    ]
+    assert max(errors) == pytest.approx(min(errors), rel=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(4, 3, 5), (20, 20, 20)], ids=str)
+def test_zeros_stay_zeros(shape):
+    f = lr.cp(torch.zeros(shape), 2)
+    assert torch.equal(f.to_dense(), torch.zeros(shape))
 
 
 @DERANDOMIZED
