@@ -1,5 +1,6 @@
 """Every example runs, and does what it says."""
 
+import math
 import os
 import re
 import runpy
@@ -89,3 +90,25 @@ def test_generate(tmp_path, run):
     assert float(curves["low rank"][-1][1]) == pytest.approx(float(exact[1]), rel=0.01)
     assert all(int(size.replace(",", "")) < int(exact[0].replace(",", "")) for size, _ in curves["low rank"])
     assert (tmp_path / "generate_out" / "perplexity.png").stat().st_size > 10_000
+
+
+@pytest.mark.skipif(not available("nmf/Datawhale.jpg"), reason="needs nmf/Datawhale.jpg in LOWRANK_DATA")
+def test_image_svd(tmp_path, run):
+    out = run("image_svd.py")
+    energies = dict(re.findall(r"^ +(\d+) +(0\.\d{4}) ", out, re.M))
+    assert energies == {"5": "0.9863", "10": "0.9941", "20": "0.9981", "50": "0.9997"}
+    row = r"^ +\(\d+, \d+, 3\) +([\d,]+) +([\d.]+) +rank \d+ +([\d,]+) +([\d.]+)$"
+    colours = [[float(number.replace(",", "")) for number in found] for found in re.findall(row, out, re.M)]
+    assert len(colours) == 4
+    for values, error, more_values, other_error in colours:
+        assert values <= more_values
+        assert error < other_error
+    row = r"^ +(\d+) +([\d.]+) +\d+ +([\d.]+) +\d+ +([\d.]+)$"
+    noise = [[float(number) for number in found] for found in re.findall(row, out, re.M)]
+    assert [level for level, *_ in noise] == [10, 25, 50]
+    for level, before, after, best in noise:
+        # noise of this size has 20 log10(255 / level) decibels, and more once values are cut to the range of pixels
+        assert before > 20 * math.log10(255 / level) - 0.1
+        assert before + 1 < after <= best < after + 1
+    for name in ("ranks.png", "colour.png", "denoised.png"):
+        assert (tmp_path / "image_svd_out" / name).stat().st_size > 10_000
