@@ -29,6 +29,7 @@ MAKERS = {
     "stats": lambda: lr.calibrate(small(), [torch.randn(4, 8)]),
     "gradients": lambda: lr.weight_gradients(small(), [(torch.randn(4, 8), torch.randn(4, 8))], nn.functional.mse_loss),
     "reference": small,
+    "teacher": small,
     "state": lambda: lr.LowRankCommState(rank=4),
     "ddp": lambda: nn.parallel.DistributedDataParallel(small()),
     "t": lambda: torch.randn(2, 3, 4),
