@@ -133,16 +133,18 @@ def _search(
     als = AlternatingLeastSquares(
         tensor.double() if small else tensor, _start(tensor, rank, count, seed, init)[1:], ridge
     )
-    for done in range(0, sweeps, STEP):
-        before = als.errors
-        for _ in range(min(STEP, sweeps - done)):
-            als.sweep()
-        expected = als.errors - (before - als.errors)
-        if bool((expected > als.errors.min() - tolerance).all()):
-            break
-        if not small:
-            als.keep((len(als.errors) + 1) // 2)
-    weights, factors = als.components()
+    with torch.inference_mode():  # a sixth of the time of small operations
+        for done in range(0, sweeps, STEP):
+            before = als.errors
+            for _ in range(min(STEP, sweeps - done)):
+                als.sweep()
+            expected = als.errors - (before - als.errors)
+            if bool((expected > als.errors.min() - tolerance).all()):
+                break
+            if not small:
+                als.keep((len(als.errors) + 1) // 2)
+        weights, factors = als.components()
+    # indexing copies, out of inference mode
     by_size = weights.argsort(descending=True)
     return weights[by_size], [factor[:, by_size] for factor in factors]
 

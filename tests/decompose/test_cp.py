@@ -57,6 +57,13 @@ def test_the_order_of_the_modes_changes_little():
     assert max(errors) == pytest.approx(min(errors), rel=1e-6)
 
 
+def test_gradients_flow_through_the_factors():
+    f = lr.cp(randn(6, 5, 4), 2)
+    for part in (f.weights, *f.factors):
+        part.requires_grad_().square().sum().backward()
+        assert torch.equal(part.grad, 2 * part)
+
+
 @pytest.mark.parametrize("shape", [(4, 3, 5), (20, 20, 20)], ids=str)
 def test_zeros_stay_zeros(shape):
     f = lr.cp(torch.zeros(shape), 2)
