@@ -122,9 +122,7 @@ def cp_rows(name: str, kernel: Tensor, rank: int, *, sweeps: int, ladder: list[i
     for count in ladder:
         found = own(sweeps=count)
         if found[1] <= theirs[1]:
-            rows.append(
-                against(label, f"`cp`, two starts, {count} sweeps: the first with no more error", found, theirs)
-            )
+            rows.append(against(label, f"`cp`, {count} sweeps: the first with no more error", found, theirs))
             break
     else:
         rows.append([label, f"`cp` does not reach that error in {ladder[-1]} sweeps", "", "", "", ""])

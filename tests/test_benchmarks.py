@@ -15,6 +15,7 @@ from benchmarks.data import available, cifar10, lenet, mnist, resnet20
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = {
+    "cp": "cp",
     "ddp_convergence": "ddp_convergence_small",
     "decompose": "decompose",
     "import_time": "import_time",

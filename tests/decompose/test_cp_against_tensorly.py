@@ -6,22 +6,16 @@ import torch
 from tensorly.decomposition import parafac
 
 import lowrank_layers as lr
+from benchmarks.cp import published, random_case
 from benchmarks.data import available, resnet20
 from benchmarks.decompose import SQUEEZENET, squeezenet_kernels
 
-from ..contracts.tables import generator, relative
+from ..contracts.tables import relative
 from .tensors import low_cp_rank, randn
 
 pytestmark = pytest.mark.filterwarnings("ignore:Trying to compute SVD with n_eigenvecs")
 SLACK = 1 + 1e-6
 """Factors are returned in fp32: where both end in the same minimum, that rounds the errors."""
-
-
-def published():
-    """The three inputs of the published tables, drawn in this order."""
-    with torch.random.fork_rng():
-        torch.manual_seed(42)
-        return torch.rand(10, 8), torch.randn(6, 8, 5) * 2 + 1, torch.abs(torch.randn(12, 10)) + 0.1
 
 
 def peer(tensor, rank):
@@ -60,12 +54,8 @@ def test_published_nmf(rank, error):
 
 @pytest.mark.parametrize("seed", range(50))
 def test_random_tensors(seed):
-    """Noise of three or four modes, where least squares has many minima."""
-    draw = generator(seed)
-    modes = int(torch.randint(3, 5, (), generator=draw))
-    shape = torch.randint(3, 9, (modes,), generator=draw).tolist()
-    rank = int(torch.randint(2, 7, (), generator=draw))
-    tensor = torch.randn(shape, generator=draw)
+    """Least squares has many minima there."""
+    tensor, rank = random_case(seed)
     assert lr.cp(tensor, rank).relative_error(tensor) <= peer(tensor, rank) * SLACK
 
 
