@@ -6,15 +6,14 @@ The same computations in operations of torch, which serve everywhere else, are i
 from __future__ import annotations
 
 import ctypes
-import functools
 
 import torch
 from torch import Tensor
 
 from .bit_coefficients import GAINS, LEAST_GAIN, BitCoefficients
 from .coefficients import Coefficients
-from .compiled import compiled
-from .encode_kernel import NAMES, SOURCES, new_codes
+from .compiled_functions import compiled_functions
+from .encode_kernel import NAMES, new_codes
 from .leaving_tokens import LeavingTokens
 from .rope import TILE_FRAME
 from .subspace import Subspace
@@ -23,15 +22,6 @@ MANY = 256
 """Tokens for which it is worth to solve for what takes rows to coefficients."""
 STEPS = 3, 5
 """Steps of an iteration that does without, in no metric and in one: a step leaves about 3 % and 15 % of the error."""
-
-
-@functools.cache
-def library() -> ctypes.CDLL | None:
-    """The compiled functions, as :func:`~lowrank_layers.kv_cache.compiled.compiled` gives them."""
-    functions = compiled(SOURCES)
-    if functions is not None:
-        functions.compress_tokens.argtypes = [ctypes.c_void_p] * 14 + [ctypes.c_int64] * 17
-    return functions
 
 
 def applies(tokens: LeavingTokens, subspace: Subspace, coefficients: Coefficients) -> bool:
@@ -56,7 +46,7 @@ def applies(tokens: LeavingTokens, subspace: Subspace, coefficients: Coefficient
         and (tokens.rotation is None) == (subspace.frame is None)
         and subspace.basis.dtype == torch.int8
         and subspace.mean.dtype == torch.float32
-        and library() is not None
+        and compiled_functions() is not None
     )
 
 
@@ -71,7 +61,7 @@ def compress(
         coefficients: those of the tokens before, to which theirs are added.
         looked_at: the tokens whose energy is measured.
     """
-    functions = library()
+    functions = compiled_functions()
     assert functions is not None
     assert isinstance(coefficients, BitCoefficients)
     exact = tokens.exact.float()

@@ -6,11 +6,9 @@ The same computations in operations of torch, which serve everywhere else, are i
 from __future__ import annotations
 
 import ctypes
-import functools
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -18,24 +16,12 @@ from torch import Tensor
 from .bit_allocation import WIDTHS
 from .bit_coefficients import LEAST_GAIN, BitCoefficients
 from .coefficients import Coefficients
-from .compiled import compiled
+from .compiled_functions import compiled_functions
 from .rope import TILE_FRAME
 from .subspace import Subspace
 
-SOURCES = Path(__file__).with_name("kernels")
 MOST_ROWS = 32
 """Most rows per head that are computed so: for more the levels are unpacked once, for a product of matrices."""
-
-
-@functools.cache
-def library() -> ctypes.CDLL | None:
-    """The compiled functions, as :func:`~lowrank_layers.kv_cache.compiled.compiled` gives them."""
-    functions = compiled(SOURCES)
-    if functions is not None:
-        functions.tile_scores.argtypes = [ctypes.c_void_p] * 10 + [ctypes.c_int64] * 11
-        functions.mixed.argtypes = [ctypes.c_void_p] * 7 + [ctypes.c_int64] * 10
-        functions.attention.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_float]
-    return functions
 
 
 def applies(rows: Tensor, subspace: Subspace, coefficients: Coefficients) -> bool:
@@ -53,7 +39,7 @@ def applies(rows: Tensor, subspace: Subspace, coefficients: Coefficients) -> boo
         rows.device.type == "cpu"
         and rows.dtype == torch.float32
         and suits(rows, subspace, coefficients)
-        and library() is not None
+        and compiled_functions() is not None
     )
 
 
@@ -180,7 +166,7 @@ def _call(
     subspace: Subspace,
     coefficients: Coefficients,
 ) -> None:
-    functions = library()
+    functions = compiled_functions()
     assert functions is not None
     batch, heads, count, _ = output.shape
     groups, given = subspace.mean.shape[1], arguments(subspace, coefficients)

@@ -16,6 +16,7 @@ from torch import Tensor
 from . import decode_kernel
 from .bit_allocation import WIDTHS
 from .bit_coefficients import LEAST_GAIN
+from .compiled_functions import compiled_functions
 from .compressed_tokens import CompressedTokens
 from .decode_kernel import Arguments, arguments
 from .rope import TILE_FRAME, Rotation
@@ -121,7 +122,7 @@ def _prepared(
     )
     tensors = (keys.frame.entries.data_ptr(), waves.data_ptr(), rotation.offset_waves.data_ptr())
     pointers = (*tensors, *sides[0].pointers, *sides[1].pointers, *[0] * 4)
-    functions = decode_kernel.library()
+    functions = compiled_functions()
     assert functions is not None
     step = _Step(
         sides,

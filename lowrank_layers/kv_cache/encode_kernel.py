@@ -6,28 +6,16 @@ The same computation in operations of torch, which serves everywhere else, is in
 from __future__ import annotations
 
 import ctypes
-import functools
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from .bit_allocation import WIDTHS
-from .compiled import compiled
+from .compiled_functions import compiled_functions
 
-SOURCES = Path(__file__).with_name("kernels")
 NAMES = (*(f"levels{width}" for width in WIDTHS), "gains")
 """Names of the codes, in the order in which compiled functions take them."""
-
-
-@functools.cache
-def library() -> ctypes.CDLL | None:
-    """The compiled functions, as :func:`~lowrank_layers.kv_cache.compiled.compiled` gives them."""
-    functions = compiled(SOURCES)
-    if functions is not None:
-        functions.encode.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_int64] * 7
-    return functions
 
 
 def applies(values: Tensor) -> bool:
@@ -45,7 +33,7 @@ def applies(values: Tensor) -> bool:
         and values.device.type == "cpu"
         and values.dtype == torch.float32
         and not (values.requires_grad and torch.is_grad_enabled())
-        and library() is not None
+        and compiled_functions() is not None
     )
 
 
@@ -59,7 +47,7 @@ def encode(values: Tensor, weights: Tensor, widths: Sequence[int], least_gain: i
         least_gain: the least gain.
         gains: the number of gains.
     """
-    functions = library()
+    functions = compiled_functions()
     assert functions is not None
     batch, groups, _, tokens = values.shape
     values, weights = values.contiguous(), weights.to(values).contiguous()

@@ -2,27 +2,14 @@
 
 from __future__ import annotations
 
-import ctypes
-import functools
-
 import torch
 from torch import Tensor
 
 from . import encode_kernel
-from .compiled import compiled
+from .compiled_functions import compiled_functions
 
 FEW = 256
 """Rows up to which a product is as fast."""
-
-
-@functools.cache
-def library() -> ctypes.CDLL | None:
-    """The compiled functions, as :func:`~lowrank_layers.kv_cache.compiled.compiled` gives them."""
-    functions = compiled(encode_kernel.SOURCES)
-    if functions is not None:
-        functions.second_moment.argtypes = [ctypes.c_void_p] * 2 + [ctypes.c_int64] * 5
-        functions.second_moment.restype = ctypes.c_int64
-    return functions
 
 
 def second_moment(rows: Tensor) -> Tensor:
@@ -32,7 +19,7 @@ def second_moment(rows: Tensor) -> Tensor:
         rows: ``[batch, groups, tokens, width]``.
     """
     if rows.shape[2] > FEW and encode_kernel.applies(rows):
-        functions, rows = library(), rows.contiguous()
+        functions, rows = compiled_functions(), rows.contiguous()
         assert functions is not None
         batch, groups, tokens, width = rows.shape
         found = rows.new_zeros(batch, groups, width, width)

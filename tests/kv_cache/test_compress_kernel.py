@@ -13,6 +13,7 @@ import lowrank_layers as lr
 from lowrank_layers.kv_cache import compress_kernel
 from lowrank_layers.kv_cache.bit_coefficients import unpacked
 from lowrank_layers.kv_cache.bit_subspace import bit_subspaces
+from lowrank_layers.kv_cache.compiled_functions import compiled_functions
 from lowrank_layers.kv_cache.compressed_tokens import HeadGroups
 from lowrank_layers.kv_cache.leaving_tokens import LeavingTokens
 from lowrank_layers.kv_cache.tile_frame import TileFrame
@@ -60,7 +61,7 @@ def _case(rotation, case, *, shared=False):
 
 @pytest.fixture(autouse=True)
 def _seed():
-    if compress_kernel.library() is None:
+    if compiled_functions() is None:
         pytest.skip("needs Linux and a C++ compiler")
     torch.manual_seed(0)
 

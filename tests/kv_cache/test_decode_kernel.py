@@ -9,13 +9,14 @@ import torch
 
 from lowrank_layers.kv_cache import decode_kernel
 from lowrank_layers.kv_cache.coefficients import FloatCoefficients
+from lowrank_layers.kv_cache.compiled_functions import compiled_functions
 
 from .packed import OFFSET, ROTATIONS, SHAPES, SIZE, exact_scores, group_of, mixed_bound, score_bound
 
 
 @pytest.fixture(autouse=True)
 def _seed():
-    if decode_kernel.library() is None:
+    if compiled_functions() is None:
         pytest.skip("needs Linux and a C++ compiler")
     torch.manual_seed(0)
 

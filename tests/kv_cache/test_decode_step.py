@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import lowrank_layers as lr
-from lowrank_layers.kv_cache import decode_kernel, decode_step
+from lowrank_layers.kv_cache import decode_step
+from lowrank_layers.kv_cache.compiled_functions import compiled_functions
 
 CASES = {
     "joint heads": (lr.Rotation.of(16), {}, (1, 3, 16, 16), 9),
@@ -24,7 +25,7 @@ CASES = {
 
 @pytest.fixture(autouse=True)
 def _seed():
-    if decode_kernel.library() is None:
+    if compiled_functions() is None:
         pytest.skip("needs Linux and a C++ compiler")
     torch.manual_seed(0)
 

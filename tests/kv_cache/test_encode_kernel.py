@@ -7,6 +7,7 @@ import torch
 
 from lowrank_layers.kv_cache import encode_kernel
 from lowrank_layers.kv_cache.bit_coefficients import BitCoefficients, gain_factors, unpacked
+from lowrank_layers.kv_cache.compiled_functions import compiled_functions
 
 SHAPES = {
     "whole vectors": (1, 1, 1, 64, (3, 6, 8, 16)),
@@ -22,7 +23,7 @@ SHAPES = {
 
 @pytest.fixture(autouse=True)
 def _seed():
-    if encode_kernel.library() is None:
+    if compiled_functions() is None:
         pytest.skip("needs Linux and a C++ compiler")
     torch.manual_seed(0)
 

@@ -44,7 +44,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION:UserWar
 
 @pytest.fixture(autouse=True)
 def _without_the_compiled_functions(monkeypatch):
-    monkeypatch.setattr(decode_kernel, "library", lambda: None)
+    monkeypatch.setattr(decode_kernel, "compiled_functions", lambda: None)
 
 
 @pytest.mark.skipif(not INSTALLED or INTERPRETED, reason="needs Triton")
