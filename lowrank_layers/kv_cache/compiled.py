@@ -41,8 +41,7 @@ def compiled(folder: Path) -> ctypes.CDLL | None:
     compiler = shutil.which(os.environ.get("CXX") or "c++")
     if compiler is None or sys.platform != "linux" or os.environ.get(SWITCH) == "0":
         return None
-    extra = INSTRUCTIONS.get(torch.backends.cpu.get_cpu_capability(), ())
-    flags = ("-std=c++17", "-O3", "-fopenmp", "-shared", "-fPIC", *extra)
+    flags = ("-std=c++17", "-O3", "-fopenmp", "-shared", "-fPIC", *_instructions())
     sources = sorted(folder.glob("*.cpp"))
     texts = [path.read_text() for path in sorted(folder.glob("*.h")) + sources]
     digest = hashlib.sha256("\0".join([*texts, os.path.realpath(compiler), *flags]).encode()).hexdigest()
@@ -56,6 +55,15 @@ def compiled(folder: Path) -> ctypes.CDLL | None:
                 return ctypes.CDLL(str(_built(command, Path(scratch) / name)))
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def _instructions() -> tuple[str, ...]:
+    """The flags of the instructions that may be used."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    flags = INSTRUCTIONS.get(capability, ())
+    # products of 16-bit integers, which some processors with AVX-512 lack; earlier versions of torch do not tell
+    known: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
+    return (*flags, "-mavx512vnni") if capability == "AVX512" and known.get("avx512_vnni") else flags
 
 
 def _kept(command: list[str], name: str) -> Path:

@@ -1,10 +1,11 @@
 """Keys and values as packed levels of random numbers, and bounds for what is computed with them."""
 
 import torch
+import torch.nn.functional as F
 
 import lowrank_layers as lr
 from lowrank_layers.kv_cache.bit_allocation import WIDTHS
-from lowrank_layers.kv_cache.bit_coefficients import GAINS, BitCoefficients, packed
+from lowrank_layers.kv_cache.bit_coefficients import GAINS, LEAST_GAIN, BitCoefficients, packed
 from lowrank_layers.kv_cache.compressed_tokens import HeadGroups
 from lowrank_layers.kv_cache.subspace import Subspace
 from lowrank_layers.kv_cache.tile_frame import TileFrame
@@ -63,6 +64,27 @@ def score_bound(group, rows):
     return rounding * score_terms(group, rows)
 
 
+def integer_bound(group, rows):
+    """What 16 bits for the entries of queries and for their coefficients cost the scores at most."""
+    most = rows.double().norm(dim=-1, keepdim=True) * 2.0**-15
+    columns = F.pad(group.subspace.columns(torch.float64).norm(dim=2), (0, 1)).amax(-1, keepdim=True)
+    highest = sum((2**bits - 1) * count for bits, count in zip(WIDTHS, group.coefficients.widths, strict=True))
+    gains = 2 ** (0.5 * (LEAST_GAIN + group.coefficients.codes["gains"].double()))
+    levels = (columns * highest * gains).repeat_interleave(rows.shape[1] // gains.shape[1], 1)
+    # an entry that turns is at most sqrt(2) times the greatest, and is rounded by half a step
+    return most * levels[:, :, None] + 2**-15 * group.size**0.5 * score_terms(group, rows)
+
+
+def integer_bound_of_attention(kv, query):
+    """What these 16 bits cost attention to a cache at most, by its compiled functions: none where nothing has bits."""
+    group = kv.old[0].parts[0]
+    if not isinstance(group.coefficients, BitCoefficients):
+        return 0.0
+    rows = query.unflatten(1, (len(kv.like()[0]), -1)).flatten(2, 3) * query.shape[-1] ** -0.5
+    # scores that change by d change their softmax by at most 2 d in all
+    return float(2 * integer_bound(group, rows).max() * kv.side(1).abs().max())
+
+
 def score_terms(group, rows):
     """Bounds the sums of the absolute terms of the scores."""
     return rows.double().norm(dim=-1, keepdim=True) * _terms(group)[:, :, None]
@@ -85,5 +107,5 @@ def _terms(group):
     columns = group.subspace.columns(torch.float64).norm(dim=2)[..., None]
     held = group.coefficients.read(0, tokens, torch.float64).abs()
     terms = (columns * held).sum(2) + group.subspace.mean.double().norm(dim=2)[..., None]
-    heads = group.subspace.mean.shape[2] // SIZE
+    heads = group.subspace.mean.shape[2] // group.size
     return group.rebuilt(0, tokens, torch.float64).norm(dim=-1) + terms.repeat_interleave(heads, 1)

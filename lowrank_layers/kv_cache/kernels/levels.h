@@ -62,13 +62,22 @@ static inline float total(Floats x) {
   return (sum[0] + sum[1]) + (sum[2] + sum[3]);
 }
 
+static inline float greatest_of(Floats x) {
+  typedef float Four __attribute__((vector_size(16)));
+  Four parts[LANES / 4];
+  std::memcpy(parts, &x, sizeof x);
+  Four most = parts[0];
+  for (const Four& part : parts) most = part > most ? part : most;
+  return std::max(std::max(most[0], most[1]), std::max(most[2], most[3]));
+}
+
 static inline float maximum(const float* x, int64_t count) {
   float found = -INFINITY;
   int64_t i = 0;
   if (count >= LANES) {
     Floats most = load(x);
     for (i = LANES; i + LANES <= count; i += LANES) most = load(x + i) > most ? load(x + i) : most;
-    for (int64_t k = 0; k < LANES; k++) found = std::max(found, most[k]);
+    found = greatest_of(most);
   }
   for (; i < count; i++) found = std::max(found, x[i]);
   return found;
@@ -95,26 +104,30 @@ static inline Floats exponential(Floats x) {
 }
 
 // Zeros that begin at a cache line: a vector that lies across two is read in twice the time.
-class Numbers {
+template <class Number>
+class Zeros {
  public:
-  explicit Numbers(int64_t count = 0) { assign(count); }
+  explicit Zeros(int64_t count = 0) { assign(count); }
   void assign(int64_t count) { lines.assign((count + 15) / 16, Line{}); }
   // Room for so many, whatever they are.
-  float* room(int64_t count) {
+  Number* room(int64_t count) {
     if (int64_t(lines.size()) * 16 < count) assign(count);
     return data();
   }
   void reserve(int64_t count) {
     if (count > int64_t(lines.size()) * 16) assign(count);
   }
-  float* data() { return lines.empty() ? nullptr : lines.data()->of; }
+  Number* data() { return lines.empty() ? nullptr : lines.data()->of; }
+  const Number* data() const { return lines.empty() ? nullptr : lines.data()->of; }
 
  private:
   struct alignas(64) Line {
-    float of[16] = {};
+    Number of[16] = {};
   };
   std::vector<Line> lines;
 };
+
+using Numbers = Zeros<float>;
 
 // The bits of a level u as the leading bits of a mantissa make 2^w + u without a conversion.
 template <int width>

@@ -3,12 +3,10 @@
 
 #pragma once
 
-#include "levels.h"
+#include "integer_products.h"
 
 constexpr int64_t RUN = 1024;             // tokens whose weights stay in the L1 cache
 constexpr int64_t WEIGHTS = RUN + LANES;  // not a power of two, so that rows of weights do not share cache sets
-
-typedef int32_t Integers __attribute__((vector_size(4 * LANES)));
 
 static inline Floats signed_floats(const int8_t* x) {
   return __builtin_convertvector((Integers)(widened((const uint8_t*)x) << 24) >> 24, Floats);
