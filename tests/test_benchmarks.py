@@ -9,9 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import kv_memory, seed_lenet
 from benchmarks.data import available, cifar10, lenet, mnist, resnet20
+from benchmarks.robot_data import HISTORY, HORIZON, recording, synthetic_recording
+from benchmarks.robot_policy import ActionChunkPolicy
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = {
@@ -28,6 +31,7 @@ RESULTS = {
     "make_plan": "make_plan",
     "nmf": "nmf",
     "projection": "projection",
+    "robot_g1": "robot_g1",
 }
 """The benchmarks that run small, and the theme that their result file is named after."""
 IN_FULL = {
@@ -117,3 +121,43 @@ def test_lenet_is_loaded_right():
     assert len(images) == 10_000
     assert sum(p.numel() for p in lenet().parameters()) == 44_426
     assert float((lenet()(images[:1000]).argmax(1) == labels[:1000]).float().mean()) > 0.96
+
+
+@pytest.mark.skipif(not available("robot_g1"), reason="needs robot_g1 in LOWRANK_DATA")
+def test_the_recorded_robot_is_loaded_right():
+    """Images stand at the frames of their own episodes, from their second on."""
+    data = recording()
+    assert data.states.shape == data.actions.shape == (35_965, 26)
+    assert len(set(data.episode.tolist())) == 100
+    assert len(set(data.episode[data.image >= 0].tolist())) == 24
+    assert sorted(set(data.image.tolist())) == [-1, *range(294)]
+    starts = torch.tensor([data.image.tolist().index(row) for row in range(294)])
+    assert ((starts - data.first[starts]) % 30 == 0).all()
+    assert (data.episode[starts].diff() >= 0).all()
+
+
+def test_batches_of_the_robot_stay_inside_an_episode():
+    data = synthetic_recording()
+    frames = torch.tensor([60, 119])  # the first and the last frame of the second episode
+    states, actions = data.batch(frames, camera=False)
+    assert torch.equal(states[0], data.states[60].expand(len(HISTORY), -1))
+    assert torch.equal(states[1], data.states[119 - torch.tensor(HISTORY)])
+    assert torch.equal(actions[0], data.actions[60 : 60 + HORIZON])
+    assert torch.equal(actions[1], data.actions[119].expand(HORIZON, -1))
+
+
+def test_images_of_the_robot_are_those_of_the_last_second():
+    data = synthetic_recording()
+    assert data.image[60:120].tolist() == [2] * 30 + [3] * 30
+    assert (data.image[360:] == -1).all()
+    with_images, without = data.batches(torch.tensor([89, 400, 90]), size=2)
+    assert torch.equal(with_images[1], data.images[[2, 3]])
+    assert torch.equal(without[0], data.batch(torch.tensor([400]), camera=False)[0])
+
+
+def test_the_robots_policy_predicts_a_change_of_the_present_state():
+    policy = ActionChunkPolicy(joints=3, width=64, depth=1, image=(32, 32))
+    torch.nn.init.zeros_(policy.head.weight)
+    states = torch.randn(2, len(HISTORY), 3)
+    for images in ((), (torch.randn(2, 3, 32, 32),)):
+        assert torch.equal(policy(states, *images), states[:, -1:].expand(-1, HORIZON, -1))
