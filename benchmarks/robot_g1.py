@@ -20,7 +20,7 @@ import argparse
 import copy
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -110,15 +110,18 @@ class Bench:
 
     def compressed(self, dense: nn.Module, seed: int) -> Iterator[tuple[float, str, nn.Module]]:
         """``(fraction, label, policy)`` of each row."""
-        torch.manual_seed(seed)
-        stats = lr.calibrate(dense, self.calibration, loss=sampled_gaussian)
+
+        @cache
+        def stats() -> lr.Statistics:
+            torch.manual_seed(seed)
+            return lr.calibrate(dense, self.calibration, loss=sampled_gaussian)
 
         def plain(fraction: float) -> nn.Module:
             return lr.factorize_(copy.deepcopy(dense), uniform_plan(dense, fraction))
 
         def ours(fraction: float) -> nn.Module:
-            plan = lr.make_plan(dense, lr.Budget(params=fraction), stats=stats)
-            return lr.factorize_(copy.deepcopy(dense), plan, stats=stats)
+            plan = lr.make_plan(dense, lr.Budget(params=fraction), stats=stats())
+            return lr.factorize_(copy.deepcopy(dense), plan, stats=stats())
 
         for fraction in FRACTIONS:
             for make, labels, settings, teacher in (
@@ -171,8 +174,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="policies that are trained and compressed")
     parser.add_argument("--width", type=int, default=256, help="width of the policy's tokens")
     parser.add_argument("--depth", type=int, default=6, help="blocks of the policy")
-    parser.add_argument("--steps", type=int, default=400, help="steps of training, of 32 samples")
-    parser.add_argument("--recovery", type=int, default=200, help="steps of fine-tuning after compression")
+    parser.add_argument("--steps", type=int, default=800, help="steps of training, of 32 samples")
+    parser.add_argument("--recovery", type=int, default=300, help="steps of fine-tuning after compression")
     parser.add_argument("--calibrate", type=int, default=74, help="calibrates on one frame of so many")
     parser.add_argument("--models", type=Path, help="folder of trained policies")
     parser.add_argument("--smoke", action="store_true", help="a small policy of made-up data")
@@ -184,9 +187,13 @@ def main() -> None:
     line = machine(args)
     bench = Bench(args)
     example = tuple(part[:1] for part in bench.held_out[0])
+    seen = [batch for batch in bench.held_out if len(batch) == 3]
+    unseen = [(states, actions) for states, _, actions in seen]
+    camera: list[list[float]] = []
     found: dict[float, dict[str, list[lr.Comparison]]] = {fraction: {} for fraction in FRACTIONS}
     for seed in range(args.seeds):
         dense = bench.kept(f"{seed}_dense", partial(bench.dense, seed))
+        camera.append([lr.evaluate(dense, x, metric=METRICS, repeats=2).scores["MSE"] for x in (seen, unseen)])
         for fraction, label, model in bench.compressed(dense, seed):
             comparison = lr.compare(dense, model, bench.held_out, metric=METRICS, example=example)
             found[fraction].setdefault(label, []).append(comparison)
@@ -213,7 +220,11 @@ def main() -> None:
             if not ours.after.scores["MSE"] < plain.after.scores["MSE"]:
                 failed.append(f"{fraction:.0%}, seed {seed}")
     latency = statistics.median(each.latency.median for each in before)
-    report.append(f"\nThe dense policy takes {1e3 * latency:.2f} ms and {before[0].macs / 1e6:.2f} million MACs.")
+    report.append(
+        f"\nThe dense policy takes {1e3 * latency:.2f} ms and {before[0].macs / 1e6:.2f} million MACs. On the"
+        f" {sum(len(batch[0]) for batch in seen)} held-out samples with images its MSE is"
+        f" {shown([pair[0] for pair in camera])} with them, {shown([pair[1] for pair in camera])} without."
+    )
     report.append(
         "\nOurs has the smaller error everywhere." if not failed else "\nNot the smaller error: " + "; ".join(failed)
     )
