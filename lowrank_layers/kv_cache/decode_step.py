@@ -7,6 +7,7 @@ serves everywhere else, is in ``attend.py``.
 from __future__ import annotations
 
 import ctypes
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -73,6 +74,7 @@ def attention(
 class _Step:
     """What of a step's arguments stays until more tokens are compressed."""
 
+    stored: tuple[object, ...]
     sides: tuple[Arguments, Arguments]
     shape: torch.Size
     waves: Tensor
@@ -88,11 +90,10 @@ def _prepared(
     """The arguments for compressed tokens; ``None`` where the compiled function does not serve."""
     keys, values = old
     first, second = keys.parts[0], values.parts[0]
+    stored = (first.subspace, first.coefficients.codes, second.subspace, second.coefficients.codes)
     held: _Step | None = vars(first.coefficients).get("_step")
-    if held is not None and held.shape == query.shape:
-        sides = (arguments(first.subspace, first.coefficients), arguments(second.subspace, second.coefficients))
-        if held.sides[0] is sides[0] and held.sides[1] is sides[1]:
-            return held
+    if held is not None and held.shape == query.shape and all(map(operator.is_, held.stored, stored)):
+        return held
     if len(keys.parts) != 1 or len(values.parts) != 1 or keys.frame is None:
         return None
     groups, heads = first.subspace.basis.shape[1], keys.heads
@@ -125,6 +126,7 @@ def _prepared(
     functions = compiled_functions()
     assert functions is not None
     step = _Step(
+        stored,
         sides,
         query.shape,
         waves,

@@ -191,16 +191,17 @@ class LowRankKV:
             whole = torch.cat([(x.dense_values if index else x.dense_keys)(like.dtype) for x in segments], 2)
             return whole if self.starts is None or self.first is None else self.starts.placed(whole)
 
-    @torch.no_grad()
     def compress(self) -> None:
         """Turns tokens that are neither first nor recent into coefficients, once there is a block of them."""
         if self.recent is None:
             return
-        with without_autocast(self.like().device):
-            count = self.recent[0].tokens - self.settings.recent
+        device, count = self.like().device, self.recent[0].tokens - self.settings.recent
+        if self.old is not None and count < self.settings.block_on(device):
+            return  # as in most steps, where every microsecond is seen
+        with torch.no_grad(), without_autocast(device):
             if self.old is None:
                 self._fit()
-            elif count >= self.settings.block_on(self.like().device):
+            else:
                 limits = self._limits()
                 keep = None if limits == [None, None] else self.counting(-self.compressed, count)
                 for side, tokens, limit in zip(self.old, self._leaving(0, count), limits, strict=True):
@@ -396,14 +397,15 @@ class LowRankKV:
     def _check(self, keys: Tensor, values: Tensor) -> None:
         check_form(keys, values)
         for index, (name, x) in enumerate(zip(SIDES, (keys, values), strict=True)):
+            if self.recent is not None:
+                check_alike(x, self.recent[index].buffer, name)
+                continue
             rank = self.settings.rank_of(values=index == 1)
             if self.settings.by_rank and isinstance(rank, int) and rank > x.shape[3]:
                 raise LowRankError(
                     f"LowRankKV: got rank {rank} for {name} of {x.shape[3]} entries per head, expected at most that"
                     " many."
                 )
-            if self.recent is not None:
-                check_alike(x, self.recent[index].buffer, name)
         limit = self.settings.max_length
         if limit is not None and len(self) + keys.shape[2] > limit:
             raise LowRankError(

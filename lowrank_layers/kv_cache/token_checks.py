@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -60,8 +62,8 @@ def check_finite(keys: Tensor, values: Tensor) -> None:
         return
     keys, values = keys.detach(), values.detach()
     if keys.numel() + values.numel() <= FEW:
-        # 0 x is zero for a finite x, and NaN otherwise
-        finite = float((0 * keys).sum() + (0 * values).sum()) == 0
+        # the greatest absolute value, which NaN passes through
+        finite = all(math.isfinite(torch.linalg.vector_norm(x, math.inf)) for x in (keys, values))
     else:
         # by their extremes, which NaN passes through: a sum of finite numbers need not be finite
         ends = [end.isfinite() for x in (keys, values) for end in x.aminmax()]
