@@ -137,6 +137,7 @@ from .rank.consensus import (
 )
 from .rank.corcondia import CORCONDIA as CORCONDIA, core_consistency as core_consistency
 from .rank.cross_validation import CrossValidation as CrossValidation
+from .rank.device import Device as Device
 from .rank.effective_rank import EffectiveRank as EffectiveRank
 from .rank.elbow import Elbow as Elbow
 from .rank.energy import Energy as Energy, RelativeError as RelativeError

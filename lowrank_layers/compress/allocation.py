@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from ..cost import Cost
 from ..errors import BudgetError
 from ..layers.config import describe
-from ..rank import Budget, allocate
+from ..rank import Budget, allocate_within, amount
 from ..rank.least_worst import allocate_least_worst
 from .alds import spectral_errors
 from .candidates import Candidate
@@ -86,43 +86,84 @@ class Allocation:
     def solve(self) -> dict[str, Offer]:
         """The choice with the least sum of losses, or largest error, under the budget; idle layers become smallest.
 
+        Under a limit on the loss it is the choice of least cost, of the first cost that is limited too, or parameters.
+
         Raises:
-            BudgetError: if not even the smallest options fit.
+            BudgetError: if not even the smallest options fit, or no choice that keeps all limits is found.
         """
-        unit = self.budget.unit
-        costs = {name: [getattr(offer.option.cost, unit) for offer in offers] for name, offers in self.offers.items()}
-        left = self._left_for(costs)
-        picks = {name: costs[name].index(min(costs[name])) for name, layer in self.layers.items() if layer.idle}
-        left -= sum(costs[name][pick] for name, pick in picks.items())
+        left = self._left()
+        picks = {name: self._smallest(name, left) for name, layer in self.layers.items() if layer.idle}
         used = [name for name in self.layers if name not in picks]
-        losses = [self._losses(self.layers[name], [offer.option for offer in self.offers[name]]) for name in used]
-        choose = allocate_least_worst if self.alds else allocate
-        picks.update(zip(used, choose([costs[name] for name in used], losses, left), strict=True))
+        costs, capacities = [], []
+        for unit, limit in left.items():
+            costs.append([[getattr(offer.option.cost, unit) for offer in self.offers[name]] for name in used])
+            capacities.append(limit - sum(getattr(self.offers[name][k].option.cost, unit) for name, k in picks.items()))
+        if self.budget.loss is not None:
+            costs.append([[offer.option.loss_increase for offer in self.offers[name]] for name in used])
+            capacities.append(self.budget.loss)
+        objective = [self._objective(self.layers[name], self.offers[name]) for name in used]
+        if self.alds:
+            found = allocate_least_worst(costs[0], objective, int(capacities[0]))
+        else:
+            found = allocate_within(costs, objective, capacities)
+        picks.update(zip(used, found, strict=True))
         return {name: self.offers[name][picks[name]] for name in self.layers}
 
-    def _losses(self, layer: Candidate, options: list[Option]) -> list[float]:
+    def _smallest(self, name: str, left: dict[str, float]) -> int:
+        """Position of the option of a layer that takes the least part of the limits."""
+        limits = left or {"params": 1.0}
+        sizes = [
+            sum(getattr(offer.option.cost, unit) / max(limit, 1e-12) for unit, limit in limits.items())
+            for offer in self.offers[name]
+        ]
+        return sizes.index(min(sizes))
+
+    def _objective(self, layer: Candidate, offers: list[Offer]) -> list[float]:
         """What is minimised, for each option of one layer."""
         if self.alds:
-            return spectral_errors(layer, options)
-        return comparable(layer, [option.loss_increase for option in options], self.units)
+            return spectral_errors(layer, [offer.option for offer in offers])
+        if self.budget.loss is not None:
+            unit = (*self.budget.units, "params")[0]
+            return [float(getattr(offer.option.cost, unit)) for offer in offers]
+        return comparable(layer, [offer.option.loss_increase for offer in offers], self.units)
 
-    def _left_for(self, costs: dict[str, list[int]]) -> int:
-        """The part of the budget that is left for the planned layers."""
-        budget, unit = self.budget, self.budget.unit
-        planned = sum((layer.before for layer in self.layers.values()), Cost())
-        whole = planned if budget.of == "planned" else self.total
-        fixed: int = getattr(whole, unit) - getattr(planned, unit)
-        limit = budget.limit(whole)
-        least = fixed + sum(min(cost) for cost in costs.values())
-        if least > limit:
-            what, belong = ("this model", f", of which {fixed:,} belong to layers that no method touches")
-            if budget.of == "planned":
-                what, belong = "the planned layers", ""
-            raise BudgetError(
-                f"{budget} means {limit:,} {unit}, but the smallest {what} can become is {least:,}"
-                f" ({least / getattr(whole, unit):.1%}){belong}. Raise the budget, or skip fewer layers."
+    def limits(self) -> dict[str, float]:
+        """The limits on costs as counts and seconds, and the one on the loss."""
+        loss = {} if self.budget.loss is None else {"loss": self.budget.loss}
+        return {**self.budget.limits(self._whole), **loss}
+
+    @property
+    def _planned(self) -> Cost:
+        """Cost of the layers that may change."""
+        return sum((offers[0].option.cost for offers in self.offers.values()), Cost())
+
+    @property
+    def _whole(self) -> Cost:
+        """Cost of everything that the budget limits."""
+        return self._planned if self.budget.of == "planned" else self.total
+
+    def _left(self) -> dict[str, float]:
+        """The part of each limit on a cost that is left for the planned layers."""
+        planned, whole, left = self._planned, self._whole, {}
+        for unit, limit in self.budget.limits(whole).items():
+            fixed = getattr(whole, unit) - getattr(planned, unit)
+            least = fixed + sum(
+                min(getattr(offer.option.cost, unit) for offer in offers) for offers in self.offers.values()
             )
-        return limit - fixed
+            if least > limit:
+                what, belong = (
+                    "this model",
+                    f", of which {amount(fixed, unit)} belong to layers that no method touches",
+                )
+                if self.budget.of == "planned":
+                    what, belong = "the planned layers", ""
+                raise BudgetError(
+                    f"{self.budget} means {amount(limit, unit)}, but the smallest {what} can become is"
+                    f" {amount(least, unit)} ({least / getattr(whole, unit):.1%}){belong}. Raise the budget, or skip"
+                    " fewer layers."
+                )
+            left[unit] = limit - fixed
+        return left
 
     def solve_without_slow(self) -> dict[str, Offer]:
         """The choice without CP, where the choice with CP is slower than the dense model and gains nothing for it.
@@ -141,7 +182,7 @@ class Allocation:
         except BudgetError:
             return picks
         lost = [entry.error**2 for entry in self.entries(faster) if entry.error and not self.layers[entry.name].idle]
-        spared = self.budget.unit == "macs" or sum(lost) <= HARDLY_ANYTHING * len(self.layers)
+        spared = "macs" in self.budget.units or sum(lost) <= HARDLY_ANYTHING * len(self.layers)
         return faster if spared else picks
 
     def entries(self, picks: dict[str, Offer]) -> list[Entry]:
@@ -150,5 +191,7 @@ class Allocation:
         for name, offer in picks.items():
             energy = self.layers[name].energy
             error = (offer.option.loss_increase / energy) ** 0.5 if energy > 0 else 0.0
-            entries.append(entry_for(name, self.layers[name], offer, error))
+            loss = None if self.layers[name].idle else offer.option.loss_increase
+            before = self.offers[name][0].option.cost
+            entries.append(replace(entry_for(name, self.layers[name], offer, error), before=before, loss=loss))
         return entries

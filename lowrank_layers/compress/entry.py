@@ -33,6 +33,8 @@ class Entry:
         input_shape: shape of one sample's input, where known.
         repeats: inputs of that shape per sample of the model.
         settings: fields of the method that planned the layer and will build it.
+        loss: predicted growth of the loss, in the units of the statistics; ``None`` where the loss does not depend on
+            the layer, and after an edit.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Entry:
     input_shape: tuple[int, ...] | None = None
     repeats: float = 1.0
     settings: dict[str, Any] = field(default_factory=dict)
+    loss: float | None = None
 
     def built_by(self) -> Method:
         """Returns the method that builds the layer, with its settings."""
@@ -69,7 +72,7 @@ class Entry:
         meta = factored_like(with_settings(method, settings), blank(self.layer), rank, self.bias)
         cost = layer_cost(meta, self.input_shape)
         after = Cost(cost.params, round(cost.macs * self.repeats), cost.bytes)
-        return replace(self, method=method, rank=meta.rank, after=after, error=None, settings=settings)
+        return replace(self, method=method, rank=meta.rank, after=after, error=None, settings=settings, loss=None)
 
     def time(self) -> tuple[float, float] | None:
         """Returns the estimated times of the dense and of the planned layer, in MACs; ``None`` without statistics.
@@ -102,6 +105,7 @@ def read_entry(raw: dict[str, Any]) -> Entry:
     }
     if raw["method"] != DENSE:
         with_settings(raw["method"], values["settings"])  # raises where no such method is registered
-    if raw["error"] is not None and not math.isfinite(raw["error"]):
-        raise TypeError("error is not finite")
+    for name in ("error", "loss"):
+        if raw.get(name) is not None and not math.isfinite(raw[name]):
+            raise TypeError(f"{name} is not finite")
     return Entry(**values)

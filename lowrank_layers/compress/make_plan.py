@@ -16,7 +16,7 @@ from ..layers import linear_shape, weight_of
 from ..linalg import full_precision
 from ..linalg.nonnegative import check_choice
 from ..modules import Selector, check_model, opened_attentions, select, walk_layers
-from ..rank import Budget, Rank, as_budget, check_rank
+from ..rank import Budget, Rank, as_budget, check_rank, one_limit
 from .allocation import Allocation, Offer, entry_for, offers_for
 from .candidates import Candidate
 from .cost_model import CostModel, CountedCost
@@ -68,7 +68,7 @@ def make_plan(
 
     Args:
         model: a trained model; it is not changed.
-        budget: the limit on the whole model, or on the layers that may change (``of="planned"``).
+        budget: the limits on the whole model, or on the layers that may change (``of="planned"``).
         stats: what :func:`calibrate` returned for this model; without it weights are approximated plainly.
         methods: by default all of ``METHODS``, without CP where it would make the model slower than the dense one (by
             :attr:`Plan.time_ratio`) and the budget is one of MACs, or the other methods lose at most 1 % of the
@@ -107,11 +107,10 @@ def make_plan(
     check_choice(allocation, ("knapsack", "alds"), "make_plan", "allocation")
     if allocation == "alds":
         methods = _methods_of_alds(methods, units, rank)
+        budget = one_limit(budget, "make_plan with allocation='alds'")
     request = _request(methods, stats, damping, cost_model)
-    if budget is not None and as_budget(budget).unit == "macs" and stats is None:
-        raise BudgetError(
-            "a budget of MACs needs to know the sizes of the inputs: pass stats=calibrate(model, batches)."
-        )
+    if budget is not None:
+        _check_budget(as_budget(budget), stats)
     closed = list(walk_layers(model))
     with opened_attentions(model):
         skipped_names = select(model, skip, "skip", closed)
@@ -141,7 +140,8 @@ def make_plan(
             notes={name: UNREACHED for name, layer in layers.items() if layer.idle},
             total=total,
             settings={
-                "budget": {budget.unit: getattr(budget, budget.unit), "of": budget.of},
+                "budget": budget.to_dict(),
+                "limits": problem.limits(),
                 **({"allocation": "alds"} if problem.alds else {"units": problem.units}),
                 "calibrated": stats is not None,
                 **weighting,
@@ -197,6 +197,19 @@ def _request(
     if not callable(getattr(cost_model, "cost", None)) or not hasattr(cost_model, "affine"):
         raise LowRankError(f"make_plan: got cost_model={cost_model!r}, expected a CostModel such as CountedCost().")
     return Request(tuple(chosen), stats, damping, cost_model)
+
+
+def _check_budget(budget: Budget, stats: Statistics | None) -> None:
+    """Raises for limits on what is not known."""
+    if budget.macs is not None and stats is None:
+        raise BudgetError(
+            "a budget of MACs needs to know the sizes of the inputs: pass stats=calibrate(model, batches)."
+        )
+    if budget.loss is not None and (stats is None or all(each.gradients is None for each in stats.values())):
+        raise BudgetError(
+            "a limit on the growth of the loss needs gradients of a loss: pass"
+            " stats=calibrate(model, batches, loss=SampledCrossEntropy()), or the loss that the model was trained with."
+        )
 
 
 def _check_stats(model: nn.Module, stats: Statistics) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from itertools import product
 from typing import Any, ClassVar, Protocol
 
@@ -113,10 +113,8 @@ def factored_costs(method: Method, layer: Candidate, ranks: Sequence[Any]) -> li
         return [factored_cost(method, layer, rank) for rank in ranks]
     steps = torch.tensor(ranks).reshape(len(ranks), -1) - 1
     corners = list(product((1, 2), repeat=steps.shape[1]))
-    prices = [
-        astuple(factored_cost(method, layer, corner if isinstance(ranks[0], tuple) else corner[0]))
-        for corner in corners
-    ]
+    costs = [factored_cost(method, layer, corner if isinstance(ranks[0], tuple) else corner[0]) for corner in corners]
+    prices = [(cost.params, cost.macs, cost.bytes) for cost in costs]
     shares = [torch.where(torch.tensor(corner) == 2, steps, 1 - steps).prod(1) for corner in corners]
     exact = torch.stack(shares, 1) @ torch.tensor(prices, dtype=torch.int64)
     return [Cost(*row) for row in exact.tolist()]

@@ -90,7 +90,9 @@ class Plan(PlannedLayers):
             The plan itself.
         """
         entry = self[name]
-        self._entries[name] = replace(entry, method=DENSE, rank=None, after=entry.before, error=0.0, settings={})
+        self._entries[name] = replace(
+            entry, method=DENSE, rank=None, after=entry.before, error=0.0, settings={}, loss=0.0
+        )
         self.notes.pop(name, None)
         return self
 

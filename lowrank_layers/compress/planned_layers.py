@@ -7,6 +7,7 @@ from typing import Any
 
 from ..cost import Cost
 from ..errors import LowRankError
+from ..rank import amount
 from .damping import Damping
 from .entry import Entry
 from .registry import DENSE
@@ -66,6 +67,20 @@ class PlannedLayers:
         return Damping(**self.settings.get("damping", {}))
 
     @property
+    def loss(self) -> float | None:
+        """Predicted growth of the loss, the sum over layers; ``None`` where it is not known."""
+        losses = [entry.loss for entry in self if entry.name not in self.notes]
+        return None if None in losses or not losses else sum(loss for loss in losses if loss is not None)
+
+    def achieved(self) -> dict[str, tuple[float, float | None]]:
+        """Returns each limit of the budget and what the plan has of it: counts, seconds, growth of the loss."""
+        after = self.after
+        if self.settings.get("budget", {}).get("of") == "planned":
+            after = sum((entry.after for entry in self), Cost())
+        limits = self.settings.get("limits", {})
+        return {unit: (limit, self.loss if unit == "loss" else getattr(after, unit)) for unit, limit in limits.items()}
+
+    @property
     def time_ratio(self) -> float | None:
         """Estimated time of the planned layers over that of the dense ones; ``None`` where no sizes are known.
 
@@ -82,6 +97,12 @@ class PlannedLayers:
         lines = _aligned(rows)
         rule = "-" * max(map(len, lines))
         lines = [lines[0], rule, *lines[1:-1], rule, lines[-1]]
+        if limits := self.achieved():
+            found = [
+                f"{'unknown' if have is None else amount(have, unit)} of at most {amount(limit, unit)}"
+                for unit, (limit, have) in limits.items()
+            ]
+            lines.append(f"limits: {'; '.join(found)}")
         if (ratio := self.time_ratio) is not None and ratio > 1:
             lines.append(
                 f"warning: these layers are estimated to take {ratio:.1f} times the time of the dense ones; measure, or"

@@ -15,7 +15,7 @@ from ..checks import is_number
 from ..cost import Cost
 from ..errors import BudgetError, LowRankError
 from ..modules import Selector
-from ..rank import Budget, as_budget
+from ..rank import Budget, one_limit
 from ..rank.least_worst import allocate_least_worst
 from ..rank.size import ParameterFraction
 from .entry import Entry
@@ -47,7 +47,7 @@ def plan_by_validation(
 
     Args:
         model: a trained model; it is not changed.
-        budget: the limit.
+        budget: the limit, one of parameters, multiply-accumulates or bytes.
         score: gets a model and returns its score, larger ones being better, such as the accuracy on held-out data. It
             is called without gradients.
         stats: what :func:`calibrate` returned for this model, so that approximations are weighted.
@@ -71,8 +71,9 @@ def plan_by_validation(
         >>> plan.after.params <= 0.5 * plan.total.params
         True
     """
-    budget = as_budget(budget)
-    if budget.unit == "macs" and stats is None:
+    budget = one_limit(budget, "plan_by_validation")
+    (unit,) = budget.units
+    if unit == "macs" and stats is None:
         raise BudgetError("plan_by_validation: a budget of MACs needs stats=calibrate(model, batches).")
     if not ratios:
         raise LowRankError("plan_by_validation: got no ratios, expected fractions such as (0.2, 0.5).")
@@ -89,15 +90,16 @@ def plan_by_validation(
             changed = entry.method != DENSE
             scores.append(_score(score, factorize_(copy.deepcopy(model), alone, stats)) if changed else dense)
             bar.update()
-        costs.append([getattr(entry.after, budget.unit) for entry in entries])
+        costs.append([getattr(entry.after, unit) for entry in entries])
         errors.append([dense - value for value in rising([*scores, dense])[:-1]])
     bar.close()
     before = sum((entries[-1].before for entries in offers.values()), Cost())
     whole = before if budget.of == "planned" else plans[0].total
-    capacity = budget.limit(whole) - getattr(whole, budget.unit) + getattr(before, budget.unit)
+    limits = budget.limits(whole)
+    capacity = int(limits[unit]) - getattr(whole, unit) + getattr(before, unit)
     picks = allocate_least_worst(costs, errors, capacity)
     chosen = [entries[pick] for entries, pick in zip(offers.values(), picks, strict=True)]
-    settings = {**plans[0].settings, "budget": {budget.unit: getattr(budget, budget.unit), "of": budget.of}}
+    settings = {**plans[0].settings, "budget": budget.to_dict(), "limits": limits}
     del settings["rank"]
     return Plan(chosen, skipped=plans[0].skipped, total=plans[0].total, settings=settings)
 

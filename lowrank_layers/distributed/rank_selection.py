@@ -161,6 +161,7 @@ def _by_budget(budget: Budget, observed: Mapping[str, RankOptions], spent: Mappi
     options = list(observed.values())
     # a count of bytes is spent once, also where a layer is unfrozen later; a fraction is one of the new gradients
     before = sum(spent.values()) if isinstance(budget.bytes, int) else 0
-    left = budget.limit(Cost(bytes=4 * sum(each.numel for each in options))) - before
+    whole = Cost(bytes=4 * sum(each.numel for each in options))
+    left = int(budget.limits(whole)["bytes"]) - before
     picks = allocate([each.costs for each in options], [each.losses() for each in options], left)
     return {name: each.ranks[pick] for (name, each), pick in zip(observed.items(), picks, strict=True)}

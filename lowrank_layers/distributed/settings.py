@@ -80,7 +80,7 @@ class PowerSGDSettings:
 
 
 def _check_budget(budget: Budget) -> None:
-    if budget.bytes is None:
-        raise LowRankError(f"{_WHO}: got {budget}, expected the bytes per step, as in Budget(bytes=100_000).")
+    if budget.units != ("bytes",) or budget.loss is not None:
+        raise LowRankError(f"{_WHO}: got {budget}, expected the bytes per step alone, as in Budget(bytes=100_000).")
     if budget.of != "model":
         raise LowRankError(f"{_WHO}: got {budget}, expected one without of=: it counts all dense gradients.")

@@ -3,7 +3,7 @@
 Each rule stands in a file of its own, from which ``lowrank_layers`` imports it.
 """
 
-from .budget import Budget as Budget, as_budget as as_budget
+from .budget import Budget as Budget, amount as amount, as_budget as as_budget, one_limit as one_limit
 from .knapsack import allocate as allocate
 from .refit import Refit as Refit
 from .rule import (
@@ -15,3 +15,4 @@ from .rule import (
     choose_rank as choose_rank,
     pair_spectrum as pair_spectrum,
 )
+from .several_limits import allocate_within as allocate_within

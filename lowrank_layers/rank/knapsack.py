@@ -38,7 +38,7 @@ class _Edges:
     reached: Tensor
 
 
-def allocate(costs: Sequence[Sequence[int]], losses: Sequence[Sequence[float]], capacity: int) -> list[int]:
+def allocate(costs: Sequence[Sequence[float]], losses: Sequence[Sequence[float]], capacity: int) -> list[int]:
     """Picks one option per layer with the least total loss whose total cost is at most ``capacity``.
 
     The choice is exact. The linear relaxation (each layer's lower convex hull, steepest descents first) gives a price,
@@ -47,7 +47,7 @@ def allocate(costs: Sequence[Sequence[int]], losses: Sequence[Sequence[float]], 
     each state pruned by the relaxation of the layers that follow.
 
     Args:
-        costs: for each layer, the cost of each option.
+        costs: for each layer, the cost of each option, an integer.
         losses: for each layer, the loss of each option.
         capacity: the limit on the sum of costs.
 
@@ -76,7 +76,7 @@ def allocate(costs: Sequence[Sequence[int]], losses: Sequence[Sequence[float]], 
     return _merge(frontiers, capacity, incumbent + slack)
 
 
-def _frontier(costs: Sequence[int], losses: Sequence[float]) -> _Frontier:
+def _frontier(costs: Sequence[float], losses: Sequence[float]) -> _Frontier:
     c = torch.tensor(costs, dtype=torch.float64)
     v = torch.tensor(losses, dtype=torch.float64)
     order = _undominated(c, v)
