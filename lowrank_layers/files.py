@@ -16,6 +16,14 @@ from torch import Tensor
 from .errors import CheckpointError
 
 
+def cache_folder() -> Path:
+    """Returns the folder of what the library keeps for later runs on this machine, which may not exist yet.
+
+    It is ``$XDG_CACHE_HOME/lowrank_layers``, or ``~/.cache/lowrank_layers``.
+    """
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "lowrank_layers"
+
+
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Gives a temporary path to write to, which replaces ``path`` on success and is removed on an error.

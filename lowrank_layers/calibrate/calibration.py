@@ -15,6 +15,7 @@ from ..errors import LowRankError
 from ..layers import ConvNd, LowRankTransposedLinear, is_derived, is_embedding, is_factored, layer_cost
 from ..modules import Selector, check_model, opened_attentions, select, walk_layers
 from .batch_masks import MaskOf, check_mask
+from .example import first_sample
 from .fisher import SampledCrossEntropy
 from .layer_recorder import LayerRecorder, Pass, as_batch
 from .padding import Padding, in_backward
@@ -93,6 +94,8 @@ def calibrate(
         batch: Any = None
         for batch in tqdm(batches, desc="calibrate", disable=not progress):
             calibration._run(batch, loss)
+            if stats.example is None:
+                stats.example = first_sample(batch, calibration._pass.samples)
     if not stats.layers:
         raise LowRankError(
             "calibrate: no layer saw any data; batches is empty, or the model has no layer to calibrate (see target=)."

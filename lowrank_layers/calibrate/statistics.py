@@ -63,6 +63,7 @@ class Statistics(Mapping[str, LayerStats]):
         with_target: whether the last item of a tuple batch is the target.
         other_macs: MACs per sample of layers that are counted but not calibrated (those with a computed weight).
         mask: how the padding of a batch is found, as given to :func:`calibrate`.
+        example: the first sample of the first batch, as a batch of one; ``None`` where someone else ran the model.
     """
 
     layers: dict[str, LayerStats] = field(default_factory=dict)
@@ -70,6 +71,7 @@ class Statistics(Mapping[str, LayerStats]):
     with_target: bool = False
     other_macs: int = 0
     mask: str | Callable[[Any], Tensor] | None = field(default=None, repr=False, compare=False)
+    example: Any = field(default=None, repr=False, compare=False)
 
     def __getitem__(self, name: str) -> LayerStats:
         return self.layers[name]

@@ -13,7 +13,7 @@ from ..rank.least_worst import allocate_least_worst
 from .alds import spectral_errors
 from .candidates import Candidate
 from .entry import Entry
-from .method import Method, Option
+from .method import Method, Option, is_rounded
 from .plan import Plan
 from .registry import DENSE, settings_of
 from .units import Units, comparable
@@ -39,7 +39,11 @@ class Offer:
 def offers_for(layer: Candidate, methods: Iterable[Method]) -> list[Offer]:
     """Dense first, then everything that any method offers. Afterwards the layer holds no big matrices."""
     offers = [Offer(None, Option(None, layer.before, 0.0))]
-    offers += [Offer(method, option) for method in methods if method.matches(layer) for option in method.options(layer)]
+    for method in methods:
+        if method.matches(layer):
+            options = method.options(layer)
+            rounded = [option for option in options if is_rounded(option.rank, layer.round_to)]
+            offers += [Offer(method, option) for option in rounded or options]
     layer.tails  # noqa: B018 - the energy is asked for once all layers are known
     layer.release()
     return offers

@@ -36,6 +36,7 @@ class Candidate:
         damping: ridges on the moments in the statistics.
         cost_model: prices the layer and its options.
         idle: True if the loss does not depend on this layer, although it depends on others.
+        round_to: ranks are multiples of it, where a method does not offer all ranks anyway.
 
     Examples:
         >>> layer = lr.Candidate(nn.Linear(64, 32))
@@ -49,6 +50,7 @@ class Candidate:
     damping: Damping = field(default=Damping(), kw_only=True)
     cost_model: CostModel = field(default=CountedCost(), kw_only=True)
     idle: bool = field(default=False, kw_only=True)
+    round_to: int = field(default=1, kw_only=True)
 
     @cached_property
     def before(self) -> Cost:

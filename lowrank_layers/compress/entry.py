@@ -75,10 +75,14 @@ class Entry:
         return replace(self, method=method, rank=meta.rank, after=after, error=None, settings=settings, loss=None)
 
     def time(self) -> tuple[float, float] | None:
-        """Returns the estimated times of the dense and of the planned layer, in MACs; ``None`` without statistics.
+        """Returns the times of the dense and of the planned layer; ``None`` where nothing is known of them.
 
-        A layer writes its output to memory whatever its rank, and a chain of thin layers does so several times.
+        They are seconds where layers were timed, under a limit on latency. Otherwise they are estimated, in MACs, where
+        there are statistics: a layer writes its output to memory whatever its rank, and a chain of thin layers does so
+        several times.
         """
+        if self.before.latency and self.after.latency:
+            return self.before.latency, self.after.latency
         if self.input_shape is None:
             return None
         dense = planned = blank(self.layer)

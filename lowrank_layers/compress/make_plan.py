@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 from tqdm import tqdm
 
 from ..calibrate.statistics import Statistics
+from ..checks import check_integer
 from ..cost import Cost
 from ..errors import BudgetError, LowRankError
-from ..layers import linear_shape, weight_of
+from ..layers import weight_of
 from ..linalg import full_precision
 from ..linalg.nonnegative import check_choice
 from ..modules import Selector, check_model, opened_attentions, select, walk_layers
@@ -23,12 +24,14 @@ from .cost_model import CostModel, CountedCost
 from .damping import Damping
 from .eligible import UNREACHED, eligible_layers
 from .entry import Entry
+from .latency import ExampleRun, LatencyTable, fit_latency
 from .method import Method, Option, factored_cost
-from .methods.svd import SVDMethod
 from .plan import Plan, model_cost
-from .registry import METHODS, check_registered
-from .request import Request
+from .request import Request, check_budget, check_stats, make_request, methods_of_alds
 from .units import Units, check_units, default_units
+
+ROUND_TO = 4
+"""Ranks are multiples of it under a limit on latency."""
 
 
 def make_plan(
@@ -43,6 +46,8 @@ def make_plan(
     allocation: Literal["knapsack", "alds"] = "knapsack",
     damping: Damping | None = None,
     cost_model: CostModel | None = None,
+    example: Any = None,
+    round_to: int | None = None,
     progress: bool = False,
 ) -> Plan:
     r"""Chooses a method and a rank for every layer, or leaves it dense, so that the loss grows least under a budget.
@@ -50,6 +55,11 @@ def make_plan(
     Every method offers options with a cost and an estimated growth of the loss; the multiple-choice knapsack problem,
     one option per layer, is solved exactly. With statistics the estimate is the curvature-weighted error of the
     layer's output, :math:`\tfrac12 \|G^{1/2} (W - \hat W) X^{1/2}\|^2`; without, that of its weight.
+
+    Under a limit on latency, layers and what may replace them are timed inside the running model on this machine, and
+    the times are kept in ``~/.cache/lowrank_layers``. The compressed model is timed beside the dense one in the end, and
+    the plan says what was predicted and what was measured. Where latency is the only limit, a layer is replaced only
+    where that is faster.
 
     ``units`` says how the estimates of different layers compare:
 
@@ -85,6 +95,10 @@ def make_plan(
         damping: ridges on the moments in the statistics, by default ``Damping()``; the plan keeps them for
             :func:`factorize_`.
         cost_model: prices layers and options; by default parameters, multiply-accumulates and bytes are counted.
+        example: under a limit on latency, the batch whose forward pass is timed, in the form that :func:`calibrate`
+            takes; ``None`` takes the first sample that it saw.
+        round_to: ranks are multiples of it, or powers of two below it; ``None`` stands for 4 under a limit on latency,
+            since processors compute several channels at a time, and for 1 otherwise.
         progress: shows a progress bar over the layers.
 
     Returns:
@@ -106,16 +120,18 @@ def make_plan(
     check_units(units)
     check_choice(allocation, ("knapsack", "alds"), "make_plan", "allocation")
     if allocation == "alds":
-        methods = _methods_of_alds(methods, units, rank)
+        methods = methods_of_alds(methods, units, rank)
         budget = one_limit(budget, "make_plan with allocation='alds'")
-    request = _request(methods, stats, damping, cost_model)
-    if budget is not None:
-        _check_budget(as_budget(budget), stats)
+    timed = budget is not None and check_budget(as_budget(budget), stats, example).latency is not None
+    if round_to is None:
+        round_to = ROUND_TO if timed else 1
+    check_integer(round_to, "make_plan", "round_to", 1)
+    request = make_request(methods, stats, damping, cost_model, round_to)
     closed = list(walk_layers(model))
     with opened_attentions(model):
         skipped_names = select(model, skip, "skip", closed)
         if stats is not None:
-            _check_stats(model, stats)
+            check_stats(model, stats)
         layers, skipped = eligible_layers(model, request, skipped_names)
         if not layers:
             why = (
@@ -130,29 +146,43 @@ def make_plan(
             entries = _by_rule(layers, request.methods, rank)
             return Plan(entries, skipped=skipped, total=total, settings={"rank": repr(rank), **weighting})
         assert budget is not None
-        offers = _offers(layers, request.methods, progress)
+        competing = {name: [m for m in request.methods if m.matches(layer)] for name, layer in layers.items()}
+        if timed:
+            run = ExampleRun(
+                stats.example if example is None and stats is not None else example,
+                stats is not None and stats.with_target,
+            )
+            table = LatencyTable(model, run, layers)
+            if len(budget.units) == 1:
+                competing = table.faster(request.methods)
+        offers = _offers(layers, competing, progress)
         scales = units or default_units(layers.values())
         problem = Allocation(layers, offers, budget, total, scales, alds=allocation == "alds")
+    measured: dict[str, float] = {}
+    if timed:
+        problem, picks, measured["measured"] = fit_latency(model, problem, table)
+    else:
         picks = problem.solve_without_slow() if methods is None else problem.solve()
-        return Plan(
-            problem.entries(picks),
-            skipped=skipped,
-            notes={name: UNREACHED for name, layer in layers.items() if layer.idle},
-            total=total,
-            settings={
-                "budget": budget.to_dict(),
-                "limits": problem.limits(),
-                **({"allocation": "alds"} if problem.alds else {"units": problem.units}),
-                "calibrated": stats is not None,
-                **weighting,
-            },
-        )
+    return Plan(
+        problem.entries(picks),
+        skipped=skipped,
+        notes={name: UNREACHED for name, layer in layers.items() if layer.idle},
+        total=problem.total,
+        settings={
+            "budget": budget.to_dict(),
+            "limits": problem.limits(),
+            **({"allocation": "alds"} if problem.alds else {"units": problem.units}),
+            "calibrated": stats is not None,
+            **weighting,
+            **measured,
+        },
+    )
 
 
 @full_precision
-def _offers(layers: dict[str, Candidate], methods: Sequence[Method], progress: bool) -> dict[str, list[Offer]]:
+def _offers(layers: dict[str, Candidate], methods: dict[str, list[Method]], progress: bool) -> dict[str, list[Offer]]:
     bar = tqdm(layers.items(), desc="make_plan", disable=not progress)
-    return {name: offers_for(layer, methods) for name, layer in bar}
+    return {name: offers_for(layer, methods[name]) for name, layer in bar}
 
 
 @full_precision
@@ -168,63 +198,6 @@ def _by_rule(layers: dict[str, Candidate], methods: Sequence[Method], rule: Rank
             offer, error = Offer(None, Option(None, layer.before, 0.0)), 0.0
         entries.append(entry_for(name, layer, offer, error))
     return entries
-
-
-def _methods_of_alds(methods: Sequence[Method] | None, units: Units | None, rank: Rank | None) -> Sequence[Method]:
-    """The one method whose options have the error that ALDS compares, or an error that names the remedy."""
-    if rank is not None or units is not None:
-        raise LowRankError("make_plan: got allocation='alds' with rank= or units=, expected a budget alone.")
-    chosen = [SVDMethod()] if methods is None else methods
-    if not all(isinstance(method, SVDMethod) for method in chosen):
-        raise LowRankError(f"make_plan: got allocation='alds' with methods={chosen!r}, expected [SVDMethod()].")
-    return chosen
-
-
-def _request(
-    methods: Sequence[Method] | None,
-    stats: Statistics | None,
-    damping: Damping | None,
-    cost_model: CostModel | None,
-) -> Request:
-    """The arguments of make_plan that concern single layers, checked and with their defaults."""
-    if methods is not None and not methods:
-        raise LowRankError("make_plan: got no methods; leave methods=None for all of them.")
-    chosen = METHODS.values() if methods is None else map(check_registered, methods)
-    damping = Damping() if damping is None else damping
-    if not isinstance(damping, Damping):
-        raise LowRankError(f"make_plan: got damping={damping!r}, expected a Damping, as in Damping(inputs=1e-3).")
-    cost_model = CountedCost() if cost_model is None else cost_model
-    if not callable(getattr(cost_model, "cost", None)) or not hasattr(cost_model, "affine"):
-        raise LowRankError(f"make_plan: got cost_model={cost_model!r}, expected a CostModel such as CountedCost().")
-    return Request(tuple(chosen), stats, damping, cost_model)
-
-
-def _check_budget(budget: Budget, stats: Statistics | None) -> None:
-    """Raises for limits on what is not known."""
-    if budget.macs is not None and stats is None:
-        raise BudgetError(
-            "a budget of MACs needs to know the sizes of the inputs: pass stats=calibrate(model, batches)."
-        )
-    if budget.loss is not None and (stats is None or all(each.gradients is None for each in stats.values())):
-        raise BudgetError(
-            "a limit on the growth of the loss needs gradients of a loss: pass"
-            " stats=calibrate(model, batches, loss=SampledCrossEntropy()), or the loss that the model was trained with."
-        )
-
-
-def _check_stats(model: nn.Module, stats: Statistics) -> None:
-    if not isinstance(stats, Statistics):
-        raise LowRankError(f"got stats of type {type(stats).__name__}, expected what calibrate returned.")
-    layers = dict(walk_layers(model))
-    for name, each in stats.items():
-        if name not in layers:
-            raise LowRankError(f"the statistics know {name!r}, which this model has not; calibrate this model.")
-        seen, expected = each.inputs.mean.shape[-1], linear_shape(layers[name])[2]
-        if seen != expected:
-            raise LowRankError(
-                f"{name!r}: got statistics of {seen} inputs for a layer of {expected}; calibrate this model, not"
-                " another one."
-            )
 
 
 def _total(model: nn.Module, request: Request, layers: dict[str, Candidate]) -> Cost:

@@ -128,6 +128,17 @@ def smaller_ranks(method: Method, layer: Candidate, limit: int) -> range:
     return range(1, (limit if one < layer.before.params else 0) + 1)
 
 
-def spread(top: int, steps: int) -> list[int]:
-    """At most ``steps`` ranks, evenly spread from 1 to ``top``."""
-    return sorted({max(1, round(top * k / steps)) for k in range(1, steps + 1)}) if top >= 1 else []
+def spread(top: int, steps: int, round_to: int = 1) -> list[int]:
+    """About ``steps`` ranks, multiples of a number and evenly spread up to ``top``, and powers of two below it."""
+    if round_to == 1:
+        found = {max(1, round(top * k / steps)) for k in range(1, steps + 1)}
+    else:
+        found = {round_to * round(top * k / steps / round_to) for k in range(1, steps + 1)}
+        found |= {2**k for k in range((round_to - 1).bit_length())}
+    return sorted(rank for rank in found if 1 <= rank <= top)
+
+
+def is_rounded(rank: Any, round_to: int) -> bool:
+    """Whether all integers of a rank are multiples of a number, or powers of two below it."""
+    ranks = rank if isinstance(rank, tuple) else (rank,)
+    return all(each % round_to == 0 or (each < round_to and each & (each - 1) == 0) for each in ranks)

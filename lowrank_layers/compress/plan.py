@@ -77,7 +77,7 @@ class Plan(PlannedLayers):
             kind = entry.layer["type"]
             raise LowRankError(f"{name!r}: got method {method!r}, expected one of {fits} for this {kind}.")
         self._entries[name] = entry.with_rank(method, rank)
-        self.notes.pop(name, None)
+        self._forget(name)
         return self
 
     def drop(self, name: str) -> Plan:
@@ -93,8 +93,13 @@ class Plan(PlannedLayers):
         self._entries[name] = replace(
             entry, method=DENSE, rank=None, after=entry.before, error=0.0, settings={}, loss=0.0
         )
-        self.notes.pop(name, None)
+        self._forget(name)
         return self
+
+    def _forget(self, name: str) -> None:
+        """Drops what an edit of a layer has made untrue."""
+        self.notes.pop(name, None)
+        self.settings.pop("measured", None)
 
     def apply(
         self,

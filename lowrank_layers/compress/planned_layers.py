@@ -77,14 +77,20 @@ class PlannedLayers:
         after = self.after
         if self.settings.get("budget", {}).get("of") == "planned":
             after = sum((entry.after for entry in self), Cost())
-        limits = self.settings.get("limits", {})
-        return {unit: (limit, self.loss if unit == "loss" else getattr(after, unit)) for unit, limit in limits.items()}
+        found: dict[str, tuple[float, float | None]] = {}
+        for unit, limit in self.settings.get("limits", {}).items():
+            if unit == "latency" and any(entry.error is None for entry in self):  # an edit has no measured time
+                found[unit] = (limit, None)
+            else:
+                found[unit] = (limit, self.loss if unit == "loss" else getattr(after, unit))
+        return found
 
     @property
     def time_ratio(self) -> float | None:
-        """Estimated time of the planned layers over that of the dense ones; ``None`` where no sizes are known.
+        """Time of the planned layers over that of the dense ones; ``None`` where no sizes are known.
 
-        Counts multiply-accumulates and values written, so that it is a warning, not a measurement.
+        It is measured under a limit on latency. Otherwise it counts multiply-accumulates and values written, so that it
+        is a warning, not a measurement.
         """
         times = [time for entry in self if (time := entry.time()) is not None]
         dense, planned = (sum(side) for side in zip(*times, strict=True)) if times else (0.0, 0.0)
@@ -103,6 +109,10 @@ class PlannedLayers:
                 for unit, (limit, have) in limits.items()
             ]
             lines.append(f"limits: {'; '.join(found)}")
+        if (measured := self.settings.get("measured")) is not None:
+            times = [("predicted", after.latency), ("measured", measured)]
+            parts = [f"{word} {amount(time, 'latency')} ({time / self.total.latency:.1%})" for word, time in times]
+            lines.append(f"latency: dense {amount(self.total.latency, 'latency')}, {', '.join(parts)}")
         if (ratio := self.time_ratio) is not None and ratio > 1:
             lines.append(
                 f"warning: these layers are estimated to take {ratio:.1f} times the time of the dense ones; measure, or"

@@ -1,16 +1,25 @@
-"""The arguments of make_plan that concern single layers, as one value."""
+"""The arguments of make_plan: checked, and those that concern single layers as one value."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
 from ..calibrate.statistics import LayerStats, Statistics
+from ..errors import BudgetError, LowRankError
+from ..layers import linear_shape
+from ..modules import walk_layers
+from ..rank import Budget, Rank
 from .candidates import Candidate
-from .cost_model import CostModel
+from .cost_model import CostModel, CountedCost
 from .damping import Damping
 from .method import Method
+from .methods.svd import SVDMethod
+from .registry import METHODS, check_registered
+from .units import Units
 
 
 @dataclass(frozen=True)
@@ -22,13 +31,82 @@ class Request:
         stats: the result of :func:`calibrate`, if there is one.
         damping: ridges on the moments in the statistics.
         cost_model: prices layers and options.
+        round_to: ranks are multiples of it.
     """
 
     methods: tuple[Method, ...]
     stats: Statistics | None
     damping: Damping
     cost_model: CostModel
+    round_to: int = 1
 
     def candidate(self, module: nn.Module, stats: LayerStats | None, *, idle: bool = False) -> Candidate:
         """A layer of the model, as methods see it."""
-        return Candidate(module, stats, damping=self.damping, cost_model=self.cost_model, idle=idle)
+        return Candidate(
+            module, stats, damping=self.damping, cost_model=self.cost_model, idle=idle, round_to=self.round_to
+        )
+
+
+def make_request(
+    methods: Sequence[Method] | None,
+    stats: Statistics | None,
+    damping: Damping | None,
+    cost_model: CostModel | None,
+    round_to: int,
+) -> Request:
+    """The arguments of make_plan that concern single layers, checked and with their defaults."""
+    if methods is not None and not methods:
+        raise LowRankError("make_plan: got no methods; leave methods=None for all of them.")
+    chosen = METHODS.values() if methods is None else map(check_registered, methods)
+    damping = Damping() if damping is None else damping
+    if not isinstance(damping, Damping):
+        raise LowRankError(f"make_plan: got damping={damping!r}, expected a Damping, as in Damping(inputs=1e-3).")
+    cost_model = CountedCost() if cost_model is None else cost_model
+    if not callable(getattr(cost_model, "cost", None)) or not hasattr(cost_model, "affine"):
+        raise LowRankError(f"make_plan: got cost_model={cost_model!r}, expected a CostModel such as CountedCost().")
+    return Request(tuple(chosen), stats, damping, cost_model, round_to)
+
+
+def methods_of_alds(methods: Sequence[Method] | None, units: Units | None, rank: Rank | None) -> Sequence[Method]:
+    """The one method whose options have the error that ALDS compares, or an error that names the remedy."""
+    if rank is not None or units is not None:
+        raise LowRankError("make_plan: got allocation='alds' with rank= or units=, expected a budget alone.")
+    chosen = [SVDMethod()] if methods is None else methods
+    if not all(isinstance(method, SVDMethod) for method in chosen):
+        raise LowRankError(f"make_plan: got allocation='alds' with methods={chosen!r}, expected [SVDMethod()].")
+    return chosen
+
+
+def check_budget(budget: Budget, stats: Statistics | None, example: Any) -> Budget:
+    """Raises for limits on what is not known, and returns the budget."""
+    if budget.latency is not None and example is None and (stats is None or stats.example is None):
+        raise BudgetError(
+            "a budget of latency needs a batch to run the model on: pass example=batch, or"
+            " stats=calibrate(model, batches), whose first sample is taken."
+        )
+    if budget.macs is not None and stats is None:
+        raise BudgetError(
+            "a budget of MACs needs to know the sizes of the inputs: pass stats=calibrate(model, batches)."
+        )
+    if budget.loss is not None and (stats is None or all(each.gradients is None for each in stats.values())):
+        raise BudgetError(
+            "a limit on the growth of the loss needs gradients of a loss: pass"
+            " stats=calibrate(model, batches, loss=SampledCrossEntropy()), or the loss that the model was trained with."
+        )
+    return budget
+
+
+def check_stats(model: nn.Module, stats: Statistics) -> None:
+    """Raises for statistics of another model."""
+    if not isinstance(stats, Statistics):
+        raise LowRankError(f"got stats of type {type(stats).__name__}, expected what calibrate returned.")
+    layers = dict(walk_layers(model))
+    for name, each in stats.items():
+        if name not in layers:
+            raise LowRankError(f"the statistics know {name!r}, which this model has not; calibrate this model.")
+        seen, expected = each.inputs.mean.shape[-1], linear_shape(layers[name])[2]
+        if seen != expected:
+            raise LowRankError(
+                f"{name!r}: got statistics of {seen} inputs for a layer of {expected}; calibrate this model, not"
+                " another one."
+            )

@@ -20,6 +20,7 @@ from ..rank.least_worst import allocate_least_worst
 from ..rank.size import ParameterFraction
 from .entry import Entry
 from .factorize import factorize_
+from .isotonic import rising
 from .make_plan import make_plan
 from .method import Method
 from .plan import Plan
@@ -118,23 +119,3 @@ def _score(score: Callable[[nn.Module], float], model: nn.Module) -> float:
     if not is_number(value) or not math.isfinite(value):
         raise LowRankError(f"plan_by_validation: the score returned {value!r}, expected a finite number.")
     return float(value)
-
-
-def rising(values: Sequence[float]) -> list[float]:
-    """The nearest values in least squares that never fall: isotonic regression by pooling adjacent violators.
-
-    Args:
-        values: values in order.
-
-    Examples:
-        >>> rising([1.0, 3.0, 2.0, 4.0])
-        [1.0, 2.5, 2.5, 4.0]
-    """
-    pools: list[tuple[float, int]] = []
-    for value in values:
-        total, count = value, 1
-        while pools and pools[-1][0] / pools[-1][1] > total / count:
-            total, count = total + pools[-1][0], count + pools[-1][1]
-            pools.pop()
-        pools.append((total, count))
-    return [total / count for total, count in pools for _ in range(count)]

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from ..files import replacing
+from ..files import cache_folder, replacing
 
 SWITCH = "LOWRANK_COMPILE"
 """Environment variable: ``0`` keeps the library from calling a compiler."""
@@ -67,7 +67,7 @@ def _instructions() -> tuple[str, ...]:
 
 
 def _kept(command: list[str], name: str) -> Path:
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "lowrank_layers"
+    folder = cache_folder()
     path = folder / name
     with _BUILDING:
         if not path.exists():

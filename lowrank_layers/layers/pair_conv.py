@@ -82,6 +82,11 @@ class PairConv(FactoredConv):
         weights = [weight_of_kernel(k, transposed=child.transposed) for child, k in children]  # type: ignore[arg-type]
         return fill(layer, weights, bias)
 
+    def forward(self, input: Tensor) -> Tensor:
+        """Maps ``[N, in_channels, ...]`` to ``[N, out_channels, ...]``, as the dense layer does."""
+        out: Tensor = self.up(self.down(input))
+        return out
+
     def _pairs(self) -> tuple[Tensor, Tensor]:
         """The factors ``[groups, rows, r]`` and ``[groups, r, columns]``."""
         return factors_of_pair(kernel_of(self.up), kernel_of(self.down))

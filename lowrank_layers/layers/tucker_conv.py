@@ -38,6 +38,11 @@ class TuckerConv(FactoredConv):
         """``(rank_out, rank_in)`` per group."""
         return kernel_of(self.expand).shape[2], kernel_of(self.reduce).shape[1]
 
+    def forward(self, input: Tensor) -> Tensor:
+        """Maps ``[N, in_channels, ...]`` to ``[N, out_channels, ...]``, as the dense layer does."""
+        out: Tensor = self.expand(self.core(self.reduce(input)))
+        return out
+
     @classmethod
     def from_dense(cls: type[Conv], conv: nn.Module, *, rank: TuckerRank) -> Conv:
         """Factorizes a trained convolution by HOOI on the channel modes; the spatial modes stay whole.

@@ -12,7 +12,7 @@ from sklearn.isotonic import isotonic_regression
 from torch import nn
 
 import lowrank_layers as lr
-from lowrank_layers.compress.validation_plan import rising
+from lowrank_layers.compress.isotonic import rising
 
 from .test_alds import planted
 

@@ -71,7 +71,7 @@ class CPMethod:
         if is_transposed(layer.module) and layer.stats is not None:
             return []
         limit = cp_limit(tuple(kernel_of(layer.module).shape[1:]))
-        ranks = spread(len(smaller_ranks(self, layer, limit)), self.steps)
+        ranks = spread(len(smaller_ranks(self, layer, limit)), self.steps, layer.round_to)
         (problem,) = layer.kernel_problems
         options = []
         for rank, cost in zip(ranks, factored_costs(self, layer, ranks), strict=True):

@@ -45,7 +45,7 @@ class SpatialMethod:
         """Returns a handful of ranks at which the layer is smaller than the dense one."""
         out, into, height, width = kernel_of(layer.module).shape[1:]
         top = len(smaller_ranks(self, layer, min(out * width, into * height)))
-        ranks = spread(top, self.steps)
+        ranks = spread(top, self.steps, layer.round_to)
         losses = _losses(layer, ranks) if ranks else []
         return [
             Option(rank, cost, max(loss, 0.0))

@@ -64,7 +64,7 @@ class TuckerMethod:
         top_out, top_in = tucker_limits(kernel_of(layer.module).shape[1:])
         if factored_cost(self, layer, (1, 1)).params >= layer.before.params:
             return []
-        inputs = spread(top_in, self.steps)
+        inputs = spread(top_in, self.steps, layer.round_to)
         found = {
             (r_out, r_in): max(loss, 0.0)
             for r_in, losses in zip(inputs, _losses(layer, inputs), strict=True)
