@@ -40,6 +40,7 @@ def test_quickstart(tmp_path):
     out = done.stdout
     assert "whole model" in out
     assert "outputs identical to the bit" in out
+    assert re.search(r"latency: dense .* predicted .* measured", out)
     before, after = map(float, re.search(r"test accuracy, %\s+([\d.]+)\s+([\d.]+)", out).groups())
     assert before > 95
     assert after > before - 2

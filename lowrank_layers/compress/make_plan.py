@@ -57,9 +57,9 @@ def make_plan(
     layer's output, :math:`\tfrac12 \|G^{1/2} (W - \hat W) X^{1/2}\|^2`; without, that of its weight.
 
     Under a limit on latency, layers and what may replace them are timed inside the running model on this machine, and
-    the times are kept in ``~/.cache/lowrank_layers``. The compressed model is timed beside the dense one in the end, and
-    the plan says what was predicted and what was measured. Where latency is the only limit, a layer is replaced only
-    where that is faster.
+    these times are kept in ``~/.cache/lowrank_layers``. In the end the compressed model is timed beside the dense one,
+    and the plan says what was predicted and what was measured. Where latency is the only limit, a layer is replaced
+    only where that is faster.
 
     ``units`` says how the estimates of different layers compare:
 
