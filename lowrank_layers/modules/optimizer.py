@@ -9,7 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import LowRankError
-from ..layers import PROJECTIONS, LowRankMultiheadAttention, bias_of
+from ..layers import PROJECTIONS, FactoredModule, LowRankMultiheadAttention, bias_of, weight_of
+from .factor_moments import factor_moments
+
+FIRST_MOMENTS = ("exp_avg", "grad_avg", "momentum_buffer")
+"""Keys of an optimizer's state that are means of gradients."""
+SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum")
+"""Keys that are means or sums of their squares."""
+Convert = Callable[[list[Tensor]], list[Tensor]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,11 +28,14 @@ class Succession:
         new: those in their place; empty if nothing follows.
         convert: from tensors of the old parameters' shapes, such as their momentum, to those of the new ones; ``None``
             if none follow from them, so that the new ones start without.
+        convert_squares: the same for squares of gradients, where they follow in another way; what is neither gradients
+            nor squares is dropped then.
     """
 
     old: Mapping[str, nn.Parameter]
     new: Mapping[str, nn.Parameter]
-    convert: Callable[[list[Tensor]], list[Tensor]] | None = None
+    convert: Convert | None = None
+    convert_squares: Convert | None = None
 
 
 def check_optimizer(optimizer: object, owner: str) -> None:
@@ -82,7 +92,9 @@ def _carry_state_(optimizer: torch.optim.Optimizer, succession: Succession) -> N
     for key, first in states[0].items():
         values = [state[key] for state in states]
         if all(isinstance(v, Tensor) and v.shape == shape for v, shape in zip(values, shapes, strict=True)):
-            found = succession.convert(values)
+            if (convert := _conversion(succession, key)) is None:
+                return
+            found = convert(values)
         elif isinstance(first, Tensor) and first.numel() == 1:  # the count of steps; each needs its own
             found = [first.clone() for _ in result]
         elif not isinstance(first, Tensor) or shapes == [parameter.shape for parameter in succession.new.values()]:
@@ -94,17 +106,23 @@ def _carry_state_(optimizer: torch.optim.Optimizer, succession: Succession) -> N
     optimizer.state.update(zip(succession.new.values(), result, strict=True))
 
 
+def _conversion(succession: Succession, key: str) -> Convert | None:
+    if succession.convert_squares is None or key in FIRST_MOMENTS:
+        return succession.convert
+    return succession.convert_squares if key in SECOND_MOMENTS else None
+
+
 def successions(old: nn.Module, new: nn.Module) -> list[Succession]:
     """Returns which parameters of a module take the place of which of the module that it replaces.
 
     State is kept from a parameter to the one of the same name and shape, from the bias of a dense layer to that of a
-    factored one and back, and between the fused and the separate projections of an attention. The factors of a weight
-    start without; what both modules hold stays as it is.
+    factored one and back, between the fused and the separate projections of an attention, and from two factors to two
+    of another rank. Other factors start without; what both modules hold stays as it is.
     """
     before, after = dict(old.named_parameters()), dict(new.named_parameters())
     in_both = {id(parameter) for parameter in before.values()} & {id(parameter) for parameter in after.values()}
     before, after = ({k: p for k, p in side.items() if id(p) not in in_both} for side in (before, after))
-    found = []
+    found = _factor_pairs(old, new, before, after)
     for old_keys, new_keys, convert in [*_attention_pairs(old, new), *_equal_pairs(before, after), *_biases(old, new)]:
         if all(key in before for key in old_keys) and all(key in after for key in new_keys):
             olds = {key: before.pop(key) for key in old_keys}
@@ -116,7 +134,28 @@ def successions(old: nn.Module, new: nn.Module) -> list[Succession]:
     return [*found, Succession(old_weights, new_weights), Succession(old_biases, new_biases)]
 
 
-_Pair = tuple[Sequence[str], Sequence[str], Callable[[list[Tensor]], list[Tensor]]]
+def _factor_pairs(
+    old: nn.Module, new: nn.Module, before: dict[str, nn.Parameter], after: dict[str, nn.Parameter]
+) -> list[Succession]:
+    """The two factors of a layer and those of the layer of another rank in its place, taken out of both sides."""
+    conversions = factor_moments(old, new)
+    if conversions is None:
+        return []
+    sides = []
+    for layer, parameters in ((old, before), (new, after)):
+        assert isinstance(layer, FactoredModule)
+        named = {id(parameter): name for name, parameter in parameters.items()}
+        names = [named.get(id(weight_of(part))) for part in layer.parts]
+        sides.append({name: parameters[name] for name in names if name is not None})
+    if not len(sides[0]) == len(sides[1]) == 2:
+        return []
+    for side, parameters in zip(sides, (before, after), strict=True):
+        for name in side:
+            del parameters[name]
+    return [Succession(sides[0], sides[1], *conversions)]
+
+
+_Pair = tuple[Sequence[str], Sequence[str], Convert]
 
 
 def _equal_pairs(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> list[_Pair]:

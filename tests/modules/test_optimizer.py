@@ -1,4 +1,5 @@
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -184,3 +185,64 @@ def test_what_is_no_optimizer_is_refused(act):
     with pytest.raises(lr.LowRankError, match=r"got LBFGS.*make a new one afterwards"):
         act(model, torch.optim.LBFGS(model.parameters()))
     assert type(model[0]) is nn.Linear
+
+
+PAIRS = {
+    "linear": (lambda: nn.Linear(9, 7), (5, 9), lr.LowRankLinear.from_dense),
+    "conv": (lambda: nn.Conv2d(3, 7, 3, bias=False), (5, 3, 6, 6), lr.LowRankConv2d.from_dense),
+    "spatial": (lambda: nn.Conv2d(3, 7, 3), (5, 3, 6, 6), partial(lr.LowRankConv2d.from_dense, mode="spatial")),
+    "embedding": (lambda: nn.Embedding(9, 7), None, lr.LowRankEmbedding.from_dense),
+}
+
+
+@pytest.mark.parametrize("kind", PAIRS)
+def test_the_momentum_of_truncated_factors_is_their_gradient(kind):
+    """What is truncated is zero here, so that the gradient of the weight is the same before and after."""
+    build, shape, factorized = PAIRS[kind]
+    dense = factorized(build().double(), rank=3).to_dense()  # of rank 3
+    old, new = nn.Sequential(factorized(dense, rank=6)), factorized(dense, rank=3)
+    x = torch.arange(9) if shape is None else torch.randn(shape, dtype=torch.float64)
+    optimizer = torch.optim.Adam(old.parameters(), lr=0.0, betas=(0.0, 0.0), amsgrad=True)
+    step(old, optimizer, x)
+    replace_(old, {"0": new}, optimizer)
+    old.zero_grad()
+    old(x).square().sum().backward()
+    for parameter in new.parameters():
+        torch.testing.assert_close(optimizer.state[parameter]["exp_avg"], parameter.grad, rtol=1e-9, atol=1e-9)
+        assert bool((optimizer.state[parameter]["exp_avg_sq"] >= 0).all())
+    step(old, optimizer, x)
+
+
+def test_second_moments_of_truncated_factors_are_those_of_independent_gradients():
+    """With gradients of independent signs, the mean square of a sum is the sum of the mean squares."""
+    old = nn.Sequential(lr.LowRankLinear(6, 5, rank=4)).double()
+    new = lr.LowRankLinear(6, 5, rank=2).double()
+    mixing = torch.randn(4, 2, dtype=torch.float64)
+    with torch.no_grad():
+        new.up.weight.copy_(old[0].up.weight @ mixing)
+        new.down.weight.copy_(mixing.T @ old[0].down.weight)
+    optimizer = torch.optim.Adam(old.parameters(), lr=0.0)
+    step(old, optimizer, torch.randn(3, 6, dtype=torch.float64))
+    squares = [optimizer.state[part.weight]["exp_avg_sq"].clone() for part in (old[0].down, old[0].up)]
+    replace_(old, {"0": new}, optimizer)
+    torch.testing.assert_close(optimizer.state[new.down.weight]["exp_avg_sq"], mixing.T.square() @ squares[0])
+    torch.testing.assert_close(optimizer.state[new.up.weight]["exp_avg_sq"], squares[1] @ mixing.square())
+
+
+def test_factors_of_another_form_start_without_a_state():
+    pairs = [
+        (lr.LowRankConv2d(4, 4, 3, rank=2), lr.LowRankConv2d(4, 4, 3, rank=2, mode="spatial")),
+        (lr.LowRankConv2d(4, 4, 3, rank=2, groups=2), lr.LowRankConv2d(4, 4, 3, rank=1, groups=2)),
+        (lr.CPConv2d(4, 4, 3, rank=3), lr.CPConv2d(4, 4, 3, rank=2)),
+    ]
+    for old, new in pairs:
+        model = nn.Sequential(old)
+        optimizer = torch.optim.Adam(model.parameters())
+        step(model, optimizer, torch.randn(2, 4, 5, 5))
+        replace_(model, {"0": new}, optimizer)
+        assert list(optimizer.state) == [new.bias]
+    model = nn.Sequential(lr.LowRankLinear(4, 4, rank=3))
+    optimizer = torch.optim.Adadelta(model.parameters())  # squares of updates, which have another unit
+    step(model, optimizer, torch.randn(2, 4))
+    replace_(model, {"0": lr.LowRankLinear(4, 4, rank=2)}, optimizer)
+    assert list(optimizer.state) == [model[0].up.bias]
