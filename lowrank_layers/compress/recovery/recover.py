@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ...calibrate import Loss, Padding, check_batches, quiet_eval
+from ...checks import check_integer
 from ...errors import LowRankError
 from ...modules import check_model, check_optimizer
 from ...settings import settings_from
@@ -37,6 +38,7 @@ def recover_(
     metric: Metric | None = None,
     score: Score | None = None,
     optimizer: torch.optim.Optimizer | None = None,
+    start: Position = (0, 0),
     resume: str | os.PathLike[str] | None = None,
     progress: bool = False,
     **changes: Any,
@@ -70,6 +72,8 @@ def recover_(
         score: in the place of both, a function of the model, greater is better, such as success over episodes.
         optimizer: an optimizer of the model's parameters, whose own learning rates are the greatest ones; ``None`` is
             AdamW by the settings.
+        start: epoch, and number of its batches to leave out, at which the data begins: the ``position`` of a recovery
+            before this one, by the same seed.
         resume: a folder for the state; it is made if there is none.
         progress: shows a progress bar.
         **changes: fields of :class:`RecoverySettings` by name.
@@ -105,7 +109,7 @@ def recover_(
     objective = Objective(loss, distillation, chosen.class_dim)
     training = Training(model, chosen, objective, padding, trained, optimizer)
     processes = training.processes
-    state, log = state_of(inner, trained), Log()
+    state, log = state_of(inner, trained), Log(_checked(start))
     folder = None if resume is None else Path(resume)
     found = None if folder is None else processes.from_first(lambda: _open(folder, chosen, state))
     if found is not None:
@@ -155,7 +159,17 @@ def recover_(
             finish_step()
             bar.update()
             bar.set_postfix(loss=f"{log.losses[-1]:.4g}", refresh=False)
-    return Recovery(tuple(log.losses), tuple(log.scores), log.step if log.best_step is None else log.best_step)
+    best_step = log.step if log.best_step is None else log.best_step
+    return Recovery(tuple(log.losses), tuple(log.scores), best_step, log.position)
+
+
+def _checked(start: object) -> Position:
+    """The position that is meant; raises if it is none."""
+    if not isinstance(start, (tuple, list)) or len(start) != 2:
+        raise LowRankError(f"recover_: got start={start!r}, expected (epoch, batches), as in start=recovery.position.")
+    check_integer(start[0], "recover_", "start[0]", 0)
+    check_integer(start[1], "recover_", "start[1]", 0)
+    return start[0], start[1]
 
 
 def _check_scoring(settings: RecoverySettings, loss: object, validation: object, metric: object, score: object) -> None:

@@ -15,6 +15,7 @@ class Recovery:
         losses: the objective of every step.
         scores: number of steps done and held-out score, greater is better; empty where nothing was scored.
         best_step: number of steps of the state that the model has now.
+        position: epoch, and number of batches of it that are done; another recovery takes it as ``start``.
 
     Examples:
         >>> print(lr.Recovery(losses=(2.0, 1.0), scores=((0, 0.5), (2, 0.75)), best_step=2))
@@ -26,6 +27,7 @@ class Recovery:
     losses: tuple[float, ...]
     scores: tuple[tuple[int, float], ...]
     best_step: int
+    position: tuple[int, int] = (0, 0)
 
     @property
     def score(self) -> float | None:

@@ -200,7 +200,29 @@ def test_a_history_prints_what_it_holds():
     assert float(lines[2].split()[1]) == pytest.approx(sum(recovery.losses[:2]) / 2, rel=1e-3)
 
 
+def test_a_second_recovery_goes_on_in_the_data_where_the_first_one_stopped():
+    rows = torch.utils.data.TensorDataset(torch.randn(14, 6), torch.arange(14))
+    data = torch.utils.data.DataLoader(rows, batch_size=2, shuffle=True, generator=torch.Generator())
+    seen = []
+
+    def loss(output, target):
+        seen.extend(target.tolist())
+        return output.square().sum()
+
+    first = lr.recover_(small(), data, steps=2, accumulate=2, loss=loss)
+    assert first.position == (0, 4)
+    second = lr.recover_(small(), data, steps=4, loss=loss, start=first.position)
+    assert second.position == (1, 1)
+    whole = list(seen)
+    seen.clear()
+    lr.recover_(small(), data, steps=8, loss=loss)
+    assert whole == seen
+    assert sorted(whole[:14]) == list(range(14))
+
+
 BAD = {
+    "got start=3, expected \\(epoch, batches\\)": lambda m: lr.recover_(m, some(2), start=3),
+    "got start\\[1\\]=-1, expected an integer": lambda m: lr.recover_(m, some(2), start=(0, -1)),
     "got one Tensor, expected a list of batches": lambda m: lr.recover_(m, torch.ones(4, 6)),
     "of type generator, which can be read only once": lambda m: lr.recover_(m, (b for b in some(2))),
     "data has no batches": lambda m: lr.recover_(m, []),
