@@ -12,6 +12,7 @@ from torch import nn
 from .calibrate.statistics import Statistics
 from .compress.candidates import Candidate
 from .compress.plan import Plan
+from .compress.progressive import Progression
 from .compress.recovery import Recovery
 from .errors import LowRankError, MissingExtraError
 
@@ -138,6 +139,35 @@ def recovery(result: Recovery, *, ax: Axes | None = None) -> Axes:
         )
         right.set_ylabel("held-out score")
     axes.legend(lines, [str(line.get_label()) for line in lines], fontsize="small")
+    return axes
+
+
+def progression(result: Progression, *, ax: Axes | None = None) -> Axes:
+    """Plots the held-out scores of a progressive decomposition against parameters, and marks the model that was kept.
+
+    Args:
+        result: what :func:`progressive_` returned, with scores.
+        ax: the axes to draw on; by default those of a new figure.
+
+    Raises:
+        LowRankError: if nothing was scored.
+        MissingExtraError: if matplotlib is not installed.
+    """
+    if result.score is None:
+        raise LowRankError("progression: got a history without scores, expected validation= or score= in progressive_.")
+    axes = panels(1)[0] if ax is None else ax
+    sizes, scores, factorized = [result.params], [result.score], []
+    for stage in result.stages:
+        assert stage.score is not None
+        assert stage.factorized_score is not None
+        sizes.append(stage.params)
+        scores.append(stage.score)
+        factorized.append(stage.factorized_score)
+    axes.plot(sizes[1:], factorized, "o--", color=_COLOURS[1], label="factorized")
+    axes.plot(sizes, scores, "o-", color=_COLOURS[0], label="recovered")
+    axes.plot([sizes[result.kept]], [scores[result.kept]], "k*", markersize=12, label="the model")
+    axes.set(xscale="log", xlabel="parameters", ylabel="held-out score", title="Progressive decomposition")
+    axes.legend(fontsize="small")
     return axes
 
 

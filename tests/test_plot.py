@@ -66,6 +66,19 @@ def test_a_recovery_shows_its_objective_and_the_state_that_was_kept():
     assert len(plot.recovery(lr.Recovery((1.0,), (), 1)).figure.axes) == 1
 
 
+def test_a_progression_shows_its_stages_and_the_model_that_was_kept():
+    def stage(params: int, *scores: float) -> lr.Stage:
+        return lr.Stage(lr.Budget(params=params), params, lr.Recovery((1.0,), tuple(enumerate(scores)), 1))
+
+    result = lr.Progression(100, 0.9, (stage(50, 0.5, 0.8), stage(20, 0.1, 0.4)), kept=1)
+    factorized, recovered, kept = plot.progression(result).get_lines()
+    assert factorized.get_xydata().tolist() == [[50, 0.5], [20, 0.1]]
+    assert recovered.get_xydata().tolist() == [[100, 0.9], [50, 0.8], [20, 0.4]]
+    assert kept.get_xydata().tolist() == [[50, 0.8]]
+    with pytest.raises(lr.LowRankError, match="a history without scores"):
+        plot.progression(lr.Progression(100, None, (), 0))
+
+
 def test_perplexity_against_bytes():
     axes = plot.perplexity_against_bytes({"ours": [(2048, 9.0), (1024, 8.0)]})
     assert list(axes.get_lines()[0].get_xdata()) == [1, 2]

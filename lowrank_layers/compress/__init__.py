@@ -17,6 +17,7 @@ from .factorize import factorize_ as factorize_
 from .make_plan import make_plan as make_plan
 from .method import Method as Method, Option as Option
 from .plan import Plan as Plan
+from .progressive import Progression as Progression, Stage as Stage, progressive_ as progressive_
 from .recovery import (
     Distillation as Distillation,
     Recovery as Recovery,

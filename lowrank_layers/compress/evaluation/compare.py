@@ -11,7 +11,8 @@ from typing import Any
 from torch import nn
 
 from ...errors import LowRankError
-from ..recovery.objective import Metric, Score
+from ..recovery.objective import Metric
+from ..recovery.scoring import Score
 from .evaluate import Evaluation, evaluate_together, shown
 from .latency import Latency
 

@@ -16,7 +16,8 @@ from ...calibrate import Padding, check_batches, forward, quiet_eval
 from ...checks import check_integer
 from ...errors import LowRankError
 from ..recovery.distillation import unwrapped
-from ..recovery.objective import Metric, Score, device_of, held_out_sums, samples_of
+from ..recovery.objective import Metric, device_of
+from ..recovery.scoring import Score, held_out_sums, samples_of
 from .counting import count_macs, peak_memory, stored_bytes
 from .latency import Latency, paired_seconds
 

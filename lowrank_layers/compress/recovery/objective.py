@@ -1,8 +1,8 @@
-"""What a recovery minimizes, and the held-out score that it keeps the best state by."""
+"""What a recovery minimizes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -10,14 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...calibrate import Loss, Padding, call_loss, describe_output, forward, main_output, quiet_eval, target_of
+from ...calibrate import Loss, Padding, call_loss, describe_output, forward, main_output, target_of
 from ...errors import LowRankError
 from .distillation import Distillation
 
 Metric = Callable[[Any, Any], Any]
 """``metric(output, target) -> number``, a mean over the batch; greater is better."""
-Score = Callable[[nn.Module], Any]
-"""``score(model) -> number``, such as the rate of successful episodes; greater is better."""
 
 
 class Objective:
@@ -64,32 +62,6 @@ def run_batch(model: nn.Module, batch: Any, padding: Padding, function: Metric) 
     return call_loss(function, output, target, padding.of_output(main_output(output)))
 
 
-def held_out_sums(
-    model: nn.Module, batches: Iterable[Any], metrics: Mapping[str, Metric], padding: Padding, dtype: torch.dtype | None
-) -> tuple[dict[str, float], int]:
-    """Returns the sums of metrics over samples, and the number of samples.
-
-    Args:
-        model: what is run, in eval mode and without gradients.
-        batches: the held-out batches.
-        metrics: means over a batch, by name.
-        padding: what follows the masks of the model's forward passes, entered.
-        dtype: dtype of autocast, or ``None``.
-    """
-    sums, count = dict.fromkeys(metrics, 0.0), 0
-    with quiet_eval(model), torch.no_grad(), autocast(model, dtype):
-        for batch in batches:
-            samples = samples_of(batch)
-            count += samples
-
-            def measure(output: Any, target: Any, mask: Tensor | None = None, samples: int = samples) -> None:
-                for name, metric in metrics.items():
-                    sums[name] += samples * float(call_loss(metric, output, target, mask))
-
-            run_batch(model, batch, padding, measure)
-    return sums, count
-
-
 def autocast(model: nn.Module, dtype: torch.dtype | None) -> Any:
     """Autocast on the model's device, or nothing where no dtype is given."""
     return nullcontext() if dtype is None else torch.autocast(device_of(model).type, dtype)
@@ -98,10 +70,3 @@ def autocast(model: nn.Module, dtype: torch.dtype | None) -> Any:
 def device_of(model: nn.Module) -> torch.device:
     """Returns the device of the model's first parameter or buffer."""
     return next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
-
-
-def samples_of(batch: Any) -> int:
-    """Returns the number of samples in a batch: the length of its first tensor."""
-    values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else [batch]
-    first = next((value for value in values if isinstance(value, Tensor) and value.ndim), None)
-    return 1 if first is None else len(first)

@@ -13,15 +13,16 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ...calibrate import Loss, Padding, check_batches, quiet_eval
+from ...calibrate import Loss, Padding, check_batches
 from ...checks import check_integer
 from ...errors import LowRankError
 from ...modules import check_model, check_optimizer
 from ...settings import settings_from
 from .data import Position, check_data, seeded_batches
 from .distillation import Distillation, unwrapped
-from .objective import Metric, Objective, Score, device_of, held_out_sums
+from .objective import Metric, Objective, device_of
 from .result import Recovery
+from .scoring import Score, Scoring, mean_score
 from .settings import RecoverySettings
 from .state import Log, load_state, save_state, state_of, write_state_
 from .training import Training, trained_parameters
@@ -102,7 +103,11 @@ def recover_(
         if batches is not None:
             check_batches(batches, "recover_")
             check_data(batches, name)
-    _check_scoring(chosen, loss, validation, metric, score)
+    if loss is not None and not callable(loss):
+        raise LowRankError(f"recover_: got loss of type {type(loss).__name__}, expected a function.")
+    scoring = Scoring(validation, metric, score)
+    if chosen.patience is not None and not scoring:
+        raise LowRankError("recover_: got patience= and nothing to score, expected validation= or score= too.")
     trained = trained_parameters(model, chosen, optimizer)
     distillation = None if teacher is None else Distillation(inner, teacher, chosen)
     padding = Padding(inner) if distillation is None else distillation.padding
@@ -118,19 +123,11 @@ def recover_(
         log = Log(**found["log"])
 
     def held_out() -> float | None:
-        if score is not None:
-            with quiet_eval(inner), torch.no_grad():
-                sums = [float(score(inner)), 1.0]
-        elif validation is not None:
-            sign, measure = (-1, objective) if metric is None else (1, metric)
-            total, count = held_out_sums(inner, validation, {"score": measure}, padding, chosen.dtype)
-            sums = [sign * total["score"], float(count)]
-        else:
+        sums = scoring.sums(inner, objective, padding, chosen.dtype)
+        if sums is None:
             return None
-        total_sum, total_count = processes.sums(sums, device_of(inner))
-        if not total_count:
-            raise LowRankError("recover_: validation has no batches, expected at least one in every pass over it.")
-        return total_sum / total_count
+        total, count = processes.sums(sums, device_of(inner))
+        return mean_score(total, count)
 
     def finish_step() -> None:
         """Scores and writes the state behind a step, where it is time."""
@@ -170,18 +167,6 @@ def _checked(start: object) -> Position:
     check_integer(start[0], "recover_", "start[0]", 0)
     check_integer(start[1], "recover_", "start[1]", 0)
     return start[0], start[1]
-
-
-def _check_scoring(settings: RecoverySettings, loss: object, validation: object, metric: object, score: object) -> None:
-    for name, function in (("loss", loss), ("metric", metric), ("score", score)):
-        if function is not None and not callable(function):
-            raise LowRankError(f"recover_: got {name} of type {type(function).__name__}, expected a function.")
-    if score is not None and (metric is not None or validation is not None):
-        raise LowRankError("recover_: got score= beside validation= or metric=, expected one way to score the model.")
-    if metric is not None and validation is None:
-        raise LowRankError("recover_: got metric= without validation=, expected held-out batches to measure it on.")
-    if settings.patience is not None and validation is None and score is None:
-        raise LowRankError("recover_: got patience= and nothing to score, expected validation= or score= too.")
 
 
 def _open(folder: Path, settings: RecoverySettings, state: dict[str, Tensor]) -> dict[str, Any] | None:

@@ -81,7 +81,7 @@ def save_state(
         state: the model's tensors.
         others: state dicts of the optimizer and the scaler of gradients, by name.
     """
-    body = {"format": FORMAT, "version": VERSION, "settings": _words(settings), "log": vars(log)}
+    body = {"format": FORMAT, "version": VERSION, "settings": words_of(settings), "log": vars(log)}
     with replacing(folder / FILE) as temporary:
         torch.save({**body, "state": {name: tensor.detach() for name, tensor in state.items()}, **others}, temporary)
 
@@ -98,24 +98,9 @@ def load_state(folder: Path, settings: RecoverySettings, state: Mapping[str, Ten
         CheckpointError: for a file that is torn or foreign, or of a recovery of another model or by other settings.
     """
     path = folder / FILE
-    for torn in folder.glob(f".{FILE}.*.tmp"):  # of processes that were killed while they wrote
-        torn.unlink(missing_ok=True)
-    if not path.is_file():
+    body = read_state(path, FORMAT, VERSION, "recover_", words_of(settings))
+    if body is None:
         return None
-    try:
-        body = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        raise CheckpointError(f"{path}: is torn or no state of a recovery: {error}") from None
-    if not isinstance(body, dict) or body.get("format") != FORMAT:
-        raise CheckpointError(f"{path}: was not written by recover_; choose another folder for resume=.")
-    if body["version"] != VERSION:
-        raise CheckpointError(f"{path}: has version {body['version']!r}, expected {VERSION}; update the package.")
-    for name, value in _words(settings).items():
-        if body["settings"].get(name) != value:
-            raise CheckpointError(
-                f"{path}: was written with {name}={body['settings'].get(name)}, got {name}={value}; go on with the"
-                " same settings, or choose another folder for resume=."
-            )
     saved = {name: tuple(tensor.shape) for name, tensor in body["state"].items()}
     own = {name: tuple(tensor.shape) for name, tensor in state.items()}
     for name in sorted(own.keys() | saved.keys()):
@@ -127,6 +112,40 @@ def load_state(folder: Path, settings: RecoverySettings, state: Mapping[str, Ten
     return body
 
 
-def _words(settings: RecoverySettings) -> dict[str, str]:
-    """The settings that decide the result, as words."""
+def read_state(path: Path, form: str, version: int, writer: str, settings: Mapping[str, str]) -> dict[str, Any] | None:
+    """Reads a file of torch's with a format, a version and settings; ``None`` where nothing was written yet.
+
+    Args:
+        path: the file. What killed processes have left beside it, half written, is removed.
+        form: the expected format.
+        version: the expected version.
+        writer: the function that writes such files, for messages.
+        settings: the settings that it has to be written with.
+
+    Raises:
+        CheckpointError: for a file that is torn or foreign, or was written with other settings.
+    """
+    for torn in path.parent.glob(f".{path.name}.*.tmp"):
+        torn.unlink(missing_ok=True)
+    if not path.is_file():
+        return None
+    try:
+        body = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        raise CheckpointError(f"{path}: is torn or no state of a recovery: {error}") from None
+    if not isinstance(body, dict) or body.get("format") != form:
+        raise CheckpointError(f"{path}: was not written by {writer}; choose another folder for resume=.")
+    if body["version"] != version:
+        raise CheckpointError(f"{path}: has version {body['version']!r}, expected {version}; update the package.")
+    for name, value in settings.items():
+        if body["settings"].get(name) != value:
+            raise CheckpointError(
+                f"{path}: was written with {name}={body['settings'].get(name)}, got {name}={value}; go on with the"
+                " same settings, or choose another folder for resume=."
+            )
+    return body
+
+
+def words_of(settings: RecoverySettings) -> dict[str, str]:
+    """Returns the settings that decide the result, as words."""
     return {name: repr(value) for name, value in asdict(settings).items() if name != "save_every"}

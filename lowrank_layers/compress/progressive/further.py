@@ -1,0 +1,80 @@
+"""Factorizing a model further: factored layers are planned anew, and truncated where that is smaller."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...calibrate import Loss, calibrate
+from ...cost import Cost
+from ...layers import is_factored, layer_cost
+from ...modules import Selector, replace_
+from ...rank import Budget
+from ..densify import densify_
+from ..entry import Entry
+from ..factorize import factorize_
+from ..make_plan import make_plan
+from ..method import Method
+from ..plan import Plan
+from ..registry import DENSE
+
+
+def factorize_further_(
+    model: nn.Module,
+    budget: Budget,
+    batches: Sequence[Any],
+    curvature: Loss | None,
+    methods: Sequence[Method] | None,
+    skip: Iterable[Selector],
+    optimizer: torch.optim.Optimizer,
+) -> Plan:
+    """Factorizes a model that may be factored already, in place; returns the plan of the whole model.
+
+    The factors are multiplied out and planned as the dense layers that they stand for. A layer that the plan makes no
+    smaller than it is stays as it is.
+
+    Args:
+        model: the model.
+        budget: the limit; a fraction is one of the dense model.
+        batches: what the model is calibrated on.
+        curvature: the loss whose curvature weights the errors of layers; ``None`` weights by their inputs alone.
+        methods: as in :func:`make_plan`.
+        skip: layers to leave alone.
+        optimizer: the optimizer of the model; moments of what is truncated go on.
+    """
+    dense = densify_(copy.deepcopy(model))
+    stats = calibrate(dense, batches, loss=curvature)
+    plan = make_plan(dense, budget, stats, methods, skip)
+    smaller = [entry for entry in plan if _is_smaller(entry, model, budget.unit)]
+    factorize_(dense, Plan(smaller, settings=plan.settings), stats)
+    replace_(model, {entry.name: dense.get_submodule(entry.name) for entry in smaller}, optimizer)
+    return plan
+
+
+def absolute(budget: Budget, plan: Plan) -> Budget:
+    """Returns a budget with its fraction as a count.
+
+    Args:
+        budget: the limit.
+        plan: a plan of the dense model.
+    """
+    whole = plan.total if budget.of == "model" else sum((entry.before for entry in plan), Cost())
+    return Budget(**{**asdict(budget), budget.unit: budget.limit(whole)})
+
+
+def _is_smaller(entry: Entry, model: nn.Module, unit: str) -> bool:
+    """Whether a layer takes less by the plan than it does now."""
+    if entry.method == DENSE:
+        return False
+    modules = dict(model.named_modules(remove_duplicate=False))
+    if entry.name not in modules or not is_factored(modules[entry.name]):
+        return True
+    now = layer_cost(modules[entry.name], entry.input_shape)
+    now = replace(now, macs=round(now.macs * entry.repeats))
+    less: bool = getattr(entry.after, unit) < getattr(now, unit)
+    return less
