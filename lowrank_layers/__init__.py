@@ -130,7 +130,7 @@ from .lora.inits.corda import CorDA as CorDA
 from .lora.inits.eva import EVA as EVA
 from .lora.inits.loftq import LoftQ as LoftQ
 from .lora.inits.lora_ga import LoRAGA as LoRAGA
-from .optim import LowRankProjection as LowRankProjection
+from .optim import SOAP as SOAP, LowRankProjection as LowRankProjection
 from .rank import Budget as Budget, Rank as Rank, RankRule as RankRule, Refit as Refit, Spectrum as Spectrum
 from .rank.consensus import (
     ConsensusStability as ConsensusStability,

@@ -1,3 +1,4 @@
-"""Optimizers with a low-rank state: GaLore's projection of gradients around any torch optimizer."""
+"""Optimizers: GaLore's projection of gradients around any torch optimizer, and SOAP for factors."""
 
 from .low_rank_projection import LowRankProjection as LowRankProjection
+from .soap import SOAP as SOAP
