@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from ...calibrate import Loss, calibrate
-from ...cost import Cost
 from ...layers import is_factored, layer_cost
 from ...modules import Selector, replace_
 from ...rank import Budget
@@ -50,25 +49,14 @@ def factorize_further_(
     dense = densify_(copy.deepcopy(model))
     stats = calibrate(dense, batches, loss=curvature)
     plan = make_plan(dense, budget, stats, methods, skip)
-    smaller = [entry for entry in plan if _is_smaller(entry, model, budget.unit)]
+    smaller = [entry for entry in plan if _is_smaller(entry, model, budget)]
     factorize_(dense, Plan(smaller, settings=plan.settings), stats)
     replace_(model, {entry.name: dense.get_submodule(entry.name) for entry in smaller}, optimizer)
     return plan
 
 
-def absolute(budget: Budget, plan: Plan) -> Budget:
-    """Returns a budget with its fraction as a count.
-
-    Args:
-        budget: the limit.
-        plan: a plan of the dense model.
-    """
-    whole = plan.total if budget.of == "model" else sum((entry.before for entry in plan), Cost())
-    return Budget(**{**asdict(budget), budget.unit: budget.limit(whole)})
-
-
-def _is_smaller(entry: Entry, model: nn.Module, unit: str) -> bool:
-    """Whether a layer takes less by the plan than it does now."""
+def _is_smaller(entry: Entry, model: nn.Module, budget: Budget) -> bool:
+    """Whether a layer takes less by the plan than it does now, of all that is limited and can be counted."""
     if entry.method == DENSE:
         return False
     modules = dict(model.named_modules(remove_duplicate=False))
@@ -76,5 +64,6 @@ def _is_smaller(entry: Entry, model: nn.Module, unit: str) -> bool:
         return True
     now = layer_cost(modules[entry.name], entry.input_shape)
     now = replace(now, macs=round(now.macs * entry.repeats))
-    less: bool = getattr(entry.after, unit) < getattr(now, unit)
-    return less
+    units = [unit for unit in budget.units if unit != "latency"] or ["params"]
+    pairs = [(getattr(entry.after, unit), getattr(now, unit)) for unit in units]
+    return all(then <= held for then, held in pairs) and any(then < held for then, held in pairs)

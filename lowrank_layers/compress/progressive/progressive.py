@@ -117,7 +117,7 @@ def progressive_(
     words = {"budgets": repr(limits), "tolerated": repr(tolerated), "samples": repr(samples)}
     words |= {f"{key} of stage {k}": word for k, each in enumerate(chosen, 1) for key, word in words_of(each).items()}
     folder = None if resume is None else Path(resume)
-    run = None if folder is None else Run.read(folder, words, model, chosen)
+    run = None if folder is None else Run.read(folder, words, model, limits, chosen)
     if run is None:
         work = copy.deepcopy(model)
         run = Run(work, _score(work, chosen[0], scoring, loss, teacher))
@@ -126,7 +126,7 @@ def progressive_(
         if not run.factorized:
             weight = _curvature(each, loss, teacher) if curvature == "auto" else curvature
             batches = _calibration(data, each.seed, run.position, samples, targets=weight is not None)
-            run.factorize(limits, batches, weight, methods, list(skip), each)
+            run.factorize(limits[stage], batches, weight, methods, list(skip), each)
             if folder is not None:
                 run.write(folder, words)
         recovery = recover_(

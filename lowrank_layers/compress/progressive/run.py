@@ -22,7 +22,7 @@ from ..plan import model_cost
 from ..recovery import Recovery, RecoverySettings
 from ..recovery.data import Position
 from ..recovery.state import read_state
-from .further import absolute, factorize_further_
+from .further import factorize_further_
 from .result import Stage
 from .snapshot import model_of, new_optimizer, optimizer_states, snapshot_of
 
@@ -40,7 +40,6 @@ class Run:
 
     Attributes:
         params: number of parameters of the model as it was.
-        limits: the budgets as counts; empty before the first plan.
         stages: what is done.
         kept: number of stages that ``good`` has behind it.
         good: the model of the last stage that kept the score; ``None`` before.
@@ -52,7 +51,6 @@ class Run:
         self.model = model
         self.score = score
         self.params = model_cost(model).params
-        self.limits: list[Budget] = []
         self.stages: list[Stage] = []
         self.kept = 0
         self.good: nn.Module | None = None
@@ -66,7 +64,7 @@ class Run:
 
     def factorize(
         self,
-        budgets: Sequence[Budget],
+        budget: Budget,
         batches: Sequence[Any],
         curvature: Loss | None,
         methods: Sequence[Method] | None,
@@ -76,17 +74,15 @@ class Run:
         """Factorizes the model to the budget of the next stage.
 
         Args:
-            budgets: those of all stages.
+            budget: the limit.
             batches: what the model is calibrated on.
             curvature: the loss that weights the layers.
             methods: methods to choose from.
             skip: layers to leave alone.
             settings: those of the next stage.
         """
-        budget = (self.limits or budgets)[len(self.stages)]
         optimizer = self.optimizer or new_optimizer(self.model, {}, settings)
-        plan = factorize_further_(self.model, budget, batches, curvature, methods, skip, optimizer)
-        self.limits = self.limits or [absolute(each, plan) for each in budgets]
+        factorize_further_(self.model, budget, batches, curvature, methods, skip, optimizer)
         self.optimizer = new_optimizer(self.model, optimizer_states(self.model, optimizer), settings)
         self.factorized = True
 
@@ -122,15 +118,19 @@ class Run:
             "optimizer": optimizer_states(self.model, self.optimizer),
             "good": None if self.good is None else snapshot_of(self.good),
             "score": self.score,
-            "limits": [asdict(limit) for limit in self.limits],
-            "stages": [{**asdict(stage), "recovery": asdict(stage.recovery)} for stage in self.stages],
+            "stages": [{"params": stage.params, "recovery": asdict(stage.recovery)} for stage in self.stages],
         }
         with replacing(folder / FILE) as temporary:
             torch.save(body, temporary)
 
     @classmethod
     def read(
-        cls, folder: Path, words: Mapping[str, str], model: nn.Module, settings: Sequence[RecoverySettings]
+        cls,
+        folder: Path,
+        words: Mapping[str, str],
+        model: nn.Module,
+        budgets: Sequence[Budget],
+        settings: Sequence[RecoverySettings],
     ) -> Run | None:
         """Reads what :meth:`write` wrote; ``None`` where nothing was written yet.
 
@@ -138,6 +138,7 @@ class Run:
             folder: the folder; it is made if there is none.
             words: what the call was given, as words.
             model: the model as it is given; not changed.
+            budgets: those of all stages.
             settings: those of all stages.
 
         Raises:
@@ -153,9 +154,9 @@ class Run:
         run = cls(model_of(body["model"], dense), body["score"])
         run.params = model_cost(model).params
         run.good = None if body["good"] is None else model_of(body["good"], dense)
-        run.limits = [Budget(**limit) for limit in body["limits"]]
         run.stages = [
-            Stage(Budget(**each["budget"]), each["params"], Recovery(**each["recovery"])) for each in body["stages"]
+            Stage(budget, each["params"], Recovery(**each["recovery"]))
+            for budget, each in zip(budgets, body["stages"], strict=False)
         ]
         run.kept = len(run.stages)
         run.factorized = True
