@@ -26,6 +26,7 @@ RESULTS = {
     "kv_memory": "kv_memory",
     "kv_quality": "kv_quality",
     "kv_real": "kv_real",
+    "latency": "latency",
     "layers": "layers",
     "lora": "lora",
     "make_plan": "make_plan",

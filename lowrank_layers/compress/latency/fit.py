@@ -45,15 +45,23 @@ def fit_latency(
         The problem with the times that the last choice was made by, the choice, and the seconds that were measured.
     """
     table.measure_grid(problem.offers)
-    for _ in range(CORRECTIONS + 1):
-        timed = _timed(problem, table)
-        picks = _settled(timed, table)
+    for corrections in range(CORRECTIONS + 1):
+        timed, missed = _timed(problem, table), None
+        try:
+            picks = _settled(timed, table)
+        except BudgetError as error:
+            if corrections:
+                raise
+            missed, picks = error, _fastest(timed)  # the table may be too pessimistic
         ratio = time_ratio(model, _compressed(model, problem, picks), table.run)
         promised = sum(table.seconds(name) - offer.option.cost.latency for name, offer in picks.items())
         saved = (1 - ratio) * table.whole
-        if promised <= 0 or abs(saved - promised) <= CLOSE * (table.whole - promised):
+        close = abs(saved - promised) <= CLOSE * (table.whole - promised)
+        if promised <= 0 or saved <= 0 or (close and missed is None):
             break
         table.gain *= max(saved / promised, 0.1)
+    if missed is not None:
+        raise missed
     if ratio > 1 and any(offer.method is not None for offer in picks.values()):
         raise BudgetError(
             f"{problem.budget}: the fastest plan that was found takes {ratio:.2f} times the time of the dense model:"
@@ -85,6 +93,11 @@ def _settled(problem: Allocation, table: LatencyTable) -> dict[str, Offer]:
             break
         problem.offers.update(table.priced(problem.offers))
     return picks
+
+
+def _fastest(problem: Allocation) -> dict[str, Offer]:
+    """The offer of least time for each layer."""
+    return {name: min(each, key=lambda offer: offer.option.cost.latency) for name, each in problem.offers.items()}
 
 
 def _compressed(model: nn.Module, problem: Allocation, picks: dict[str, Offer]) -> nn.Module:

@@ -156,6 +156,29 @@ def test_the_time_of_the_whole_model_corrects_the_table(clock, stats):
     assert plan.after.latency == pytest.approx(true, rel=0.03)
 
 
+class Shared(Net):
+    """A net that takes less time as a whole than its layers do, where these are low-rank."""
+
+    clock: Clock
+
+    def forward(self, x: Tensor) -> Tensor:
+        low = sum(isinstance(module, lr.LowRankLinear) for module in self.modules())
+        self.clock.now -= TICK * 400 * low
+        return super().forward(x)
+
+
+def test_a_limit_that_the_table_takes_for_out_of_reach_is_met_after_its_correction(clock, stats):
+    torch.manual_seed(1)
+    model = Shared()
+    Shared.clock = clock
+    least = seconds(model) - 2 * TICK * (64 * 64 - 2 * 64 - CALL)
+    limit = least - 400 * TICK
+    plan = lr.make_plan(model, lr.Budget(latency=limit / seconds(model)), stats=stats, round_to=1)
+    small = lr.factorize_(copy.deepcopy(model), plan, stats=stats)
+    assert plan.after.latency <= limit * (1 + 1e-3)
+    assert seconds(small) - 800 * TICK == pytest.approx(plan.after.latency, rel=0.03)
+
+
 def test_times_are_kept_on_disk(clock, stats, monkeypatch):
     first = planned(lr.Budget(latency=0.7), stats)[1]
     calls = clock.calls
