@@ -34,6 +34,7 @@ RESULTS = {
     "projection": "projection",
     "recovery": "recovery",
     "robot_g1": "robot_g1",
+    "vla": "vla",
 }
 """The benchmarks that run small, and the theme that their result file is named after."""
 IN_FULL = {
@@ -42,6 +43,8 @@ IN_FULL = {
     "seed_lenet": "is run in full below",
     "without_loss": "takes minutes",
 }
+NEEDS = {"vla": "minigrid"}
+"""The packages of extras that a benchmark cannot run without."""
 
 
 def exit_code(main):
@@ -63,6 +66,8 @@ def tables(text):
 def test_smoke(name, tmp_path, monkeypatch):
     if name == "recovery" and not available("lenet_mnist"):
         pytest.skip("needs lenet_mnist in LOWRANK_DATA")
+    if name in NEEDS:
+        pytest.importorskip(NEEDS[name])
     monkeypatch.setattr(sys, "argv", [name, "--smoke", "--threads", "1", "--out", str(tmp_path)])
     assert not exit_code(importlib.import_module(f"benchmarks.{name}").main)
     (path,) = tmp_path.iterdir()

@@ -113,3 +113,18 @@ def test_image_svd(tmp_path, run):
         assert before + 1 < after <= best < after + 1
     for name in ("ranks.png", "colour.png", "denoised.png"):
         assert (tmp_path / "image_svd_out" / name).stat().st_size > 10_000
+
+
+def test_vla_policy(tmp_path, run):
+    pytest.importorskip("minigrid")
+    few = ("--demonstrations", "40", "--width", "32", "--batch", "32", "--steps", "30", "--recovery", "10")
+    out = run("vla_policy.py", *few, "--episodes", "4", "--budget", "0.5")
+    dense, small = (int(n.replace(",", "")) for n in re.search(r"^parameters +([\d,]+) +([\d,]+)", out, re.M).groups())
+    assert small <= 0.5 * dense
+    assert re.search(r"^success, % +[\d.]+ +[\d.]+", out, re.M)
+    assert (
+        len(re.findall(r"^'go to (?:the|a) \w+ (?:key|ball|box)': (?:[\w ]+, )*[\w ]+: (?:there|lost)$", out, re.M))
+        == 3
+    )
+    with safe_open(tmp_path / "vla_policy_out" / "policy.safetensors", framework="pt") as file:
+        assert "lowrank_layers" in file.metadata()
