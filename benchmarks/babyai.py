@@ -14,16 +14,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 LEVEL = "BabyAI-GoToLocal-v0"
-WORDS = ("go", "to", "the", "a", "red", "green", "blue", "purple", "yellow", "grey", "key", "ball", "box")
-LENGTH = 5
-"""Words of an instruction: "go to the red ball"."""
+WORDS = ("red", "green", "blue", "purple", "yellow", "grey", "key", "ball", "box")
+LENGTH = 2
+"""Words of an instruction that the policy knows: "red ball" of "go to the red ball"."""
 ACTIONS = 7
 PAST = 4
 """Number of last actions that the policy is told; a room is wider than its view, so it has to remember."""
 NO_ACTION = ACTIONS
 
 Inputs = tuple[Tensor, Tensor, Tensor]
-"""``(view, words, state)``, of shapes ``[N, 7, 7, 3]``, ``[N, 5]`` and ``[N, 1 + PAST]``: heading and last actions."""
+"""``(view, words, state)``, of shapes ``[N, 7, 7, 3]``, ``[N, 2]`` and ``[N, 1 + PAST]``: heading and last actions."""
 
 
 class Block(nn.Module):
@@ -47,7 +47,9 @@ class Block(nn.Module):
 
 
 class Policy(nn.Module):
-    """A vision-language-action policy: four patches of the view, the words and the robot's state as tokens.
+    """A vision-language-action policy: the robot's state, four patches of the view and the words as tokens.
+
+    The cells of the view are scaled by the instruction before they become patches, as in FiLM (Perez et al., 2018).
 
     Args:
         width: width of the transformer.
@@ -57,8 +59,9 @@ class Policy(nn.Module):
 
     def __init__(self, width: int = 512, layers: int = 3, heads: int = 8) -> None:
         super().__init__()
-        self.cells = nn.ModuleList(nn.Embedding(kinds, 24) for kinds in (11, 6, 4))  # object, colour, state
-        self.patch = nn.Linear(16 * 24, width)
+        self.cells = nn.ModuleList(nn.Embedding(kinds, 32) for kinds in (11, 6, 4))  # object, colour, state
+        self.sought, self.film = nn.Embedding(len(WORDS), 32), nn.Linear(32, 32)
+        self.patch = nn.Linear(16 * 32, width)
         self.words = nn.Embedding(len(WORDS), width)
         self.heading = nn.Embedding(4, width)
         self.past = nn.Embedding(PAST * (ACTIONS + 1), width)
@@ -66,10 +69,22 @@ class Policy(nn.Module):
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, ACTIONS)
 
+    def groups(self, lr: float) -> list[dict[str, Any]]:
+        """Parameters for an optimizer; a wide transformer's matrices learn well at a lower rate than all around them.
+
+        Args:
+            lr: learning rate of the transformer's matrices.
+        """
+        matrices = [p for p in self.blocks.parameters() if p.ndim == 2]
+        others = [p for p in self.parameters() if not any(p is each for each in matrices)]
+        return [{"params": matrices, "lr": lr}, {"params": others, "lr": 6 * lr}]
+
     def forward(self, view: Tensor, words: Tensor, state: Tensor) -> Tensor:
         view, words, state = view.long(), words.long(), state.long()
-        cells = F.pad(sum(embed(view[..., k]) for k, embed in enumerate(self.cells)), (0, 0, 0, 1, 0, 1))
-        patches = cells.unflatten(1, (2, 4)).unflatten(3, (2, 4)).transpose(2, 3).flatten(3).flatten(1, 2)
+        cells = sum(embed(view[..., k]) for k, embed in enumerate(self.cells))
+        cells = cells * (1 + self.film(self.sought(words).sum(1)))[:, None, None]
+        padded = F.pad(cells, (0, 0, 0, 1, 0, 1))  # 8 x 8 cells
+        patches = padded.unflatten(1, (2, 4)).unflatten(3, (2, 4)).transpose(2, 3).flatten(3).flatten(1, 2)
         seen = torch.cat([self.patch(patches), self.words(words)], 1) + self.position
         slots = state[:, 1:] + torch.arange(PAST, device=state.device) * (ACTIONS + 1)
         own = self.heading(state[:, :1]) + self.past(slots).sum(1, keepdim=True)
@@ -107,7 +122,7 @@ def begin(seed: int, level: str = LEVEL) -> Episode:
 def inputs_of(episodes: Sequence[Episode]) -> Inputs:
     """What the policy is given in each of the episodes."""
     seen = [episode.observation for episode in episodes]
-    words = [[WORDS.index(word) for word in each["mission"].split()] for each in seen]
+    words = [[WORDS.index(word) for word in each["mission"].split() if word in WORDS] for each in seen]
     state = [[each["direction"], *episode.past] for each, episode in zip(seen, episodes, strict=True)]
     view = torch.from_numpy(np.stack([each["image"] for each in seen]))
     return view, torch.tensor(words, dtype=torch.uint8), torch.tensor(state, dtype=torch.uint8)

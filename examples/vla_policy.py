@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import sys
 from pathlib import Path
 
@@ -26,13 +27,14 @@ from benchmarks.babyai import Policy, begin, demonstrations, inputs_of, success
 WORDS_OF_ACTIONS = ("left", "right", "forward", "pick up", "drop", "toggle", "done")
 
 
-def compress(dense: nn.Module, batches: DataLoader, budget: float, steps: int) -> nn.Module:
+def compress(dense: nn.Module, batches: DataLoader, held_out: list, budget: float, steps: int) -> nn.Module:
     """A copy of the policy that meets the budget, after recovery by its teacher, the dense policy."""
-    stats = lr.calibrate(dense, [batch for batch, _ in zip(batches, range(16), strict=False)], lr.SampledCrossEntropy())
+    stats = lr.calibrate(dense, list(itertools.islice(batches, 32)), loss=lr.SampledCrossEntropy())
     plan = lr.make_plan(dense, lr.Budget(params=budget), stats=stats)
     print(plan)
     small = lr.factorize_(copy.deepcopy(dense), plan, stats=stats)
-    lr.recover_(small, batches, steps, teacher=dense, lr=1e-3)
+    # the best state on held-out demonstrations is kept, so that by them it never gets worse
+    print(lr.recover_(small, batches, steps, teacher=dense, lr=1e-4, validation=held_out))
     return small
 
 
@@ -53,19 +55,25 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=0.1, help="fraction of the parameters that is kept")
     parser.add_argument("--demonstrations", type=int, default=5_000, help="episodes of the expert")
     parser.add_argument("--width", type=int, default=256, help="width of the policy; 512 has ten million parameters")
-    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--steps", type=int, default=1_000, help="steps of training")
     parser.add_argument("--recovery", type=int, default=300, help="steps of recovery")
+    parser.add_argument("--held-out", type=int, default=1_024, help="states that are not trained on")
     parser.add_argument("--episodes", type=int, default=200, help="episodes that are scored")
     parser.add_argument("--out", type=Path, default=Path("vla_policy_out"))
     args = parser.parse_args()
     torch.manual_seed(0)
     data = demonstrations(range(args.episodes, args.episodes + args.demonstrations))
     print(f"{args.demonstrations:,} demonstrations of {len(data[0]):,} actions")
-    batches = DataLoader(TensorDataset(*data), args.batch, shuffle=True, drop_last=True)
+    held_out = [tuple(part[-args.held_out :] for part in data)]
+    batches = DataLoader(
+        TensorDataset(*(part[: -args.held_out] for part in data)), args.batch, shuffle=True, drop_last=True
+    )
     dense = Policy(args.width)
-    lr.recover_(dense, batches, args.steps, lr=5e-4, progress=True)  # the loss is the cross-entropy, as in any training
-    small = compress(dense.eval(), batches, args.budget, args.recovery)
+    # a training like any other: the loss is the cross-entropy between the policy's actions and the expert's
+    optimizer = torch.optim.AdamW(dense.groups(5e-4))
+    lr.recover_(dense, batches, args.steps, optimizer=optimizer, progress=True)
+    small = compress(dense.eval(), batches, held_out, args.budget, args.recovery)
     score = {"success, %": lambda policy: success(policy, range(args.episodes))}
     print(lr.compare(dense, small, [tuple(part[:1] for part in data)], score=score))
     for seed in range(3):

@@ -118,7 +118,7 @@ def test_image_svd(tmp_path, run):
 def test_vla_policy(tmp_path, run):
     pytest.importorskip("minigrid")
     few = ("--demonstrations", "40", "--width", "32", "--batch", "32", "--steps", "30", "--recovery", "10")
-    out = run("vla_policy.py", *few, "--episodes", "4", "--budget", "0.5")
+    out = run("vla_policy.py", *few, "--episodes", "4", "--held-out", "32", "--budget", "0.5")
     dense, small = (int(n.replace(",", "")) for n in re.search(r"^parameters +([\d,]+) +([\d,]+)", out, re.M).groups())
     assert small <= 0.5 * dense
     assert re.search(r"^success, % +[\d.]+ +[\d.]+", out, re.M)
