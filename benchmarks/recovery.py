@@ -154,7 +154,8 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="LeNet on few images, to see that the script runs")
     args = parser.parse_args()
     line = machine(args)
-    report = [f"# Recovery of LeNet and ResNet-20\n\n{line}\n"]
+    chosen = ["lenet"] if args.smoke else args.models
+    report = [f"# Recovery of LeNet and ResNet-20\n\n{line}; run for {', '.join(chosen)}\n"]
     failed: list[str] = []
     tables = {
         "lenet": lambda: lenet_tables(
@@ -162,7 +163,7 @@ def main() -> None:
         ),
         "resnet20": lambda: resnet_table(args.seeds[0], epochs=3),
     }
-    for name in ["lenet"] if args.smoke else args.models:
+    for name in chosen:
         lines, missed = tables[name]()
         report += lines
         failed += missed
