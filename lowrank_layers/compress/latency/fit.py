@@ -10,12 +10,14 @@ from functools import partial
 from torch import nn
 
 from ...errors import BudgetError
+from ...linalg import full_precision
 from ...modules import replace_
 from ..allocation import Allocation, Offer
+from ..candidates import Candidate
 from ..evaluation.latency import paired_seconds
 from ..recovery.objective import device_of
 from .run import ExampleRun
-from .table import LatencyTable, build_blank
+from .table import LatencyTable
 
 ROUNDS = 6
 """Choices at most before the times of all that is chosen are measured ones."""
@@ -101,10 +103,15 @@ def _fastest(problem: Allocation) -> dict[str, Offer]:
 
 
 def _compressed(model: nn.Module, problem: Allocation, picks: dict[str, Offer]) -> nn.Module:
-    """A copy of the model with the layers that were chosen, their weights random."""
+    """A copy of the model with the layers that were chosen: the time of a pooling, say, depends on what it is given."""
     small = copy.deepcopy(model)
-    built = {
-        name: build_blank(problem.layers[name], offer) for name, offer in picks.items() if offer.method is not None
-    }
-    replace_(small, built)
+    replace_(small, {name: _built(problem.layers[name], offer) for name, offer in picks.items() if offer.method})
     return small
+
+
+@full_precision
+def _built(layer: Candidate, offer: Offer) -> nn.Module:
+    assert offer.method is not None
+    built = offer.method.build(layer, offer.option.rank)
+    layer.release()
+    return built
