@@ -40,7 +40,10 @@ def test_quickstart(tmp_path):
     out = done.stdout
     assert "whole model" in out
     assert "outputs identical to the bit" in out
-    assert re.search(r"latency: dense .* predicted .* measured", out)
+    # whether so small a model can gain time depends on the machine
+    assert re.search(
+        r"latency: dense .* predicted .* measured|Budget\(params=0.5, latency=1.0\): .* It stays dense", out
+    )
     before, after = map(float, re.search(r"test accuracy, %\s+([\d.]+)\s+([\d.]+)", out).groups())
     assert before > 95
     assert after > before - 2
