@@ -88,12 +88,7 @@ def denoise(grey: Tensor, levels: list[float]) -> list[tuple[str, Tensor]]:
 
 def save(pictures: list[tuple[str, Tensor]], path: Path) -> None:
     """Draws pictures side by side."""
-    axes = plot.panels(len(pictures))
-    for each, (title, image) in zip(axes, pictures, strict=True):
-        each.imshow(image.clamp(0, 1).numpy(), cmap="gray", vmin=0, vmax=1)
-        each.set_title(title)
-        each.axis("off")
-    plot.save_figure(axes[0], path)
+    plot.save_figure(plot.image_strip(dict(pictures)), path)
     print(f"written: {path}")
 
 

@@ -81,7 +81,7 @@ def public(home: ModuleType, names: list[str]) -> Iterator[Any]:
 PUBLIC = [
     *public(lr, lr.__all__),
     *public(interop, list(vars(interop))),
-    *public(plot, [name for name, value in vars(plot).items() if getattr(value, "__module__", "") == plot.__name__]),
+    *public(plot, list(vars(plot))),
 ]
 
 

@@ -1,0 +1,93 @@
+"""Spectra: singular values, and errors of layers against their ranks."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from ..calibrate.statistics import Statistics
+from ..compress.candidates import Candidate
+from ..compress.plan import Plan
+from ..decompose import svd
+from ..linalg import check_matrix
+from ..rank import Rank
+from ..rank.rule import choose_rank, pair_spectrum
+from .figure import colour, figure_of, panels
+from .ticks import logarithmic, whole_x
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+def spectra(model: nn.Module, plan: Plan, stats: Statistics | None = None, *, ax: Axes | None = None) -> Figure:
+    """Plots the relative error of each layer against its rank, and marks the rank that the plan chose.
+
+    Args:
+        model: the dense model that the plan was made for.
+        plan: the plan whose layers are drawn.
+        stats: statistics that weight the spectra, as in :func:`make_plan`.
+        ax: the axes to draw on; by default those of a new figure.
+
+    Raises:
+        MissingExtraError: if matplotlib is not installed.
+    """
+    axes = panels(1)[0] if ax is None else ax
+    for k, entry in enumerate(plan):
+        known = None if stats is None else stats[entry.name]
+        layer = Candidate(model.get_submodule(entry.name), known, damping=plan.damping)
+        tails = torch.stack(layer.tails).sum(0)
+        lost = (tails / tails[0]).clamp_min(1e-6).sqrt().tolist()
+        full = len(lost) - 1
+        hue = colour(k)
+        ranks = entry.rank if isinstance(entry.rank, tuple) else () if entry.rank is None else (entry.rank,)
+        chosen = f"rank {'x'.join(map(str, ranks))}" if ranks else "dense"
+        axes.plot([r / full for r in range(full + 1)], lost, color=hue, label=f"{entry.name} ({chosen})")
+        if ranks and max(ranks) <= full:
+            axes.plot(max(ranks) / full, lost[max(ranks)], "o", color=hue)
+    axes.set(xlabel="rank / full rank", ylabel="relative error of the output", title="Spectra and ranks")
+    logarithmic(axes, "y")
+    axes.legend(fontsize="small")
+    return figure_of(axes)
+
+
+def singular_values(matrix: Tensor, rank: Rank | None = None) -> Figure:
+    """Plots the singular values of a matrix beside the energy that each rank keeps, and marks a rank in both.
+
+    Args:
+        matrix: the matrix.
+        rank: the rank to mark, or a rule that chooses it.
+
+    Shape:
+        ``[m, n]``.
+
+    Raises:
+        LowRankError: for what is not a matrix or not a rank.
+        MissingExtraError: if matplotlib is not installed.
+    """
+    check_matrix(matrix, "singular_values")
+    values = svd(matrix).s.detach().cpu()
+    energies = values.double().square().cumsum(0)
+    kept = (energies / energies[-1].clamp_min(1e-300)).tolist()
+    marked = None
+    if rank is not None:
+        spectrum = pair_spectrum(matrix.shape[0], matrix.shape[1], values, "singular_values")
+        marked = choose_rank(rank, spectrum, len(values))
+    ranks = range(1, len(values) + 1)
+    left, right = panels(2)
+    style = "o-" if len(values) <= 40 else "-"
+    left.plot(ranks, values.tolist(), style, color=colour(0), markersize=4)
+    left.set(xlabel="index", ylabel="singular value", title="Singular values")
+    logarithmic(left, "y")
+    right.plot(ranks, kept, style, color=colour(0), markersize=4)
+    right.set(xlabel="rank", ylabel="energy kept", ylim=(0, 1.04), title="Cumulative energy")
+    right.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
+    for axes in (left, right):
+        whole_x(axes)
+        if marked is not None:
+            label = f"rank {marked}: {kept[marked - 1]:.2%} of the energy"
+            axes.axvline(marked, color=colour(1), linestyle="--", label=label)
+            axes.legend(fontsize="small")
+    return figure_of(left)
