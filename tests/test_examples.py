@@ -118,6 +118,15 @@ def test_image_svd(tmp_path, run):
         assert (tmp_path / "image_svd_out" / name).stat().st_size > 10_000
 
 
+@pytest.mark.skipif(not available("nmf/Datawhale.jpg"), reason="needs nmf/Datawhale.jpg in LOWRANK_DATA")
+def test_figures(tmp_path, run):
+    out = run("figures.py", "--restarts", "3", "--dark")
+    written = re.findall(r"^written: (.+\.png)$", out, re.M)
+    assert len(written) == len(set(written)) == 13
+    for name in written:
+        assert (tmp_path / name).stat().st_size > 5_000
+
+
 def test_vla_policy(tmp_path, run):
     pytest.importorskip("minigrid")
     few = ("--demonstrations", "40", "--width", "32", "--batch", "32", "--steps", "30", "--recovery", "10")
