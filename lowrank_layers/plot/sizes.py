@@ -46,7 +46,7 @@ def plan(chosen: Plan, *, cost: Literal["params", "macs", "bytes"] = "params", a
         axes.text(max(whole, part), place, share, va="center", fontsize="small")
     axes.set_yticks(places, [_label(entry) for entry in entries], fontsize="small")
     axes.invert_yaxis()
-    axes.margins(x=0.1)
+    axes.margins(x=0.1, y=0.02)
     few_x(axes)
     axes.set(xlabel=_TITLES[cost], title="The plan")
     axes.legend(fontsize="small", loc="best")

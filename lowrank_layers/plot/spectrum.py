@@ -21,9 +21,14 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+_MOST_NAMED = 12
+"""The most layers that a legend names."""
+
 
 def spectra(model: nn.Module, plan: Plan, stats: Statistics | None = None, *, ax: Axes | None = None) -> Figure:
     """Plots the relative error of each layer against its rank, and marks the rank that the plan chose.
+
+    More than a dozen layers are drawn without a legend, which would cover them; :func:`plan` names their ranks.
 
     Args:
         model: the dense model that the plan was made for.
@@ -49,7 +54,8 @@ def spectra(model: nn.Module, plan: Plan, stats: Statistics | None = None, *, ax
             axes.plot(max(ranks) / full, lost[max(ranks)], "o", color=hue)
     axes.set(xlabel="rank / full rank", ylabel="relative error of the output", title="Spectra and ranks")
     logarithmic(axes, "y")
-    axes.legend(fontsize="small")
+    if len(axes.get_legend_handles_labels()[0]) <= _MOST_NAMED:
+        axes.legend(fontsize="small")
     return figure_of(axes)
 
 
@@ -80,7 +86,8 @@ def singular_values(matrix: Tensor, rank: Rank | None = None) -> Figure:
     style = "o-" if len(values) <= 40 else "-"
     left.plot(ranks, values.tolist(), style, color=colour(0), markersize=4)
     left.set(xlabel="index", ylabel="singular value", title="Singular values")
-    logarithmic(left, "y")
+    if values[0] > 0:
+        logarithmic(left, "y")
     right.plot(ranks, kept, style, color=colour(0), markersize=4)
     right.set(xlabel="rank", ylabel="energy kept", ylim=(0, 1.04), title="Cumulative energy")
     right.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")

@@ -12,7 +12,7 @@ def few_x(axes: Axes) -> None:
     """Puts the ticks of the horizontal axis at a few round numbers, with thousands separators."""
     from matplotlib.ticker import MaxNLocator
 
-    axes.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
+    axes.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]))
     axes.xaxis.set_major_formatter("{x:,.10g}")
 
 
@@ -35,7 +35,7 @@ def logarithmic(axes: Axes, which: Literal["x", "y"] = "x") -> None:
     axes.set(**{f"{which}scale": "log"})
     low, high = axes.get_xlim() if which == "x" else axes.get_ylim()
     axis = axes.xaxis if which == "x" else axes.yaxis
-    evenly = MaxNLocator(4, steps=[1, 2, 5, 10])
+    evenly = MaxNLocator(4, steps=[1, 2, 2.5, 5, 10])
     axis.set_major_locator(evenly if high < 5 * low else LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter("{x:,.10g}")

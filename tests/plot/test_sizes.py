@@ -19,10 +19,12 @@ def test_a_plan_has_two_bars_per_layer(cost):
     assert [text.get_text() for text in axes.texts] == [f" {after[0] / before[0]:.0%}", " 100%"]
 
 
-def test_an_unknown_cost_is_refused():
+def test_a_plan_without_layers_and_an_unknown_cost_are_refused():
     model = nn.Sequential(nn.Linear(8, 8))
     with pytest.raises(lr.LowRankError, match="got cost 'latency'"):
         plot.plan(lr.make_plan(model, rank=2), cost="latency")
+    with pytest.raises(lr.LowRankError, match="a plan without layers"):
+        plot.plan(lr.Plan.from_model(nn.ReLU()))
 
 
 @pytest.mark.parametrize("higher_is_better", [True, False])

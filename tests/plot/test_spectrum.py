@@ -29,6 +29,21 @@ def test_spectra_name_tucker_ranks_and_layers_that_stay_dense():
     assert all(line.get_label().endswith("(dense)") for line in plot.spectra(model, plan).axes[0].get_lines())
 
 
+def test_many_layers_have_no_legend_that_would_cover_them():
+    model = nn.Sequential(*[nn.Linear(8, 8) for _ in range(13)])
+    plan = lr.make_plan(model, rank=2)
+    axes = plot.spectra(model, plan).axes[0]
+    assert axes.get_legend() is None
+    assert len(axes.get_legend_handles_labels()[1]) == 13
+    assert len(plot.spectra(model, plan.drop("0")).axes[0].get_lines()) == 25
+
+
+def test_a_matrix_of_zeros_keeps_a_linear_axis():
+    left, right = plot.singular_values(torch.zeros(4, 3)).axes
+    assert left.get_yscale() == "linear"
+    assert list(right.get_lines()[0].get_ydata()) == [0, 0, 0]
+
+
 def test_singular_values_and_their_energy_mark_the_rank_of_a_rule():
     matrix = torch.rand(10, 8)
     left, right = plot.singular_values(matrix, lr.Energy(0.9)).axes
