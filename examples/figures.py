@@ -11,18 +11,18 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
 from image_svd import DATA, read
+from matplotlib.figure import Figure
 from torch import Tensor
 
 import lowrank_layers as lr
 from lowrank_layers import plot
 
 
-def figures(picture: Tensor, restarts: int) -> dict[str, Callable[[], Any]]:
+def figures(picture: Tensor, restarts: int) -> dict[str, Callable[[], Figure]]:
     """Each figure by its name, with the line that draws it."""
     torch.manual_seed(42)
     matrix, tensor, positive = torch.rand(10, 8), torch.randn(6, 8, 5) * 2 + 1, torch.abs(torch.randn(12, 10)) + 0.1

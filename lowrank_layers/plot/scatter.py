@@ -54,6 +54,7 @@ def _points(axes: Any, values: Tensor, title: str, bound: float) -> None:
     colours = {"cmap": SIGNED, "vmin": -bound, "vmax": bound}
     points = axes.scatter(*(each.tolist() for each in places), c=flat.tolist(), s=areas.tolist(), alpha=0.8, **colours)
     axes.set_title(f"{title}, {' x '.join(map(str, values.shape))}", fontsize="medium")
+    axes.grid(visible=False)
     for axis in (axes.xaxis, axes.yaxis, axes.zaxis):
         axis.set_major_locator(MaxNLocator(4, integer=True))
         axis.set_pane_color((0.5, 0.5, 0.5, 0.1))
