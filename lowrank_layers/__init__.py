@@ -151,6 +151,16 @@ from .rank.rank_fraction import RankFraction as RankFraction
 from .rank.residual_whiteness import ResidualWhiteness as ResidualWhiteness
 from .rank.size import ParameterFraction as ParameterFraction
 from .rank.stable_rank import StableRank as StableRank
+from .spectrum import (
+    Advice as Advice,
+    LayerSpectrum as LayerSpectrum,
+    MatrixSpectrum as MatrixSpectrum,
+    PowerLaw as PowerLaw,
+    WeightSpectrum as WeightSpectrum,
+    fit_power_law as fit_power_law,
+    should_factorize as should_factorize,
+    weight_spectrum as weight_spectrum,
+)
 
 if torch.distributed.is_available():  # torch may be built without it
     from .distributed import (

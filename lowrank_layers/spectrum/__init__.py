@@ -1,0 +1,10 @@
+"""Understanding a model by its singular values: of weights, activations, and what training changed."""
+
+from .advice import Advice as Advice, should_factorize as should_factorize
+from .matrix_spectrum import MatrixSpectrum as MatrixSpectrum
+from .power_law import PowerLaw as PowerLaw, fit_power_law as fit_power_law
+from .weights import (
+    LayerSpectrum as LayerSpectrum,
+    WeightSpectrum as WeightSpectrum,
+    weight_spectrum as weight_spectrum,
+)

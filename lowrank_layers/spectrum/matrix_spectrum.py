@@ -1,0 +1,133 @@
+"""The singular values of one matrix, and the numbers that describe them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from ..linalg import scaled_to_unit
+from ..rank import Spectrum, pair_spectrum
+from ..rank.energy import Energy
+from ..rank.evbmf import EVBMF
+from ..rank.gavish_donoho import GavishDonoho
+from .power_law import PowerLaw, fit_power_law
+
+
+@dataclass(frozen=True, eq=False)
+class MatrixSpectrum:
+    """The singular values of one matrix, and what is computed from them.
+
+    Args:
+        values: singular values, largest first, in fp64.
+        shape: rows and columns of the matrix.
+
+    Examples:
+        >>> found = lr.MatrixSpectrum(torch.tensor([3.0, 1.0, 1.0]).double(), (3, 5))
+        >>> found.nuclear_norm, found.rank_for_energy(0.9), round(found.stable_rank, 3)
+        (5.0, 2, 1.222)
+    """
+
+    values: Tensor
+    shape: tuple[int, int]
+
+    @classmethod
+    def of(cls, matrix: Tensor) -> MatrixSpectrum:
+        """Computes the spectrum of a matrix.
+
+        Args:
+            matrix: ``[m, n]``.
+        """
+        return cls(torch.linalg.svdvals(matrix.detach().double()), (matrix.shape[0], matrix.shape[1]))
+
+    @property
+    def spectral_norm(self) -> float:
+        """The largest singular value."""
+        return float(self.values[0])
+
+    @property
+    def nuclear_norm(self) -> float:
+        """The sum of the singular values."""
+        return float(self.values.sum())
+
+    @property
+    def frobenius_norm(self) -> float:
+        """The root of the sum of the squared singular values."""
+        return float(torch.linalg.vector_norm(self.values))
+
+    @property
+    def condition_number(self) -> float:
+        """The largest singular value over the smallest; infinite for a singular matrix."""
+        least = float(self.values[-1])
+        return self.spectral_norm / least if least > 0 else math.inf
+
+    @property
+    def stable_rank(self) -> float:
+        """``||W||_F^2 / ||W||_2^2``; 0 for a matrix of zeros."""
+        unit = self._unit
+        return float(unit.square().sum()) if self.spectral_norm > 0 else 0.0
+
+    @property
+    def effective_rank(self) -> float:
+        """``exp(-sum p_i log p_i)`` with ``p_i = s_i / sum s_j`` (Roy and Vetterli, 2007); 0 for a matrix of zeros."""
+        unit = self._unit
+        if self.spectral_norm == 0:
+            return 0.0
+        return float(torch.special.entr(unit / unit.sum()).sum().exp())
+
+    @property
+    def participation_ratio(self) -> float:
+        """``(sum s_i^2)^2 / sum s_i^4``, a count of the directions that hold the energy; 0 for a matrix of zeros."""
+        energy = self._unit.square()
+        return float(energy.sum().square() / energy.square().sum()) if self.spectral_norm > 0 else 0.0
+
+    @property
+    def cumulative_energy(self) -> Tensor:
+        """Fraction of the squared singular values up to each one, ``[min(m, n)]``."""
+        energy = self._unit.square().cumsum(0)
+        return energy / energy[-1].clamp_min(torch.finfo(torch.float64).tiny)
+
+    def rank_for_energy(self, fraction: float) -> int:
+        """Returns the least rank that keeps a fraction of the sum of squared singular values.
+
+        Args:
+            fraction: in (0, 1].
+        """
+        return Energy(fraction)(self._rule_input)
+
+    def error_at(self, rank: int) -> float:
+        """Returns the least relative error in the Frobenius norm of a matrix of that rank.
+
+        Args:
+            rank: from 0 to the number of singular values.
+        """
+        energy = self._unit.square()
+        return float((energy[rank:].sum() / energy.sum()).sqrt()) if self.spectral_norm > 0 else 0.0
+
+    @property
+    def gavish_donoho_rank(self) -> int:
+        """The rank by the optimal hard threshold (:class:`GavishDonoho`)."""
+        return GavishDonoho()(self._rule_input)
+
+    @property
+    def evbmf_rank(self) -> int:
+        """The rank by variational Bayesian matrix factorization (:class:`EVBMF`)."""
+        return EVBMF()(self._rule_input)
+
+    @cached_property
+    def power_law(self) -> PowerLaw | None:
+        """The power law of the squared singular values (:func:`fit_power_law`)."""
+        return fit_power_law(self.values.square())
+
+    @property
+    def _unit(self) -> Tensor:
+        """The values over the largest one."""
+        scaled = scaled_to_unit(self.values)[0]
+        return scaled / scaled[0] if float(scaled[0]) > 0 else scaled
+
+    @property
+    def _rule_input(self) -> Spectrum:
+        return pair_spectrum(*self.shape, self.values, "spectrum")
