@@ -152,12 +152,17 @@ from .rank.residual_whiteness import ResidualWhiteness as ResidualWhiteness
 from .rank.size import ParameterFraction as ParameterFraction
 from .rank.stable_rank import StableRank as StableRank
 from .spectrum import (
+    ActivationLayer as ActivationLayer,
+    ActivationSpectrum as ActivationSpectrum,
     Advice as Advice,
     LayerSpectrum as LayerSpectrum,
     MatrixSpectrum as MatrixSpectrum,
     PowerLaw as PowerLaw,
+    ResidualReport as ResidualReport,
     WeightSpectrum as WeightSpectrum,
+    activation_spectrum as activation_spectrum,
     fit_power_law as fit_power_law,
+    residual_report as residual_report,
     should_factorize as should_factorize,
     weight_spectrum as weight_spectrum,
 )

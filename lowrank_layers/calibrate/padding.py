@@ -13,7 +13,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..layers import ConvNd, LowRankMultiheadAttention
 from .batch_masks import MaskOf, find_mask, labelled, read_mask
-from .masks import DataRows, find_data_rows, may_run_over, output_mask
+from .masks import DataRows, find_data_rows, mask_of_rows, may_run_over, output_mask
 
 _OWN = ("decoder_attention_mask", "attention_mask", "tgt_key_padding_mask", "src_key_padding_mask", "key_padding_mask")
 """Masks of the sequence that a module works on."""
@@ -125,6 +125,22 @@ class Padding:
             if isinstance(module, ConvNd) and not mask.full:
                 self._derive(output_mask(mask.real, module, batched, found.inputs))
             return None if mask.full else found
+        return None
+
+    def of_activation(self, x: Tensor, lead: tuple[int, ...]) -> Tensor | None:
+        """Returns the mask of an activation's rows, true at data; ``None`` where all are.
+
+        Args:
+            x: what a module inside the model returned.
+            lead: its sizes without that of the features.
+        """
+        if not self._scopes:
+            return None
+        scope = self._scopes[-1]
+        for mask in [*self._tagged(x), *self._now(scope)]:
+            found = mask_of_rows(mask.real.to(x.device), lead, time_first=scope.time_first)
+            if found is not None:
+                return None if mask.full else found[0]
         return None
 
     def of_output(self, output: Tensor | None) -> Tensor | None:

@@ -1,8 +1,14 @@
 """Understanding a model by its singular values: of weights, activations, and what training changed."""
 
+from .activations import (
+    ActivationLayer as ActivationLayer,
+    ActivationSpectrum as ActivationSpectrum,
+    activation_spectrum as activation_spectrum,
+)
 from .advice import Advice as Advice, should_factorize as should_factorize
 from .matrix_spectrum import MatrixSpectrum as MatrixSpectrum
 from .power_law import PowerLaw as PowerLaw, fit_power_law as fit_power_law
+from .residuals import ResidualReport as ResidualReport, residual_report as residual_report
 from .weights import (
     LayerSpectrum as LayerSpectrum,
     WeightSpectrum as WeightSpectrum,

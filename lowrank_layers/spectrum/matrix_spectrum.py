@@ -90,6 +90,14 @@ class MatrixSpectrum:
         energy = self._unit.square().cumsum(0)
         return energy / energy[-1].clamp_min(torch.finfo(torch.float64).tiny)
 
+    def numerical_rank(self, dtype: torch.dtype) -> int:
+        """Returns the number of singular values above the rounding of a dtype, as ``torch.linalg.matrix_rank`` counts.
+
+        Args:
+            dtype: the dtype in which the matrix was computed.
+        """
+        return int((self.values > max(self.shape) * torch.finfo(dtype).eps * self.values[0]).sum())
+
     def rank_for_energy(self, fraction: float) -> int:
         """Returns the least rank that keeps a fraction of the sum of squared singular values.
 
