@@ -6,9 +6,12 @@ from .activations import (
     activation_spectrum as activation_spectrum,
 )
 from .advice import Advice as Advice, should_factorize as should_factorize
+from .capacity import Capacity as Capacity, LayerCapacity as LayerCapacity, capacity as capacity
+from .forecast import Forecast as Forecast, forecast as forecast
 from .matrix_spectrum import MatrixSpectrum as MatrixSpectrum
 from .power_law import PowerLaw as PowerLaw, fit_power_law as fit_power_law
 from .residuals import ResidualReport as ResidualReport, residual_report as residual_report
+from .trajectory import TrajectorySpectrum as TrajectorySpectrum, trajectory_spectrum as trajectory_spectrum
 from .weights import (
     LayerSpectrum as LayerSpectrum,
     WeightSpectrum as WeightSpectrum,

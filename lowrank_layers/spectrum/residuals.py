@@ -10,7 +10,7 @@ from torch import Tensor
 from ..errors import LowRankError
 from ..factors import Factorization
 from ..layers import FactoredModule
-from ..linalg import check_tensor, full_precision
+from ..linalg import check_tensor, full_precision, working_dtype
 from .matrix_spectrum import MatrixSpectrum
 from .table import shown, table
 
@@ -23,7 +23,7 @@ class ResidualReport:
         relative_error: ``||W - V|| / ||W||`` in the Frobenius norm.
         best_error: the least such error of any matrix of the rank of ``V``, after Eckart and Young.
         spectral_error: ``||W - V|| / ||W||`` in the spectral norm.
-        rank: rank of ``V``, to the precision of its dtype.
+        rank: rank of ``V``: its singular values above rounding.
         largest: largest magnitude of an entry of ``W - V``.
         mean: mean of the entries of ``W - V``.
         dense: number of entries of ``W``.
@@ -92,7 +92,7 @@ def residual_report(dense: Tensor, factors: Factorization | FactoredModule | Ten
             f"residual_report: got factors of shape {tuple(approximation.shape)}, expected that of the dense tensor,"
             f" {tuple(weight.shape)}."
         )
-    rank = MatrixSpectrum.of(approximation.flatten(1)).numerical_rank(approximation.dtype)
+    rank = MatrixSpectrum.of(approximation.flatten(1)).numerical_rank(working_dtype(approximation))
     error = weight.double() - approximation.double()
     whole, residual = MatrixSpectrum.of(weight.flatten(1)), MatrixSpectrum.of(error.flatten(1))
     return ResidualReport(

@@ -13,7 +13,7 @@ from ..compress.candidates import Candidate
 from ..compress.damping import Damping
 from ..errors import LowRankError
 from ..layers import ConvNd, FactoredModule, LowRankTransposedLinear, is_embedding, matrices_of, weight_of
-from ..linalg import full_precision
+from ..linalg import full_precision, working_dtype
 from ..modules import Selector, opened_attentions, select, walk_layers
 from .matrix_spectrum import MatrixSpectrum
 from .table import shown, table
@@ -31,11 +31,13 @@ class LayerSpectrum:
     Args:
         name: the layer's name in the model.
         raw: spectrum of the weight itself.
+        rank: number of its singular values above rounding, in fp64 for a weight in fp64 and in fp32 for all others.
         weighted: spectrum of ``G^(1/2) W X^(1/2)``, whose squares are in units of loss; ``None`` without statistics.
     """
 
     name: str
     raw: MatrixSpectrum
+    rank: int
     weighted: MatrixSpectrum | None = None
 
 
@@ -119,7 +121,9 @@ def weight_spectrum(
                     problems = Candidate(dense, known, damping=damping).problems
                     values = torch.cat([problem.singular_values for problem in problems])
                     weighted = MatrixSpectrum(values.sort(descending=True).values, _shape(dense))
-                found.append(LayerSpectrum(name, layer_spectrum(dense, name), weighted))
+                raw = _raw(dense, name)
+                rank = raw.numerical_rank(working_dtype(weight_of(dense)))
+                found.append(LayerSpectrum(name, raw, rank, weighted))
     if not found:
         raise LowRankError("weight_spectrum: the model has no linear layer, convolution or embedding to look at.")
     return WeightSpectrum(tuple(found))
@@ -133,8 +137,8 @@ def has_matrix(module: nn.Module) -> bool:
     return (known or LowRankTransposedLinear.stands_for(module)) and weight_of(module).ndim > 1
 
 
-def layer_spectrum(dense: nn.Module, name: str) -> MatrixSpectrum:
-    """Computes the spectrum of one dense layer's weight; groups are the blocks of one block-diagonal matrix."""
+def _raw(dense: nn.Module, name: str) -> MatrixSpectrum:
+    """The spectrum of a dense layer's weight; groups are the blocks of one block-diagonal matrix."""
     try:
         values = torch.linalg.svdvals(matrices_of(dense).double()).flatten()
     except LowRankError as error:
