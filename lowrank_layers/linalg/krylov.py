@@ -13,26 +13,43 @@ _DEPTH = 3
 _RESTARTS = 60
 
 
-def krylov_svd(matrix: Tensor | SparseMatrix, rank: int, *, oversample: int = 10, seed: int = 0) -> Triplet:
+def krylov_svd(
+    matrix: Tensor | SparseMatrix,
+    rank: int,
+    *,
+    oversample: int = 10,
+    seed: int = 0,
+    tolerance: float = 0.0,
+    start: Triplet | None = None,
+) -> Triplet:
     """Computes leading singular triplets by restarted block Krylov iteration (Musco and Musco, 2015, algorithm 2).
 
-    It ends when ``||A v - s u||`` is of the size of rounding errors.
+    It is a block power iteration that keeps its powers. It ends when ``||A v - s u||`` is at most ``tolerance s``, or
+    of the size of rounding errors.
 
     Args:
         matrix: ``[m, n]``.
         rank: number of triplets.
         oversample: number of directions per block beyond the rank.
-        seed: seed of the first block; the global generator is untouched.
+        seed: seed of the random directions; the global generator is untouched.
+        tolerance: relative residual at which to stop. Then ``A A^T`` has an eigenvalue within ``tolerance s^2`` of
+            ``s^2``, and so ``A`` a singular value within about ``tolerance / 2`` of ``s``.
+        start: triplets of a similar matrix of the same shape, such as the same weight some steps of training before.
+            The first block consists of them and random directions, which find what is new.
     """
     m, n = matrix.shape
     if m > n:
-        u, s, vh = krylov_svd(matrix.mT, rank, oversample=oversample, seed=seed)
+        turned = None if start is None else (start[2].mT, start[1], start[0].mT)
+        u, s, vh = krylov_svd(matrix.mT, rank, oversample=oversample, seed=seed, tolerance=tolerance, start=turned)
         return vh.mT, s, u.mT
     # a block of a third of the space is extended to all of it: one pass is then exact
     width = rank + oversample if _DEPTH * (rank + oversample) <= m else m
     generator = torch.Generator().manual_seed(seed)
     block = torch.randn(n, width, generator=generator, dtype=torch.float64).to(matrix.device, matrix.dtype)
-    tolerance = torch.finfo(matrix.dtype).eps ** 0.75
+    if start is not None:
+        known = start[2].mT[:, :width]
+        block = torch.cat([known, block[:, known.shape[1] :]], 1)
+    rounding = torch.finfo(matrix.dtype).eps ** 0.75
     for _ in range(_RESTARTS):
         basis = torch.linalg.qr(matrix @ block).Q
         images = [matrix.mT @ basis]
@@ -44,8 +61,8 @@ def krylov_svd(matrix: Tensor | SparseMatrix, rank: int, *, oversample: int = 10
         q, r = torch.linalg.qr(torch.cat(images, 1))
         small_u, s, small_vh = torch.linalg.svd(r.mT)
         u, v = basis @ small_u, q @ small_vh.mT
-        residual = matrix @ v[:, :rank] - u[:, :rank] * s[:rank]
-        if float(torch.linalg.vector_norm(residual, dim=0).max()) <= tolerance * float(s[0]):
+        residual = torch.linalg.vector_norm(matrix @ v[:, :rank] - u[:, :rank] * s[:rank], dim=0)
+        if bool((residual <= tolerance * s[:rank] + rounding * s[0]).all()):
             break
         block = v[:, :width]
     return u[:, :rank], s[:rank], v[:, :rank].mT
