@@ -15,7 +15,7 @@ from ..calibrate import MaskOf, Padding, as_batch, check_batches, check_mask, fo
 from ..errors import LowRankError
 from ..layers import ConvNd, FactoredModule
 from ..linalg import full_precision
-from ..modules import Selector, opened_attentions, select, walk_layers
+from ..modules import Selector, check_model, opened_attentions, select, walk_layers
 from .covariance import RunningCovariance
 from .matrix_spectrum import MatrixSpectrum
 from .table import percent, shown, table
@@ -128,7 +128,8 @@ def activation_spectrum(
         progress: shows a progress bar.
 
     Raises:
-        LowRankError: for no batches, a target that matches nothing or never ran, or activations that are not finite.
+        LowRankError: for a wrapped or compiled model, no batches, a target that matches nothing or never ran, or
+            activations that are not finite.
 
     Examples:
         >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
@@ -138,8 +139,7 @@ def activation_spectrum(
         >>> found["0"].spectrum.numerical_rank(torch.float32)  # sixteen features of eight inputs
         8
     """
-    if not isinstance(model, nn.Module):
-        raise LowRankError(f"activation_spectrum: got {type(model).__name__}, expected a torch.nn.Module.")
+    check_model(model, quantized=True)
     check_batches(batches, "activation_spectrum")
     check_mask(mask, "activation_spectrum")
     seen: dict[str, RunningCovariance] = {}

@@ -63,13 +63,13 @@ def fit_power_law(eigenvalues: Tensor) -> PowerLaw | None:
         >>> round(fit.alpha, 2)
         2.5
     """
-    x = check_tensor(eigenvalues, "fit_power_law", ndim=1).double().sort().values
+    x = check_tensor(eigenvalues, "fit_power_law", ndim=1).cpu().double().sort().values
     x = x[x > SMALLEST]
     count = len(x)
     if count < _LEAST:
         return None
     log = x.log()
-    tails = torch.arange(count, 0, -1, dtype=torch.float64, device=x.device)[:-1]
+    tails = torch.arange(count, 0, -1, dtype=torch.float64)[:-1]
     # excess[i] = sum_{j >= i} log(x_j / x_i)
     excess = (log.flip(0).cumsum(0).flip(0)[:-1] - tails * log[:-1]).clamp_min(0)
     short = count < _SHORT
@@ -78,7 +78,7 @@ def fit_power_law(eigenvalues: Tensor) -> PowerLaw | None:
     best = (math.inf, -1)
     for i in usable.nonzero().flatten().tolist():
         tail = x[i:]
-        steps = torch.arange(len(tail), dtype=torch.float64, device=x.device) / len(tail)
+        steps = torch.arange(len(tail), dtype=torch.float64) / len(tail)
         distance = float((1 - (tail / x[i]) ** (1 - alphas[i]) - steps).abs().max())
         best = min(best, (distance, i))
     distance, i = best
