@@ -34,6 +34,7 @@ RESULTS = {
     "projection": "projection",
     "recovery": "recovery",
     "robot_g1": "robot_g1",
+    "spectrum_monitor": "spectrum_monitor",
     "vla": "vla",
 }
 """The benchmarks that run small, and the theme that their result file is named after."""

@@ -45,10 +45,9 @@ def krylov_svd(
     # a block of a third of the space is extended to all of it: one pass is then exact
     width = rank + oversample if _DEPTH * (rank + oversample) <= m else m
     generator = torch.Generator().manual_seed(seed)
-    block = torch.randn(n, width, generator=generator, dtype=torch.float64).to(matrix.device, matrix.dtype)
-    if start is not None:
-        known = start[2].mT[:, :width]
-        block = torch.cat([known, block[:, known.shape[1] :]], 1)
+    known = torch.empty(n, 0, device=matrix.device, dtype=matrix.dtype) if start is None else start[2].mT[:, :width]
+    fresh = torch.randn(n, width - known.shape[1], generator=generator, dtype=torch.float64)
+    block = torch.cat([known, fresh.to(matrix.device, matrix.dtype)], 1)
     rounding = torch.finfo(matrix.dtype).eps ** 0.75
     for _ in range(_RESTARTS):
         basis = torch.linalg.qr(matrix @ block).Q

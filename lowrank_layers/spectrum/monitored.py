@@ -43,15 +43,15 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model
 
 
-def monitored(model: nn.Module, layers: Sequence[Selector] | None, gradients: bool) -> Iterator[Monitored]:
+def monitored(model: nn.Module, target: Sequence[Selector] | None, gradients: bool) -> Iterator[Monitored]:
     """Yields the matrices of a model that are monitored.
 
     Args:
         model: the model.
-        layers: selectors of layers and of modules with layers inside; by default all that are trained.
+        target: selectors of layers and of modules with layers inside; by default all that are trained.
         gradients: whether to yield the gradients that are there.
     """
-    chosen = None if layers is None else select(model, layers, "SpectrumMonitor: layers")
+    chosen = None if target is None else select(model, target, "SpectrumMonitor: target")
     seen: set[nn.Parameter] = set()
     for owner, module in base_modules(model).items():
         if chosen is not None and not _is_within(owner, chosen):

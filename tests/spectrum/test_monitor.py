@@ -133,13 +133,13 @@ def test_layers_chosen_by_name_are_measured_although_frozen():
     model = Net().requires_grad_(False)
     with pytest.raises(lr.LowRankError, match="also frozen ones"):
         lr.SpectrumMonitor(model)
-    record = lr.SpectrumMonitor(model, layers=["low", "attention", nn.Conv1d]).measure()
+    record = lr.SpectrumMonitor(model, target=["low", "attention", nn.Conv1d]).measure()
     assert set(record.weights) == NAMES - {"table.weight", "head.weight"}
 
 
 def test_only_the_last_records_are_kept():
     model = Net()
-    with lr.SpectrumMonitor(model, every=1, k=1, layers=["head"], keep=3, gradients=False) as monitor:
+    with lr.SpectrumMonitor(model, every=1, k=1, target=["head"], keep=3, gradients=False) as monitor:
         train(model, 5)
     assert [record.step for record in monitor.records] == [3, 4, 5]
     assert monitor.records[-1].gradients == {}
@@ -151,7 +151,7 @@ def hooks():
 
 def test_no_hook_is_left_behind_also_after_an_error():
     model, before = Net(), hooks()
-    monitor = lr.SpectrumMonitor(model, every=1, layers=["head"])
+    monitor = lr.SpectrumMonitor(model, every=1, target=["head"])
 
     def fail():
         assert hooks() == before + 1
@@ -178,11 +178,11 @@ def test_one_optimizer_counts():
         foreign.step()
         second.step()
 
-    with lr.SpectrumMonitor(model, every=2, layers=["head"]) as monitor:
+    with lr.SpectrumMonitor(model, every=2, target=["head"]) as monitor:
         foreign.step()
         train(model, 4, first, step)
     assert [record.step for record in monitor.records] == [2, 4]
-    with lr.SpectrumMonitor(model, every=1, layers=["conv"], optimizer=second) as monitor:
+    with lr.SpectrumMonitor(model, every=1, target=["conv"], optimizer=second) as monitor:
         train(model, 2, first)
         assert monitor.records == []
         second.step()
@@ -191,7 +191,7 @@ def test_one_optimizer_counts():
 
 def test_steps_by_hand():
     model = Net()
-    monitor = lr.SpectrumMonitor(model, every=3, layers=["head"])
+    monitor = lr.SpectrumMonitor(model, every=3, target=["head"])
     monitor.steps = 1  # resumed
     train(model, 6, after=monitor.step)
     assert [record.step for record in monitor.records] == [3, 6]
@@ -206,7 +206,7 @@ def test_a_compiled_model_is_compiled_once():
 
     model.head = torch.compile(model.head, backend=backend)
     compiled = torch.compile(model, backend=backend)
-    with lr.SpectrumMonitor(compiled, every=1, layers=["low", "head"]) as monitor:
+    with lr.SpectrumMonitor(compiled, every=1, target=["low", "head"]) as monitor:
         train(compiled, 3, torch.optim.SGD(model.parameters(), lr=0.1))
     graphs = len(frames)
     assert graphs
@@ -316,7 +316,7 @@ def test_the_callback_for_lightning(monkeypatch):
     """By the names of Lightning's hooks, which is not among what the tests install."""
     monkeypatch.setitem(sys.modules, "lightning.pytorch", SimpleNamespace(Callback=type("Callback", (), {})))
     model = Net()
-    monitor = lr.SpectrumMonitor(model, every=2, layers=["head"])
+    monitor = lr.SpectrumMonitor(model, every=2, target=["head"])
     callback, trainer = monitor.to_lightning_callback(), SimpleNamespace(global_step=3)
     before = hooks()
     callback.on_train_start(trainer, model)
@@ -337,9 +337,9 @@ def test_the_callback_for_lightning(monkeypatch):
         ({"k": 1.5}, "got k=1.5"),
         ({"keep": True}, "got keep=True"),
         ({"callback": 3}, "got callback=3, expected a function"),
-        ({"layers": ["haed"]}, "'haed' matches no module of the model. Did you mean 'head'"),
-        ({"layers": "head"}, r"expected a list; write \['head'\]"),
-        ({"layers": [nn.Embedding, "nothing"]}, "'nothing' matches no module"),
+        ({"target": ["haed"]}, "'haed' matches no module of the model. Did you mean 'head'"),
+        ({"target": "head"}, r"expected a list; write \['head'\]"),
+        ({"target": [nn.Embedding, "nothing"]}, "'nothing' matches no module"),
         ({"file": "missing/spectra.jsonl"}, "expected a file in an existing folder"),
         ({"tensorboard": 3}, "got tensorboard=3, expected a folder or a SummaryWriter"),
         ({"optimizer": "adam"}, "got optimizer=str, expected a torch optimizer"),

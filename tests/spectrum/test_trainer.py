@@ -36,7 +36,7 @@ def test_it_measures_at_the_trainer_s_steps_also_after_a_resumption(tmp_path):
             output_dir=str(tmp_path), max_steps=max_steps, per_device_train_batch_size=2, report_to=[], save_steps=3,
             gradient_accumulation_steps=2, use_cpu=True, disable_tqdm=True,
         )  # fmt: skip
-        monitor = lr.SpectrumMonitor(model, every=2, k=4, layers=["lm_head", "mlp"])
+        monitor = lr.SpectrumMonitor(model, every=2, k=4, target=["lm_head", "mlp"])
         callback = monitor.to_hf_callback()
         transformers.Trainer(model, arguments, train_dataset=rows, callbacks=[callback]).train(**settings)
         assert len(torch_optimizer._global_optimizer_post_hooks) == before
