@@ -45,6 +45,7 @@ from .compress.methods import (
     CPMethod as CPMethod,
     SpatialMethod as SpatialMethod,
     SVDMethod as SVDMethod,
+    TensorizedLinearMethod as TensorizedLinearMethod,
     TensorizedMethod as TensorizedMethod,
     TuckerMethod as TuckerMethod,
 )
@@ -98,6 +99,7 @@ from .layers import (
     LowRankMultiheadAttention as LowRankMultiheadAttention,
     LowRankTransposedLinear as LowRankTransposedLinear,
     TensorizedEmbedding as TensorizedEmbedding,
+    TensorizedLinear as TensorizedLinear,
     TuckerConv1d as TuckerConv1d,
     TuckerConv2d as TuckerConv2d,
     TuckerConv3d as TuckerConv3d,

@@ -106,6 +106,8 @@ QUANTIZABLE = [row for row in LAYERS if linears(row.fresh())]
 @quantization_is_deprecated
 def test_int8_takes_a_quarter_of_the_bytes(row, quantize):
     settings, rank = row.wide
+    if row.cls is lr.TensorizedLinear:
+        settings = {**settings, "bias": False}  # its last child is not called where it holds the bias of all outputs
     layer = row.cls(**settings, rank=rank).eval()
     x = row.input(layer.to_dense(), 8)
     names = linears(layer)

@@ -80,9 +80,10 @@ def make_plan(
         model: a trained model; it is not changed.
         budget: the limits on the whole model, or on the layers that may change (``of="planned"``).
         stats: what :func:`calibrate` returned for this model; without it weights are approximated plainly.
-        methods: by default all of ``METHODS``, without CP where it would make the model slower than the dense one (by
-            :attr:`Plan.time_ratio`) and the budget is one of MACs, or the other methods lose at most 1 % of the
-            layers' outputs. Name the methods to have them all: ``methods=list(lr.METHODS.values())``.
+        methods: by default all of ``METHODS`` but those on request, such as :class:`TensorizedLinearMethod`, and
+            without CP where it would make the model slower than the dense one (by :attr:`Plan.time_ratio`) and the
+            budget is one of MACs, or the other methods lose at most 1 % of the layers' outputs. Name the methods to
+            have them: ``methods=list(lr.METHODS.values())``.
         skip: layers to leave alone: names, ends of names, parents, types or predicates.
         rank: instead of a budget: one rank or rule for every layer, by the first method that matches. A rule sees
             the weighted spectrum where there are statistics. A layer that would grow is left dense.

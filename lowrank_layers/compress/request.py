@@ -57,7 +57,8 @@ def make_request(
     """The arguments of make_plan that concern single layers, checked and with their defaults."""
     if methods is not None and not methods:
         raise LowRankError("make_plan: got no methods; leave methods=None for all of them.")
-    chosen = METHODS.values() if methods is None else map(check_registered, methods)
+    usual = (method for method in METHODS.values() if not getattr(method, "on_request", False))
+    chosen = usual if methods is None else map(check_registered, methods)
     damping = Damping() if damping is None else damping
     if not isinstance(damping, Damping):
         raise LowRankError(f"make_plan: got damping={damping!r}, expected a Damping, as in Damping(inputs=1e-3).")

@@ -35,17 +35,45 @@ def split_digits(rows: int, columns: int, order: int, owner: str) -> Split:
     return _split_rows(rows, order), _split_columns(columns, order)
 
 
-def check_split(split: Sequence[Sequence[int]], rows: int, columns: int, owner: str) -> Split:
-    """Returns a split as tuples of integers, or raises if it does not fit a matrix of that shape."""
+def split_exactly(rows: int, columns: int, order: int, owner: str) -> Split:
+    """Splits the indices of a matrix into ``order`` digits each, whose products are its sides.
+
+    Rows descend and columns ascend, as in :func:`split_digits`; a prime side has digits of size 1 but for one.
+
+    Args:
+        rows: number of rows.
+        columns: number of columns.
+        order: number of digits.
+        owner: name of the caller, for the error message.
+
+    Examples:
+        >>> split_exactly(120, 256, 2, "TensorizedLinear")
+        ((12, 10), (16, 16))
+    """
+    check_integer(order, owner, "order", 2)
+    return _split_columns(rows, order)[::-1], _split_columns(columns, order)
+
+
+def check_split(split: Sequence[Sequence[int]], rows: int, columns: int, owner: str, *, exact: bool = False) -> Split:
+    """Returns a split as tuples of integers, or raises if it does not fit a matrix of that shape.
+
+    Args:
+        split: digits of the rows and of the columns.
+        rows: number of rows.
+        columns: number of columns.
+        owner: name of the caller, for the error message.
+        exact: whether the digits must count the rows exactly.
+    """
     try:
         n, d = (tuple(int(digit) for digit in side) for side in split)
     except (TypeError, ValueError):
         n, d = (), ()
     fits = len(n) == len(d) > 1 and min(*n, *d) > 0 and math.prod(n) >= rows and math.prod(d) == columns
+    fits = fits and not (exact and math.prod(n) > rows)
     if not fits:
         raise LowRankError(
             f"{owner}: got split {split!r}, expected two tuples of the same length, of at least 2, whose products are"
-            f" at least {rows} (the rows) and exactly {columns} (the columns)."
+            f" {'exactly' if exact else 'at least'} {rows} (the rows) and exactly {columns} (the columns)."
         )
     return n, d
 
@@ -62,6 +90,15 @@ def tensorize(matrix: Tensor, split: Split) -> Tensor:
         matrix = torch.cat([matrix, matrix.new_zeros(math.prod(n) - len(matrix), matrix.shape[1])])
     tensor = matrix.reshape(*n, *d).permute([axis for k in range(order) for axis in (k, order + k)])
     return tensor.reshape([a * b for a, b in zip(n, d, strict=True)])
+
+
+def digit_marginals(weights: Tensor, sizes: tuple[int, ...]) -> list[Tensor]:
+    """The weight of each value of each digit, one on average; their product is the best one that digits can give."""
+    full = weights.new_zeros(torch.Size(sizes).numel())
+    full[: len(weights)] = weights
+    full = full.reshape(sizes)
+    sums = [full.sum([other for other in range(len(sizes)) if other != axis]) for axis in range(len(sizes))]
+    return [(each / each.mean()).clamp_min(1e-6) for each in sums]
 
 
 def _split_rows(rows: int, order: int) -> tuple[int, ...]:

@@ -41,6 +41,7 @@ from .matrix import (
 from .pair_conv import PairConv as PairConv
 from .transposed_linear import LowRankTransposedLinear as LowRankTransposedLinear
 from .tt_embedding import TensorizedEmbedding as TensorizedEmbedding
+from .tt_linear import TensorizedLinear as TensorizedLinear
 from .tucker_conv import (
     TuckerConv as TuckerConv,
     TuckerConv1d as TuckerConv1d,

@@ -27,6 +27,9 @@ class FactoredModule(nn.Module):
     dense_type: ClassVar[type[nn.Module]]
     """The torch class that this layer replaces."""
 
+    fuses_batch_norm: ClassVar[bool] = True
+    """Whether the last child has a row for each output, so that a batch norm can be fused into it."""
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if "dense_type" in cls.__dict__:
@@ -69,11 +72,11 @@ class FactoredModule(nn.Module):
         """The error message for writes to ``weight``."""
         names = [name for name, child in self.named_children() if child in self.parts]
         factors = ", ".join(f"{name}.weight" for name in names)
+        fuse = f" fuse a batch norm into the last one ({names[-1]})," if self.fuses_batch_norm else ""
         return (
             f"{type(self).__name__}: its weight is multiplied out of its factors on every access, so that what is"
-            f" written to it would be lost; write to the factors ({factors}), fuse a batch norm into the last one"
-            f" ({names[-1]}), make the layer dense first (to_dense(), or densify_ for a model), or take a copy with"
-            " .detach().clone()."
+            f" written to it would be lost; write to the factors ({factors}),{fuse} make the layer"
+            " dense first (to_dense(), or densify_ for a model), or take a copy with .detach().clone()."
         )
 
     def __prepare_scriptable__(self) -> nn.Module:

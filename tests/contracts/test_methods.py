@@ -31,6 +31,10 @@ METHOD_ROWS = [
     pytest.param(lr.TuckerMethod(), lambda: nn.Conv2d(8, 8, 3, groups=2), (4, 4), id="tucker-groups"),
     pytest.param(lr.CPMethod(), lambda: nn.Conv2d(5, 8, 3, padding=1, bias=False), 45, id="cp"),
     pytest.param(lr.CPMethod(), lambda: nn.Conv3d(5, 8, 2), 40, id="cp-conv3d"),
+    pytest.param(lr.TensorizedLinearMethod(steps=6), lambda: nn.Linear(12, 9), 1000, id="tensorized-linear"),
+    pytest.param(
+        lr.TensorizedLinearMethod(steps=6), lambda: nn.Linear(12, 9, bias=False), 1000, id="tensorized-linear-nobias"
+    ),
     pytest.param(lr.TensorizedMethod(min_rows=30), lambda: nn.Embedding(40, 6), 1000, id="tensorized"),
     pytest.param(
         lr.TensorizedMethod(min_rows=30),

@@ -5,7 +5,15 @@ from .cp import CPMethod as CPMethod
 from .spatial import SpatialMethod as SpatialMethod
 from .svd import SVDMethod as SVDMethod
 from .tensorized import TensorizedMethod as TensorizedMethod
+from .tensorized_linear import TensorizedLinearMethod as TensorizedLinearMethod
 from .tucker import TuckerMethod as TuckerMethod
 
-for _method in (SVDMethod(), SpatialMethod(), TuckerMethod(), CPMethod(), TensorizedMethod()):
+for _method in (
+    SVDMethod(),
+    SpatialMethod(),
+    TuckerMethod(),
+    CPMethod(),
+    TensorizedMethod(),
+    TensorizedLinearMethod(),
+):
     register_method(_method)

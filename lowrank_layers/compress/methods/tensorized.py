@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ...decompose.block_tt import block_trains
 from ...decompose.bonds import choose_bonds, train_size, uniform_bonds
-from ...decompose.digits import Split, split_digits
+from ...decompose.digits import Split, digit_marginals, split_digits
 from ...layers import FactoredModule, TensorizedEmbedding, weight_of
 from ...layers.tt_embedding import padding_is_zero
 from ...linalg import check_tensor, train_product
@@ -95,7 +95,7 @@ def _trains(layer: Candidate, split: Split, bonds: Sequence[tuple[int, ...]]) ->
     scales = None
     if layer.stats is not None:
         (problem,) = layer.problems
-        rows, columns = (_marginals(w, side) for w, side in zip(_importances(problem), split, strict=True))
+        rows, columns = (digit_marginals(w, side) for w, side in zip(_importances(problem), split, strict=True))
         scales = [torch.outer(r, c).sqrt() for r, c in zip(rows, columns, strict=True)]
     padding: Any = layer.module.padding_idx
     return block_trains(_weight(layer.module), split, bonds, scales=scales, free_row=padding)
@@ -104,12 +104,3 @@ def _trains(layer: Candidate, split: Split, bonds: Sequence[tuple[int, ...]]) ->
 def _importances(problem: Regression) -> tuple[Tensor, Tensor]:
     """The importance of each row and of each column of the embedding: its frequency, the curvature at that output."""
     return problem.inputs.matrix, diagonal_of(problem.outputs.matrix)
-
-
-def _marginals(weights: Tensor, sizes: tuple[int, ...]) -> list[Tensor]:
-    """The weight of each value of each digit, one on average; their product is the best one that digits can give."""
-    full = weights.new_zeros(torch.Size(sizes).numel())
-    full[: len(weights)] = weights
-    full = full.reshape(sizes)
-    sums = [full.sum([other for other in range(len(sizes)) if other != axis]) for axis in range(len(sizes))]
-    return [(each / each.mean()).clamp_min(1e-6) for each in sums]

@@ -153,9 +153,10 @@ def _conv_rows(dims: int, *, transposed: bool) -> list[LayerRow]:
     ]
 
 
-def _bond_limits(embedding: nn.Module) -> tuple[int, ...]:
+def _bond_limits(dense: nn.Module) -> tuple[int, ...]:
     """The smaller side of each unfolding."""
-    sizes = [n * d for n, d in zip(*lr.TensorizedEmbedding.like(embedding, rank=1).split, strict=True)]
+    cls = lr.TensorizedEmbedding if isinstance(dense, nn.Embedding) else lr.TensorizedLinear
+    sizes = [n * d for n, d in zip(*cls.like(dense, rank=1).split, strict=True)]
     return tuple(min(math.prod(sizes[:k]), math.prod(sizes[k:])) for k in range(1, len(sizes)))
 
 
@@ -175,6 +176,16 @@ LAYERS = [
         small=2,
         excess=1000,
         matrix=lambda weight: weight,
+    ),
+    LayerRow(
+        lr.TensorizedLinear,
+        LINEAR_VARIANTS,
+        wide=({"in_features": 64, "out_features": 96}, 12),
+        sample=lambda linear, lead: torch.randn(*lead, linear.in_features),
+        sample_shape=lambda linear: (linear.in_features,),
+        full=_bond_limits,
+        small=(2,),
+        excess=1000,
     ),
     *(row for dims in (1, 2, 3) for transposed in (False, True) for row in _conv_rows(dims, transposed=transposed)),
     LayerRow(
