@@ -14,7 +14,7 @@ from ..compress.damping import Damping
 from ..errors import LowRankError
 from ..layers import ConvNd, FactoredModule, LowRankTransposedLinear, is_embedding, matrices_of, weight_of
 from ..linalg import full_precision, working_dtype
-from ..modules import Selector, opened_attentions, select, walk_layers
+from ..modules import Selector, check_model, opened_attentions, select, walk_layers
 from .matrix_spectrum import MatrixSpectrum
 from .table import shown, table
 
@@ -95,8 +95,8 @@ def weight_spectrum(
         damping: ridges on the moments in the statistics, as in :func:`make_plan`.
 
     Raises:
-        LowRankError: for a model without linear layers, convolutions and embeddings, a target that matches nothing, or
-            weights that are not finite.
+        LowRankError: for a wrapped or compiled model, one without linear layers, convolutions and embeddings, a target
+            that matches nothing, or weights that are not finite.
 
     Examples:
         >>> model = nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -105,8 +105,7 @@ def weight_spectrum(
         [('0', (4, 6)), ('2', (2, 4))]
         >>> torch.testing.assert_close(found["0"].raw.values, torch.linalg.svdvals(model[0].weight.double()))
     """
-    if not isinstance(model, nn.Module):
-        raise LowRankError(f"weight_spectrum: got {type(model).__name__}, expected a torch.nn.Module.")
+    check_model(model, quantized=True)
     damping = Damping() if damping is None else damping
     closed = list(walk_layers(model))
     found = []

@@ -110,6 +110,18 @@ def test_target_and_the_model_stay_as_they_are():
         lr.weight_spectrum(model, target=["nothing"])
 
 
+def test_computed_weights_are_those_that_the_layer_uses():
+    normed = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(6, 5)))
+    adapted = lr.add_lora_(nn.Sequential(nn.Linear(6, 5)), rank=2, init="gaussian")
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    for model in (normed, adapted):
+        (layer,) = lr.weight_spectrum(model)
+        expected = torch.linalg.svdvals(model[0].weight.detach().double())
+        torch.testing.assert_close(layer.raw.values, expected, rtol=1e-5, atol=1e-6)
+
+
 def test_zeros():
     raw = lr.MatrixSpectrum.of(torch.zeros(4, 6))
     assert (raw.stable_rank, raw.effective_rank, raw.participation_ratio, raw.power_law) == (0, 0, 0, None)
