@@ -8,8 +8,6 @@ from torch import Tensor
 from .sparse import SparseMatrix
 from .svd import Triplet
 
-_DEPTH = 3
-"""Number of blocks in a Krylov basis before it restarts from its best directions."""
 _RESTARTS = 60
 
 
@@ -18,6 +16,7 @@ def krylov_svd(
     rank: int,
     *,
     oversample: int = 10,
+    depth: int = 3,
     seed: int = 0,
     tolerance: float = 0.0,
     start: Triplet | None = None,
@@ -31,6 +30,7 @@ def krylov_svd(
         matrix: ``[m, n]``.
         rank: number of triplets.
         oversample: number of directions per block beyond the rank.
+        depth: number of blocks in a Krylov basis before it restarts from its best directions.
         seed: seed of the random directions; the global generator is untouched.
         tolerance: relative residual at which to stop. Then ``A A^T`` has an eigenvalue within ``tolerance s^2`` of
             ``s^2``, and so ``A`` a singular value within about ``tolerance / 2`` of ``s``.
@@ -40,10 +40,12 @@ def krylov_svd(
     m, n = matrix.shape
     if m > n:
         turned = None if start is None else (start[2].mT, start[1], start[0].mT)
-        u, s, vh = krylov_svd(matrix.mT, rank, oversample=oversample, seed=seed, tolerance=tolerance, start=turned)
+        u, s, vh = krylov_svd(
+            matrix.mT, rank, oversample=oversample, depth=depth, seed=seed, tolerance=tolerance, start=turned
+        )
         return vh.mT, s, u.mT
-    # a block of a third of the space is extended to all of it: one pass is then exact
-    width = rank + oversample if _DEPTH * (rank + oversample) <= m else m
+    # blocks that would fill the space are extended to all of it: one pass is then exact
+    width = rank + oversample if depth * (rank + oversample) <= m else m
     generator = torch.Generator().manual_seed(seed)
     known = torch.empty(n, 0, device=matrix.device, dtype=matrix.dtype) if start is None else start[2].mT[:, :width]
     fresh = torch.randn(n, width - known.shape[1], generator=generator, dtype=torch.float64)
@@ -52,7 +54,7 @@ def krylov_svd(
     for _ in range(_RESTARTS):
         basis = torch.linalg.qr(matrix @ block).Q
         images = [matrix.mT @ basis]
-        for _ in range(1, _DEPTH if width < m else 1):
+        for _ in range(1, depth if width < m else 1):
             fresh = _orthonormal(matrix @ images[-1], basis)
             basis = torch.cat([basis, fresh], 1)
             images.append(matrix.mT @ fresh)
