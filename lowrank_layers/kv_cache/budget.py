@@ -160,7 +160,7 @@ def _fixed_nbytes(layer: LowRankKV) -> int:
     batch, heads = layer.like().shape[:2]
     first, stop = layer.first_fit() or (0, 0)
     kept = first + max(layer.settings.recent + layer.settings.block_on(layer.like().device), len(layer) - stop)
-    total = kept * _token_nbytes(layer) + (0 if layer.keep is None else layer.keep.nbytes)
+    total = kept * _token_nbytes(layer) + layer.padding.nbytes
     groups = 1 if layer.settings.joint else heads
     for side in (0, 1):
         like = layer.like(side)

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import LowRankError
@@ -19,7 +18,7 @@ from .compressed_tokens import CompressedTokens
 from .first_fits import FirstFits
 from .leaving_tokens import LeavingTokens
 from .masks import causal_mask
-from .padding import RowStarts, seen_tokens
+from .padded_tokens import PaddedTokens
 from .recent_tokens import RecentTokens
 from .rope import Rotation
 from .segments import CompressedSegment, ExactSegment, Segment
@@ -80,10 +79,7 @@ class LowRankKV:
         self.first: tuple[Tensor, Tensor] | None = None
         self.old: tuple[CompressedTokens, CompressedTokens] | None = None
         self.recent: tuple[RecentTokens, RecentTokens] | None = None
-        # which of the tokens that a mask was seen of are no padding, once there is some; and where rows begin
-        self.keep: Tensor | None = None
-        self.starts: RowStarts | None = None
-        self._masked = 0
+        self.padding = PaddedTokens(self.settings.keep_first)
 
     def __len__(self) -> int:
         return self._before_recent() + (0 if self.recent is None else self.recent[0].tokens)
@@ -118,13 +114,8 @@ class LowRankKV:
             mask: the mask of that step, as in :meth:`attend`, or ``[batch, tokens]``; ``None`` hides none. Tokens that
                 no query attends to are padding.
         """
-        start, self._masked = self._masked, len(self)
-        single = len(self) - start == 1 and self.old is not None
-        if mask is not None and mask.shape[-1] >= len(self) and not single:
-            seen = seen_tokens(mask, start, len(self)).expand(len(self.like()), -1)
-            if self.keep is not None or not bool(seen.all()):
-                before = self._keep(0, start) if self.keep is not None else seen.new_ones(len(seen), start)
-                self.keep = torch.cat([before, seen], 1)
+        single = len(self) - self.padding.masked == 1 and self.old is not None
+        self.padding.learn(None if single else mask, len(self.like()), len(self))
         self._find_starts()
 
     def attend(
@@ -150,16 +141,17 @@ class LowRankKV:
         plain = mask is None and softcap is None and sinks is None and query.shape[2] == 1
         if plain and (found := self._attend_at_once(query, scale)) is not None:
             return found
-        if self.starts is not None and self.first is not None and (mask is None or mask.shape[-1] == len(self)):
+        starts = self.padding.starts
+        if starts is not None and self.first is not None and (mask is None or mask.shape[-1] == len(self)):
             if mask is None:
                 mask = causal_mask(query.shape[2], len(self), query.device)
                 mask = mask if causal else torch.ones_like(mask)
-            mask = self.starts.arranged(mask)
+            mask = starts.arranged(mask)
         return attend(query, self.segments(), mask=mask, scale=scale, causal=causal, softcap=softcap, sinks=sinks)
 
     def _attend_at_once(self, query: Tensor, scale: float | None) -> Tensor | None:
         """One query per head in one compiled function, where that serves."""
-        if self.old is None or self.recent is None or self.rotation is None or self.starts is not None:
+        if self.old is None or self.recent is None or self.rotation is None or self.padding.starts is not None:
             return None
         keys, values = self.recent
         exact = [(keys.read(), values.read())] if self.first is None else [self.first, (keys.read(), values.read())]
@@ -172,7 +164,7 @@ class LowRankKV:
             raise LowRankError("LowRankKV: the cache is empty; append keys and values first.")
         found: list[Segment] = [] if self.first is None else [ExactSegment(*self.first)]
         if self.old is not None:
-            found.append(CompressedSegment(*self.old, self.rotation, self._first_tokens(), self.starts))
+            found.append(CompressedSegment(*self.old, self.rotation, self._first_tokens(), self.padding.starts))
         keys, values = self.recent
         return [*found, ExactSegment(keys.read(), values.read())] if keys.tokens or not found else found
 
@@ -186,10 +178,10 @@ class LowRankKV:
         Args:
             index: 0 for keys, 1 for values.
         """
-        segments, like = self.segments(), self.like(index)
+        segments, like, starts = self.segments(), self.like(index), self.padding.starts
         with without_autocast(like.device):
             whole = torch.cat([(x.dense_values if index else x.dense_keys)(like.dtype) for x in segments], 2)
-            return whole if self.starts is None or self.first is None else self.starts.placed(whole)
+            return whole if starts is None or self.first is None else starts.placed(whole)
 
     def compress(self) -> None:
         """Turns tokens that are neither first nor recent into coefficients, once there is a block of them."""
@@ -219,12 +211,13 @@ class LowRankKV:
             self.reset()
             return
         assert self.recent is not None
-        keep, masked = self.keep, min(self._masked, tokens)
-        if self.starts is not None and self.first is not None and tokens < self.starts.most:
+        padding = self.padding
+        if padding.starts is not None and self.first is not None and tokens < padding.starts.most:
             # a row loses first tokens: all are as they came again
             whole = [side[:, :, :tokens].clone() for side in self.dense()]
             self.reset()
             self.append(whole[0], whole[1])
+            self.padding = padding
         first, before = self._first_tokens(), self._before_recent()
         for recent in self.recent:
             recent.truncate(max(0, tokens - before))
@@ -237,7 +230,7 @@ class LowRankKV:
         if self.first is not None and tokens < first:
             keys, values = (t[:, :, :tokens].contiguous() for t in self.first)
             self.first = keys, values
-        self.keep, self._masked = None if keep is None else keep[:, :tokens], masked
+        self.padding.crop(tokens)
         self._find_starts()
 
     def select(self, index: Tensor) -> None:
@@ -274,8 +267,8 @@ class LowRankKV:
                     yield f"{side}.{name}", tensor
             if self.recent is not None:
                 yield f"{side}.tail", self.recent[index].buffer
-        if self.keep is not None:
-            yield "keep", self.keep
+        if self.padding.keep is not None:
+            yield "keep", self.padding.keep
 
     def like(self, side: int = 0) -> Tensor:
         """A tensor with the batch, heads, size, dtype and device of keys or values.
@@ -292,9 +285,10 @@ class LowRankKV:
             return None
         stop = self.recent[0].tokens - self.settings.recent
         skip = self.settings.keep_first if self.first is None else 0
-        if self.starts is not None and self.starts.most > len(self):
+        starts = self.padding.starts
+        if starts is not None and starts.most > len(self):
             return None  # a row has padding only
-        least = 0 if self.starts is None else self.starts.least
+        least = 0 if starts is None else starts.least
         return (skip, stop) if stop - skip - least >= self.settings.at_first else None
 
     def leaving(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
@@ -314,19 +308,15 @@ class LowRankKV:
             start: index of the first token among the recent ones; negative for compressed ones.
             stop: index after the last one.
         """
-        if self.keep is None:
-            return None
-        start, stop = (self._before_recent() + index for index in (start, stop))
-        index = torch.arange(start, stop, device=self.keep.device)
-        held = self._keep(start, stop)
-        return held if self.starts is None else held & self.starts.holds(index)
+        before = self._before_recent()
+        return self.padding.counting(before + start, before + stop)
 
     def _leaving(self, start: int, stop: int) -> tuple[LeavingTokens, LeavingTokens]:
         assert self.recent is not None
         keys, values = (recent.read()[:, :, start:stop] for recent in self.recent)
         first, positions = self._before_recent() + start, None
-        if self.starts is not None:
-            positions = self.starts.positions(torch.arange(first, first + stop - start, device=keys.device))
+        if (starts := self.padding.starts) is not None:
+            positions = starts.positions(torch.arange(first, first + stop - start, device=keys.device))
         return LeavingTokens(keys, self.rotation, first, positions), LeavingTokens(values)
 
     def _fit(self) -> None:
@@ -340,8 +330,9 @@ class LowRankKV:
         keys, values = (fit(x, keep, least) for fit, x in zip(fits, sides, strict=True))
         skip, count = span
         if skip:
+            starts = self.padding.starts
             first_keys, first_values = (
-                recent.read()[:, :, :skip].clone() if self.starts is None else self.starts.taken(recent.read())
+                recent.read()[:, :, :skip].clone() if starts is None else starts.taken(recent.read())
                 for recent in self.recent
             )
             self.first = first_keys, first_values
@@ -371,16 +362,10 @@ class LowRankKV:
     def _first_tokens(self) -> int:
         return 0 if self.first is None else self.first[0].shape[2]
 
-    def _keep(self, start: int, stop: int) -> Tensor:
-        """Which tokens of a range are no padding; a mask need not have been seen of the last ones."""
-        assert self.keep is not None
-        part = self.keep[:, start:stop]
-        return F.pad(part, (0, stop - start - part.shape[1]), value=True)
-
     def _find_starts(self) -> None:
         """Where rows begin, until first tokens are kept."""
         if self.first is None and self.old is None:
-            self.starts = None if self.keep is None else RowStarts.of_mask(self.keep, self.settings.keep_first)
+            self.padding.find_starts()
 
     def _before_recent(self) -> int:
         return self._first_tokens() + self.compressed
@@ -391,8 +376,7 @@ class LowRankKV:
             self.first = keys, values
         for store in (*(self.old or ()), *(self.recent or ())):
             store.over_batch(change)
-        self.keep = None if self.keep is None else change(self.keep)
-        self.starts = None if self.starts is None else self.starts.over_batch(change)
+        self.padding.over_batch(change)
 
     def _check(self, keys: Tensor, values: Tensor) -> None:
         check_form(keys, values)

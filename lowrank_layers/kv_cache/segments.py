@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from .compressed_tokens import CompressedTokens
-from .padding import RowStarts
 from .rope import TILE, Rotation
+from .row_starts import RowStarts
 
 MOST_TURNED = 32
 """Most rows that are turned back to every tile; for more it is cheaper to rotate the keys."""

@@ -23,7 +23,6 @@ from .bit_coefficients import BitCoefficients
 from .coefficients import Coefficients, coefficients_for
 from .compressed_tokens import CompressedTokens, HeadGroups
 from .low_rank_kv import SIDES, LowRankKV
-from .padding import RowStarts
 from .recent_tokens import RecentTokens
 from .rope import Rotation
 from .settings import KVSettings
@@ -100,10 +99,10 @@ def layer_from_tensors(
         if "keys.first" in left:
             kv.first = left.pop("keys.first"), left.pop("values.first")
         if "keep" in left:
-            kv.keep = left.pop("keep")
-            if kv.keep.dtype != torch.bool or kv.keep.ndim != 2 or len(kv.keep) != len(keys):
+            keep = kv.padding.keep = left.pop("keep")
+            if keep.dtype != torch.bool or keep.ndim != 2 or len(keep) != len(keys):
                 raise CheckpointError("what says which tokens are padding does not fit the batch")
-            kv.starts = RowStarts.of_mask(kv.keep, settings.keep_first)
+            kv.padding.find_starts()
     if "old" in body:
         old = [_side_from_json(part, side, left, rotation) for part, side in zip(body["old"], SIDES, strict=True)]
         kv.old = old[0], old[1]

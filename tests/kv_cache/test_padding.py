@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from lowrank_layers.kv_cache.row_starts import RowStarts, seen_tokens
 
 import lowrank_layers as lr
-from lowrank_layers.kv_cache.padding import RowStarts, seen_tokens
 from lowrank_layers.kv_cache.rope import TILE_FRAME
 from lowrank_layers.kv_cache.subspace import Subspace
 
@@ -153,7 +153,7 @@ def test_crop_keeps_what_is_left(left):
     close(behind.attend(query, mask=mask)[:, :, seen], expected[:, :, seen])
     behind.hide(mask)
     behind.compress()
-    assert behind.starts is None or behind.starts.index.tolist() == [PADDING]
+    assert behind.padding.starts is None or behind.padding.starts.index.tolist() == [PADDING]
     assert behind.compressed > 0
 
 

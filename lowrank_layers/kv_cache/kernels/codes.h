@@ -5,8 +5,6 @@
 
 #include "levels.h"
 
-constexpr float ROUND = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, which is then in the last bits
-
 struct Parts {
   uint8_t* of[WIDTHS];
   int64_t rows[WIDTHS];  // rows of bytes

@@ -135,7 +135,7 @@ extern "C" void compress_tokens(
     // kept from call to call: new pages take longer than all else
     static thread_local Numbers held[6];
     const int64_t sizes[] = {width * STEP, width * STEP, width * STEP, rank * STEP, rank * STEP, width * rank};
-    for (int k = 0; k < 6; k++) held[k].reserve(sizes[k]);
+    for (int k = 0; k < 6; k++) held[k].room(sizes[k]);
     float *x = held[0].data(), *rest = held[1].data(), *room = held[2].data(), *found = held[3].data();
     float *change = held[4].data(), *columns = held[5].data();
     int64_t own = -1;

@@ -27,8 +27,6 @@ static inline Integers add_products(Integers sum, Integers x, Integers y) {
 static inline Integers add_products(Integers sum, int32_t x, Integers y) { return add_products(sum, Integers{} + x, y); }
 static inline Floats add_products(Floats sum, float x, Floats y) { return sum + x * y; }
 
-static inline Integers repeated(int32_t x) { return Integers{} + x; }
-
 static inline Integers load(const int32_t* x) {
   Integers found;
   std::memcpy(&found, x, sizeof found);
@@ -47,8 +45,7 @@ static inline int32_t total(Integers x) {
 
 // The closest integers, for |x| <= MOST.
 static inline Integers rounded(Floats x) {
-  constexpr float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, which is then in the last bits
-  const Floats moved = x + magic;
+  const Floats moved = x + ROUND;
   return (Integers)moved - 0x4b400000;
 }
 

@@ -82,7 +82,7 @@ struct Scoring {
     Integers sums[M][2];
     const int32_t* from[M];
     for (int64_t m = 0; m < M; m++) {
-      sums[m][0] = sums[m][1] = repeated(-rows[start + m].middle);
+      sums[m][0] = sums[m][1] = Integers{} - rows[start + m].middle;
       from[m] = rows[start + m].pairs;
     }
     add<8>(sums, levels.of[0], levels.rows[0], from);

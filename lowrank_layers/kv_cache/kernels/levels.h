@@ -92,11 +92,12 @@ static inline float product(const float* x, const float* y, int64_t count) {
   return found;
 }
 
+constexpr float ROUND = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, which is then in the last bits
+
 // e^x for x <= 0 as 2^n e^r with |r| <= log(2) / 2: e^r to its 7th power, the integer n as bits of the exponent.
 static inline Floats exponential(Floats x) {
-  constexpr float magic = 12582912.0f;  // 1.5 * 2^23: what is added to it is rounded to an integer
   x = x > -87.0f ? x : Floats{} - 87.0f;
-  const Floats rounded = x * 1.44269504f + magic, n = rounded - magic;
+  const Floats rounded = x * 1.44269504f + ROUND, n = rounded - ROUND;
   const Floats r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
   Floats found = r * (1 / 5040.0f) + 1 / 720.0f;
   for (float term : {1 / 120.0f, 1 / 24.0f, 1 / 6.0f, 0.5f, 1.0f, 1.0f}) found = found * r + term;
@@ -113,9 +114,6 @@ class Zeros {
   Number* room(int64_t count) {
     if (int64_t(lines.size()) * 16 < count) assign(count);
     return data();
-  }
-  void reserve(int64_t count) {
-    if (count > int64_t(lines.size()) * 16) assign(count);
   }
   Number* data() { return lines.empty() ? nullptr : lines.data()->of; }
   const Number* data() const { return lines.empty() ? nullptr : lines.data()->of; }

@@ -89,7 +89,7 @@ def test_copies_keep_the_padding(way, implementation, tmp_path):
         inputs = {"attention_mask": more, "position_ids": positions[:, -1:] + torch.arange(1, 4)}
         ours, theirs = (net(IDS[:, -3:], past_key_values=c, **inputs).logits for c in (cache, other))
     assert torch.equal(ours, theirs)
-    assert torch.equal(other.layers[0].kv.starts.index, max(LENGTHS) - torch.tensor(LENGTHS))
+    assert torch.equal(other.layers[0].kv.padding.starts.index, max(LENGTHS) - torch.tensor(LENGTHS))
 
 
 def test_a_file_whose_padding_does_not_fit_is_refused(tmp_path):
@@ -116,7 +116,7 @@ def test_a_budget_counts_what_says_where_padding_is(implementation):
         whole = sum(layer.keys.nbytes + layer.values.nbytes for layer in plain.layers)
         net(IDS[:, :1], attention_mask=torch.cat([MASK, MASK[:, -1:]], 1), past_key_values=cache)
     assert compressed(cache)
-    assert cache.layers[0].kv.keep is not None
+    assert cache.layers[0].kv.padding.keep is not None
     assert sum(layer.kv.nbytes() for layer in cache.layers) <= 0.7 * whole
 
 
