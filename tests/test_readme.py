@@ -11,6 +11,8 @@ import lowrank_layers as lr
 from lowrank_layers.compress.method import factored_like
 from lowrank_layers.layers import FACTORED_LAYERS, PROJECTIONS
 
+from .contracts.tables import REFIT_RULES, RULES
+
 README = Path(__file__).resolve().parents[1] / "README.md"
 
 
@@ -53,6 +55,14 @@ def test_the_table_of_layers_is_the_registry():
 def test_every_factored_layer_is_built_by_a_method():
     built = {cls for method in lr.METHODS.values() for cls in method.layers}
     assert built == set(FACTORED_LAYERS.values())
+
+
+def test_the_table_of_rank_rules_has_every_rule_of_the_contract_tables():
+    rules = {type(row.rule).__name__ for row in (*RULES, *REFIT_RULES)} | {"ParameterFraction", "RankFraction"}
+    text = README.read_text(encoding="utf-8")
+    table = text[text.index("| rule | the rank | reads |") :].split("\n\n")[0]
+    named = [name for line in table.splitlines()[2:] for name in re.findall(r"`(\w+)`", line.split("|")[1])]
+    assert sorted(named) == sorted(rules)
 
 
 BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.S)

@@ -15,12 +15,12 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from ..checks import check_integer
 from ..errors import LowRankError
 from ..modules import Selector
+from ..trainer_callbacks import hf_callback, lightning_callback
 from .json_lines import JsonLines
 from .leading_spectrum import LeadingSpectrum, Triplets, leading_spectrum
 from .monitored import monitored, unwrapped
 from .record import SpectrumRecord
 from .tensorboard import ScalarWriter, TensorBoard
-from .trainer_callbacks import hf_callback, lightning_callback
 
 
 class SpectrumMonitor:
@@ -177,7 +177,7 @@ class SpectrumMonitor:
         Raises:
             MissingExtraError: if transformers is not installed.
         """
-        return hf_callback(self._begin, self._end)
+        return hf_callback("SpectrumMonitor", self._begin, self._end)
 
     def to_lightning_callback(self) -> Any:
         """Returns a callback for Lightning's ``Trainer``, in the place of a ``with`` block.
@@ -185,7 +185,7 @@ class SpectrumMonitor:
         Raises:
             MissingExtraError: if Lightning is not installed.
         """
-        return lightning_callback(self._begin, self._end)
+        return lightning_callback("SpectrumMonitor", self._begin, self._end)
 
     def _begin(self, steps: int) -> None:
         self.steps = steps

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from lowrank_layers.kv_cache.row_starts import RowStarts, seen_tokens
 
 import lowrank_layers as lr
 from lowrank_layers.kv_cache.rope import TILE_FRAME
+from lowrank_layers.kv_cache.row_starts import RowStarts, seen_tokens
 from lowrank_layers.kv_cache.subspace import Subspace
 
 from .packed import integer_bound_of_attention

@@ -14,7 +14,7 @@ from torch import nn
 from torch.optim import optimizer as torch_optimizer
 
 import lowrank_layers as lr
-from lowrank_layers.spectrum.trainer_callbacks import lightning_callback
+from lowrank_layers.trainer_callbacks import lightning_callback
 
 
 class Net(nn.Module):
@@ -327,7 +327,7 @@ def test_the_callback_for_lightning(monkeypatch):
     callback.on_train_start(trainer, model)
     callback.on_exception(trainer, model, ValueError())
     assert hooks() == before
-    assert isinstance(lightning_callback(print, print), sys.modules["lightning.pytorch"].Callback)
+    assert isinstance(lightning_callback("Monitor", print, print), sys.modules["lightning.pytorch"].Callback)
 
 
 @pytest.mark.parametrize(

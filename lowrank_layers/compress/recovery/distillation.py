@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ...calibrate import Padding, counted_positions, describe_output, main_output, mask_of_rows, quiet_eval
 from ...errors import LowRankError
 from ...settings import settings_from
+from ...trainer_callbacks import hf_callback, lightning_callback
 from .settings import RecoverySettings
 
 
@@ -22,8 +23,8 @@ class Distillation:
 
     Inside the ``with`` block every forward pass of the model runs the teacher on the same inputs, in eval mode and
     without gradients; the object is then called with the model's output and returns a scalar to minimize. It is a term
-    of the loss in Lightning's ``training_step``, and in the ``compute_loss_func`` of transformers' Trainer.
-    :func:`recover_` uses it itself.
+    of the loss in Lightning's ``training_step``, and in the ``compute_loss_func`` of transformers' Trainer, where a
+    callback takes the place of the ``with`` block. :func:`recover_` uses it itself.
 
     Positions that are padding, by the masks that modules are called with or by labels of -100, count nowhere.
 
@@ -77,6 +78,35 @@ class Distillation:
         self._output = None
         for found in self._hidden:
             found.clear()
+
+    def to_hf_callback(self) -> Any:
+        """Returns a callback for the ``Trainer`` of transformers, in the place of a ``with`` block.
+
+        The distance is given to the trainer as its loss or a term of it, for instance
+        ``Trainer(compute_loss_func=lambda output, labels, num_items_in_batch=None: distillation(output, labels))``. The
+        trainer itself keeps the best state (``load_best_model_at_end``), resumes, and accumulates gradients.
+
+        Raises:
+            MissingExtraError: if transformers is not installed.
+        """
+        return hf_callback("Distillation", self._begin, self._end)
+
+    def to_lightning_callback(self) -> Any:
+        """Returns a callback for Lightning's ``Trainer``, in the place of a ``with`` block.
+
+        The term of the loss is added in ``training_step``.
+
+        Raises:
+            MissingExtraError: if Lightning is not installed.
+        """
+        return lightning_callback("Distillation", self._begin, self._end)
+
+    def _begin(self, _: int) -> None:
+        self._end()
+        self.__enter__()
+
+    def _end(self) -> None:
+        self.__exit__()
 
     def __call__(self, output: Any, target: Any = None, mask: Tensor | None = None) -> Tensor:
         """Returns the weighted distance of the last forward pass.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -111,3 +113,18 @@ def test_inside_the_block_only_and_with_the_teacher_in_its_own_mode_afterwards()
     assert not model._forward_pre_hooks
     with pytest.raises(lr.LowRankError, match="call the model inside the with block"):
         distillation(model(X))
+
+
+def test_the_callback_for_lightning(monkeypatch):
+    """By the names of Lightning's hooks, which is not among what the tests install."""
+    monkeypatch.setitem(sys.modules, "lightning.pytorch", SimpleNamespace(Callback=type("Callback", (), {})))
+    model, teacher, trainer = net(0, rank=2), net(1), SimpleNamespace(global_step=0)
+    distillation = lr.Distillation(model, teacher)
+    callback = distillation.to_lightning_callback()
+    for end in (callback.on_train_end, lambda *args: callback.on_exception(*args, ValueError())):
+        callback.on_train_start(trainer, model)
+        torch.testing.assert_close(distillation(model(X)), by_hand(model(X), teacher(X), 1.0))
+        end(trainer, model)
+        assert not model._forward_pre_hooks
+        with pytest.raises(lr.LowRankError, match="inside the with block"):
+            distillation(model(X))

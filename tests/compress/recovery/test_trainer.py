@@ -18,7 +18,12 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 
-def test_the_trainer_s_loss_is_that_of_the_objective(tmp_path):
+def hooks(model: nn.Module) -> int:
+    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
+
+
+@pytest.mark.parametrize("by_callback", [False, True], ids=["with", "callback"])
+def test_the_trainer_s_loss_is_that_of_the_objective(tmp_path, by_callback):
     config = transformers.LlamaConfig(
         vocab_size=20,
         hidden_size=16,
@@ -39,14 +44,18 @@ def test_the_trainer_s_loss_is_that_of_the_objective(tmp_path):
         output_dir=str(tmp_path), max_steps=1, per_device_train_batch_size=4, report_to=[], logging_steps=1,
         save_strategy="no", use_cpu=True, disable_tqdm=True,
     )  # fmt: skip
-    with lr.Distillation(model, teacher, distillation_weight=0.5) as distillation:
+    distillation = lr.Distillation(model, teacher, distillation_weight=0.5)
 
-        def loss(outputs: object, labels: torch.Tensor, num_items_in_batch: object = None) -> torch.Tensor:
-            own = model.loss_function(outputs.logits, labels, 20, num_items_in_batch=num_items_in_batch)
-            return own + distillation(outputs, labels)
+    def loss(outputs: object, labels: torch.Tensor, num_items_in_batch: object = None) -> torch.Tensor:
+        own = model.loss_function(outputs.logits, labels, 20, num_items_in_batch=num_items_in_batch)
+        return own + distillation(outputs, labels)
 
-        trainer = transformers.Trainer(model, arguments, train_dataset=rows, compute_loss_func=loss)
+    callbacks = [distillation.to_hf_callback()] if by_callback else []
+    trainer = transformers.Trainer(model, arguments, train_dataset=rows, compute_loss_func=loss, callbacks=callbacks)
+    before = hooks(model)
+    with contextlib.nullcontext() if by_callback else distillation:
         trainer.train()
+    assert hooks(model) == before
     assert trainer.state.log_history[0]["loss"] == pytest.approx(expected.item(), abs=1e-3)
     recovery = lr.recover_(
         lr.factorize_(copy.deepcopy(teacher), lr.make_plan(teacher, rank=4, skip=["lm_head", nn.Embedding])),

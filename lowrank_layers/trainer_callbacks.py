@@ -6,7 +6,7 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
-from ..errors import MissingExtraError
+from .errors import MissingExtraError
 
 Begin = Callable[[int], object]
 """Called when training begins, with the number of steps done before: above 0 when training is resumed."""
@@ -14,10 +14,11 @@ End = Callable[[], object]
 """Called when training ends."""
 
 
-def hf_callback(begin: Begin, end: End) -> Any:
+def hf_callback(owner: str, begin: Begin, end: End) -> Any:
     """Returns a ``transformers.TrainerCallback``.
 
     Args:
+        owner: name of the class whose callback it is.
         begin: called with ``state.global_step``.
         end: called at the end.
 
@@ -30,23 +31,24 @@ def hf_callback(begin: Begin, end: End) -> Any:
         if error.name not in ("transformers", None):
             raise
         raise MissingExtraError(
-            'SpectrumMonitor.to_hf_callback needs transformers: pip install "lowrank-layers[transformers]".'
+            f'{owner}.to_hf_callback needs transformers: pip install "lowrank-layers[transformers]".'
         ) from error
 
-    class SpectrumCallback(TrainerCallback):
+    class Callback(TrainerCallback):
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             begin(state.global_step)
 
         def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             end()
 
-    return SpectrumCallback()
+    return Callback()
 
 
-def lightning_callback(begin: Begin, end: End) -> Any:
+def lightning_callback(owner: str, begin: Begin, end: End) -> Any:
     """Returns a callback of the package ``lightning``, or else ``pytorch_lightning``.
 
     Args:
+        owner: name of the class whose callback it is.
         begin: called with ``trainer.global_step``.
         end: called at the end, and when training fails.
 
@@ -64,14 +66,14 @@ def lightning_callback(begin: Begin, end: End) -> Any:
         end()
 
     methods = {"on_train_start": on_train_start, "on_train_end": on_train_end, "on_exception": on_exception}
-    return type("SpectrumCallback", (_lightning().Callback,), methods)()
+    return type(f"{owner}Callback", (_lightning(owner).Callback,), methods)()
 
 
-def _lightning() -> Any:
+def _lightning(owner: str) -> Any:
     for package in ("lightning.pytorch", "pytorch_lightning"):
         try:
             return importlib.import_module(package)
         except ModuleNotFoundError as error:
             if error.name not in (package, package.partition(".")[0]):
                 raise
-    raise MissingExtraError("SpectrumMonitor.to_lightning_callback: Lightning is not installed: pip install lightning.")
+    raise MissingExtraError(f"{owner}.to_lightning_callback: Lightning is not installed: pip install lightning.")
