@@ -26,7 +26,8 @@ class RecoverySettings:
 
     Args:
         steps: number of optimizer steps.
-        lr: greatest learning rate.
+        lr: greatest learning rate. The default suits networks that lost much; a transformer that lost little wants
+            about ``1e-4``. Held-out data for :func:`recover_` keep too large a rate from harming the model.
         warmup: fraction of the steps in which the learning rate rises, in [0, 1].
         weight_decay: decoupled weight decay.
         clip: greatest norm of the gradient; ``None`` does not clip.
