@@ -32,7 +32,7 @@ CACHES = {
     "r = 16, RoPE by tiles": {"rank": 16, "rope": "tile", "joint": False},
     "r = 16, RoPE by tiles, heads joint, int8": {"rank": 16, "rope": "tile", "joint": True, "dtype": torch.int8},
     "3 bits (the default)": {"bits": 3, "keep_recent": 128},
-    "3 bits, per head": {"bits": 3, "keep_recent": 128, "joint": False},
+    "3 bits, heads joint": {"bits": 3, "keep_recent": 128, "joint": True},
 }
 MODELS = {
     "7B-like (14 GB of weights, 32 layers, 8 heads of 128, bfloat16)": (14e9, 32 * 2 * 8 * 128 * 2, 131072),

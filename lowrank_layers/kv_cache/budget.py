@@ -139,7 +139,7 @@ def _scatters(layer: LowRankKV) -> list[Scatter]:
     frames, keep, least = (layer.frame(), None), layer.counting(*span), layer.settings.at_first
     with without_autocast(layer.like().device):
         return [
-            Scatter.of(grouped(x, x.shape[1] if layer.settings.joint else 1), frame, keep=keep).pooled(least)
+            Scatter.of(grouped(x, layer.fits.together(x)), frame, keep=keep).pooled(least)
             for x, frame in zip(layer.leaving(*span), frames, strict=True)
         ]
 
@@ -161,9 +161,9 @@ def _fixed_nbytes(layer: LowRankKV) -> int:
     first, stop = layer.first_fit() or (0, 0)
     kept = first + max(layer.settings.recent + layer.settings.block_on(layer.like().device), len(layer) - stop)
     total = kept * _token_nbytes(layer) + layer.padding.nbytes
-    groups = 1 if layer.settings.joint else heads
     for side in (0, 1):
         like = layer.like(side)
+        groups = heads // layer.fits.together(like)
         basis_dtype, dtype = layer.settings.dtypes(like.dtype)
         if not layer.settings.by_rank:
             total += batch * (4 * heads * like.shape[3] if layer.fits.plan is None else 0)

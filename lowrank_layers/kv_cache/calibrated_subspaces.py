@@ -88,7 +88,7 @@ def kv_subspaces(
 
 
 def _subspace(projection: Projection, head_size: int, settings: KVSettings, values: bool) -> Subspace:
-    heads = projection.layer.out_features // head_size if settings.joint else 1
+    heads = settings.together(projection.layer.out_features // head_size, head_size)
     mean, covariance = projection.mean(), projection.covariance()
     width = heads * head_size
     scatter = Scatter(

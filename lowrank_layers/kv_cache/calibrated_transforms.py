@@ -46,6 +46,8 @@ def fit_transforms(
         settings: whether heads share a transform, and whether keys are in the frame of their tile.
     """
     made = []
+    heads = [len(side.mean) // side.size for layer in layers for side in layer]
+    joint = all(settings.together(n, layers[0][0].size) == n for n in heads)
     frames = rotations if settings.rotated == "tile" else [None] * len(layers)
     for (keys, values), rotation in zip(layers, frames, strict=True):
         frame = None if rotation is None else TileFrame(rotation, keys.size)
@@ -53,11 +55,11 @@ def fit_transforms(
         uncentred = values.covariance + values.mean[:, None] * values.mean
         made.append(
             (
-                _fit(keys, keys.mean, keys.covariance, frame, settings.joint),
-                _fit(values, torch.zeros_like(values.mean), uncentred, None, settings.joint),
+                _fit(keys, keys.mean, keys.covariance, frame, joint),
+                _fit(values, torch.zeros_like(values.mean), uncentred, None, joint),
             )
         )
-    return KVTransforms(tuple(made), layers[0][0].size, settings.joint, settings.rotated, tuple(frames))
+    return KVTransforms(tuple(made), layers[0][0].size, joint, settings.rotated, tuple(frames))
 
 
 def _fit(side: SideMoments, mean: Tensor, second: Tensor, frame: TileFrame | None, joint: bool) -> Transform:

@@ -303,13 +303,13 @@ class CompressedTokens:
 
     def shared_nbytes(self) -> int:
         """Bytes of what belongs to the model, and not to these tokens."""
-        shared = [part for part in self.parts if part.subspace.shared or part.subspace.metric is not None]
-        return sum(
-            t.nbytes
-            for part in shared
-            for name, t in part.subspace.tensors()
-            if part.subspace.shared or name == "metric"
-        )
+        total = 0
+        for part in self.parts:
+            own = dict(part.subspace.tensors())
+            names = own.keys() | {"weights"} if part.subspace.shared else {"metric"}
+            own.update(part.coefficients.tensors())
+            total += sum(tensor.nbytes for name, tensor in own.items() if name in names)
+        return total
 
     def _over(self, function: Callable[[HeadGroups, Tensor], Tensor], x: Tensor) -> Tensor:
         return self._joined([function(part, x[:, part.heads]) for part in self.parts])

@@ -83,10 +83,11 @@ class FirstFits:
             return plan.fits(frame, self.settings.refresh, sides[0].exact.device)
         found = []
         for side, tokens in enumerate(sides):
+            joint = self.together(tokens.exact) > 1
             rank = self.settings.rank_of(values=side == 1) if self.ranks is None else self.ranks[side]
             subspace = None if self.subspaces is None else self.subspaces[side]
             stored = self.settings.dtypes(tokens.exact.dtype)
-            found.append(Fit(rank, self.settings.joint, *stored, subspace, None if side else frame))
+            found.append(Fit(rank, joint, *stored, subspace, None if side else frame))
         return found[0], found[1]
 
     def transforms(self, sides: Sides, frame: TileFrame | None, keep: Tensor | None) -> tuple[Transform, Transform]:
@@ -98,9 +99,19 @@ class FirstFits:
             keep: which tokens count, ``[batch, tokens]``; ``None`` counts all.
         """
         data = keep, self.settings.at_first
-        heads = sides[0].shape[1] if self.settings.joint else 1
         keys, values = sides
         return (
-            fitted_transform(keys, heads, frame, *data, values=False),
-            fitted_transform(values, heads, None, *data, values=True),
+            fitted_transform(keys, self.together(keys), frame, *data, values=False),
+            fitted_transform(values, self.together(values), None, *data, values=True),
         )
+
+    def together(self, tokens: Tensor) -> int:
+        """Number of heads that share one subspace.
+
+        Args:
+            tokens: keys or values, ``[batch, heads, tokens, size]``.
+        """
+        heads = tokens.shape[1]
+        if self.plan is None:
+            return self.settings.together(heads, tokens.shape[3])
+        return heads // self.plan.transforms[0].mean.shape[1]

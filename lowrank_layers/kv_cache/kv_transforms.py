@@ -90,7 +90,7 @@ class KVTransforms(Sequence[Pair]):
         if settings.by_rank:
             raise LowRankError("KVTransforms: got a cache with a rank, expected one with bits; give bits=.")
         for name, own, asked in (("rope", self.rope, settings.rotated), ("joint", self.joint, settings.joint)):
-            if own != asked:
+            if asked is not None and own != asked:
                 raise LowRankError(
                     f"KVTransforms: were made with {name}={own!r}, and the cache has {name}={asked!r}; calibrate again"
                     f" with it, or give the cache {name}={own!r}."

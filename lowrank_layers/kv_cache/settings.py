@@ -19,6 +19,8 @@ DEFAULT_BITS = 3.0
 """Mean bits per entry where neither bits nor a rank are given."""
 DEFAULT_RANK = 16
 """The rank where only the rank of values or a dtype is given."""
+JOINT_ENTRIES = 256
+"""Heads with more entries together than this have directions of their own with bits, unless the settings say else."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,9 @@ class KVSettings:
         keep_first: number of tokens at the start that stay exact (attention sinks).
         joint: whether all heads share one subspace, with as many directions as their own subspaces would have together.
             A shared subspace takes as many bytes per token and loses less; its basis takes more bytes, and decoding
-            more arithmetic.
+            takes as many times the arithmetic as there are heads. ``None`` shares with a rank, and with bits where the
+            heads have at most 256 entries together, as 4 heads of 64 have: above that decoding would take longer than
+            from exact keys and values.
         rope: ``"before"`` takes the rotary position embedding off the keys before they are compressed, and puts it on
             again where they are read: half the rank is then enough. ``"after"`` compresses rotated keys, which is
             faster. ``"tile"`` compresses keys that are rotated by the position of the middle of 32 tokens: it loses
@@ -69,7 +73,7 @@ class KVSettings:
     bits: float | None = None
     keep_recent: int | None = None
     keep_first: int = 4
-    joint: bool = True
+    joint: bool | None = None
     rope: Literal["before", "after", "tile"] | None = None
     dtype: torch.dtype | None = None
     block: int | None = None
@@ -139,6 +143,16 @@ class KVSettings:
     def rotated(self) -> str:
         """How keys are rotated when they are compressed: ``"before"``, ``"after"`` or ``"tile"``."""
         return ("before" if self.by_rank else "tile") if self.rope is None else self.rope
+
+    def together(self, heads: int, size: int) -> int:
+        """Number of heads that share one subspace: all of them, or one.
+
+        Args:
+            heads: heads of keys or values.
+            size: entries per head.
+        """
+        shared = self.by_rank or heads * size <= JOINT_ENTRIES if self.joint is None else self.joint
+        return heads if shared else 1
 
     def dtypes(self, dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
         """The dtypes of bases and of coefficients, with a rank.

@@ -11,6 +11,8 @@ import lowrank_layers as lr
 from lowrank_layers.kv_cache import bit_coefficients, serialize
 from lowrank_layers.kv_cache.bit_allocation import distortion
 from lowrank_layers.kv_cache.bit_fit import plan_bits
+from lowrank_layers.kv_cache.first_fits import FirstFits
+from lowrank_layers.kv_cache.tile_frame import TileFrame
 from lowrank_layers.kv_cache.transform import Transform
 
 SIZE, HEADS = 16, 2
@@ -287,3 +289,49 @@ def test_what_is_kept_in_inference_mode_serves_gradients_later():
     query.grad = None
     F.scaled_dot_product_attention(query, *cache.dense()).square().sum().backward()
     torch.testing.assert_close(own, query.grad, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "heads", "size", "together"),
+    [
+        ({}, 4, 64, 4),
+        ({}, 2, 128, 2),
+        ({}, 5, 64, 1),
+        ({"joint": True}, 8, 128, 8),
+        ({"joint": False}, 2, 8, 1),
+        ({"rank": 4}, 8, 128, 8),
+        ({"rank": 4, "joint": False}, 8, 128, 1),
+    ],
+)
+def test_heads_share_directions_where_they_are_few(changes, heads, size, together):
+    assert lr.KVSettings(**changes).together(heads, size) == together
+
+
+def test_many_heads_are_stored_as_if_they_were_told_apart():
+    keys, values = torch.randn(2, 1, 8, 90, 40, generator=torch.Generator().manual_seed(0))
+    made = []
+    for joint in (None, False):
+        cache = lr.LowRankKV(lr.KVSettings(joint=joint), lr.Rotation.of(40))
+        cache.append(keys, values)
+        cache.compress()
+        made.append(cache)
+    default, apart = made
+    assert default.nbytes() == apart.nbytes()
+    assert torch.equal(default.side(0), apart.side(0))
+    assert torch.equal(default.side(1), apart.side(1))
+
+
+def test_directions_that_heads_share_are_taken_as_they_are():
+    """Settings that leave it open take joint directions for many heads, and a budget counts them as such."""
+    keys, values = torch.randn(2, 1, 8, 90, 40, generator=torch.Generator().manual_seed(0))
+    rotation, settings = lr.Rotation.of(40), lr.KVSettings(joint=True)
+    fitted = FirstFits(settings).transforms((keys, values), TileFrame(rotation, 40), None)
+    made = []
+    for joint in (None, True):
+        cache = lr.LowRankKV(lr.KVSettings(joint=joint), rotation, fitted)
+        cache.append(keys, values)
+        lr.compress_together([cache], 0.3)
+        made.append(cache)
+    left_open, shared = made
+    assert left_open.nbytes() == shared.nbytes() <= 0.3 * (keys.nbytes + values.nbytes)
+    assert torch.equal(left_open.side(0), shared.side(0))
