@@ -5,6 +5,7 @@ those of Okabe and Ito (2008), readable without colour vision; everything else f
 ``with matplotlib.pyplot.style.context("dark_background"):`` draws in the dark.
 """
 
+from ..drawing import panels as panels, save_figure as save_figure
 from .against_rank import error_against_rank as error_against_rank, stability_against_rank as stability_against_rank
 from .components import cp_factors as cp_factors, nmf_factors as nmf_factors
 from .curves import (
@@ -13,7 +14,6 @@ from .curves import (
     losses as losses,
     perplexity_against_bytes as perplexity_against_bytes,
 )
-from .figure import panels as panels, save_figure as save_figure
 from .histories import progression as progression, recovery as recovery
 from .images import approximation as approximation, image_strip as image_strip
 from .scatter import tensor_scatter as tensor_scatter

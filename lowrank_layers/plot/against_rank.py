@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from ..drawing import colour, figure_of, ink, panels, whole_x
 from ..errors import LowRankError
 from ..factors import CP, NMF, SVD, Tucker
 from ..rank.consensus import consensus_matrix, cophenetic_correlation, dispersion
 from ..rank.factor_match import factor_match_score
-from .figure import colour, figure_of, ink, panels
-from .ticks import whole_x
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from ..drawing import SIGNED, figure_of, row
 from ..factors import CP, NMF
-from .figure import SIGNED, figure_of, row
 from .images import heat_map
 
 if TYPE_CHECKING:

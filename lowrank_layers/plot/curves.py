@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from ..drawing import colour, figure_of, ink, logarithmic, panels, whole_x
 from ..errors import LowRankError
-from .figure import colour, figure_of, ink, panels
-from .ticks import logarithmic, whole_x
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -6,9 +6,8 @@ from typing import TYPE_CHECKING
 
 from ..compress.progressive import Progression
 from ..compress.recovery import Recovery
+from ..drawing import colour, figure_of, ink, logarithmic, panels, whole_x
 from ..errors import LowRankError
-from .figure import colour, figure_of, ink, panels
-from .ticks import logarithmic, whole_x
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from ..drawing import SIGNED, figure_of, row
 from ..errors import LowRankError
 from ..factors import SVD, Factorization
-from .figure import SIGNED, figure_of, row
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..drawing import SIGNED, figure_of, row
 from ..errors import LowRankError
 from ..factors import Factorization, Tucker
-from .figure import SIGNED, figure_of, row
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Literal
 
 from ..compress.entry import Entry
 from ..compress.plan import Plan
+from ..drawing import colour, few_x, figure_of, ink, logarithmic, panels, row
 from ..errors import LowRankError
-from .figure import colour, figure_of, ink, panels, row
-from .ticks import few_x, logarithmic
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -11,18 +11,14 @@ from ..calibrate.statistics import Statistics
 from ..compress.candidates import Candidate
 from ..compress.plan import Plan
 from ..decompose import svd
+from ..drawing import colour, figure_of, legend, logarithmic, panels
 from ..linalg import check_matrix
 from ..rank import Rank
-from ..rank.rule import choose_rank, pair_spectrum
-from .figure import colour, figure_of, panels
-from .ticks import logarithmic, whole_x
+from ..spectrum import MatrixSpectrum
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-_MOST_NAMED = 12
-"""The most layers that a legend names."""
 
 
 def spectra(model: nn.Module, plan: Plan, stats: Statistics | None = None, *, ax: Axes | None = None) -> Figure:
@@ -54,8 +50,7 @@ def spectra(model: nn.Module, plan: Plan, stats: Statistics | None = None, *, ax
             axes.plot(max(ranks) / full, lost[max(ranks)], "o", color=hue)
     axes.set(xlabel="rank / full rank", ylabel="relative error of the output", title="Spectra and ranks")
     logarithmic(axes, "y")
-    if len(axes.get_legend_handles_labels()[0]) <= _MOST_NAMED:
-        axes.legend(fontsize="small")
+    legend(axes)
     return figure_of(axes)
 
 
@@ -74,27 +69,5 @@ def singular_values(matrix: Tensor, rank: Rank | None = None) -> Figure:
         MissingExtraError: if matplotlib is not installed.
     """
     check_matrix(matrix, "singular_values")
-    values = svd(matrix).s.detach().cpu()
-    energies = values.double().square().cumsum(0)
-    kept = (energies / energies[-1].clamp_min(1e-300)).tolist()
-    marked = None
-    if rank is not None:
-        spectrum = pair_spectrum(matrix.shape[0], matrix.shape[1], values, "singular_values")
-        marked = choose_rank(rank, spectrum, len(values))
-    ranks = range(1, len(values) + 1)
-    left, right = panels(2)
-    style = "o-" if len(values) <= 40 else "-"
-    left.plot(ranks, values.tolist(), style, color=colour(0), markersize=4)
-    left.set(xlabel="index", ylabel="singular value", title="Singular values")
-    if values[0] > 0:
-        logarithmic(left, "y")
-    right.plot(ranks, kept, style, color=colour(0), markersize=4)
-    right.set(xlabel="rank", ylabel="energy kept", ylim=(0, 1.04), title="Cumulative energy")
-    right.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
-    for axes in (left, right):
-        whole_x(axes)
-        if marked is not None:
-            label = f"rank {marked}: {kept[marked - 1]:.2%} of the energy"
-            axes.axvline(marked, color=colour(1), linestyle="--", label=label)
-            axes.legend(fontsize="small")
-    return figure_of(left)
+    values = svd(matrix).s.detach().cpu().double()
+    return MatrixSpectrum(values, (matrix.shape[0], matrix.shape[1])).plot(rank)

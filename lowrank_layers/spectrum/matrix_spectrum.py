@@ -5,16 +5,22 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from ..drawing import colour, figure_of, legend, logarithmic, panels, whole_x
 from ..linalg import scaled_to_unit
-from ..rank import Spectrum, pair_spectrum
+from ..rank import Rank, Spectrum, pair_spectrum
 from ..rank.energy import Energy
 from ..rank.evbmf import EVBMF
 from ..rank.gavish_donoho import GavishDonoho
+from ..rank.rule import choose_rank
 from .power_law import PowerLaw, fit_power_law
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,6 +135,36 @@ class MatrixSpectrum:
     def power_law(self) -> PowerLaw | None:
         """The power law of the squared singular values (:func:`fit_power_law`)."""
         return fit_power_law(self.values.square())
+
+    def plot(self, rank: Rank | None = None) -> Figure:
+        """Plots the singular values beside the energy that each rank keeps, and marks a rank in both.
+
+        Args:
+            rank: the rank to mark, or a rule that chooses it.
+
+        Raises:
+            LowRankError: for what is not a rank.
+            MissingExtraError: if matplotlib is not installed.
+        """
+        count = len(self.values)
+        marked = None if rank is None else choose_rank(rank, self._rule_input, count)
+        ranks, kept = range(1, count + 1), self.cumulative_energy.tolist()
+        left, right = panels(2)
+        style = "o-" if count <= 40 else "-"
+        left.plot(ranks, self.values.tolist(), style, color=colour(0), markersize=4)
+        left.set(xlabel="index", ylabel="singular value", title="Singular values")
+        if self.spectral_norm > 0:
+            logarithmic(left, "y")
+        right.plot(ranks, kept, style, color=colour(0), markersize=4)
+        right.set(xlabel="rank", ylabel="energy kept", ylim=(0, 1.04), title="Cumulative energy")
+        right.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
+        for axes in (left, right):
+            whole_x(axes)
+            if marked is not None:
+                label = f"rank {marked}: {kept[marked - 1]:.2%} of the energy"
+                axes.axvline(marked, color=colour(1), linestyle="--", label=label)
+                legend(axes)
+        return figure_of(left)
 
     @property
     def _unit(self) -> Tensor:

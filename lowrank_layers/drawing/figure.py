@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 # The palette of Okabe and Ito (2008); their black is the style's colour of text, which is white in the dark.
 _HUES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
+_MOST_NAMED = 12
+
 SIGNED = "RdBu_r"
 """The colour map of values of both signs, whose middle is zero."""
 
@@ -60,6 +62,12 @@ def save_figure(figure: Figure | Axes, path: str | os.PathLike[str]) -> None:
     if whole.get_layout_engine() is None:
         whole.tight_layout()
     whole.savefig(path, dpi=150)
+
+
+def legend(axes: Axes) -> None:
+    """Names the lines in a legend; more than a dozen stay unnamed, since they would be covered."""
+    if 0 < len(axes.get_legend_handles_labels()[0]) <= _MOST_NAMED:
+        axes.legend(fontsize="small")
 
 
 def ink() -> str:

@@ -6,6 +6,8 @@ import pytest
 import lowrank_layers as lr
 from lowrank_layers import plot
 
+pytestmark = pytest.mark.usefixtures("headless")
+
 
 def test_a_figure_is_saved_by_itself_or_by_its_axes(tmp_path):
     figure = plot.losses({"a": [2.0, 1.0]})

@@ -2,6 +2,8 @@ import pytest
 
 from lowrank_layers import plot
 
+pytestmark = pytest.mark.usefixtures("headless")
+
 
 def shown(axis):
     """The labels of the ticks within the limits."""
