@@ -158,6 +158,7 @@ from .spectrum import (
     ActivationSpectrum as ActivationSpectrum,
     Advice as Advice,
     Capacity as Capacity,
+    CheckpointRecorder as CheckpointRecorder,
     Forecast as Forecast,
     LayerCapacity as LayerCapacity,
     LayerSpectrum as LayerSpectrum,

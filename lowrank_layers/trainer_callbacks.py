@@ -14,11 +14,10 @@ End = Callable[[], object]
 """Called when training ends."""
 
 
-def hf_callback(owner: str, begin: Begin, end: End) -> Any:
+def hf_callback(begin: Begin, end: End) -> Any:
     """Returns a ``transformers.TrainerCallback``.
 
     Args:
-        owner: name of the class whose callback it is.
         begin: called with ``state.global_step``.
         end: called at the end.
 
@@ -31,7 +30,7 @@ def hf_callback(owner: str, begin: Begin, end: End) -> Any:
         if error.name not in ("transformers", None):
             raise
         raise MissingExtraError(
-            f'{owner}.to_hf_callback needs transformers: pip install "lowrank-layers[transformers]".'
+            'to_hf_callback needs transformers: pip install "lowrank-layers[transformers]".'
         ) from error
 
     class Callback(TrainerCallback):
@@ -44,11 +43,10 @@ def hf_callback(owner: str, begin: Begin, end: End) -> Any:
     return Callback()
 
 
-def lightning_callback(owner: str, begin: Begin, end: End) -> Any:
+def lightning_callback(begin: Begin, end: End) -> Any:
     """Returns a callback of the package ``lightning``, or else ``pytorch_lightning``.
 
     Args:
-        owner: name of the class whose callback it is.
         begin: called with ``trainer.global_step``.
         end: called at the end, and when training fails.
 
@@ -66,14 +64,14 @@ def lightning_callback(owner: str, begin: Begin, end: End) -> Any:
         end()
 
     methods = {"on_train_start": on_train_start, "on_train_end": on_train_end, "on_exception": on_exception}
-    return type(f"{owner}Callback", (_lightning(owner).Callback,), methods)()
+    return type("TrainingCallback", (_lightning().Callback,), methods)()
 
 
-def _lightning(owner: str) -> Any:
+def _lightning() -> Any:
     for package in ("lightning.pytorch", "pytorch_lightning"):
         try:
             return importlib.import_module(package)
         except ModuleNotFoundError as error:
             if error.name not in (package, package.partition(".")[0]):
                 raise
-    raise MissingExtraError(f"{owner}.to_lightning_callback: Lightning is not installed: pip install lightning.")
+    raise MissingExtraError("to_lightning_callback: Lightning is not installed: pip install lightning.")

@@ -20,7 +20,7 @@ def whole_x(axes: Axes) -> None:
     """Puts the ticks of the horizontal axis at a few whole numbers, with thousands separators."""
     from matplotlib.ticker import MaxNLocator
 
-    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10], integer=True))
     axes.xaxis.set_major_formatter("{x:,.0f}")
 
 

@@ -6,6 +6,7 @@ those of Okabe and Ito (2008), readable without colour vision; everything else f
 """
 
 from ..drawing import panels as panels, save_figure as save_figure
+from ..spectrum import monitor_curves as monitor_curves
 from .against_rank import error_against_rank as error_against_rank, stability_against_rank as stability_against_rank
 from .components import cp_factors as cp_factors, nmf_factors as nmf_factors
 from .curves import (

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..calibrate import MaskOf, Padding, as_batch, check_batches, check_mask, forward, main_output, quiet_eval
+from ..drawing import colour, figure_of, legend, logarithmic, panels
 from ..errors import LowRankError
 from ..layers import ConvNd, FactoredModule
 from ..linalg import full_precision
@@ -20,6 +21,9 @@ from .covariance import RunningCovariance
 from .matrix_spectrum import MatrixSpectrum
 from .table import percent, shown, table
 from .weights import has_matrix
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _HEAD = ("module", "features", "rows", "first", "90%", "95%", "99%", "effective", "participation")
 _CHANNELS_FIRST = (
@@ -97,6 +101,23 @@ class ActivationSpectrum:
 
     def __str__(self) -> str:
         return table(_HEAD, [_row(layer) for layer in self])
+
+    def plot(self) -> Figure:
+        """Plots the part of the variance that the first components of each module explain.
+
+        Raises:
+            MissingExtraError: if matplotlib is not installed.
+        """
+        axes = panels(1)[0]
+        for k, layer in enumerate(self):
+            explained = layer.explained_variance_ratio.cumsum(0).tolist()
+            label = f"{layer.name} (effective rank {shown(layer.effective_rank)})"
+            axes.plot(range(1, len(explained) + 1), explained, color=colour(k), label=label)
+        axes.set(xlabel="components", ylabel="variance explained", ylim=(0, 1.04), title="Activations")
+        axes.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
+        logarithmic(axes)
+        legend(axes)
+        return figure_of(axes)
 
 
 @full_precision

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from ..calibrate import MaskOf
+from ..drawing import colour, figure_of, logarithmic, row
 from .activations import activation_spectrum
 from .table import shown, table
 from .weights import LayerSpectrum, weight_spectrum
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _HEAD = ("layer", "shape", "rank", "of", "condition", "weight's dimension", "output's dimension")
 
@@ -69,6 +73,31 @@ class Capacity:
         ]
         least = self.bottleneck
         return f"{table(_HEAD, rows)}\nleast rank: {least.rank}, of {least.name!r}"
+
+    def plot(self) -> Figure:
+        """Plots rank and dimensions of each layer, from the input at the top to the output at the bottom.
+
+        Raises:
+            MissingExtraError: if matplotlib is not installed.
+        """
+        axes = row(1, width=6.5, height=1.6 + 0.28 * len(self))[0]
+        marks: dict[str, tuple[str, list[float | None]]] = {
+            "rank": ("o", [each.rank for each in self]),
+            "dimension of the weight": ("s", [each.weight_dimension for each in self]),
+            "dimension of the outputs": ("^", [each.output_dimension for each in self]),
+        }
+        places = range(len(self))
+        axes.barh(places, [min(each.shape) for each in self], color="#BBBBBB", alpha=0.6, label="full rank")
+        for k, (label, (marker, values)) in enumerate(marks.items()):
+            known = [(value, place) for value, place in zip(values, places, strict=True) if value is not None]
+            if known:
+                axes.plot(*zip(*known, strict=True), marker, color=colour(k), label=label)
+        axes.set_yticks(places, [each.name for each in self], fontsize="small")
+        axes.invert_yaxis()
+        axes.set(xlabel="directions", title="Capacity from input to output")
+        logarithmic(axes)
+        figure_of(axes).legend(loc="outside lower center", ncols=2, fontsize="small")
+        return figure_of(axes)
 
 
 def capacity(model: nn.Module, batches: Iterable[Any] | None = None, *, mask: MaskOf | None = None) -> Capacity:

@@ -17,7 +17,7 @@ from .weights import weight_spectrum
 
 @dataclass(frozen=True, eq=False)
 class Forecast:
-    """What :func:`forecast` found; it prints as a table.
+    """What :func:`forecast` found; it prints as a table, and ``plot.plan`` draws its plan.
 
     Args:
         plan: the plan that the numbers are those of.

@@ -5,25 +5,28 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Callable, Sequence
-from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+from torch.optim.optimizer import Optimizer
 
 from ..checks import check_integer
 from ..errors import LowRankError
 from ..modules import Selector
-from ..trainer_callbacks import hf_callback, lightning_callback
 from .json_lines import JsonLines
 from .leading_spectrum import LeadingSpectrum, Triplets, leading_spectrum
-from .monitored import monitored, unwrapped
-from .record import SpectrumRecord
+from .monitor_curves import monitor_curves
+from .monitored import monitored
+from .optimizer_steps import EveryFewSteps, process_rank
+from .record import Kind, SpectrumRecord
 from .tensorboard import ScalarWriter, TensorBoard
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
-class SpectrumMonitor:
+
+class SpectrumMonitor(EveryFewSteps):
     """Measures the leading singular values of a model's matrices every few optimizer steps.
 
     Inside a ``with`` block it counts the steps of the optimizer that trains the model, by a hook on torch's optimizers;
@@ -89,48 +92,31 @@ class SpectrumMonitor:
         tensorboard: ScalarWriter | str | os.PathLike[str] | None = None,
         optimizer: Optimizer | None = None,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise LowRankError(f"SpectrumMonitor: got {type(model).__name__}, expected a torch.nn.Module.")
-        for name, value in (("every", every), ("k", k), ("keep", keep)):
-            check_integer(value, "SpectrumMonitor", name, 1)
+        super().__init__(model, every, optimizer)
+        check_integer(k, "SpectrumMonitor", "k", 1)
+        check_integer(keep, "SpectrumMonitor", "keep", 1)
         if callback is not None and not callable(callback):
             raise LowRankError(f"SpectrumMonitor: got callback={callback!r}, expected a function of a record.")
-        self.model = unwrapped(model)
-        if optimizer is not None and not (isinstance(optimizer, Optimizer) and self._is_trained_by(optimizer)):
-            raise LowRankError(
-                f"SpectrumMonitor: got optimizer={type(optimizer).__name__}, expected a torch optimizer that holds"
-                " parameters of the model."
-            )
         if next(monitored(self.model, target, gradients=False), None) is None:
             raise LowRankError(
                 "SpectrumMonitor: got a model, or target=, without a matrix that is trained; name layers with a weight,"
                 " also frozen ones, as target=[...]."
             )
-        self.every, self.k, self.target, self.gradients, self.optimizer = every, k, target, gradients, optimizer
-        self.steps = 0
-        """Number of optimizer steps so far; set it when training is resumed."""
+        self.k, self.target, self.gradients = k, target, gradients
         self._records: deque[SpectrumRecord] = deque(maxlen=keep)
         self._outputs: list[Callable[[SpectrumRecord], object]] = []
         if callback is not None:
             self._outputs.append(callback)
         if file is not None:
             self._outputs.append(JsonLines(file))
-        if tensorboard is not None and _rank() == 0:  # a SummaryWriter makes its file at once
+        if tensorboard is not None and process_rank() == 0:  # a SummaryWriter makes its file at once
             self._outputs.append(TensorBoard(tensorboard))
         self._starts: dict[tuple[str, str], Triplets | None] = {}
-        self._counted: Optimizer | None = None
-        self._hook: Any = None
 
     @property
     def records(self) -> list[SpectrumRecord]:
         """The last ``keep`` records, oldest first; on ranks other than 0 there are none."""
         return list(self._records)
-
-    def step(self) -> None:
-        """Counts an optimizer step and measures when it is time, for training without a ``with`` block."""
-        self.steps += 1
-        if self.steps % self.every == 0:
-            self.measure()
 
     @torch.no_grad()
     def measure(self) -> SpectrumRecord | None:
@@ -138,7 +124,7 @@ class SpectrumMonitor:
         found: dict[str, dict[str, LeadingSpectrum]] = {"weights": {}, "gradients": {}, "deltas": {}}
         starts: dict[tuple[str, str], Triplets | None] = {}
         for matrix in monitored(self.model, self.target, self.gradients):
-            if _rank() != 0:
+            if process_rank() != 0:
                 if matrix.sharded:
                     matrix.read()  # all ranks gather what one of them measures
                 continue
@@ -148,7 +134,7 @@ class SpectrumMonitor:
             if start is not None and (start[0].shape[0], start[2].shape[1]) != values.shape:
                 start = None  # the layer was replaced
             found[matrix.kind][matrix.name], starts[key] = leading_spectrum(values, self.k, self.steps, start)
-        if _rank() != 0:
+        if process_rank() != 0:
             return None
         self._starts = starts
         record = SpectrumRecord(self.steps, found["weights"], found["gradients"], found["deltas"])
@@ -157,56 +143,19 @@ class SpectrumMonitor:
             output(record)
         return record
 
-    def __enter__(self) -> SpectrumMonitor:
-        if self._hook is not None:
-            raise LowRankError("SpectrumMonitor: is in use already; leave its with block before the next.")
-        self._counted = self.optimizer
-        self._hook = register_optimizer_step_post_hook(self._after_step)
-        return self
+    def due(self) -> None:
+        """Measures, as :meth:`measure`."""
+        self.measure()
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._end()
+    def plot(self, kind: Kind = "weights", name: str | None = None) -> Figure:
+        """Plots the records, as :func:`monitor_curves`.
 
-    def to_hf_callback(self) -> Any:
-        """Returns a callback for the ``Trainer`` of transformers, in the place of a ``with`` block.
-
-        Step numbers are the trainer's, also after a resumption.
+        Args:
+            kind: ``"weights"``, ``"gradients"`` or ``"deltas"``.
+            name: a single matrix, of which all that was measured is drawn; ``None`` draws all matrices.
 
         Raises:
-            MissingExtraError: if transformers is not installed.
+            LowRankError: if nothing of this kind or name was measured.
+            MissingExtraError: if matplotlib is not installed.
         """
-        return hf_callback("SpectrumMonitor", self._begin, self._end)
-
-    def to_lightning_callback(self) -> Any:
-        """Returns a callback for Lightning's ``Trainer``, in the place of a ``with`` block.
-
-        Raises:
-            MissingExtraError: if Lightning is not installed.
-        """
-        return lightning_callback("SpectrumMonitor", self._begin, self._end)
-
-    def _begin(self, steps: int) -> None:
-        self.steps = steps
-        self.__enter__()
-
-    def _end(self) -> None:
-        if self._hook is not None:
-            self._hook.remove()
-        self._hook = self._counted = None
-
-    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if self._counted is None and self._is_trained_by(optimizer):
-            self._counted = optimizer
-        if optimizer is self._counted:
-            self.step()
-
-    def _is_trained_by(self, optimizer: Optimizer) -> bool:
-        own = set(self.model.parameters())
-        return any(parameter in own for group in optimizer.param_groups for parameter in group["params"])
-
-
-def _rank() -> int:
-    distributed = torch.distributed
-    return distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
+        return monitor_curves(self.records, kind, name)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +15,7 @@ from ..lora.adapted_weight import banks_of, base_modules, values_of
 from ..lora.adapter import Adapter
 from ..lora.weight_layout import WeightLayout
 from ..modules import Selector, select
+from .record import Kind
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Monitored:
         read: returns the values as ``[m, n]``.
     """
 
-    kind: Literal["weights", "gradients", "deltas"]
+    kind: Kind
     name: str
     sharded: bool
     read: Callable[[], Tensor]
@@ -94,14 +94,15 @@ def _is_sharded(tensor: Tensor) -> bool:
     return hasattr(tensor, "full_tensor")  # a DTensor, without importing it
 
 
-def _gathered(tensor: Tensor) -> Tensor:
+def gathered(tensor: Tensor) -> Tensor:
+    """The tensor detached, whole where it is a DTensor; then every process has to call this."""
     tensor = tensor.detach()
     return tensor.full_tensor() if _is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def _whole(tensor: Tensor) -> Tensor:
     """The values of a parameter or gradient, gathered and dense, as ``[m, n * ...]``."""
-    full = values_of(_gathered(tensor))
+    full = values_of(gathered(tensor))
     return (full if full.layout == torch.strided else full.to_dense()).flatten(1)
 
 
@@ -114,7 +115,7 @@ def _delta(adapter: Adapter, layout: WeightLayout) -> Tensor:
     dtype = torch.promote_types(adapter.A.dtype, torch.float32)
 
     def product(a: Tensor, b: Tensor) -> Tensor:
-        return layout.product(_gathered(a).to(dtype), _gathered(b).to(dtype))
+        return layout.product(gathered(a).to(dtype), gathered(b).to(dtype))
 
     delta = product(adapter.A, adapter.B)
     if adapter.a0 is not None and adapter.b0 is not None:

@@ -6,9 +6,12 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from .leading_spectrum import LeadingSpectrum
+
+Kind = Literal["weights", "gradients", "deltas"]
+"""What a matrix is."""
 
 
 @dataclass(frozen=True)

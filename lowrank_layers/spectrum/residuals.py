@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,6 +14,9 @@ from ..layers import FactoredModule
 from ..linalg import check_tensor, full_precision, working_dtype
 from .matrix_spectrum import MatrixSpectrum
 from .table import shown, table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,6 +64,14 @@ class ResidualReport:
         if self.stored is not None:
             rows.append(("entries", f"{self.stored:,} of {self.dense:,}"))
         return table(("residual", ""), rows)
+
+    def plot(self) -> Figure:
+        """Plots the singular values of the residual, and the energy of it that each further rank would keep.
+
+        Raises:
+            MissingExtraError: if matplotlib is not installed.
+        """
+        return self.residual.plot()
 
 
 @full_precision

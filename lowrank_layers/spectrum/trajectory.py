@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from ..drawing import colour, figure_of, ink, legend, panels, whole_x
 from ..errors import LowRankError
 from ..linalg import check_tensor, full_precision
 from .matrix_spectrum import MatrixSpectrum
 from .table import percent, shown, table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Checkpoint = nn.Module | Mapping[str, Tensor]
 """A model, or its state dict."""
@@ -61,6 +66,33 @@ class TrajectorySpectrum:
         head = ("change of", "shape", "Frobenius", "stable", "90%", "99%")
         return f"{first} ({', '.join(parts)})\n{table(head, rows)}"
 
+    def plot(self) -> Figure:
+        """Plots the part of the squared differences that the first directions hold, and the path in the first two.
+
+        Raises:
+            MissingExtraError: if matplotlib is not installed.
+        """
+        held = self.explained.cumsum(0).tolist()
+        most = self.directions_for(0.99)
+        left, right = panels(2)
+        few = held[: max(10, 2 * most)]
+        left.plot(range(1, len(few) + 1), few, "o-", color=colour(0), markersize=4)
+        left.axvline(most, color=colour(1), linestyle="--", label=f"99 %: {most} of {len(held)} directions")
+        left.set(xlabel="directions", ylabel="squared differences held", ylim=(0, 1.04), title="Directions of training")
+        left.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
+        whole_x(left)
+        legend(left)
+        path = torch.zeros(len(self.projections) + 1, 2, dtype=torch.float64)
+        path[1:, : self.projections.shape[1]] = self.projections[:, :2]
+        right.plot(*path.T.tolist(), "o-", color=colour(0), markersize=4)
+        for place, marker, label in ((0, "s", "first checkpoint"), (-1, "*", "last checkpoint")):
+            right.plot(*path[place].tolist(), marker, color=ink(), markersize=10, label=label)
+        shares = [*map(percent, self.explained[:2].tolist()), percent(0)]
+        right.set(xlabel=f"direction 1 ({shares[0]})", ylabel=f"direction 2 ({shares[1]})", title="Path of training")
+        right.set_aspect("equal", adjustable="datalim")
+        legend(right)
+        return figure_of(left)
+
 
 @full_precision
 @torch.no_grad()
@@ -74,8 +106,9 @@ def trajectory_spectrum(checkpoints: Iterable[Checkpoint]) -> TrajectorySpectrum
     Tiny Subspace", 2018).
 
     Args:
-        checkpoints: models or state dicts, at least two, in the order of training. A state dict shares its memory with
-            the model: keep ``copy.deepcopy(model.state_dict())``.
+        checkpoints: models or state dicts, at least two, in the order of training, or the
+            :class:`CheckpointRecorder` that kept them. A state dict shares its memory with the model: keep
+            ``copy.deepcopy(model.state_dict())``.
 
     Raises:
         LowRankError: for fewer than two checkpoints, names or shapes that differ, values that are not finite, or

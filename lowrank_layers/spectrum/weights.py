@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -11,12 +12,16 @@ from torch import nn
 from ..calibrate.statistics import Statistics
 from ..compress.candidates import Candidate
 from ..compress.damping import Damping
+from ..drawing import colour, figure_of, legend, logarithmic, panels
 from ..errors import LowRankError
 from ..layers import ConvNd, FactoredModule, LowRankTransposedLinear, is_embedding, matrices_of, weight_of
 from ..linalg import full_precision, working_dtype
 from ..modules import Selector, check_model, opened_attentions, select, walk_layers
 from .matrix_spectrum import MatrixSpectrum
 from .table import shown, table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _HEAD = (
     *("layer", "shape", "spectral", "nuclear", "Frobenius", "condition", "stable", "effective"),
@@ -67,6 +72,27 @@ class WeightSpectrum:
         text = table(_HEAD, [_row(layer.name, layer.raw) for layer in self])
         weighted = [_row(layer.name, layer.weighted) for layer in self if layer.weighted is not None]
         return f"{text}\n\nweighted by inputs and gradients\n{table(_HEAD, weighted)}" if weighted else text
+
+    def plot(self) -> Figure:
+        """Plots how the singular values of each layer decay, and with statistics the weighted ones beside them.
+
+        Raises:
+            MissingExtraError: if matplotlib is not installed.
+        """
+        drawn = {"Weights": [(each.name, each.raw) for each in self]}
+        weighted = [(each.name, each.weighted) for each in self if each.weighted is not None]
+        if weighted:
+            drawn["Weighted by inputs and gradients"] = weighted
+        axes = panels(len(drawn))
+        for panel, (title, spectra) in zip(axes, drawn.items(), strict=True):
+            for k, (name, spectrum) in enumerate(spectra):
+                count = len(spectrum.values)
+                decay = (spectrum.values / spectrum.values[0].clamp_min(1e-300)).clamp_min(1e-6)
+                panel.plot([(index + 1) / count for index in range(count)], decay.tolist(), color=colour(k), label=name)
+            panel.set(xlabel="index / number of singular values", ylabel="singular value / largest", title=title)
+            logarithmic(panel, "y")
+            legend(panel)
+        return figure_of(axes[0])
 
 
 @full_precision

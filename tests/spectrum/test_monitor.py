@@ -327,7 +327,7 @@ def test_the_callback_for_lightning(monkeypatch):
     callback.on_train_start(trainer, model)
     callback.on_exception(trainer, model, ValueError())
     assert hooks() == before
-    assert isinstance(lightning_callback("Monitor", print, print), sys.modules["lightning.pytorch"].Callback)
+    assert isinstance(lightning_callback(print, print), sys.modules["lightning.pytorch"].Callback)
 
 
 @pytest.mark.parametrize(

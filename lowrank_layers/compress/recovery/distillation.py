@@ -89,7 +89,7 @@ class Distillation:
         Raises:
             MissingExtraError: if transformers is not installed.
         """
-        return hf_callback("Distillation", self._begin, self._end)
+        return hf_callback(self._begin, self._end)
 
     def to_lightning_callback(self) -> Any:
         """Returns a callback for Lightning's ``Trainer``, in the place of a ``with`` block.
@@ -99,7 +99,7 @@ class Distillation:
         Raises:
             MissingExtraError: if Lightning is not installed.
         """
-        return lightning_callback("Distillation", self._begin, self._end)
+        return lightning_callback(self._begin, self._end)
 
     def _begin(self, _: int) -> None:
         self._end()
