@@ -1,4 +1,4 @@
-"""Checks of arguments that are numbers. ``True`` and ``False`` do not count as numbers."""
+"""Checks of arguments: numbers, of which ``True`` and ``False`` are none, and types."""
 
 from __future__ import annotations
 
@@ -37,3 +37,25 @@ def check_integer(value: object, who: str, name: str, least: int) -> None:
     """
     if not is_integer(value, least):
         raise LowRankError(f"{who}: got {name}={value!r}, expected an integer of at least {least}.")
+
+
+def check_type(value: object, kind: type | tuple[type, ...], who: str, expected: str) -> None:
+    """Raises unless the value is an instance of a class.
+
+    Args:
+        value: the value of the argument.
+        kind: the class, or several.
+        who: name of the function whose argument it is, for the message.
+        expected: what the function expects, in words.
+
+    Raises:
+        LowRankError: if the value is anything else.
+
+    Examples:
+        >>> from lowrank_layers.checks import check_type
+        >>> check_type([2.0], dict, "losses", "a dict of losses for each label")
+        Traceback (most recent call last):
+        lowrank_layers.errors.LowRankError: losses: got list, expected a dict of losses for each label.
+    """
+    if not isinstance(value, kind):
+        raise LowRankError(f"{who}: got {type(value).__name__}, expected {expected}.")

@@ -4,6 +4,7 @@ from .figure import (
     SIGNED as SIGNED,
     colour as colour,
     figure_of as figure_of,
+    given_or_new as given_or_new,
     ink as ink,
     legend as legend,
     panels as panels,

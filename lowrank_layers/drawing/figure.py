@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from ..errors import MissingExtraError
+from ..checks import check_integer
+from ..errors import LowRankError, MissingExtraError
+from ..files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -15,6 +18,7 @@ if TYPE_CHECKING:
 _HUES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
 _MOST_NAMED = 12
+_WIDTH, _HEIGHT = 5.5, 4.2
 
 SIGNED = "RdBu_r"
 """The colour map of values of both signs, whose middle is zero."""
@@ -30,9 +34,20 @@ def panels(count: int) -> list[Axes]:
         The axes, from left to right.
 
     Raises:
+        LowRankError: for what is no number of axes.
         MissingExtraError: if matplotlib is not installed.
     """
-    return row(count, width=5.5, height=4.2)
+    check_integer(count, "panels", "count", 1)
+    return row(count, width=_WIDTH, height=_HEIGHT)
+
+
+def given_or_new(ax: Axes | None, who: str, *, width: float = _WIDTH, height: float = _HEIGHT) -> Axes:
+    """Returns the axes that the user gave to the function ``who``, or those of a new figure of this size in inches."""
+    if ax is None:
+        return row(1, width=width, height=height)[0]
+    if not hasattr(ax, "get_xaxis"):
+        raise LowRankError(f"{who}: got ax={ax!r}, expected axes of matplotlib, such as one of plot.panels(2).")
+    return ax
 
 
 def row(count: int, *, width: float, height: float, **options: Any) -> list[Axes]:
@@ -57,11 +72,20 @@ def save_figure(figure: Figure | Axes, path: str | os.PathLike[str]) -> None:
     Args:
         figure: the figure, or any axes of it.
         path: the file to write; its suffix is the format.
+
+    Raises:
+        LowRankError: for what is no figure, or a format that matplotlib does not write.
     """
-    whole: Any = figure.figure
+    whole: Any = getattr(figure, "figure", None)
+    if not hasattr(whole, "savefig"):
+        raise LowRankError(f"save_figure: got {type(figure).__name__}, expected a figure of matplotlib or its axes.")
+    suffix = Path(path).suffix.lower()[1:]
+    if suffix not in (known := whole.canvas.get_supported_filetypes()):
+        raise LowRankError(f"save_figure: got the file {os.fspath(path)!r}, expected one of .{', .'.join(known)}.")
     if whole.get_layout_engine() is None:
         whole.tight_layout()
-    whole.savefig(path, dpi=150)
+    with replacing(path) as temporary:
+        whole.savefig(temporary, dpi=150, format=suffix)
 
 
 def legend(axes: Axes) -> None:

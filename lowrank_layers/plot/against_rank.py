@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from ..drawing import colour, figure_of, ink, panels, whole_x
+from ..checks import check_type
+from ..drawing import colour, figure_of, given_or_new, ink, panels, whole_x
 from ..errors import LowRankError
 from ..factors import CP, NMF, SVD, Tucker
 from ..rank.consensus import consensus_matrix, cophenetic_correlation, dispersion
 from ..rank.factor_match import factor_match_score
+from .labelled import labelled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,12 +31,15 @@ def error_against_rank(tensor: Tensor, fits: Mapping[str, Sequence[SVD | CP | NM
         fits: for each label the factorizations at several ranks; the rank of a Tucker decomposition is its largest.
 
     Raises:
-        LowRankError: if there are no factorizations, or for one of another shape.
+        LowRankError: if there are no factorizations, or for what is none or has another shape.
         MissingExtraError: if matplotlib is not installed.
     """
+    groups = labelled(fits, "error_against_rank", "factorizations")
+    for fit in (fit for each in groups.values() for fit in each):
+        check_type(fit, (SVD, CP, NMF, Tucker), "error_against_rank", "factorizations of svd, cp, nmf or tucker")
     points = {
         label: sorted((_rank(fit), fit.relative_error(tensor), tensor.numel() / fit.numel()) for fit in each)
-        for label, each in fits.items()
+        for label, each in groups.items()
     }
     if not any(points.values()):
         raise LowRankError("error_against_rank: got no factorizations, expected at least one.")
@@ -66,13 +71,16 @@ def stability_against_rank(
         ax: the axes to draw on; by default those of a new figure.
 
     Raises:
-        LowRankError: if there are no ranks, for a single start, or for a factorization of another shape.
+        LowRankError: if there are no ranks, for a single start, or for what is no factorization or has another shape.
         MissingExtraError: if matplotlib is not installed.
     """
-    if not fits or min(map(len, fits.values())) < 2:
+    groups = labelled(fits, "stability_against_rank", "factorizations")
+    if not groups or min(map(len, groups.values())) < 2:
         raise LowRankError("stability_against_rank: expected at least one rank, with at least two starts each.")
+    for fit in (fit for starts in groups.values() for fit in starts):
+        check_type(fit, (CP, NMF), "stability_against_rank", "factorizations of cp or nmf")
     lines: dict[str, list[tuple[int, float]]] = {}
-    for rank, starts in sorted(fits.items()):
+    for rank, starts in sorted(groups.items()):
         others: list[CP | NMF] = sorted(starts, key=lambda fit: fit.relative_error(tensor))
         best = others.pop(0)
         match = statistics.median(factor_match_score(best, fit) for fit in others)
@@ -81,7 +89,7 @@ def stability_against_rank(
             consensus = consensus_matrix([fit for fit in starts if isinstance(fit, NMF)])
             lines.setdefault("dispersion", []).append((rank, dispersion(consensus)))
             lines.setdefault("cophenetic correlation", []).append((rank, cophenetic_correlation(consensus)))
-    axes = panels(1)[0] if ax is None else ax
+    axes = given_or_new(ax, "stability_against_rank")
     for k, (label, points) in enumerate(lines.items()):
         axes.plot(*zip(*points, strict=True), "o-", color=colour(k), label=label)
     axes.set(xlabel="rank", ylabel="agreement of the starts", ylim=(0, 1.04), title="Stability")

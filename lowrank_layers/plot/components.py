@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from ..checks import check_type
 from ..drawing import SIGNED, figure_of, row
 from ..factors import CP, NMF
 from .images import heat_map
@@ -21,8 +22,10 @@ def cp_factors(found: CP) -> Figure:
         found: the decomposition.
 
     Raises:
+        LowRankError: for what is no CP decomposition.
         MissingExtraError: if matplotlib is not installed.
     """
+    check_type(found, CP, "cp_factors", "what cp returned")
     factors = [factor.detach().cpu().double() for factor in found.factors]
     bound = max(float(factor.abs().max()) for factor in factors)
     panels = row(len(factors), width=3.2, height=3.6)
@@ -45,9 +48,10 @@ def nmf_factors(matrix: Tensor, found: NMF) -> Figure:
         ``[m, n]``.
 
     Raises:
-        LowRankError: for a factorization of another shape.
+        LowRankError: for what is no NMF, or one of another shape.
         MissingExtraError: if matplotlib is not installed.
     """
+    check_type(found, NMF, "nmf_factors", "what nmf returned")
     error = found.relative_error(matrix)
     dense, w, h, close = (each.detach().cpu().double() for each in (matrix, found.w, found.h, found.to_dense()))
     panels = row(4, width=3.0, height=3.2)

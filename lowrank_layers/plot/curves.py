@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from ..drawing import colour, figure_of, ink, logarithmic, panels, whole_x
-from ..errors import LowRankError
+from ..drawing import colour, figure_of, given_or_new, ink, legend, logarithmic, whole_x
+from .labelled import labelled, points_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,13 +27,16 @@ def accuracy_against_size(
         ax: the axes to draw on; by default those of a new figure.
 
     Raises:
-        LowRankError: if there are no points.
+        LowRankError: if there are no points, or what is given is none.
         MissingExtraError: if matplotlib is not installed.
     """
-    axes = _lines("accuracy_against_size", curves, ax, "o-")
+    who, whole = "accuracy_against_size", []
     if dense is not None:
-        axes.plot(*dense, "*", color=ink(), markersize=12, label="dense")
-        axes.legend(fontsize="small")
+        whole = points_of({"dense": [dense]}, who)["dense"]
+    axes = _lines(who, points_of(curves, who), ax, "o-")
+    for point in whole:
+        axes.plot(*point, "*", color=ink(), markersize=12, label="dense")
+        legend(axes)
     axes.set(xlabel="parameters", ylabel="test accuracy, %", title="Accuracy against size")
     logarithmic(axes)
     return figure_of(axes)
@@ -47,10 +50,12 @@ def losses(curves: Mapping[str, Sequence[float]], *, ax: Axes | None = None) -> 
         ax: the axes to draw on; by default those of a new figure.
 
     Raises:
-        LowRankError: if there are no points.
+        LowRankError: if there are no points, or what is given is none.
         MissingExtraError: if matplotlib is not installed.
     """
-    axes = _lines("losses", {label: enumerate(values, start=1) for label, values in curves.items()}, ax)
+    members = labelled(curves, "losses", "numbers")
+    points = points_of({label: enumerate(values, start=1) for label, values in members.items()}, "losses", "numbers")
+    axes = _lines("losses", points, ax)
     axes.set(xlabel="step", ylabel="training loss", title="Fine-tuning")
     whole_x(axes)
     return figure_of(axes)
@@ -64,10 +69,11 @@ def perplexity_against_bytes(curves: Mapping[str, Sequence[tuple[int, float]]], 
         ax: the axes to draw on; by default those of a new figure.
 
     Raises:
-        LowRankError: if there are no points.
+        LowRankError: if there are no points, or what is given is none.
         MissingExtraError: if matplotlib is not installed.
     """
-    axes = _lines("perplexity_against_bytes", _scaled(curves, 1024), ax, "o-")
+    who = "perplexity_against_bytes"
+    axes = _lines(who, points_of(curves, who), ax, "o-", unit=1024)
     axes.set(xlabel="cache, KiB", ylabel="perplexity", title="Perplexity against bytes")
     logarithmic(axes)
     return figure_of(axes)
@@ -81,27 +87,23 @@ def loss_against_wire_bytes(curves: Mapping[str, Sequence[tuple[int, float]]], *
         ax: the axes to draw on; by default those of a new figure.
 
     Raises:
-        LowRankError: if there are no points.
+        LowRankError: if there are no points, or what is given is none.
         MissingExtraError: if matplotlib is not installed.
     """
-    axes = _lines("loss_against_wire_bytes", _scaled(curves, 2**20), ax)
+    who = "loss_against_wire_bytes"
+    axes = _lines(who, points_of(curves, who), ax, unit=2**20)
     axes.set(xlabel="sent per process, MiB", ylabel="training loss", title="Loss against bytes")
     logarithmic(axes)
     return figure_of(axes)
 
 
-def _lines(name: str, curves: Mapping[str, Iterable[tuple[float, float]]], ax: Axes | None, style: str = "-") -> Axes:
-    """Draws one line per label through its points, sorted by their first coordinate."""
-    points = {label: sorted(curve) for label, curve in curves.items()}
-    if not any(points.values()):
-        raise LowRankError(f"{name}: got no points, expected at least one.")
-    axes = panels(1)[0] if ax is None else ax
-    for k, (label, curve) in enumerate(points.items()):
-        axes.plot([x for x, _ in curve], [y for _, y in curve], style, color=colour(k), label=label)
-    axes.legend(fontsize="small")
+def _lines(
+    who: str, curves: Mapping[str, Sequence[tuple[float, float]]], ax: Axes | None, style: str = "-", unit: int = 1
+) -> Axes:
+    """Draws one line per label through its points, sorted by their first coordinate, which is in ``unit`` bytes."""
+    axes = given_or_new(ax, who)
+    for k, (label, curve) in enumerate(curves.items()):
+        points = sorted(curve)
+        axes.plot([x / unit for x, _ in points], [y for _, y in points], style, color=colour(k), label=label)
+    legend(axes)
     return axes
-
-
-def _scaled(curves: Mapping[str, Sequence[tuple[int, float]]], unit: int) -> dict[str, list[tuple[float, float]]]:
-    """The same points with their first coordinate in ``unit`` bytes."""
-    return {label: [(size / unit, value) for size, value in points] for label, points in curves.items()}

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ..checks import check_type
 from ..compress.progressive import Progression
 from ..compress.recovery import Recovery
-from ..drawing import colour, figure_of, ink, logarithmic, panels, whole_x
+from ..drawing import colour, figure_of, given_or_new, ink, logarithmic, whole_x
 from ..errors import LowRankError
 
 if TYPE_CHECKING:
@@ -22,9 +23,11 @@ def recovery(result: Recovery, *, ax: Axes | None = None) -> Figure:
         ax: the axes to draw on; by default those of a new figure.
 
     Raises:
+        LowRankError: for what is no result of :func:`recover_`.
         MissingExtraError: if matplotlib is not installed.
     """
-    axes = panels(1)[0] if ax is None else ax
+    check_type(result, Recovery, "recovery", "what recover_ returned")
+    axes = given_or_new(ax, "recovery")
     axes.plot(range(1, len(result.losses) + 1), result.losses, color=colour(0), label="objective")
     axes.set(xlabel="step", ylabel="objective", title="Recovery")
     whole_x(axes)
@@ -47,12 +50,13 @@ def progression(result: Progression, *, ax: Axes | None = None) -> Figure:
         ax: the axes to draw on; by default those of a new figure.
 
     Raises:
-        LowRankError: if nothing was scored.
+        LowRankError: for what is no result of :func:`progressive_`, or if nothing was scored.
         MissingExtraError: if matplotlib is not installed.
     """
+    check_type(result, Progression, "progression", "what progressive_ returned")
     if result.score is None:
         raise LowRankError("progression: got a history without scores, expected validation= or score= in progressive_.")
-    axes = panels(1)[0] if ax is None else ax
+    axes = given_or_new(ax, "progression")
     sizes, scores, factorized = [result.params], [result.score], []
     for stage in result.stages:
         assert stage.score is not None

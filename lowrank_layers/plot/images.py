@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from ..checks import check_type
 from ..drawing import SIGNED, figure_of, row
 from ..errors import LowRankError
 from ..factors import SVD, Factorization
@@ -26,12 +27,18 @@ def image_strip(pictures: Mapping[str, Tensor]) -> Figure:
         ``[H, W]`` for shades of grey, ``[H, W, 3]`` for colours.
 
     Raises:
-        LowRankError: if there are no pictures, and for other shapes.
+        LowRankError: if there are no pictures, and for what is no tensor or has another shape.
         MissingExtraError: if matplotlib is not installed.
     """
+    check_type(pictures, Mapping, "image_strip", "a dict of pictures by their titles")
     if not pictures:
         raise LowRankError("image_strip: got no pictures, expected at least one.")
     for title, picture in pictures.items():
+        if not isinstance(picture, Tensor):
+            raise LowRankError(
+                f"image_strip: got {type(picture).__name__} for {title!r}, expected a torch.Tensor; for an array"
+                " there is torch.as_tensor."
+            )
         if picture.ndim != 2 and (picture.ndim != 3 or picture.shape[2] != 3):
             raise LowRankError(
                 f"image_strip: got shape {tuple(picture.shape)} for {title!r}, expected [H, W] or [H, W, 3]."
@@ -59,6 +66,8 @@ def approximation(matrix: Tensor, found: Factorization) -> Figure:
         LowRankError: for what is not a matrix, or a factorization of another shape.
         MissingExtraError: if matplotlib is not installed.
     """
+    check_type(matrix, Tensor, "approximation", "a torch.Tensor")
+    check_type(found, Factorization, "approximation", "a factorization, such as that of svd")
     if matrix.ndim != 2:
         raise LowRankError(
             f"approximation: got a tensor of shape {tuple(matrix.shape)}, expected a matrix."

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..checks import check_type
 from ..drawing import SIGNED, figure_of, row
 from ..errors import LowRankError
 from ..factors import Factorization, Tucker
@@ -31,6 +32,8 @@ def tensor_scatter(tensor: Tensor, found: Factorization) -> Figure:
         LowRankError: for a tensor without three axes, or a factorization of another shape.
         MissingExtraError: if matplotlib is not installed.
     """
+    check_type(tensor, Tensor, "tensor_scatter", "a torch.Tensor")
+    check_type(found, Factorization, "tensor_scatter", "a factorization, such as that of svd")
     if tensor.ndim != 3:
         raise LowRankError(f"tensor_scatter: got shape {tuple(tensor.shape)}, expected a tensor with three axes.")
     error = found.relative_error(tensor)

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
+from ..checks import check_type
 from ..compress.entry import Entry
 from ..compress.plan import Plan
-from ..drawing import colour, few_x, figure_of, ink, logarithmic, panels, row
+from ..drawing import colour, few_x, figure_of, given_or_new, ink, logarithmic
 from ..errors import LowRankError
+from .labelled import points_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,15 +28,16 @@ def plan(chosen: Plan, *, cost: Literal["params", "macs", "bytes"] = "params", a
         ax: the axes to draw on; by default those of a new figure.
 
     Raises:
-        LowRankError: for an empty plan or another cost.
+        LowRankError: for what is no plan, an empty one, or another cost.
         MissingExtraError: if matplotlib is not installed.
     """
+    check_type(chosen, Plan, "plan", "a plan of make_plan")
     if cost not in _TITLES:
         raise LowRankError(f"plan: got cost {cost!r}, expected one of {', '.join(map(repr, _TITLES))}.")
     entries = list(chosen)
     if not entries:
         raise LowRankError("plan: got a plan without layers, expected at least one.")
-    axes = row(1, width=6.5, height=1.4 + 0.28 * len(entries))[0] if ax is None else ax
+    axes = given_or_new(ax, "plan", width=6.5, height=1.4 + 0.28 * len(entries))
     before = [getattr(entry.before, cost) for entry in entries]
     after = [getattr(entry.after, cost) for entry in entries]
     places = range(len(entries))
@@ -70,19 +73,18 @@ def size_score_front(
         ax: the axes to draw on; by default those of a new figure.
 
     Raises:
-        LowRankError: if there are no points.
+        LowRankError: if there are no points, or what is given is none.
         MissingExtraError: if matplotlib is not installed.
     """
+    groups = points_of(points, "size_score_front")
     front: list[tuple[float, float]] = []
     sign = 1 if higher_is_better else -1
-    for place, value in sorted((pair for each in points.values() for pair in each), key=lambda p: (p[0], -sign * p[1])):
+    for place, value in sorted((pair for each in groups.values() for pair in each), key=lambda p: (p[0], -sign * p[1])):
         if not front or sign * value > sign * front[-1][1]:
             front.append((place, value))
-    if not front:
-        raise LowRankError("size_score_front: got no points, expected at least one.")
-    axes = panels(1)[0] if ax is None else ax
+    axes = given_or_new(ax, "size_score_front")
     axes.step(*zip(*front, strict=True), where="post", color=ink(), linewidth=1, label="front")
-    for k, (label, each) in enumerate(points.items()):
+    for k, (label, each) in enumerate(groups.items()):
         axes.plot([x for x, _ in each], [y for _, y in each], "o", color=colour(k), label=label)
     axes.set(xlabel=size, ylabel=score, title="Size and score")
     logarithmic(axes)

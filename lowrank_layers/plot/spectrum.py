@@ -8,13 +8,19 @@ import torch
 from torch import Tensor, nn
 
 from ..calibrate.statistics import Statistics
+from ..checks import check_type
 from ..compress.candidates import Candidate
+from ..compress.damping import Damping
 from ..compress.plan import Plan
 from ..decompose import svd
-from ..drawing import colour, figure_of, legend, logarithmic, panels
+from ..drawing import colour, figure_of, given_or_new, legend, logarithmic
+from ..errors import LowRankError
+from ..layers import FactoredModule
 from ..linalg import check_matrix
+from ..modules import opened_attentions
 from ..rank import Rank
 from ..spectrum import MatrixSpectrum
+from ..spectrum.weights import has_matrix
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,14 +39,15 @@ def spectra(model: nn.Module, plan: Plan, stats: Statistics | None = None, *, ax
         ax: the axes to draw on; by default those of a new figure.
 
     Raises:
+        LowRankError: for a plan or statistics of another model.
         MissingExtraError: if matplotlib is not installed.
     """
-    axes = panels(1)[0] if ax is None else ax
-    for k, entry in enumerate(plan):
-        known = None if stats is None else stats[entry.name]
-        layer = Candidate(model.get_submodule(entry.name), known, damping=plan.damping)
-        tails = torch.stack(layer.tails).sum(0)
-        lost = (tails / tails[0]).clamp_min(1e-6).sqrt().tolist()
+    check_type(model, nn.Module, "spectra", "the dense model")
+    check_type(plan, Plan, "spectra", "a plan of make_plan")
+    with opened_attentions(model):
+        curves = [_lost(model, entry.name, stats, plan.damping) for entry in plan]
+    axes = given_or_new(ax, "spectra")
+    for k, (entry, lost) in enumerate(zip(plan, curves, strict=True)):
         full = len(lost) - 1
         hue = colour(k)
         ranks = entry.rank if isinstance(entry.rank, tuple) else () if entry.rank is None else (entry.rank,)
@@ -52,6 +59,17 @@ def spectra(model: nn.Module, plan: Plan, stats: Statistics | None = None, *, ax
     logarithmic(axes, "y")
     legend(axes)
     return figure_of(axes)
+
+
+def _lost(model: nn.Module, name: str, stats: Statistics | None, damping: Damping) -> list[float]:
+    """Relative errors of a layer's output at the ranks from 0 on."""
+    layer = dict(model.named_modules()).get(name)
+    if layer is None or isinstance(layer, FactoredModule) or not has_matrix(layer):
+        raise LowRankError(f"spectra: {name!r} of the plan is no dense layer of the model; give that of make_plan.")
+    if stats is not None and name not in stats:
+        raise LowRankError(f"spectra: {name!r} of the plan is not in the statistics; give those it was made with.")
+    tails = torch.stack(Candidate(layer, None if stats is None else stats[name], damping=damping).tails).sum(0)
+    return (tails / tails[0]).clamp_min(1e-6).sqrt().tolist()
 
 
 def singular_values(matrix: Tensor, rank: Rank | None = None) -> Figure:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from ..checks import check_type
 from ..drawing import colour, figure_of, legend, logarithmic, panels, whole_x
 from ..errors import LowRankError
 from .leading_spectrum import LeadingSpectrum
@@ -26,13 +27,16 @@ def monitor_curves(records: Iterable[SpectrumRecord], kind: Kind = "weights", na
         name: a single matrix, such as ``"fc1.weight"``; ``None`` draws all matrices.
 
     Raises:
-        LowRankError: if there is nothing of this kind or name in the records.
+        LowRankError: for what is no record, and if there is nothing of this kind or name in the records.
         MissingExtraError: if matplotlib is not installed.
     """
     if kind not in ("weights", "gradients", "deltas"):
         raise LowRankError(f"monitor_curves: got kind={kind!r}, expected 'weights', 'gradients' or 'deltas'.")
     found: dict[str, list[tuple[int, LeadingSpectrum]]] = {}
+    expected = "the records of a SpectrumMonitor (monitor.records)"
+    check_type(records, Iterable, "monitor_curves", expected)
     for record in records:
+        check_type(record, SpectrumRecord, "monitor_curves", expected)
         for each, spectrum in getattr(record, kind).items():
             found.setdefault(each, []).append((record.step, spectrum))
     if not found:

@@ -13,8 +13,8 @@ from typing_extensions import Self
 
 from ..checks import check_integer
 from ..errors import LowRankError
+from ..trainer_callbacks import hf_callback, lightning_callback
 from .monitored import unwrapped
-from .trainer_callbacks import hf_callback, lightning_callback
 
 
 class EveryFewSteps(ABC):
