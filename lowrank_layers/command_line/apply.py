@@ -19,7 +19,6 @@ from ..layers.config import FactoredSpec, blank
 from ..modules import ModelDescription
 from .arguments import add_names, add_size
 from .checkpoint import Checkpoint, TensorInfo
-from .display import track
 from .layers_in_file import linear_spec, read_linear
 from .plan import make_plan_of_file, print_plan
 from .planning import linear_layers
@@ -94,10 +93,7 @@ def write_planned(checkpoint: Checkpoint, plan: Plan, out: Path, shared: dict[st
     def built(name: str) -> dict[str, Tensor]:
         return build_layer(read_linear(checkpoint, name), entries[name], None, plan.damping).state_dict()
 
-    progress = iter(track(list(infos), "writing"))
-
     def tensor_of(name: str) -> Tensor:
-        next(progress)
         if name in owner_of:
             owner, key = owner_of[name]
             return built(owner)[key]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import re
+import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -69,8 +70,8 @@ class Checkpoint(Mapping[str, TensorInfo]):
     """The tensors of a file or folder, by name; :meth:`read` gives the values of one of them.
 
     Args:
-        path: a ``.safetensors`` file, a file that ``torch.save`` wrote (opened with ``weights_only=True``), an index of
-            several files (``.index.json``), or a folder with one of these.
+        path: a ``.safetensors`` file, a file of tensors that ``torch.save`` wrote, an index of several files
+            (``.index.json``), or a folder with one of these. Pickles of anything else are not opened.
 
     Raises:
         CheckpointError: if a file is missing or torn, or a pickle of more than tensors.
@@ -152,7 +153,9 @@ class Checkpoint(Mapping[str, TensorInfo]):
 
     def _pickled(self, path: Path) -> dict[str, TensorInfo]:
         try:
-            body: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            with warnings.catch_warnings():  # the error below says it in one line
+                warnings.simplefilter("ignore")
+                body: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
         except (OSError, ValueError, RuntimeError, EOFError, KeyError, pickle.UnpicklingError):
             raise CheckpointError(
                 f"{path}: is torn, or holds more than tensors and is not opened, since a pickle can run any code; write"

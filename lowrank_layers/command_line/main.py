@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from ..errors import LowRankError, MissingExtraError
-from . import apply, plan
+from . import apply, diff, extract_lora, inspect, merge_lora, plan, spectrum
 from .arguments import Parser
 from .display import check_rich
 
@@ -16,8 +16,13 @@ BAD_INPUT = 2
 """The exit code for everything that cannot be used; nothing is written then."""
 
 COMMANDS: dict[str, ModuleType] = {
+    "inspect": inspect,
+    "spectrum": spectrum,
     "plan": plan,
     "apply": apply,
+    "diff": diff,
+    "extract-lora": extract_lora,
+    "merge-lora": merge_lora,
 }
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..errors import CheckpointError
 from ..files import replacing
 from .checkpoint import DTYPES, TensorInfo
+from .display import track
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -24,6 +25,16 @@ def check_writable(path: Path) -> None:
     """
     if path.is_dir() or not path.absolute().parent.is_dir():
         raise CheckpointError(f"{path}: cannot be written: it is a folder, or its folder does not exist.")
+
+
+def check_folder(path: Path) -> None:
+    """Raises if a folder cannot be made, before anything is computed for it.
+
+    Args:
+        path: the folder, new or existing.
+    """
+    if not path.absolute().parent.is_dir() or (path.exists() and not path.is_dir()):
+        raise CheckpointError(f"{path}: cannot be a folder: it is a file, or its folder does not exist.")
 
 
 def write_streamed(
@@ -48,7 +59,7 @@ def write_streamed(
     text += b" " * (-len(text) % 8)
     with replacing(path) as temporary, temporary.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for name in names:
+        for name in track(names, "writing"):
             tensor = tensor_of(name).detach().cpu().contiguous()
             if TensorInfo(tuple(tensor.shape), tensor.dtype) != infos[name]:
                 raise CheckpointError(f"{path}: {name!r} is {tensor.dtype} {tuple(tensor.shape)}, not {infos[name]}.")
