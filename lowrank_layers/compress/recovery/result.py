@@ -43,6 +43,6 @@ class Recovery:
             part = self.losses[before:step]
             loss = f"{sum(part) / len(part):.4g}" if part else ""
             score = f"{scores[step]:.4g}" if step in scores else ""
-            lines.append(f"{step:>5}{loss:>12}   {score:<6}{'kept' if step == self.best_step else ''}".rstrip())
+            lines.append(f"{step:>5}{loss:>12}   {score:<11}{'kept' if step == self.best_step else ''}".rstrip())
             before = step
         return "\n".join(lines)
