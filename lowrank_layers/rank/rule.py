@@ -74,6 +74,7 @@ class WithoutValues:
 
 
 Rank = int | RankRule
+"""A rank: an integer, or a rule that chooses it from a spectrum."""
 
 
 def check_rank(rank: object, who: str) -> None:
