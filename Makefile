@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test lint type bench-smoke
+.PHONY: quickstart test lint type bench-smoke docs
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -32,3 +32,11 @@ type: .venv/installed
 
 bench-smoke: .venv/installed
 	$(BIN)/python -m pytest tests/test_benchmarks.py
+
+.venv/installed-docs: .venv/installed
+	$(BIN)/pip install --quiet -c constraints.txt -e ".[docs]"
+	touch $@
+
+# The site in build/docs. Any warning is an error; the variable silences an advertisement of the theme's.
+docs: .venv/installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
