@@ -1,4 +1,4 @@
-"""The calls and keywords that docstrings and README name, for test_docstrings.py and test_promises.py.
+"""The calls and keywords that docstrings, README and docs/ name, for test_docstrings.py and test_promises.py.
 
 A promise is code between backticks. A call of this library is bound to the signature of what it names and, where its
 arguments are known, run. A keyword on its own (``init="eva"``) is one that the documented callable takes.
@@ -28,6 +28,7 @@ from benchmarks.vision import import_torchvision
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {path.relative_to(ROOT).as_posix(): path.read_text("utf-8") for path in sorted((ROOT / "docs").rglob("*.md"))}
 KEYWORD = re.compile(r"\w+=(?!=)")
 """By habit, ``init="eva"`` is a keyword and ``b = m / n`` a formula."""
 SPAN = re.compile(r"``([^`]+)``|(?<!`)`([^`\n]+)`(?!`)")
@@ -35,7 +36,7 @@ SPAN = re.compile(r"``([^`]+)``|(?<!`)`([^`\n]+)`(?!`)")
 
 @dataclass(frozen=True)
 class Promise:
-    """Code in a text, and the callable that the text documents (``None`` for README)."""
+    """Code in a text, and the callable that the text documents (``None`` for a page)."""
 
     where: str
     code: str
@@ -75,8 +76,9 @@ def promises() -> list[Promise]:
     for where, value in public_callables():
         for double, single in SPAN.findall(inspect.getdoc(value) or "") if value.__doc__ else ():
             found.append(Promise(where, " ".join((double or single).split()), value))
-    prose = re.sub(r"```.*?```", "", README, flags=re.S)
-    found += [Promise("README", double or single, None) for double, single in SPAN.findall(prose)]
+    for where, text in {"README": README, **PAGES}.items():
+        prose = re.sub(r"^```.*?^```$", "", text, flags=re.S | re.M)
+        found += [Promise(where, double or single, None) for double, single in SPAN.findall(prose)]
     return [promise for promise in found if "(" in promise.code or KEYWORD.match(promise.code)]
 
 

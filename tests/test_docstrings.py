@@ -3,7 +3,7 @@
 - ``Args`` names the parameters of the function, class or dataclass, in their order.
 - Every public function and class that takes parameters has ``Args``, and every method of such a class that takes two or
   more, unless it overrides one.
-- A call or keyword between backticks, in README as well, fits the signature of what it names.
+- A call or keyword between backticks, in README and docs/ as well, fits the signature of what it names.
 - A keyword in an error message is a parameter of this package, and an in-place function that it names exists.
 """
 

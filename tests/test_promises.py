@@ -1,4 +1,4 @@
-"""The whole calls that a public docstring or README names run."""
+"""The whole calls that a public docstring, README or docs/ names run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""README's Python blocks run, and its table of layers is what the registry of methods says."""
+"""README's Python blocks run, and the table of layers is what the registry of methods says."""
 
 import re
 from pathlib import Path
@@ -13,7 +13,8 @@ from lowrank_layers.layers import FACTORED_LAYERS, PROJECTIONS
 
 from .contracts.tables import REFIT_RULES, RULES
 
-README = Path(__file__).resolve().parents[1] / "README.md"
+ROOT = Path(__file__).resolve().parents[1]
+README = ROOT / "README.md"
 
 
 def dense_of(cls: type[lr.FactoredModule]) -> nn.Module:
@@ -48,8 +49,10 @@ def dense_cell(name: str) -> str:
     return f"`{name}`" if name.startswith("nn.") else name
 
 
-def test_the_table_of_layers_is_the_registry():
-    assert table() in README.read_text(encoding="utf-8"), f"README's table has drifted; it should be\n\n{table()}"
+@pytest.mark.parametrize("page", ["README.md", "docs/layers.md"])
+def test_the_table_of_layers_is_the_registry(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    assert table() in text, f"the table in {page} has drifted; it should be\n\n{table()}"
 
 
 def test_every_factored_layer_is_built_by_a_method():
