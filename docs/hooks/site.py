@@ -35,6 +35,7 @@ from mkdocs.structure.pages import Page
 from benchmarks.vision import import_torchvision
 
 mpl.use("Agg")
+torch.set_num_threads(1)  # the models of the pages are small
 with contextlib.suppress(ImportError):
     import_torchvision()  # transformers imports it where it is installed
 FENCES_AND_CODE = re.compile(r"^```.*?^```$|(?<![`\[])`([^`\n]+)`(?![`\]])", re.M | re.S)
