@@ -136,6 +136,10 @@ class Allocation:
         loss = {} if self.budget.loss is None else {"loss": self.budget.loss}
         return {**self.budget.limits(self._whole), **loss}
 
+    def excess(self, unit: str) -> float:
+        """By how much the dense model exceeds the limit on a cost; negative where it stays below."""
+        return float(getattr(self._whole, unit) - self.limits()[unit])
+
     @property
     def _planned(self) -> Cost:
         """Cost of the layers that may change."""

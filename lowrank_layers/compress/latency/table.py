@@ -48,11 +48,14 @@ class LatencyTable:
             self.dense, self.whole = record_layers(model, run, list(layers))
         self._geometries = {name: self._geometry(name) for name in layers}
         self.gain = 1.0
-        """Time saved in the whole model over that saved by its layers in this table."""
+        """Time that the model saves over that which its layers save."""
 
     def seconds(self, name: str) -> float:
-        """Returns the time of a dense layer in one forward pass; 0 if the example does not reach it."""
-        return self.dense[name].seconds if name in self.dense else 0.0
+        """Returns the part of a forward pass that a dense layer accounts for: its time, multiplied by ``gain``.
+
+        It is 0 if the example does not reach the layer.
+        """
+        return self.gain * self.dense[name].seconds if name in self.dense else 0.0
 
     def measure_grid(self, offers: Mapping[str, Sequence[Offer]]) -> None:
         """Times a few offers of each layer and method, spread evenly over their sizes."""
@@ -117,7 +120,7 @@ class LatencyTable:
             for offer in sized:
                 exact = self.store.ratios.get(self._key(name, offer))
                 ratio = _interpolated(size(offer), sizes, ratios) if exact is None else exact
-                found[id(offer)] = dense * (1 - self.gain * (1 - ratio))
+                found[id(offer)] = dense * ratio
         return [_with_latency(offer, found.get(id(offer), dense)) for offer in offers]
 
     def _geometry(self, name: str) -> str:
