@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..decompose import svd
 from ..errors import LowRankError
 from ..modules import check_model
-from ..rank import Rank, Spectrum, choose_rank
+from ..rank import Rank, check_rank, choose_rank, pair_spectrum
 from ..rank.energy import Energy
 from .adapted_weight import AdaptedWeight
 from .adapter import Adapter, adapter_dtype
@@ -176,19 +176,19 @@ def _in_layout(layout: WeightLayout, first_layout: WeightLayout, first: Extracte
 
 def _extract(weight: AdaptedWeight, change: Tensor, rule: Rank) -> Extracted:
     """The best approximation of a weight's change, of the rank that a rule gives."""
+    check_rank(rule, weight.name)
     values = weight.values
     stack = weight.layout.matrix(change)
     stack = stack if stack.ndim == 3 else stack[None]
-    parts = [svd(matrix) for matrix in stack]
+    # a rule reads all singular values, a number none: then only as many are computed
+    parts = [svd(matrix, rule if isinstance(rule, int) else None) for matrix in stack]
     energies = torch.stack([part.s for part in parts]).square().mean(0)
     rows, columns = stack.shape[1:]
-    step = rows + columns
-    sizes = range(step, step * len(energies) + 1, step)
-    spectrum = Spectrum(energies.sqrt(), (rows, columns), sizes, rows * columns, weight.name)
-    rank = choose_rank(rule, spectrum, len(energies))
+    rank = choose_rank(rule, pair_spectrum(rows, columns, energies.sqrt(), weight.name), len(energies))
     pairs = [part.truncate(rank).pair() for part in parts]
     b, a = (torch.stack(side) for side in zip(*pairs, strict=True))
     a, b = weight.layout.pair(values, a, b)
     a, b = (side.contiguous().to(values.device, adapter_dtype(values)) for side in (a, b))
     size = torch.linalg.vector_norm(change) / torch.linalg.vector_norm(values.double()).clamp_min(1e-300)
-    return Extracted(a, b, rank, float(energies[:rank].sum() / energies.sum()), float(size))
+    kept = float(energies[:rank].sum() / stack.square().sum((1, 2)).mean())
+    return Extracted(a, b, rank, min(kept, 1.0), float(size))

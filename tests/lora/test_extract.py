@@ -96,7 +96,7 @@ def test_tied_weights_are_extracted_from_either_side(side, target, monkeypatch):
     if side == "the base":
         tuned.head.weight.data.add_(torch.randn(7, 5))
     decomposed = []
-    monkeypatch.setattr("lowrank_layers.lora.extract.svd", lambda matrix: decomposed.append(1) or lr.svd(matrix))
+    monkeypatch.setattr("lowrank_layers.lora.extract.svd", lambda *args: decomposed.append(1) or lr.svd(*args))
     found = lr.extract_lora(base, tuned, rank=5, target=target)
     assert set(found) == {("embed", "weight"), ("mid", "weight"), ("head", "weight")}
     assert len(decomposed) == (2 if side == "both" else 3)
@@ -139,3 +139,25 @@ def test_an_extraction_that_does_not_fit_is_refused_and_changes_nothing():
     one, two = found.apply_(copy.deepcopy(base)), found.apply_(copy.deepcopy(base))
     one[0].lora_weight.adapters["extracted"].A.data.zero_()
     assert two[0].lora_weight.adapters["extracted"].A.any()
+
+
+def test_of_a_large_matrix_only_the_leading_directions_are_computed(monkeypatch):
+    asked = []
+    exact = torch.linalg.svd
+
+    def watched(matrix, *args, **kwargs):
+        asked.append(min(matrix.shape))
+        return exact(matrix, *args, **kwargs)
+
+    base = nn.Sequential(nn.Linear(560, 600))
+    tuned = copy.deepcopy(base)
+    with torch.no_grad():
+        tuned[0].weight += torch.randn(600, 3) @ torch.randn(3, 560) + 0.01 * torch.randn(600, 560)
+    change = (tuned[0].weight - base[0].weight).detach().double()
+    values = torch.linalg.svdvals(change)
+    monkeypatch.setattr(torch.linalg, "svd", watched)
+    (found,) = lr.extract_lora(base, tuned, rank=5).values()
+    assert max(asked) < 100
+    tail = values[5:].norm()
+    assert (change - (found.b @ found.a).double()).norm() <= 1.001 * tail
+    assert found.energy == pytest.approx(1 - float(tail**2 / values.norm() ** 2), rel=1e-6)
