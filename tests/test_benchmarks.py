@@ -18,6 +18,7 @@ from benchmarks.robot_policy import ActionChunkPolicy
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = {
+    "command_line": "command_line",
     "cp": "cp",
     "ddp_convergence": "ddp_convergence_small",
     "decompose": "decompose",

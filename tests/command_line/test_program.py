@@ -8,6 +8,8 @@ import pytest
 from lowrank_layers.command_line import main
 from lowrank_layers.command_line.main import COMMANDS
 
+from .files import Small, write
+
 
 def test_a_process_ends_with_the_exit_code():
     done = subprocess.run([sys.executable, "-m", "lowrank_layers", "diff", "a", "b"], capture_output=True, text=True)
@@ -41,3 +43,10 @@ def test_completion_without_shtab_names_the_extra(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "shtab", None)
     assert main(["--print-completion", "bash"]) == 2
     assert "lowrank-layers[cli]" in capsys.readouterr().err
+
+
+def test_a_terminal_shows_progress(tmp_path, capsys, monkeypatch):
+    path = str(write(Small(), tmp_path / "model.safetensors"))
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert main(["inspect", path, "--json"]) == 0
+    assert "singular values" in capsys.readouterr().err
