@@ -1,4 +1,4 @@
-"""``lowrank apply``: a checkpoint with the factors of a plan, which ``lr.load`` reads into the dense class."""
+"""``lowrank apply``: a checkpoint with the factors of a plan, which lr.load reads into the dense class."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from ..layers.config import FactoredSpec, blank
 from ..modules import ModelDescription
 from .arguments import add_names, add_size
 from .checkpoint import Checkpoint, TensorInfo
-from .layers_in_file import linear_spec, read_linear
+from .layers_in_file import read_linear
 from .plan import make_plan_of_file, print_plan
-from .planning import linear_layers
+from .planning import plannable
 from .streamed_file import check_writable, write_streamed
 
 EXAMPLES = """examples:
@@ -71,18 +71,17 @@ def write_planned(checkpoint: Checkpoint, plan: Plan, out: Path, shared: dict[st
         out: the file.
         shared: names that are to be tied to others, with these.
     """
-    linear = set(linear_layers(checkpoint))
+    specs = plannable(checkpoint)
     entries = {entry.name: entry for entry in plan if entry.method != DENSE}
-    unknown = [name for name in entries if name not in linear]
+    unknown = [name for name in entries if name not in specs]
     if unknown:
         raise LowRankError(f"the plan has {unknown[0]!r}, which is no linear layer of {checkpoint.path}.")
     infos = {name: info for name, info in checkpoint.items() if name.rpartition(".")[0] not in entries}
     layers: dict[str, FactoredSpec] = {}
     owner_of: dict[str, tuple[str, str]] = {}
     for name, entry in entries.items():
-        own = linear_spec(checkpoint, name)
-        if own != entry.layer:
-            raise LowRankError(f"{name!r}: the plan was made for {entry.layer}, the file has {own}; plan anew.")
+        if specs[name] != entry.layer:
+            raise LowRankError(f"{name!r}: the plan was made for {entry.layer}, the file has {specs[name]}; plan anew.")
         blank_layer = factored_like(entry.built_by(), blank(entry.layer), entry.rank, entry.bias)
         layers[name] = FactoredSpec.of(blank_layer)
         for key, tensor in blank_layer.state_dict().items():
@@ -91,7 +90,7 @@ def write_planned(checkpoint: Checkpoint, plan: Plan, out: Path, shared: dict[st
 
     @lru_cache(maxsize=1)
     def built(name: str) -> dict[str, Tensor]:
-        return build_layer(read_linear(checkpoint, name), entries[name], None, plan.damping).state_dict()
+        return build_layer(read_linear(checkpoint, name, specs[name]), entries[name], None, plan.damping).state_dict()
 
     def tensor_of(name: str) -> Tensor:
         if name in owner_of:

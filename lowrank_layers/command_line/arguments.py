@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Iterable
-from pathlib import Path
 from typing import NoReturn
 
 from ..errors import LowRankError
@@ -57,15 +56,14 @@ def chosen(names: Iterable[str], args: argparse.Namespace) -> list[str]:
     return [name for name in names if name in included and name not in excluded]
 
 
-def add_size(parser: argparse.ArgumentParser, whole: str, *, required: bool = True) -> argparse._MutuallyExclusiveGroup:
+def add_size(parser: argparse.ArgumentParser, whole: str) -> argparse._MutuallyExclusiveGroup:
     """Adds ``--rank``, ``--energy`` and ``--budget``, of which one is given.
 
     Args:
         parser: the parser of a command.
         whole: what the budget is a fraction of, in words.
-        required: whether one of them has to be given.
     """
-    size = parser.add_mutually_exclusive_group(required=required)
+    size = parser.add_mutually_exclusive_group(required=True)
     size.add_argument("--rank", type=int, help="rank of every layer")
     size.add_argument("--energy", type=float, help="fraction of the squared singular values to keep, in (0, 1]")
     size.add_argument("--budget", type=_number, help=f"parameters: a fraction of {whole} (0.5), or a count (1000000)")
@@ -80,17 +78,6 @@ def rank_of(args: argparse.Namespace) -> Rank | None:
     """
     rule: Rank | None = args.rank if args.energy is None else Energy(args.energy)
     return rule
-
-
-def add_output(parser: argparse.ArgumentParser, name: str, help: str) -> None:
-    """Adds the path that is written.
-
-    Args:
-        parser: the parser of a command.
-        name: name of the argument.
-        help: what is written there.
-    """
-    parser.add_argument(name, type=Path, help=help)
 
 
 def _number(text: str) -> float | int:

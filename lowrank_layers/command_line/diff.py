@@ -57,7 +57,8 @@ def run(args: argparse.Namespace) -> None:
     rows = []
     for name, each in changed.items():
         ranks = (str(each[key]) if key in each else "" for key in ("rank_90", "rank_99"))
-        rows.append((name, percent(each["change"]), shown(each.get("stable_rank")), *ranks))
+        size = "" if each["change"] is None else percent(each["change"])
+        rows.append((name, size, shown(each.get("stable_rank")), *ranks))
     head = ("tensor", "relative change", "stable rank", "rank for 90%", "rank for 99%")
     print_table(f"{len(changed)} tensors changed, {same} are the same", head, rows)
     for name, shapes in reshaped.items():
@@ -67,7 +68,7 @@ def run(args: argparse.Namespace) -> None:
             print(f"{name}: only in {getattr(args, where)}")
 
 
-def change_of(old: Tensor, new: Tensor, name: str) -> dict[str, float] | None:
+def change_of(old: Tensor, new: Tensor, name: str) -> dict[str, float | None] | None:
     """Returns the size of a change relative to the old values and, of a matrix, its ranks; ``None`` without a change.
 
     Args:
@@ -79,7 +80,7 @@ def change_of(old: Tensor, new: Tensor, name: str) -> dict[str, float] | None:
         return None
     change = new.double() - old.double()
     size = float(torch.linalg.vector_norm(old.double()))
-    found = {"change": float(torch.linalg.vector_norm(change)) / size if size else float("inf")}
+    found: dict[str, float | None] = {"change": float(torch.linalg.vector_norm(change)) / size if size else None}
     if change.ndim > 1:
         spectrum = MatrixSpectrum.of(check_tensor(change, f"the change of {name!r}").flatten(1))
         found["stable_rank"] = spectrum.stable_rank

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -29,7 +30,6 @@ def print_table(title: str, head: Sequence[str], rows: Iterable[Sequence[str]]) 
         head: names of the columns.
         rows: the lines.
     """
-    check_rich()
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
@@ -51,10 +51,9 @@ def track(items: Sequence[T], description: str) -> Iterator[T]:
         items: what is worked on.
         description: what is done.
     """
-    if not sys.stderr.isatty():
+    if not sys.stderr.isatty() or importlib.util.find_spec("rich") is None:
         yield from items
         return
-    check_rich()
     from rich.console import Console
     from rich.progress import track as bar
 
@@ -67,9 +66,5 @@ def check_rich() -> None:
     Raises:
         MissingExtraError: without rich.
     """
-    try:
-        import rich  # noqa: F401
-    except ImportError:
-        raise MissingExtraError(
-            "tables and progress bars need rich: pip install 'lowrank-layers[cli]', or ask for --json."
-        ) from None
+    if importlib.util.find_spec("rich") is None:
+        raise MissingExtraError("tables need rich: pip install 'lowrank-layers[cli]', or ask for --json.")

@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
 
 from ..errors import LowRankError
+from ..layers.config import Spec
 from ..linalg import check_tensor
 from ..lora import Extraction, extract_lora, save_lora
 from ..lora.peft.keys import saved_modules
@@ -17,9 +19,9 @@ from ..rank import Budget, Rank, allocate
 from ..spectrum import MatrixSpectrum
 from ..spectrum.table import percent
 from .arguments import add_names, add_size, chosen, rank_of
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, TensorInfo
 from .display import print_json, print_table, track
-from .layers_in_file import is_embedding_name, linear_names, owners_of, read_linear, set_values_, skeleton, tree
+from .layers_in_file import is_embedding_name, linear_layers, owners_of, read_linear, set_values_, skeleton, tree
 from .planning import total_cost
 from .streamed_file import check_folder
 
@@ -52,17 +54,18 @@ def run(args: argparse.Namespace) -> None:
     """
     check_folder(args.out)
     pair = Pair(Checkpoint(args.base), Checkpoint(args.tuned))
-    names = chosen({**owners_of(pair.base), **owners_of(pair.tuned)}, args)
+    names = chosen(pair.owners, args)
     pair.check(names)
-    ranks = ranks_of(pair, pair.adaptable(names), args)
+    specs = pair.adaptable(names)
+    ranks = ranks_of(pair, list(specs), args)
     found = Extraction()
     for name in track(list(ranks), "adapters"):
-        old, new = (tree({name: read_linear(each, name)}) for each in (pair.base, pair.tuned))
+        old, new = (tree({name: read_linear(each, name, specs[name])}) for each in (pair.base, pair.tuned))
         found |= extract_lora(old, new, ranks[name], target=[name])
     if not found:
         raise LowRankError("no linear layer changed among those that were compared; there is nothing to extract.")
     rest = [name for name in names if (name, "weight") not in found and any(map(pair.differs, pair.tensors(name)))]
-    carried = [name for name in rest if pair.is_leaf(name)]
+    carried = [name for name in rest if name and name not in pair.parents]
     biased = any(pair.differs(f"{name}.bias") for name, _ in found)
     write_adapter(pair.tuned, found, carried, biased, args.out)
     _print(found, carried, [name for name in rest if name not in carried], args)
@@ -79,6 +82,16 @@ class Pair:
 
     base: Checkpoint
     tuned: Checkpoint
+
+    @cached_property
+    def owners(self) -> dict[str, dict[str, TensorInfo]]:
+        """The modules of both checkpoints with their tensors."""
+        return owners_of({**self.base, **self.tuned})
+
+    @cached_property
+    def parents(self) -> set[str]:
+        """The names of modules that have modules inside, which an adapter cannot hold whole."""
+        return {owner[:k] for owner in self.owners for k, letter in enumerate(owner) if letter == "."}
 
     def check(self, owners: Iterable[str]) -> None:
         """Raises if modules differ in names or shapes; vocabularies may have two sizes.
@@ -98,14 +111,14 @@ class Pair:
             if old != new and not (self._has_other_rows(name) and (old[0], new[0]) in sizes):
                 raise LowRankError(f"{name!r} has shape {old} in {self.base.path}, {new} in {self.tuned.path}.")
 
-    def adaptable(self, owners: Iterable[str]) -> list[str]:
-        """Returns the linear layers of one shape whose weights differ.
+    def adaptable(self, owners: Iterable[str]) -> dict[str, Spec]:
+        """Returns the settings of the linear layers of one shape whose weights differ, by name.
 
         Args:
             owners: names of modules.
         """
-        linear = set(linear_names(owners_of(self.base)))
-        return [owner for owner in owners if owner in linear and self._has_new_values(f"{owner}.weight")]
+        specs, _ = linear_layers(self.base)
+        return {owner: specs[owner] for owner in owners if owner in specs and self._has_new_values(f"{owner}.weight")}
 
     def differs(self, name: str) -> bool:
         """Returns whether a tensor changed.
@@ -121,15 +134,7 @@ class Pair:
         Args:
             owner: name of the module.
         """
-        return [name for name in {**self.base, **self.tuned} if name.rpartition(".")[0] == owner]
-
-    def is_leaf(self, owner: str) -> bool:
-        """Returns whether a module has a name and no modules inside, so that an adapter can hold it whole.
-
-        Args:
-            owner: name of the module.
-        """
-        return owner != "" and not any(name.startswith(f"{owner}.") for name in owners_of(self.tuned))
+        return [f"{owner}.{key}" if owner else key for key in self.owners[owner]]
 
     def _has_new_values(self, name: str) -> bool:
         same_shape = self.base[name].shape == self.tuned[name].shape

@@ -15,7 +15,7 @@ from ..spectrum.table import percent, shown
 from .arguments import add_names, chosen
 from .checkpoint import Checkpoint
 from .display import print_json, print_table
-from .planning import Analysis, analyse, linear_layers
+from .planning import Analysis, analyse, plannable
 from .spectrum import numbers
 
 EXAMPLES = """examples:
@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> None:
     """
     RelativeError(args.error)  # refuses what is no error, before the long part
     checkpoint = Checkpoint(args.checkpoint)
-    names = chosen(linear_layers(checkpoint), args)
+    names = chosen(plannable(checkpoint), args)
     found = analyse(checkpoint, names)
     advice = {name: should_factorize(spectrum, error=args.error) for name, spectrum in found.spectra.items()}
     forecasts = {budget: forecast_of(found, budget) for budget in BUDGETS}
@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> None:
     dtypes = Counter(str(info.dtype).removeprefix("torch.") for info in checkpoint.values())
     kinds = ", ".join(f"{count} {dtype}" for dtype, count in dtypes.items())
     print(f"{checkpoint.path}: {found.total.params:,} entries, {found.total.bytes:,} bytes, tensors: {kinds}")
-    _print_layers(found, advice)
+    _print_layers(found, advice, args.error)
     _print_forecasts(forecasts)
     for name, reason in found.skipped.items():
         print(f"{name}: left alone, {reason}")
@@ -76,14 +76,16 @@ def forecast_of(found: Analysis, budget: float) -> Forecast | None:
     return Forecast(plan, 1 - after / before, sum(ranks) / len(ranks), None)
 
 
-def _print_layers(found: Analysis, advice: dict[str, Advice]) -> None:
+def _print_layers(found: Analysis, advice: dict[str, Advice], error: float) -> None:
     rows = []
     for name, each in found.spectra.items():
-        law = each.power_law
-        ranks = map(str, (each.rank_for_energy(0.9), each.rank_for_energy(0.99)))
-        sizes = (shown(each.stable_rank), shown(each.effective_rank), *ranks, shown(None if law is None else law.alpha))
-        rows.append((name, "x".join(map(str, each.shape)), *sizes, str(advice[name])))
-    print_table("linear layers", ("layer", "shape", "stable", "effective", "90%", "99%", "alpha", "factorize?"), rows)
+        law, advised = each.power_law, advice[name]
+        sizes = shown(each.stable_rank), shown(each.effective_rank), shown(None if law is None else law.alpha)
+        ranks = each.rank_for_energy(0.9), each.rank_for_energy(0.99), advised.rank, advised.limit
+        rows.append((name, "x".join(map(str, each.shape)), *sizes, *map(str, ranks), "yes" if advised else "no"))
+    columns = "stable", "effective", "alpha", "90%", "99%"
+    head = ("layer", "shape", *columns, f"rank at {error:.0%} error", "smaller up to rank", "factorize?")
+    print_table("linear layers", head, rows)
 
 
 def _print_forecasts(forecasts: dict[float, Forecast | None]) -> None:

@@ -28,45 +28,47 @@ def owners_of(infos: Mapping[str, TensorInfo]) -> dict[str, dict[str, TensorInfo
     return owners
 
 
-def reasons_not_linear(owners: Mapping[str, Mapping[str, TensorInfo]]) -> dict[str, str]:
-    """Returns why modules with a weight of two or more dimensions are not taken for linear layers, by name.
+def linear_layers(infos: Mapping[str, TensorInfo]) -> tuple[dict[str, Spec], dict[str, str]]:
+    """Finds the linear layers among the modules of a checkpoint.
+
+    A weight is taken for ``[in, out]``, as in transformers' Conv1D, if the length of its bias says so, or if it is
+    square and others in the file are.
 
     Args:
-        owners: what :func:`owners_of` returned.
+        infos: shapes and dtypes by full name.
+
+    Returns:
+        The settings of each linear layer, as plans and files hold them, and for each other module with a weight of two
+        or more dimensions the reason why it is not taken for one, both by name.
     """
+    owners = owners_of(infos)
     transposed = any(_is_transposed(own) for own in owners.values())
-    found = {}
+    specs: dict[str, Spec] = {}
+    reasons = {}
     for owner, own in owners.items():
-        weight = own.get("weight")
+        weight, bias = own.get("weight"), own.get("bias")
         if weight is None or len(weight.shape) < 2:
             continue
-        parent = owner.rpartition(".")[0]
-        square = weight.shape[0] == weight.shape[1]
+        rows, columns = weight.shape[:2]
+        is_conv1d = _is_transposed(own) or (transposed and rows == columns and bias is not None)
         if len(weight.shape) > 2:
-            found[owner] = "the stride, padding and groups of its kernel are not in the file"
+            reasons[owner] = "the stride, padding and groups of its kernel are not in the file"
         elif not weight.dtype.is_floating_point or weight.dtype.itemsize == 1:
-            found[owner] = f"its weight is {_name(weight.dtype)}"
+            reasons[owner] = f"its weight is {_name(weight.dtype)}"
         elif set(own) - {"weight", "bias"}:
-            found[owner] = "it has more than a weight and a bias"
+            reasons[owner] = "it has more than a weight and a bias"
         elif is_embedding_name(owner):
-            found[owner] = "it is an embedding, by its name"
-        elif "in_proj_weight" in owners.get(parent, ()):
-            found[owner] = "it is a part of an nn.MultiheadAttention"
-        elif _is_transposed(own) or (transposed and square):
-            found[owner] = "its weight is [in, out], as in transformers' Conv1D"
-        elif "bias" in own and own["bias"].shape != weight.shape[:1]:
-            found[owner] = "its bias does not belong to a linear layer"
-    return found
-
-
-def linear_names(owners: Mapping[str, Mapping[str, TensorInfo]]) -> list[str]:
-    """Returns the names of the modules that are linear layers, in the order of the file.
-
-    Args:
-        owners: what :func:`owners_of` returned.
-    """
-    reasons = reasons_not_linear(owners)
-    return [o for o, own in owners.items() if o not in reasons and "weight" in own and len(own["weight"].shape) == 2]
+            reasons[owner] = "it is an embedding, by its name"
+        elif "in_proj_weight" in owners.get(owner.rpartition(".")[0], ()):
+            reasons[owner] = "it is a part of an nn.MultiheadAttention"
+        elif is_conv1d:
+            specs[owner] = {"type": "Conv1D", "nf": columns, "nx": rows, "dtype": _name(weight.dtype)}
+        elif bias is not None and bias.shape != (rows,):
+            reasons[owner] = "its bias does not belong to a linear layer"
+        else:
+            sizes = {"in_features": columns, "out_features": rows, "bias": bias is not None}
+            specs[owner] = {"type": "Linear", **sizes, "dtype": _name(weight.dtype)}
+    return specs, reasons
 
 
 def is_embedding_name(owner: str) -> bool:
@@ -78,45 +80,32 @@ def is_embedding_name(owner: str) -> bool:
     return _EMBEDDING.search(owner) is not None
 
 
-def linear_spec(infos: Mapping[str, TensorInfo], owner: str) -> Spec:
-    """Returns the settings of a linear layer, as plans and files hold them.
-
-    Args:
-        infos: shapes and dtypes by full name.
-        owner: name of the layer.
-    """
-    weight = infos[f"{owner}.weight"]
-    rows, columns = weight.shape
-    sizes = {"in_features": columns, "out_features": rows, "bias": f"{owner}.bias" in infos}
-    return {"type": "Linear", **sizes, "dtype": _name(weight.dtype)}
-
-
-def read_linear(checkpoint: Checkpoint, owner: str) -> nn.Linear:
+def read_linear(checkpoint: Checkpoint, owner: str, spec: Spec) -> nn.Module:
     """Returns a linear layer with the values of the file.
 
     Args:
         checkpoint: where the values are.
         owner: name of the layer.
+        spec: its settings.
 
     Raises:
         LowRankError: if a value is not finite.
     """
-    layer = blank(linear_spec(checkpoint, owner))
-    assert isinstance(layer, nn.Linear)
+    layer = blank(spec)
     for key, _ in list(layer.named_parameters()):
         values = checkpoint.read(f"{owner}.{key}")
-        setattr(layer, key, nn.Parameter(check_tensor(values, f"{checkpoint.path}: {owner}.{key}", ndim=values.ndim)))
+        _put_(layer, key, check_tensor(values, f"{checkpoint.path}: {owner}.{key}", ndim=values.ndim))
     return layer.eval()
 
 
-def forget_values_(layer: nn.Linear) -> None:
+def forget_values_(layer: nn.Module) -> None:
     """Lets go of the values of a layer, in place; shapes and dtypes stay.
 
     Args:
         layer: the layer.
     """
-    for key, parameter in list(layer.named_parameters(recurse=False)):
-        setattr(layer, key, nn.Parameter(_empty(TensorInfo(tuple(parameter.shape), parameter.dtype))))
+    for key, parameter in list(layer.named_parameters()):
+        _put_(layer, key, _empty(TensorInfo(tuple(parameter.shape), parameter.dtype)))
 
 
 def tree(modules: Mapping[str, nn.Module]) -> nn.Module:
@@ -130,14 +119,9 @@ def tree(modules: Mapping[str, nn.Module]) -> nn.Module:
         place = root
         *parents, last = name.split(".")
         for part in parents:
-            place = place._modules.get(part) or _added(place, part, nn.Module())
-        _added(place, last, modules[name])
+            place = place._modules.setdefault(part, nn.Module())  # type: ignore[assignment]
+        place._modules[last] = modules[name]
     return root
-
-
-def _added(parent: nn.Module, name: str, module: nn.Module) -> nn.Module:
-    parent.add_module(name, module)
-    return module
 
 
 def skeleton(infos: Mapping[str, TensorInfo], embeddings: Collection[str] = ()) -> nn.Module:
@@ -149,13 +133,11 @@ def skeleton(infos: Mapping[str, TensorInfo], embeddings: Collection[str] = ()) 
         infos: shapes and dtypes by full name.
         embeddings: names of modules that are embeddings, whatever they are called.
     """
+    specs, _ = linear_layers(infos)
     owners = owners_of(infos)
-    linear = set(linear_names(owners)) - set(embeddings)
-    root = tree(
-        {o: _module(own, o in linear, o in embeddings or is_embedding_name(o)) for o, own in owners.items() if o}
-    )
+    root = tree({owner: _module(owner, own, specs, embeddings) for owner, own in owners.items() if owner})
     for key, info in owners.get("", {}).items():
-        _register(root, key, _empty(info))
+        _put_(root, key, _empty(info))
     return root
 
 
@@ -168,34 +150,35 @@ def set_values_(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """
     for name, tensor in tensors.items():
         owner, _, key = name.rpartition(".")
-        _register(model.get_submodule(owner), key, tensor)
+        _put_(model.get_submodule(owner), key, tensor)
 
 
-def _module(own: Mapping[str, TensorInfo], linear: bool, embedding: bool) -> nn.Module:
+def _module(
+    owner: str, own: Mapping[str, TensorInfo], specs: Mapping[str, Spec], embeddings: Collection[str]
+) -> nn.Module:
     weight = own.get("weight")
     module = nn.Module()
     if weight is not None and not set(own) - {"weight", "bias"}:
-        kind: Spec = {"bias": "bias" in own, "dtype": _name(weight.dtype)}
-        if linear:
-            module = blank(linear_spec({f"layer.{key}": info for key, info in own.items()}, "layer"))
-        elif embedding and len(weight.shape) == 2:
+        if len(weight.shape) == 2 and (owner in embeddings or is_embedding_name(owner)):
             module = nn.Embedding(*weight.shape, device="meta", dtype=weight.dtype)
+        elif owner in specs:
+            module = blank(specs[owner])
         elif 3 <= len(weight.shape) <= 5:
             rows, columns, *area = weight.shape
-            kind |= {"in_channels": columns, "out_channels": rows, "kernel_size": area}
-            module = blank({"type": f"Conv{len(area)}d", **kind})
+            sizes = {"in_channels": columns, "out_channels": rows, "kernel_size": area, "bias": "bias" in own}
+            module = blank({"type": f"Conv{len(area)}d", **sizes, "dtype": _name(weight.dtype)})
     for key, info in own.items():
-        _register(module, key, _empty(info))
+        _put_(module, key, _empty(info))
     return module
 
 
-def _register(module: nn.Module, key: str, tensor: Tensor) -> None:
+def _put_(module: nn.Module, key: str, tensor: Tensor) -> None:
+    """Makes the tensor a parameter of the module, or a buffer if it holds integers; any name may be used."""
+    module._parameters.pop(key, None)
     if tensor.is_floating_point():
-        module._parameters.pop(key, None)
-        module.register_parameter(key, nn.Parameter(tensor, requires_grad=False))
+        module._parameters[key] = nn.Parameter(tensor, requires_grad=False)
     else:
-        module._buffers.pop(key, None)
-        module.register_buffer(key, tensor)
+        module._buffers[key] = tensor
 
 
 def _empty(info: TensorInfo) -> Tensor:

@@ -52,11 +52,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--print-completion", choices=("bash", "zsh", "tcsh"), help="print the completion for a shell")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     for name, module in COMMANDS.items():
-        text = str(module.__doc__).partition(": ")[2].partition("\n")[0]
+        text = str(module.__doc__).partition(": ")[2].partition("\n")[0].removesuffix(".")
         each = commands.add_parser(
             name,
             help=text,
-            description=text[0].upper() + text[1:],
+            description=f"{text[0].upper()}{text[1:]}.",
             epilog=module.EXAMPLES,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )

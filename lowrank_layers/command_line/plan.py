@@ -11,7 +11,7 @@ from ..rank import Budget
 from .arguments import add_names, add_size, chosen, rank_of
 from .checkpoint import Checkpoint
 from .display import print_json, print_table
-from .planning import analyse, linear_layers, plan_by_rule
+from .planning import analyse, plan_by_rule, plannable
 from .streamed_file import check_writable
 
 EXAMPLES = """examples:
@@ -52,7 +52,7 @@ def make_plan_of_file(checkpoint: Checkpoint, args: argparse.Namespace) -> Plan:
     """
     budget = None if args.budget is None else Budget(params=args.budget)
     rule = rank_of(args)
-    names = chosen(linear_layers(checkpoint), args)
+    names = chosen(plannable(checkpoint), args)
     if budget is not None:
         return analyse(checkpoint, names).plan(budget)
     assert rule is not None

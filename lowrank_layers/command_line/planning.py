@@ -12,12 +12,14 @@ from ..compress.methods import SVDMethod
 from ..compress.units import default_units
 from ..cost import Cost
 from ..errors import LowRankError
+from ..layers import linear_shape
+from ..layers.config import Spec
 from ..linalg import full_precision
 from ..rank import Budget, Rank
 from ..spectrum import MatrixSpectrum
 from .checkpoint import Checkpoint
 from .display import track
-from .layers_in_file import forget_values_, linear_names, owners_of, read_linear, reasons_not_linear, tree
+from .layers_in_file import forget_values_, linear_layers, read_linear, tree
 
 
 @dataclass(frozen=True)
@@ -62,12 +64,13 @@ def analyse(checkpoint: Checkpoint, names: Sequence[str]) -> Analysis:
         checkpoint: where they are.
         names: the layers.
     """
+    specs, _ = linear_layers(checkpoint)
     layers, offers, spectra = {}, {}, {}
     for name in track(names, "singular values"):
-        module = read_linear(checkpoint, name)
+        module = read_linear(checkpoint, name, specs[name])
         layer = Candidate(module)
-        values = layer.problems[0].singular_values
-        spectra[name] = MatrixSpectrum(values, (module.out_features, module.in_features))
+        _, rows, columns = linear_shape(module)
+        spectra[name] = MatrixSpectrum(layer.problems[0].singular_values, (rows, columns))
         offers[name] = offers_for(layer, [SVDMethod()])
         forget_values_(module)
         layers[name] = layer
@@ -82,16 +85,17 @@ def plan_by_rule(checkpoint: Checkpoint, names: Sequence[str], rule: Rank) -> Pl
         names: the layers.
         rule: a rank or a rank rule.
     """
+    specs, _ = linear_layers(checkpoint)
     entries: list[Entry] = []
     for name in track(names, "ranks"):
-        entries += make_plan(tree({name: read_linear(checkpoint, name)}), rank=rule, methods=[SVDMethod()])
-    settings = {"rank": repr(rule)}
+        alone = tree({name: read_linear(checkpoint, name, specs[name])})
+        entries += make_plan(alone, rank=rule, methods=[SVDMethod()])
     skipped, total = skipped_layers(checkpoint, names), total_cost(checkpoint)
-    return Plan(entries, skipped=skipped, total=total, settings=settings)
+    return Plan(entries, skipped=skipped, total=total, settings={"rank": repr(rule)})
 
 
-def linear_layers(checkpoint: Checkpoint) -> list[str]:
-    """Returns the names of the linear layers of a checkpoint.
+def plannable(checkpoint: Checkpoint) -> dict[str, Spec]:
+    """Returns the settings of the linear layers of a checkpoint, by name.
 
     Args:
         checkpoint: where they are.
@@ -101,10 +105,10 @@ def linear_layers(checkpoint: Checkpoint) -> list[str]:
     """
     if KEY in checkpoint.metadata:
         raise LowRankError(f"{checkpoint.path}: was written by lowrank_layers.save, and is factored already.")
-    names = linear_names(owners_of(checkpoint))
-    if not names:
+    specs, _ = linear_layers(checkpoint)
+    if not specs:
         raise LowRankError(f"{checkpoint.path}: has no weight of a linear layer.")
-    return names
+    return specs
 
 
 def skipped_layers(checkpoint: Checkpoint, names: Sequence[str]) -> dict[str, str]:
@@ -114,9 +118,8 @@ def skipped_layers(checkpoint: Checkpoint, names: Sequence[str]) -> dict[str, st
         checkpoint: where they are.
         names: the layers that are not.
     """
-    owners = owners_of(checkpoint)
-    left = set(linear_names(owners)) - set(names)
-    return reasons_not_linear(owners) | {name: "as asked" for name in owners if name in left}
+    specs, reasons = linear_layers(checkpoint)
+    return reasons | {name: "as asked" for name in specs if name not in set(names)}
 
 
 def total_cost(checkpoint: Checkpoint) -> Cost:

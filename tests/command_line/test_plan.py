@@ -76,6 +76,20 @@ def test_a_tied_head_is_named(tmp_path):
     torch.testing.assert_close(loaded.lm_head.weight, model.lm_head.weight)
 
 
+def test_weights_of_conv1d_are_known_by_their_biases(tmp_path, capsys):
+    conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D
+
+    def build():
+        return nn.ModuleDict({"c_attn": conv1d(24, 8), "c_proj": conv1d(8, 8), "lm_head": nn.Linear(8, 8, bias=False)})
+
+    model = build()
+    path, out = write(model, tmp_path / "model.safetensors"), tmp_path / "small.safetensors"
+    plan = run_json(capsys, "apply", path, out, "--rank=2")
+    kinds = {entry["name"]: entry["layer"]["type"] for entry in plan["entries"]}
+    assert kinds == {"c_attn": "Conv1D", "c_proj": "Conv1D", "lm_head": "Linear"}
+    assert_same_state(lr.load(out, into=build()), lr.factorize_(model, lr.make_plan(model, rank=2, methods=SVD)))
+
+
 def test_what_is_no_linear_layer_is_left_alone_with_a_reason(tmp_path, capsys):
     model = nn.ModuleDict(
         {
@@ -86,10 +100,8 @@ def test_what_is_no_linear_layer_is_left_alone_with_a_reason(tmp_path, capsys):
             "norm": nn.BatchNorm1d(6),
         }
     )
-    state = model.state_dict() | {"c_fc.weight": torch.randn(8, 12), "c_fc.bias": torch.randn(12)}
-    state |= {"c_proj.weight": torch.randn(8, 8), "c_proj.bias": torch.randn(8)}
-    state |= {"int8.weight": torch.ones(4, 4, dtype=torch.int8)}
+    state = model.state_dict() | {"int8.weight": torch.ones(4, 4, dtype=torch.int8)}
     plan = run_json(capsys, "plan", write_sharded(state, tmp_path / "m"), tmp_path / "plan.json", "--rank=1")
     assert [entry["name"] for entry in plan["entries"]] == ["linear"]
-    assert plan["skipped"].keys() == {"conv", "attention.out_proj", "wte", "c_fc", "c_proj", "int8"}
+    assert plan["skipped"].keys() == {"conv", "attention.out_proj", "wte", "int8"}
     assert plan["total"]["params"] == sum(tensor.numel() for tensor in state.values())
