@@ -37,6 +37,6 @@ bench-smoke: .venv/installed
 	$(BIN)/pip install --quiet -c constraints.txt -e ".[docs]"
 	touch $@
 
-# The site in build/docs. Any warning is an error; the variable silences an advertisement of the theme's.
+# The site, in build/docs. Any warning is an error. The variable silences the theme's notice of the end of MkDocs 1.
 docs: .venv/installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import lowrank_layers as lr
+from benchmarks.vision import import_torchvision
 from lowrank_layers.compress.method import factored_like
 from lowrank_layers.layers import FACTORED_LAYERS, PROJECTIONS
 
@@ -73,5 +74,6 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
 def test_a_block_runs_as_it_stands(block, tmp_path, monkeypatch):
+    import_torchvision()  # transformers imports it where it is installed
     monkeypatch.chdir(tmp_path)
     exec(compile(block, "README.md", "exec"), {"__name__": "__main__"})

@@ -10,8 +10,8 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 
 def files() -> list[Path]:
-    """Every file of results, sorted by its title."""
-    return sorted(RESULTS.glob("*.md"), key=lambda path: (title(path), path.name))
+    """Every file of results."""
+    return sorted(RESULTS.glob("*.md"))
 
 
 def title(path: Path) -> str:
@@ -19,31 +19,41 @@ def title(path: Path) -> str:
     return path.read_text("utf-8").partition("\n")[0].lstrip("# ")
 
 
-def newest(theme: str) -> Path:
+def index() -> str:
+    """A table of all files, and what they are about."""
+    rows = [f"| [{theme(path)}]({path.name}) | {title(path)} |" for path in files()]
+    return "\n".join(["| results | |", "|---|---|", *rows])
+
+
+def theme(path: Path) -> str:
+    """What comes before the hardware and the month in the name of a file."""
+    return path.stem.rsplit("_", 2)[0]
+
+
+def newest(wanted: str) -> Path:
     """The latest file of a theme, such as ``"kv_real"``."""
-    found = sorted(RESULTS.glob(f"{theme}_*_[0-9][0-9][0-9][0-9][0-9][0-9].md"), key=lambda path: path.stem[-6:])
-    return found[-1]
+    return max((path for path in files() if theme(path) == wanted), key=lambda path: path.stem[-6:])
 
 
-def section(theme: str, heading: str) -> str:
+def section(wanted: str, heading: str) -> str:
     """What stands below a heading of the latest file of a theme, up to the next heading; ``""`` is the title."""
-    text = newest(theme).read_text("utf-8")
+    text = newest(wanted).read_text("utf-8")
     for block in re.split(r"^(?=#+ )", text, flags=re.M):
         first, _, rest = block.partition("\n")
         if block and heading in ("", first.lstrip("# ")):
             return rest.strip()
-    raise LookupError(f"{newest(theme).name} has no heading {heading!r}")
+    raise LookupError(f"{newest(wanted).name} has no heading {heading!r}")
 
 
-def table(theme: str, heading: str) -> str:
+def table(wanted: str, heading: str) -> str:
     """The first table of a section."""
-    lines = re.search(r"(^\|.*\n?)+", section(theme, heading), re.M)
+    lines = re.search(r"(^\|.*\n?)+", section(wanted, heading), re.M)
     return lines[0].rstrip()
 
 
-def rows(theme: str, heading: str) -> list[dict[str, str]]:
+def rows(wanted: str, heading: str) -> list[dict[str, str]]:
     """The cells of that table by the name of their column, without emphasis."""
-    lines = re.findall(r"^\|.*$", section(theme, heading), re.M)
+    lines = re.findall(r"^\|.*$", section(wanted, heading), re.M)
     cells = [[cell.strip().strip("*") for cell in line.strip("|").split("|")] for line in lines]
     head, _, *body = cells
     return [dict(zip(head, row, strict=True)) for row in body if len(row) == len(head)]

@@ -8,7 +8,6 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,10 +22,10 @@ class Output:
     figures: list[Any] = field(default_factory=list)
 
 
-def run(markdown: str, page: str) -> Iterator[Output]:
-    """Runs the blocks of a page in a temporary folder, and gives what comes out of each."""
+def run(markdown: str, page: str) -> list[Output]:
+    """Runs the blocks of a page in a temporary folder, and returns what comes out of each."""
     scope: dict[str, Any] = {"__name__": "__main__"}
-    before = os.getcwd()
+    before, outputs = os.getcwd(), []
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         try:
@@ -34,9 +33,10 @@ def run(markdown: str, page: str) -> Iterator[Output]:
                 printed = io.StringIO()
                 with contextlib.redirect_stdout(printed):
                     exec(compile(code, page, "exec"), scope)
-                yield Output(printed.getvalue().rstrip(), taken_figures())
+                outputs.append(Output(printed.getvalue().rstrip(), taken_figures()))
         finally:
             os.chdir(before)
+    return outputs
 
 
 def taken_figures() -> list[Any]:

@@ -24,6 +24,6 @@ def run(monkeypatch):
 
 @pytest.mark.parametrize("page", [page for page, text in PAGES.items() if "```python" in text])
 def test_the_blocks_of_a_page_run(page, run):
-    outputs = list(run(PAGES[page], page))
+    outputs = run(PAGES[page], page)
     assert len(outputs) == PAGES[page].count("```python")
     assert not torch.distributed.is_initialized()
