@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import pickle
 import re
 import warnings
 import zipfile
@@ -29,6 +28,9 @@ DTYPES = {
     "I32": torch.int32,
     "I16": torch.int16,
     "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
@@ -156,7 +158,7 @@ class Checkpoint(Mapping[str, TensorInfo]):
             with warnings.catch_warnings():  # the error below says it in one line
                 warnings.simplefilter("ignore")
                 body: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-        except (OSError, ValueError, RuntimeError, EOFError, KeyError, pickle.UnpicklingError):
+        except Exception:  # torn pickles raise whatever their bytes lead to
             raise CheckpointError(
                 f"{path}: is torn, or holds more than tensors and is not opened, since a pickle can run any code; write"
                 " the state dict alone, best with safetensors.torch.save_file."
@@ -166,6 +168,10 @@ class Checkpoint(Mapping[str, TensorInfo]):
                 body = body[key]
         if not isinstance(body, Mapping) or not all(isinstance(value, Tensor) for value in body.values()):
             raise CheckpointError(f"{path}: holds a {type(body).__name__}, expected a state dict: tensors by name.")
+        odd = [name for name, value in body.items() if value.is_meta or value.layout is not torch.strided]
+        odd += [name for name, value in body.items() if value.dtype not in DTYPES.values()]
+        if odd:
+            raise CheckpointError(f"{path}: {odd[0]!r} is no dense tensor of numbers, or has no values.")
         self._loaded[path] = body
         return {str(name): TensorInfo(tuple(value.shape), value.dtype) for name, value in body.items()}
 

@@ -200,6 +200,4 @@ def _print(found: Extraction, carried: list[str], left: list[str], args: argpars
     for name in carried:
         print(f"{name}: written whole")
     for name in left:
-        print(
-            f"{name or 'the model itself'}: its own parameters changed, which PEFT's file cannot hold; left as in BASE"
-        )
+        print(f"{name or 'the model itself'}: changed, but stays as in BASE: PEFT's file cannot hold its parameters")

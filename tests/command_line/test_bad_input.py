@@ -104,6 +104,30 @@ def test_it_is_refused_in_one_line_and_nothing_is_written(folder, capsys, comman
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
 
 
+@pytest.mark.parametrize("kind", ["safetensors", "pt"])
+def test_a_torn_file_is_refused_wherever_it_ends(tmp_path, capsys, kind):
+    state = {"linear.weight": torch.ones(8, 8)}
+    path = tmp_path / f"model.{kind}"
+    if kind == "pt":
+        torch.save(state, path)
+    else:
+        save_file(state, path)
+    data = path.read_bytes()
+    assert main(["spectrum", str(path), "--json"]) == 0
+    for length in (0, 1, 7, 8, 9, len(data) // 3, len(data) // 2, len(data) - 1):
+        path.write_bytes(data[:length])
+        capsys.readouterr()
+        assert main(["spectrum", str(path), "--json"]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_tensors_that_cannot_be_written_again_are_refused(tmp_path, capsys):
+    for tensor in (torch.ones(2, 2, dtype=torch.complex64), torch.eye(2).to_sparse(), torch.ones(2, 2, device="meta")):
+        torch.save({"linear.weight": tensor}, tmp_path / "model.pt")
+        assert main(["spectrum", str(tmp_path / "model.pt")]) == 2
+        assert "linear.weight" in capsys.readouterr().err
+
+
 def test_a_compressed_checkpoint_is_not_compressed_again(folder, capsys):
     assert main(["apply", "good.safetensors", "small.safetensors", "--rank=2"]) == 0
     assert main(["plan", "small.safetensors", "out.json", "--rank=1"]) == 2

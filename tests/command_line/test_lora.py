@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import lowrank_layers as lr
 from lowrank_layers.command_line import main
@@ -58,6 +58,21 @@ def test_the_adapter_makes_the_base_the_tuned_model_in_peft_and_here(pair, tmp_p
         lr.load_lora(resized(base), tmp_path / "adapter"),
     ):
         torch.testing.assert_close(model.eval()(tokens), tuned(tokens), rtol=1e-4, atol=1e-4)
+
+
+def test_parameters_that_no_module_of_peft_holds_are_named(tmp_path, capsys):
+    base = Small()
+    tuned = low_rank(copy.deepcopy(base))
+    old, new = base.state_dict(), tuned.state_dict()
+    for name in ("scale", "layers.gate"):  # of the model itself, and of a module with others inside
+        old[name], new[name] = torch.ones(3), torch.zeros(3)
+    save_file(old, tmp_path / "old.safetensors")
+    save_file(new, tmp_path / "new.safetensors")
+    files = tmp_path / "old.safetensors", tmp_path / "new.safetensors"
+    printed = run_json(capsys, "extract-lora", *files, tmp_path / "adapter", "--rank=3")
+    assert set(printed["left"]) == {"", "layers"}
+    assert printed["carried"] == []
+    assert len(printed["adapters"]) == 4
 
 
 @pytest.mark.parametrize(("option", "keyword"), [("--rank=2", {"rank": 2}), ("--energy=0.8", {"energy": 0.8})])

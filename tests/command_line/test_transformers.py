@@ -1,0 +1,59 @@
+"""Folders of transformers: GPT-2, whose weights are ``[in, out]``, and a Llama, there and back."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import lowrank_layers as lr
+from lowrank_layers.command_line import main
+
+from ..lora import peer
+
+transformers = pytest.importorskip("transformers")
+SMALL = {
+    "gpt2": {"n_layer": 2, "n_embd": 16, "n_head": 2, "n_positions": 16, "bos_token_id": 0, "eos_token_id": 0},
+    "llama": {"num_hidden_layers": 2, "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2},
+}
+TOKENS = torch.arange(8)[None]
+
+
+def build(kind):
+    config = transformers.AutoConfig.for_model(kind, vocab_size=20, pad_token_id=0, **SMALL[kind])
+    return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+
+@peer.known_warnings
+@pytest.mark.parametrize("kind", SMALL)
+def test_the_change_is_extracted_and_merged(kind, tmp_path):
+    peft = peer.peft()
+    base = build(kind)
+    tuned = copy.deepcopy(base)
+    with torch.no_grad():
+        for name, module in tuned.named_modules():
+            if isinstance(module, (nn.Linear, transformers.pytorch_utils.Conv1D)) and name != "lm_head":
+                rows, columns = module.weight.shape
+                module.weight += 0.1 * torch.randn(rows, 2) @ torch.randn(2, columns)
+            elif "ln_" in name or "norm" in name:
+                module.weight += 0.1
+    base.save_pretrained(tmp_path / "base")
+    tuned.save_pretrained(tmp_path / "tuned", max_shard_size="10KB")
+    expected = tuned(TOKENS).logits
+    assert main(["extract-lora", *(str(tmp_path / name) for name in ("base", "tuned", "adapter")), "--rank=2"]) == 0
+    adapted = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "adapter").eval()
+    torch.testing.assert_close(adapted(TOKENS).logits, expected, rtol=1e-4, atol=1e-4)
+    assert main(["merge-lora", *(str(tmp_path / name) for name in ("base", "adapter", "merged"))]) == 0
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    torch.testing.assert_close(merged(TOKENS).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("kind", "tied"), [("gpt2", "lm_head.weight=transformer.wte.weight"), ("llama", None)])
+def test_a_compressed_folder_is_loaded_into_the_dense_class(kind, tied, tmp_path):
+    model, out = build(kind), str(tmp_path / "small.safetensors")
+    model.save_pretrained(tmp_path / "model")
+    options = ["--rank=4", "--exclude=lm_head"] if tied is None else ["--rank=4", "--tied", tied]
+    assert main(["apply", str(tmp_path / "model"), out, *options]) == 0
+    loaded = lr.load(out, into=build(kind)).eval()
+    lr.factorize_(model, lr.make_plan(model, rank=4, methods=[lr.SVDMethod()], skip=["lm_head", nn.Embedding]))
+    torch.testing.assert_close(loaded(TOKENS).logits, model(TOKENS).logits)
