@@ -5,17 +5,16 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
-import pkgutil
 import re
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
-from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import lowrank_layers as lr
 from lowrank_layers import interop, plot
+
+CONSTANTS = {"METHODS": "lowrank_layers.compress.registry", "Rank": "lowrank_layers.rank.rule"}
+"""The modules of public values that are no functions or classes."""
 
 
 @dataclass(frozen=True)
@@ -42,28 +41,12 @@ class Name:
 @cache
 def public_names() -> dict[str, Name]:
     """Every public name, by how it is called: ``lr.svd``, ``plot.losses``, ``interop.to_tltorch``."""
-    exports = {"lr": lr.__all__, "plot": exported(plot), "interop": exported(interop)}
-    homes = {"lr": lr, "plot": plot, "interop": interop}
-    calls = [(f"{home}.{name}", getattr(homes[home], name), name) for home, names in exports.items() for name in names]
-    return {call: Name(call, f"{home_of(value, name)}.{name}") for call, value, name in calls if name != "METHODS"} | {
-        "lr.METHODS": Name("lr.METHODS", "lowrank_layers.compress.registry.METHODS")
-    }
-
-
-def exported(package: ModuleType) -> list[str]:
-    """What a package imports as itself."""
-    return [name for name, value in vars(package).items() if name[0] != "_" and inspect.isfunction(value)]
-
-
-def home_of(value: Any, name: str) -> str:
-    """The module that defines a value; that of a type alias is looked up in the sources."""
-    if hasattr(value, "__qualname__"):
-        return str(value.__module__)
-    for info in pkgutil.walk_packages(lr.__path__, "lowrank_layers."):
-        spec = importlib.util.find_spec(info.name)
-        if spec and spec.origin and re.search(rf"^{name}\b.* = ", Path(spec.origin).read_text("utf-8"), re.M):
-            return info.name
-    raise LookupError(f"no module defines {name}")
+    found = {f"lr.{name}": getattr(lr, name) for name in lr.__all__}
+    for home, package in (("plot", plot), ("interop", interop)):
+        found |= {f"{home}.{name}": value for name, value in vars(package).items() if inspect.isfunction(value)}
+    named = {call: call.partition(".")[2] for call in found}
+    homes = {call: CONSTANTS.get(named[call]) or value.__module__ for call, value in found.items()}
+    return {call: Name(call, f"{homes[call]}.{named[call]}") for call in found}
 
 
 def docstring_below(module: str, name: str) -> str:

@@ -70,7 +70,7 @@ class PageParts:
 
     def _image(self, name: str, figure: Any) -> str:
         content = io.BytesIO()
-        figure.savefig(content, format="svg", bbox_inches="tight")
+        figure.savefig(content, format="svg", bbox_inches="tight", transparent=True)
         plt.close(figure)
         self.drawn += 1
         path = f"pictures/{posixpath.basename(self.page)[:-3]}_{name}_{self.drawn}.svg"

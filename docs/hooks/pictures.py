@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 from matplotlib.figure import Figure
@@ -41,7 +42,8 @@ def resnet_cifar() -> Figure:
         if row["setting"] in labels:  # of two rows of a setting, sequential regression comes last
             points[labels[row["setting"]]][number(row["kept"])] = number(row["accuracy"])
     figure = plot.accuracy_against_size({label: sorted(each.items()) for label, each in points.items()})
-    figure.axes[0].set(xscale="linear", xlabel="parameters kept, %", title="ResNet-20 on CIFAR-10, no fine-tuning")
+    figure.axes[0].set(xscale="linear", xticks=[30, 50], xlabel="parameters kept, %")
+    figure.axes[0].set_title("ResNet-20 on CIFAR-10, no fine-tuning")
     return figure
 
 
@@ -60,7 +62,7 @@ def kv_real() -> Figure:
     """Caches of SmolLM2: perplexity against bytes."""
     points: dict[str, list[tuple[float, float]]] = {}
     for row in rows("kv_real", "WikiText, 2048 tokens of prompt"):
-        label = row["cache"].removesuffix(" of the bytes").rpartition(", 1/")[0] or row["cache"].partition(",")[0]
+        label = re.sub(", 1/.* of the bytes$|, 32 recent$", "", row["cache"])
         points.setdefault(label, []).append((number(row["KiB per sequence"]), number(row["perplexity, %"])))
     figure = plot.size_score_front(
         points, higher_is_better=False, size="KiB per sequence", score="perplexity, % above that of the exact cache"
