@@ -17,6 +17,7 @@ TITLES = {
     "distributed": "Gradients between processes",
     "optim": "Optimizers",
     "spectrum": "Spectra",
+    "drawing": "Axes of pictures",
     "plot": "Pictures",
     "interop": "Other libraries",
     "cost": "Costs",

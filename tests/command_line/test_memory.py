@@ -43,9 +43,9 @@ def test_two_checkpoints_are_compared_tensor_by_tensor(folders, tmp_path, capsys
 
 
 def test_a_checkpoint_is_planned_layer_by_layer(folders, tmp_path, capsys):
-    assert growth(capsys, "inspect", folders[0]) < 0.75 * SIZE
+    assert growth(capsys, "inspect", folders[0]) < SIZE
 
 
 def test_a_checkpoint_is_written_tensor_by_tensor(folders, tmp_path, capsys):
     argv = "--rank=8", "--exclude", r"layers\.(\d|1\d)$"
-    assert growth(capsys, "apply", folders[0], tmp_path / "out.safetensors", *argv) < 0.75 * SIZE
+    assert growth(capsys, "apply", folders[0], tmp_path / "out.safetensors", *argv) < SIZE
