@@ -13,7 +13,7 @@ BIN := .venv/bin
 	touch $@
 
 quickstart: .venv/installed
-	$(BIN)/python examples/quickstart.py $(ARGS)
+	$(BIN)/python examples/02_compress.py --out quickstart_out $(ARGS)
 
 # Two workers of one thread each. A file stays with one of them, since its models are shared; tests/conftest.py has the
 # order of files, which xdist would replace by its own.

@@ -15,6 +15,8 @@ DATA = Path(os.environ.get("LOWRANK_DATA", Path(__file__).resolve().parents[2] /
 
 def load(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
     """Loads a model and its tokenizer from a folder."""
+    if not (folder / "tokenizer.json").exists():
+        raise SystemExit(f"There is no model in {folder}: give --model a folder with a Llama and its tokenizer.json.")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     if importlib.util.find_spec("torchvision"):
         # transformers imports it, and beside a CPU-only torch it needs help

@@ -56,7 +56,7 @@ def losses(curves: Mapping[str, Sequence[float]], *, ax: Axes | None = None) -> 
     members = labelled(curves, "losses", "numbers")
     points = points_of({label: enumerate(values, start=1) for label, values in members.items()}, "losses", "numbers")
     axes = _lines("losses", points, ax)
-    axes.set(xlabel="step", ylabel="training loss", title="Fine-tuning")
+    axes.set(xlabel="step", ylabel="training loss", title="Training")
     whole_x(axes)
     return figure_of(axes)
 

@@ -38,7 +38,9 @@ def recovery(result: Recovery, *, ax: Axes | None = None) -> Figure:
         best = dict(result.scores)[result.best_step]
         lines += right.plot([result.best_step], [best], "*", color=ink(), markersize=12, label="kept")
         right.set_ylabel("held-out score")
-    axes.legend(lines, [str(line.get_label()) for line in lines], fontsize="small")
+    # below the axes, where it covers neither scale's line
+    labels = [str(line.get_label()) for line in lines]
+    axes.legend(lines, labels, fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=len(lines))
     return figure_of(axes)
 
 

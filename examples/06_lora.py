@@ -1,6 +1,6 @@
-"""Fine-tune a trained Llama on new text with LoRA, with PiSSA, and in full.
+"""Lesson 6: fine-tune a trained Llama on new text with LoRA, with PiSSA, and in full.
 
-python examples/lora_finetune.py [--model DIR] [--text FILE] [--steps 60] [--rank 16] [--out lora_out]
+python examples/06_lora.py [--model DIR] [--text FILE] [--steps 60] [--rank 16] [--out DIR]
 
 The model is a small Llama trained on Python code, the text is Shakespeare's; both are read from ../shared/data unless
 others are given. Needs the extras transformers and plot.
@@ -8,12 +8,12 @@ others are given. Needs the extras transformers and plot.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import time
 from pathlib import Path
 
 import torch
+from course import begin, lesson, save
 from language_model import DATA, load
 from torch import Tensor, nn
 from tqdm import trange
@@ -68,15 +68,14 @@ def generate(model: nn.Module, tokenizer: object, prompt: str, count: int = 40) 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = lesson(__doc__)
     parser.add_argument("--model", type=Path, default=DATA / "pycode_llama")
     parser.add_argument("--text", type=Path, default=DATA / "text" / "tinyshakespeare.txt")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--out", type=Path, default=Path("lora_out"))
     args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
+    begin(args)
 
     base, tokenizer = load(args.model)
     tokens = torch.tensor(tokenizer.encode(args.text.read_text(encoding="utf-8")).ids)
@@ -108,9 +107,8 @@ def main() -> None:
     lr.merge_lora_(tuned)
     print(f"merged: held-out loss {held_out(tuned, unseen):.3f}")
     print(f"\n{generate(tuned, tokenizer, 'KING RICHARD:')}")
-    picture = args.out / "losses.png"
-    plot.save_figure(plot.losses(curves), picture)
-    print(f"\nwritten: {args.out / 'adapter'}, {picture}")
+    print(f"\nadapter: {args.out / 'adapter'}")
+    save(plot.losses(curves), args.out / "06_lora.png")
 
 
 if __name__ == "__main__":

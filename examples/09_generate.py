@@ -1,6 +1,6 @@
-"""Generate text with the exact and with a low-rank key/value cache, side by side.
+"""Lesson 9: generate text with the exact and with a low-rank key/value cache, side by side.
 
-python examples/generate.py [--model DIR] [--text FILE] [--prompt 768] [--tokens 128] [--out generate_out]
+python examples/09_generate.py [--model DIR] [--text FILE] [--prompt 768] [--tokens 128] [--out DIR]
 
 Prints both texts, tokens per second, bytes and the first token that differs, and plots perplexity against bytes. The
 model is a small Llama trained on Python code, the prompt is code that it was not trained on; both are read from
@@ -9,13 +9,13 @@ model is a small Llama trained on Python code, the prompt is code that it was no
 
 from __future__ import annotations
 
-import argparse
 import math
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from course import begin, lesson, save
 from language_model import DATA, load
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -61,16 +61,15 @@ def perplexity(model: nn.Module, window: Tensor, prompt: int, cache: Any) -> flo
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = lesson(__doc__)
     parser.add_argument("--model", type=Path, default=DATA / "pycode_llama")
     parser.add_argument("--text", type=Path, default=DATA / "pycode_llama" / "valid.txt")
     parser.add_argument("--prompt", type=int, default=768)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--windows", type=int, default=4, help="windows of text for the plot")
-    parser.add_argument("--out", type=Path, default=Path("generate_out"))
     args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
+    begin(args)
     from transformers import DynamicCache
 
     model, tokenizer = load(args.model, torch.bfloat16)
@@ -101,11 +100,10 @@ def main() -> None:
             model.set_attn_implementation("sdpa" if rank is None else "lowrank")
             found.append(perplexity(model, window, args.prompt, cache))
         points["exact" if rank is None else "low rank, int8"].append((nbytes(cache), sum(found) / len(found)))
-    picture = args.out / "perplexity.png"
-    plot.save_figure(plot.perplexity_against_bytes(points), picture)
     for label, each in points.items():
         print(f"{label:16}" + "  ".join(f"{size / 1024:,.0f} KiB: {value:.2f}" for size, value in each))
-    print(f"\nwritten: {picture}")
+    print()
+    save(plot.perplexity_against_bytes(points), args.out / "09_generate.png")
 
 
 if __name__ == "__main__":
