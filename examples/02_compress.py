@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from course import begin, lesson, save
 from digits import accuracy, build, digits, mnist, train
-from torch import nn
+from torch import Tensor, nn
 
 import lowrank_layers as lr
 from lowrank_layers import plot
@@ -19,6 +19,18 @@ from lowrank_layers import plot
 
 def size(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
+
+
+def print_no_slower(dense: nn.Module, stats: lr.Statistics, batches: list[Tensor], x: Tensor, y: Tensor) -> None:
+    """Prints what a plan that is measured to be no slower than the dense model gives."""
+    try:
+        plan = lr.make_plan(dense, lr.Budget(params=0.5, latency=1.0), stats=stats, example=x[:512])
+    except lr.BudgetError as error:  # so small a model may have nothing to gain, which depends on the machine
+        print(f"   {error} The model stays as it is.")
+        return
+    small = lr.factorize_(copy.deepcopy(dense), plan, stats=stats, data=batches)
+    score = {"digits read correctly, %": lambda model: accuracy(model, x, y)}
+    print(lr.compare(dense, small, [(x[:512], y[:512])], score=score, repeats=50))
 
 
 def main() -> None:
@@ -72,6 +84,10 @@ def main() -> None:
             curves[label].append((size(each), accuracy(each, x_test, y_test)))
         (numbers, good), (_, worse) = curves[ours][-1], curves[plain][-1]
         print(f"   {numbers:>12,}{good:>16.1f} %{worse:>26.1f} %")
+
+    print("\n6. A smaller model is not always a faster one. A budget can ask for both, and layers are then timed here:")
+    print("   half of the numbers, and no slower.\n")
+    print_no_slower(dense, stats, batches, x_test, y_test)
 
     first, second = plot.panels(2)
     plot.spectra(dense, plan, stats, ax=first)

@@ -82,6 +82,8 @@ def test_compress(tmp_path):
     assert float(rows[-2][1]) > float(rows[-2][2]) + 5  # a tenth of the size
     with safe_open(tmp_path / "quickstart_out" / "small.safetensors", framework="pt") as file:
         assert "lowrank_layers" in file.metadata()
+    last = out[out.index("and no slower") :]
+    assert "The model stays as it is." in last or re.search(r"latency, ms +[\d.]+ +[\d.]+ +[\d.]+", last)
     assert is_drawn(tmp_path / "quickstart_out" / "02_compress.png")
 
 
