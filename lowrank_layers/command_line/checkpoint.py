@@ -102,18 +102,18 @@ class Checkpoint(Mapping[str, TensorInfo]):
         return len(self._infos)
 
     def read(self, name: str) -> Tensor:
-        """Returns the values of one tensor, in memory of its own.
+        """Returns the values of one tensor, which are mapped from the file where the system can; not to be written to.
 
         Args:
             name: the tensor.
         """
         path = self._files[name]
         if path in self._loaded:
-            return self._loaded[path][name].clone(memory_format=torch.contiguous_format)
+            return self._loaded[path][name]
         try:
             with safe_open(path, framework="pt") as file:
                 tensor: Tensor = file.get_tensor(name)
-                return tensor.clone()
+                return tensor
         except (SafetensorError, OSError, ValueError) as error:
             raise CheckpointError(f"{path}: {name!r} cannot be read: {error}") from None
 
