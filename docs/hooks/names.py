@@ -26,8 +26,9 @@ class Name:
 
     @property
     def package(self) -> str:
-        """The package or file at the top that holds it."""
-        return self.path.split(".")[1]
+        """The package by which it is called, or the one that holds it."""
+        home = self.call.partition(".")[0]
+        return self.path.split(".")[1] if home == "lr" else home
 
     @property
     def summary(self) -> str:

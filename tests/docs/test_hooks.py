@@ -67,3 +67,8 @@ def test_the_benchmark_of_every_file_of_results_is_known(hook):
     scripts = {path.name: results.script(path) for path in results.files()}
     assert all(name.startswith(f"{script}_") for name, script in scripts.items())
     assert scripts["ddp_convergence_small_cpu_202611.md"] == "ddp_convergence"
+
+
+@pytest.mark.parametrize("path", sorted(set(re.findall(r"`((?:examples|tests|docs|benchmarks)/[\w./]*)`", TEXT))))
+def test_files_that_the_pages_name_exist(path):
+    assert (DOCS.parent / path).exists()
