@@ -51,7 +51,7 @@ TWICE = 2
 
 @dataclass
 class Case:
-    """A trained model with its calibration batches and its score."""
+    """A trained model with its calibration batches and its score; its layers are fitted one by one, or all at once."""
 
     name: str
     model: nn.Module
@@ -59,6 +59,7 @@ class Case:
     loss: Any
     score: Callable[[nn.Module], float]
     skip: tuple[str, ...] = ()
+    one_by_one: bool = True
 
 
 def squeezenet() -> nn.Module:
@@ -88,7 +89,7 @@ def robot(folder: Path) -> Case:
     demonstrations = load_file(next(folder.glob("demonstrations_*.safetensors")))
     batches = list(zip(*(demonstrations[str(k)][:2048].split(256) for k in range(4)), strict=True))
     curved = lr.SampledCrossEntropy()
-    return Case("VLA policy, success in %", policy, batches, curved, lambda net: success(net, range(256)))
+    return Case("VLA policy, success in %", policy, batches, curved, lambda m: success(m, range(256)), one_by_one=False)
 
 
 def cases(images: int, policies: Path | None, smoke: bool) -> Iterator[Case]:
@@ -113,7 +114,7 @@ def cases(images: int, policies: Path | None, smoke: bool) -> Iterator[Case]:
             yield Case(name, model, parts, curved, lambda m, own=own: accuracy(m, own, classes))
     if (found := sentence_model(400)) is not None:
         name = "all-MiniLM-L6-v2, mean cosine in %"
-        yield Case(name, found.model, found.batches, None, lambda m: 100 * found.score(m), tuple(found.skip))
+        yield Case(name, found.model, found.batches, None, lambda m: 100 * found.score(m), tuple(found.skip), False)
     if policies is not None:
         yield robot(policies)
 
@@ -167,9 +168,8 @@ def main() -> None:
                 continue
             asked = plan.settings["budget"]["latency"]
             predicted = plan.after.latency / plan.total.latency
-            model = lr.factorize_(
-                copy.deepcopy(case.model), plan, stats=stats, data=case.batches if case.loss else None
-            )
+            data = case.batches if case.one_by_one else None
+            model = lr.factorize_(copy.deepcopy(case.model), plan, stats=stats, data=data)
             run = ExampleRun(stats.example, stats.with_target)
             measured = [time_ratio(case.model, model, run) for _ in range(TWICE)]
             kept = plan.after.params / plan.total.params

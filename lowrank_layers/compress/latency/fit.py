@@ -81,18 +81,17 @@ def fit_latency(
         promised = _saved_by_layers(picks, table)
         saved = (1 - time_ratio(model, _compressed(model, problem, picks), table.run)) * table.whole
         if promised <= 0 or saved <= 0:
+            if error is not None:
+                raise error
             break
         if error is None and abs(saved - promised) <= CLOSE * (table.whole - promised):
             break
         tried.append(Trial(picks, promised / table.gain, saved))
         table.gain = gain_at(max(promised, timed.excess("latency")), tried)
     else:  # the time jumps at the limit: the least choice that keeps it
-        error = None
-        kept = min(tried, key=lambda trial: (trial.saved < timed.excess("latency"), trial.by_layers))
+        kept = min(tried, key=lambda trial: (max(timed.excess("latency") - trial.saved, 0.0), trial.by_layers))
         table.gain, saved = kept.saved / kept.by_layers, kept.saved
         timed, picks = _timed(problem, table), _priced(kept.picks, table)
-    if error is not None:
-        raise error
     if saved < 0 and any(offer.method is not None for offer in picks.values()):
         raise BudgetError(
             f"{problem.budget}: the fastest plan that was found takes {1 - saved / table.whole:.2f} times the time of"
