@@ -17,7 +17,6 @@ TITLES = {
     "distributed": "Gradients between processes",
     "optim": "Optimizers",
     "spectrum": "Spectra",
-    "drawing": "Axes of pictures",
     "plot": "Pictures",
     "interop": "Other libraries",
     "cost": "Costs",
