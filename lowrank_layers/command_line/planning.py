@@ -107,7 +107,7 @@ def plannable(checkpoint: Checkpoint) -> dict[str, Spec]:
         raise LowRankError(f"{checkpoint.path}: was written by lowrank_layers.save, and is factored already.")
     specs, _ = linear_layers(checkpoint)
     if not specs:
-        raise LowRankError(f"{checkpoint.path}: has no weight of a linear layer.")
+        raise LowRankError(f"{checkpoint.path}: has no weight of a linear layer; lowrank spectrum shows all weights.")
     return specs
 
 
