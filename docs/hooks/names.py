@@ -79,4 +79,5 @@ def without_roles(text: str) -> str:
     """A docstring in Markdown: Sphinx's roles become formulas, which ``mathml.py`` draws, and links to public names."""
     text = re.sub(r":math:`([^`]+)`", lambda m: f"`#!math {' '.join(m[1].split())}`", text)
     text = re.sub(r"(:\w+:`)~[\w.]*\.(\w+`)", r"\1\2", text)
-    return re.sub(r":\w+:`([^`]+)`", lambda m: linked(m[1], always=True), text)
+    text = re.sub(r":\w+:`([^`]+)`", lambda m: linked(m[1], always=True), text)
+    return re.sub(r"``([^`]+)``", lambda m: linked(m[1]), text)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 
 from matplotlib.figure import Figure
@@ -60,12 +59,26 @@ def vla() -> Figure:
 
 def kv_real() -> Figure:
     """Caches of SmolLM2: perplexity against bytes."""
-    points: dict[str, list[tuple[float, float]]] = {}
-    for row in rows("kv_real", "WikiText, 2048 tokens of prompt"):
-        label = re.sub(", 1/.* of the bytes$|, 32 recent$", "", row["cache"])
-        points.setdefault(label, []).append((number(row["KiB per sequence"]), number(row["perplexity, %"])))
+    kinds = {
+        "int2 and int4, KIVI's layout": "KIVI",
+        "SnapKV": "SnapKV",
+        "StreamingLLM": "StreamingLLM",
+        "Palu-style": "Palu",
+        "lowrank_layers, fitted to the prompt": "ours, fitted",
+        "lowrank_layers, calibrated": "ours, calibrated on WikiText",
+    }
+    found = rows("kv_real", "WikiText, 2048 tokens of prompt")
+    points = {
+        label: [
+            (number(row["KiB per sequence"]), number(row["perplexity, %"])) for row in found if kind in row["cache"]
+        ]
+        for label, kind in kinds.items()
+    }
     figure = plot.size_score_front(
-        points, higher_is_better=False, size="KiB per sequence", score="perplexity, % above that of the exact cache"
+        {label: each for label, each in points.items() if each},
+        higher_is_better=False,
+        size="KiB per sequence",
+        score="perplexity, % above that of the exact cache",
     )
     figure.axes[0].set_title("SmolLM2-135M on WikiText, 2,048 tokens of prompt")
     return figure

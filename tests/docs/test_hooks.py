@@ -42,9 +42,9 @@ def test_code_that_names_something_public_is_linked(code, path, hook):
 
 
 def test_roles_of_docstrings_become_formulas_and_links(hook):
-    text = ":math:`x^2`, :func:`svd`, :class:`~lowrank_layers.rank.Budget`, :meth:`to_json`"
+    text = ":math:`x^2`, :func:`svd`, :class:`~lowrank_layers.rank.Budget`, :meth:`to_json`, ``Budget``, ``None``"
     svd, budget = "lowrank_layers.decompose.svd.svd", "lowrank_layers.rank.budget.Budget"
-    markdown = f"`#!math x^2`, [`svd`][{svd}], [`Budget`][{budget}], `to_json`"
+    markdown = f"`#!math x^2`, [`svd`][{svd}], [`Budget`][{budget}], `to_json`, [`Budget`][{budget}], `None`"
     assert hook("names").without_roles(text) == markdown
 
 
