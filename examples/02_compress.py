@@ -57,7 +57,7 @@ def main() -> None:
     print(f"\n2. It was compressed to {args.budget:.0%} of its numbers, without training it again. A plan says which")
     print(f"   layers are replaced by products of smaller ones, and at which rank:\n\n{plan}")
 
-    print("\n3. Before and after:\n")
+    print("\n3. Before and after (MACs are the multiplications that one picture takes):\n")
     score = {"digits read correctly, %": lambda model: accuracy(model, x_test, y_test)}
     print(lr.compare(dense, small, [(x_test[:64], y_test[:64])], score=score))
 

@@ -25,43 +25,44 @@ from lowrank_layers import plot
 EVERY = 10
 
 
-def train(rank: int, wire: torch.dtype | None, low_rank: bool, args: argparse.Namespace) -> dict:
+def train(process: int, settings: lr.PowerSGDSettings | None, epochs: int) -> dict:
     """Trains on this process's half of the digits; the bytes it sent, its losses, and the accuracy."""
     torch.manual_seed(0)
     x, y, x_test, y_test = digits()
     model = build()
     ddp = DistributedDataParallel(model)
-    if low_rank:
-        state = lr.LowRankCommState(args.rank, model=ddp, wire=wire)
+    if settings is not None:
+        state = lr.LowRankCommState(settings, model=ddp)
         ddp.register_comm_hook(state, lr.low_rank_hook)
     optimizer = torch.optim.SGD(ddp.parameters(), lr=0.1, momentum=0.9)
     whole = sum(p.nbytes for p in model.parameters())
     points, losses, sent = [], [], 0
-    for epoch in range(args.epochs):
+    for epoch in range(epochs):
         order = torch.randperm(len(x), generator=torch.Generator().manual_seed(epoch))
         for batch in order[: len(x) // 64 * 64].view(-1, 64):
-            mine = batch.chunk(2)[rank]
+            mine = batch.chunk(2)[process]
             loss = nn.functional.cross_entropy(ddp(x[mine]), y[mine])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             losses.append(loss.item())
-            sent = state.stats()["bytes_sent"] if low_rank else len(losses) * whole
+            sent = len(losses) * whole if settings is None else state.stats()["bytes_sent"]
             if len(losses) % EVERY == 0:
                 points.append((sent, sum(losses[-EVERY:]) / EVERY))
     return {"sent": sent, "points": points, "accuracy": accuracy(model.eval(), x_test, y_test)}
 
 
-def work(rank: int, args: argparse.Namespace) -> None:
+def work(process: int, args: argparse.Namespace) -> None:
     """What each of the two processes does."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{args.out.resolve()}/meeting", rank=rank, world_size=2)
-    runs = {
-        "plain averaging": train(rank, None, False, args),
-        f"rank {args.rank}": train(rank, None, True, args),
-        f"rank {args.rank}, sent as int8": train(rank, torch.int8, True, args),
+    dist.init_process_group("gloo", init_method=f"file://{args.out.resolve()}/meeting", rank=process, world_size=2)
+    ways = {
+        "plain averaging": None,
+        f"rank {args.rank}": lr.PowerSGDSettings(args.rank),
+        f"rank {args.rank}, sent as int8": lr.PowerSGDSettings(args.rank, wire=torch.int8),
     }
-    if rank == 0:
+    runs = {label: train(process, settings, args.epochs) for label, settings in ways.items()}
+    if process == 0:
         torch.save(runs, args.out / "runs.pt")
     dist.destroy_process_group()
 

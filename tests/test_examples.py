@@ -58,6 +58,11 @@ def test_the_course_is_numbered_from_1_to_10_and_short():
         assert len(text.splitlines()) < 120
 
 
+def test_the_overview_names_every_example():
+    text = (ROOT / "examples" / "README.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"`(\w+\.py)`", text)) == {path.name for path in (ROOT / "examples").glob("*.py")}
+
+
 def test_define(tmp_path, run):
     out = run("01_define.py", "--epochs", "12", "--out", tmp_path)
     dense, small = map(number, re.search(r"parameters +([\d,]+) +([\d,]+)", out).groups())
