@@ -22,7 +22,7 @@ import pytest
 import lowrank_layers as lr
 from lowrank_layers import interop, plot
 
-from .promises import CALLABLES, PROMISES, README, ROOT, Promise, modules, parameters, parsed, resolve
+from .promises import CALLABLES, PROMISES, ROOT, Promise, modules, parameters, parsed, resolve
 
 FORMULAS = {"U", "tanh", "P", "E"}
 """Names that stand before a parenthesis in a formula and are no functions of torch or this library."""
@@ -156,17 +156,6 @@ def test_named_calls_and_keywords_exist(promise):
     for node in ast.walk(tree) if tree is not None else ():
         if isinstance(node, ast.Call):
             check_call(node, promise)
-
-
-def fenced_calls() -> list[ast.Call]:
-    """The calls in README's blocks that need another library or other processes, and are not run by the tests."""
-    blocks = re.findall(r"```py\n(.*?)```", README, flags=re.S)
-    return [node for block in blocks for node in ast.walk(ast.parse(block)) if isinstance(node, ast.Call)]
-
-
-@pytest.mark.parametrize("call", fenced_calls(), ids=ast.unparse)
-def test_calls_of_the_blocks_that_are_not_run_exist(call):
-    check_call(call, Promise("README", ast.unparse(call), None))
 
 
 def error_keywords() -> Iterator[tuple[str, str]]:
