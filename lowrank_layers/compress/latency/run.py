@@ -23,7 +23,8 @@ class ExampleRun:
         batch: the batch.
         with_target: whether the last item of a tuple is a target.
         clock: a function that returns seconds; ``None`` is the processor time of this thread where it is the only one
-            that computes, which other programs do not disturb, and wall-clock time otherwise.
+            that computes, and wall-clock time otherwise. Other programs disturb the former less, but not never: with
+            six of them per core, which empty its caches, ResNet-20 took 2.8 ms where it takes 1.7.
     """
 
     batch: Any
