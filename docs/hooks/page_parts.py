@@ -33,7 +33,8 @@ class PageParts:
 
     def kinds(self) -> dict[str, Callable[[str], str]]:
         """What ``<!-- KIND: ARGUMENT -->`` in a page is replaced by."""
-        return {"table": self.table, "picture": self.picture, "results": self.results, "file": self.file}
+        parts = (self.table, self.picture, self.results, self.examples, self.file)
+        return {part.__name__: part for part in parts}
 
     def output(self, output: Output) -> str:
         """What a block has printed and drawn."""
@@ -59,6 +60,13 @@ class PageParts:
     def results(self, argument: str) -> str:
         """All files of results."""
         return results.index()
+
+    def examples(self, argument: str) -> str:
+        """The scripts in examples/, and the first sentences of their docstrings."""
+        texts = {path: path.read_text("utf-8") for path in sorted((results.ROOT / "examples").glob("*.py"))}
+        scripts = {path.name: text for path, text in texts.items() if "__main__" in text}
+        rows = [f"| `{name}` | {text.splitlines()[0][3:]} |" for name, text in scripts.items()]
+        return "\n".join(["| examples/ | |", "|---|---|", *rows])
 
     def file(self, name: str) -> str:
         """A file at the top of the repository, whose links lead into the site."""
