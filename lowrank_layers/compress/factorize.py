@@ -34,7 +34,9 @@ def factorize_(
     """Replaces the layers of a model as the plan says, in place; all is checked and built before anything changes.
 
     With ``data`` the layers are regressed in sequence: in forward order, each one is fitted to give, on what the
-    compressed layers before it deliver, the outputs of the dense model; layers that stay dense are refitted too.
+    compressed layers before it deliver, the outputs of the dense model; layers that stay dense are refitted too. Where
+    a ReLU follows, behind a batch norm or not, a factored layer is fitted to what passes the ReLU, by least squares
+    too: outputs that are cut off in the dense model may be anything that is cut off.
 
     Args:
         model: a trained model.

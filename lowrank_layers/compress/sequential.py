@@ -25,10 +25,11 @@ from ..calibrate import (
 from ..calibrate.moments import sums
 from ..calibrate.statistics import LayerStats, Statistics
 from ..errors import LowRankError
-from ..layers import is_embedding
+from ..layers import is_embedding, matrices_of, takes_bias
 from ..modules import replace_
 from .build import build_layer, refit, write_
 from .planned_layers import PlannedLayers
+from .rectified import ROWS, Rectifier, build_rectified, rectifier_of
 from .registry import DENSE
 
 Refit = tuple[Tensor, Tensor | None]
@@ -57,10 +58,15 @@ def build_in_sequence(
         for name in tqdm(order, desc="factorize", disable=not progress):
             entry, dense, known = plan[name], model.get_submodule(name), stats.get(name)
             prefix_changed = bool(built) and name in calls and not is_embedding(dense)
-            if known is not None and prefix_changed:
-                known = pair.stats(name, known, calls[name])
+            rows: list[tuple[Tensor, Tensor]] = []
+            rectifier = pair.rectifier(name) if known is not None and name in calls and entry.method != DENSE else None
+            if known is not None and (prefix_changed or rectifier is not None):
+                known = pair.stats(name, known, calls[name], None if rectifier is None else rows)
             if entry.method != DENSE:
-                built[name] = build_layer(dense, entry, known, plan.damping)
+                if known is None or rectifier is None or not rows:
+                    built[name] = build_layer(dense, entry, known, plan.damping)
+                else:
+                    built[name] = build_rectified(dense, entry, known, plan.damping, rectifier, rows)
                 replace_(work, {name: copy.deepcopy(built[name]).requires_grad_(False).eval()})
             elif known is not None and prefix_changed:
                 refits[name] = refit(dense, known, plan.damping)
@@ -90,6 +96,17 @@ class _Pair:
     with_target: bool
     mask: MaskOf | None
 
+    def rectifier(self, name: str) -> Rectifier | None:
+        """Returns what cuts off a layer's outputs; ``None`` for nothing, and for layers that are not fitted behind it.
+
+        Args:
+            name: the layer.
+        """
+        layer = self.dense.get_submodule(name)
+        if not takes_bias(layer) or len(matrices_of(layer)) != 1:
+            return None
+        return rectifier_of(self.dense, name, self.batches[0], with_target=self.with_target)
+
     def calls(self, names: Sequence[str]) -> dict[str, int]:
         """Returns how often each layer is called for one batch, in the order of their first calls."""
         calls: dict[str, int] = {}
@@ -109,7 +126,7 @@ class _Pair:
                 hook.remove()
         return calls
 
-    def stats(self, name: str, stats: LayerStats, calls: int) -> LayerStats:
+    def stats(self, name: str, stats: LayerStats, calls: int, kept: list[tuple[Tensor, Tensor]] | None) -> LayerStats:
         """Returns ``E[x' x'^T]`` and ``E[x x'^T]`` of a layer: ``x`` in the dense model, ``x'`` in the compressed one.
 
         Padding is left out, as :func:`calibrate` does. Where the two models route rows differently, so that they cannot
@@ -119,6 +136,7 @@ class _Pair:
             name: the layer.
             stats: its statistics in the dense model.
             calls: how often it is called for one batch.
+            kept: a list to which some rows of inputs in both models are added.
         """
         layer = self.dense.get_submodule(name)
         inputs = replace(stats.inputs, mean=stats.inputs.mean * 0, second=stats.inputs.second * 0, rows=0)
@@ -127,6 +145,8 @@ class _Pair:
         for batch in self.batches:
             ours, theirs = (self._inputs(model, name, batch, calls) for model in (self.work, self.dense))
             if [x.shape for x, _ in ours] != [x.shape for x, _ in theirs]:
+                if kept is not None:
+                    kept.clear()
                 return stats
             for (x, found), (x_dense, _) in zip(ours, theirs, strict=True):
                 for rows, rows_dense in zip(
@@ -135,6 +155,9 @@ class _Pair:
                     count = rows.shape[-2]
                     if not count:
                         continue
+                    if kept is not None:
+                        chosen = slice(None, None, stats.inputs.rows // ROWS | 1)
+                        kept.append((rows[chosen].clone(), rows_dense[chosen].clone()))
                     inputs.update(rows)
                     share = count / inputs.rows
                     total, products = sums(rows, rows_dense)
