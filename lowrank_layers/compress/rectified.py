@@ -30,8 +30,8 @@ from .regression import add_ridge_
 
 PASSES = 3
 """Fits after the first one; later ones of LeNet and ResNet-20 lower the error by less than 1 %."""
-ROWS = 65536
-"""About how many rows of a layer's inputs are looked at."""
+ROWS, ENTRIES = 65536, 2**25
+"""About how many rows of a layer's inputs are looked at, with so many entries at most."""
 
 RowPairs = Sequence[tuple[Tensor, Tensor]]
 """Rows of inputs, ``[count, n]``, in the compressed and in the dense model."""

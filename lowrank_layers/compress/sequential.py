@@ -29,7 +29,7 @@ from ..layers import is_embedding, matrices_of, takes_bias
 from ..modules import replace_
 from .build import build_layer, refit, write_
 from .planned_layers import PlannedLayers
-from .rectified import ROWS, Rectifier, build_rectified, rectifier_of
+from .rectified import ENTRIES, ROWS, Rectifier, build_rectified, rectifier_of
 from .registry import DENSE
 
 Refit = tuple[Tensor, Tensor | None]
@@ -156,7 +156,7 @@ class _Pair:
                     if not count:
                         continue
                     if kept is not None:
-                        chosen = slice(None, None, stats.inputs.rows // ROWS | 1)
+                        chosen = slice(None, None, stats.inputs.rows // min(ROWS, ENTRIES // rows.shape[-1]) | 1)
                         kept.append((rows[chosen].clone(), rows_dense[chosen].clone()))
                     inputs.update(rows)
                     share = count / inputs.rows
