@@ -135,14 +135,14 @@ def resnet_table(seed: int, epochs: int) -> tuple[list[str], list[str]]:
     """The table of ResNet-20, and the bars that are not met."""
     dense, failed, rows = resnet20(), [], []
     train, test = cifar10("train"), cifar10("test")
-    batches = list(train[0][:1000].split(250))
+    batches = list(train[0][:3000].split(250))
     stats = lr.calibrate(dense, batches, loss=lr.SampledCrossEntropy())
     data = Shuffled(*train, 64, margin=4)
     for fraction, bar in BARS_RESNET.items():
         plan = lr.make_plan(dense, lr.Budget(params=fraction), stats=stats)
         model = lr.factorize_(copy.deepcopy(dense), plan, stats=stats, data=batches)
         before = accuracy(model, *test)
-        settings = lr.RecoverySettings(epochs * data.steps(), lr=3e-3, warmup=0.05, temperature=4.0, seed=seed)
+        settings = lr.RecoverySettings(epochs * data.steps(), lr=1e-3, warmup=0.05, temperature=4.0, seed=seed)
         lr.recover_(model, data, settings, teacher=dense)
         right = accuracy(model, *test)
         kept = params(model) / plan.total.params
