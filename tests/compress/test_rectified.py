@@ -70,7 +70,7 @@ def test_the_error_behind_a_relu_is_below_that_of_the_reduced_rank_regression(bi
         return float((small[:layers](rows) - model[:layers](rows)).detach().square().sum())
 
     plain = lr.factorize_(copy.deepcopy(model), plan, stats=stats)
-    fitted = lr.factorize_(copy.deepcopy(model), plan, stats=stats, data=[rows])
+    fitted = lr.factorize_(copy.deepcopy(model), plan, stats=stats, data=[rows], rectified=True)
     assert error(fitted) < 0.97 * error(plain)
     assert error(fitted, layers=1) > error(plain, layers=1)
 
