@@ -43,10 +43,5 @@ def page(title: str, names: list[Name]) -> str:
 
 def table(names: list[Name]) -> str:
     """Names with their first sentences."""
-    rows = [f"| [`{name.call}`][{name.path}] | {cell(name.summary)} |" for name in names]
+    rows = [f"| [`{name.call}`][{name.path}] | {without_roles(name.summary)} |" for name in names]
     return "\n".join(["| name | |", "|---|---|", *rows])
-
-
-def cell(text: str) -> str:
-    """A sentence of a docstring as the cell of a table."""
-    return without_roles(text)
