@@ -1,6 +1,7 @@
 """Names that every docstring example may use."""
 
 import importlib.util
+import sys
 
 import pytest
 import torch
@@ -21,3 +22,11 @@ def pytest_collect_file(file_path):
 def _doctest_names(doctest_namespace):
     torch.manual_seed(0)
     doctest_namespace.update(torch=torch, nn=torch.nn, lr=lowrank_layers)
+
+
+@pytest.fixture(autouse=True)
+def _no_open_figures():
+    """Closes what a test, a docstring or an example has drawn: matplotlib warns of more than 20 open figures."""
+    yield
+    if (pyplot := sys.modules.get("matplotlib.pyplot")) is not None:
+        pyplot.close("all")

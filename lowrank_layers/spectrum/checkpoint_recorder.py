@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from typing_extensions import Self
 
 from .monitored import gathered
 from .optimizer_steps import EveryFewSteps, process_rank
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class CheckpointRecorder(EveryFewSteps):

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
-from typing_extensions import Self
 
 from ..checks import check_integer
 from ..errors import LowRankError
 from ..trainer_callbacks import hf_callback, lightning_callback
 from .monitored import unwrapped
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class EveryFewSteps(ABC):
