@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .sparse import SparseMatrix
@@ -52,21 +53,29 @@ def krylov_svd(
     block = torch.cat([known, fresh.to(matrix.device, matrix.dtype)], 1)
     rounding = torch.finfo(matrix.dtype).eps ** 0.75
     for _ in range(_RESTARTS):
-        basis = torch.linalg.qr(matrix @ block).Q
-        images = [matrix.mT @ basis]
+        basis = torch.linalg.qr(_product(matrix, block)).Q
+        images = [_product(matrix.mT, basis)]
         for _ in range(1, depth if width < m else 1):
-            fresh = _orthonormal(matrix @ images[-1], basis)
+            fresh = _orthonormal(_product(matrix, images[-1]), basis)
             basis = torch.cat([basis, fresh], 1)
-            images.append(matrix.mT @ fresh)
-        # the best triplets of the basis K, from K^T A = R^T Q^T
-        q, r = torch.linalg.qr(torch.cat(images, 1))
-        small_u, s, small_vh = torch.linalg.svd(r.mT)
-        u, v = basis @ small_u, q @ small_vh.mT
-        residual = torch.linalg.vector_norm(matrix @ v[:, :rank] - u[:, :rank] * s[:rank], dim=0)
+            images.append(_product(matrix.mT, fresh))
+        # the best triplets of the basis K, from K^T A = R^T Q^T; of Q, only products with a few vectors are formed
+        q, tau = torch.geqrf(torch.cat(images, 1))
+        small_u, s, small_vh = torch.linalg.svd(q[: q.shape[1]].triu().mT)
+        u = basis @ small_u[:, :width]
+        v = torch.ormqr(q, tau, F.pad(small_vh[:width].mT, (0, 0, 0, n - q.shape[1])))
+        residual = torch.linalg.vector_norm(_product(matrix, v) - u * s[:width], dim=0)[:rank]
         if bool((residual <= tolerance * s[:rank] + rounding * s[0]).all()):
             break
-        block = v[:, :width]
+        block = v
     return u[:, :rank], s[:rank], v[:, :rank].mT
+
+
+def _product(matrix: Tensor | SparseMatrix, block: Tensor) -> Tensor:
+    """The product with some columns, as that of rows where the matrix is stored by columns: that is faster."""
+    if isinstance(matrix, Tensor) and matrix.stride(0) == 1:
+        return (block.mT @ matrix.mT).mT
+    return matrix @ block
 
 
 def _orthonormal(block: Tensor, basis: Tensor) -> Tensor:
