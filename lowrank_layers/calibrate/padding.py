@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -51,8 +52,10 @@ class _Scope:
     time_first: bool
 
 
-class Padding:
+class Padding(threading.local):
     """Follows the masks of every forward pass of a model, as a context manager.
+
+    What it knows of a pass belongs to the thread in which the pass runs.
 
     Every module that is called with ``attention_mask`` or ``*_key_padding_mask`` of shape ``[B, T]`` sets the mask of
     what happens inside it. A decoder takes its own, and what an encoder returned keeps the encoder's. Where a decoder,

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from .kernel import ConvNd
 
-_CHUNK = 2**24
-"""Largest number of patch entries formed at once (64 MiB in fp32)."""
+_CHUNK = 2**20, 2**24
+"""Least and largest number of patch entries formed at once: 4 MiB in fp32 stay in a cache, 64 MiB fit memory."""
 
 
 class Window(NamedTuple):
@@ -61,7 +61,10 @@ def input_rows(module: nn.Module, x: Tensor, keep: Tensor | None = None) -> Iter
         return
     x = pad_input(module, x)
     area = math.prod(x.shape[2:]) // math.prod(module.stride)
-    step = max(1, _CHUNK // max(1, area * module.in_channels * math.prod(module.kernel_size)))
+    width = module.in_channels * math.prod(module.kernel_size)
+    least, most = _CHUNK
+    # several times as many rows as columns, so that products with them cost more than adding these up
+    step = max(1, min(max(least, 4 * (width // module.groups) ** 2), most) // max(1, area * width))
     kept = [None] * len(x) if keep is None else torch.split(keep, step)
     for chunk, chosen in zip(torch.split(x, step), kept, strict=False):
         yield _taken(_patches(chunk, Window.of(module), module.groups), chosen)
@@ -100,14 +103,17 @@ def output_rows(module: nn.Module, y: Tensor, keep: Tensor | None = None) -> Ten
 
 
 def _patches(x: Tensor, window: Window, groups: int) -> Tensor:
-    """Cuts ``[N, C, ...]`` into patches and returns them as rows, channels slowest, per group."""
+    """Cuts ``[N, C, ...]`` into patches and returns them as rows, channels slowest, per group.
+
+    They are stored column by column, whose entries are neighbours in the input.
+    """
     dims = len(window.size)
     for axis, (k, s, d) in enumerate(zip(*window, strict=True)):
         x = x.unfold(2 + axis, d * (k - 1) + 1, s)[..., ::d]
     x = x.unflatten(1, (groups, -1))  # [N, groups, C / groups, *positions, *k]
     positions = range(3, 3 + dims)
     area = math.prod(window.size) * x.shape[2]
-    rows = x.permute(1, 0, *positions, 2, *range(3 + dims, 3 + 2 * dims)).reshape(groups, -1, area)
+    rows = x.permute(1, 2, *range(3 + dims, 3 + 2 * dims), 0, *positions).reshape(groups, area, -1).mT
     return rows[0] if groups == 1 else rows
 
 
