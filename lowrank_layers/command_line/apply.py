@@ -15,10 +15,11 @@ from ..compress.build import build_layer
 from ..compress.method import factored_like
 from ..compress.registry import DENSE
 from ..errors import LowRankError
+from ..files import TensorInfo
 from ..layers.config import FactoredSpec, blank
 from ..modules import ModelDescription
 from .arguments import add_names, add_size
-from .checkpoint import Checkpoint, TensorInfo
+from .checkpoint import Checkpoint
 from .layers_in_file import read_linear
 from .plan import make_plan_of_file, print_plan
 from .planning import plannable

@@ -7,34 +7,15 @@ import re
 import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import CheckpointError
+from ..files import DTYPES, TensorInfo, read_infos, read_tensor
 
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U64": torch.uint64,
-    "U32": torch.uint32,
-    "U16": torch.uint16,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-"""The dtypes of safetensors files."""
 _IN_FOLDER = (
     "model.safetensors.index.json",
     "model.safetensors",
@@ -43,29 +24,6 @@ _IN_FOLDER = (
     "pytorch_model.bin",
 )
 _WRAPPERS = ("state_dict", "model_state_dict", "model")
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """What is known of a tensor before it is read.
-
-    Args:
-        shape: its shape.
-        dtype: its dtype.
-    """
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    @property
-    def numel(self) -> int:
-        """The number of entries."""
-        return torch.Size(self.shape).numel()
-
-    @property
-    def nbytes(self) -> int:
-        """The number of bytes."""
-        return self.numel * self.dtype.itemsize
 
 
 class Checkpoint(Mapping[str, TensorInfo]):
@@ -110,12 +68,7 @@ class Checkpoint(Mapping[str, TensorInfo]):
         path = self._files[name]
         if path in self._loaded:
             return self._loaded[path][name]
-        try:
-            with safe_open(path, framework="pt") as file:
-                tensor: Tensor = file.get_tensor(name)
-                return tensor
-        except (SafetensorError, OSError, ValueError) as error:
-            raise CheckpointError(f"{path}: {name!r} cannot be read: {error}") from None
+        return read_tensor(path, name)
 
     def _add_index(self, index: Path) -> None:
         try:
@@ -140,17 +93,8 @@ class Checkpoint(Mapping[str, TensorInfo]):
         self._files |= dict.fromkeys(infos, path)
 
     def _headers(self, path: Path) -> dict[str, TensorInfo]:
-        infos = {}
-        try:
-            with safe_open(path, framework="pt") as file:
-                self.metadata |= file.metadata() or {}
-                for name in file.keys():  # noqa: SIM118 - not a dict
-                    part = file.get_slice(name)
-                    infos[name] = TensorInfo(tuple(part.get_shape()), DTYPES[part.get_dtype()])
-        except KeyError as error:
-            raise CheckpointError(f"{path}: has tensors of dtype {error}, expected one of {list(DTYPES)}.") from None
-        except (SafetensorError, OSError, ValueError) as error:
-            raise CheckpointError(f"{path}: is torn or no safetensors file: {error}") from None
+        metadata, infos = read_infos(path)
+        self.metadata |= metadata
         return infos
 
     def _pickled(self, path: Path) -> dict[str, TensorInfo]:

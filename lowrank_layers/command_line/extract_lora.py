@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from ..errors import LowRankError
+from ..files import TensorInfo
 from ..layers.config import Spec
 from ..linalg import check_tensor
 from ..lora import Extraction, extract_lora, save_lora
@@ -19,7 +20,7 @@ from ..rank import Budget, Rank, allocate
 from ..spectrum import MatrixSpectrum
 from ..spectrum.table import percent
 from .arguments import add_names, add_size, chosen, rank_of
-from .checkpoint import Checkpoint, TensorInfo
+from .checkpoint import Checkpoint
 from .display import print_json, print_table, track
 from .layers_in_file import is_embedding_name, linear_layers, owners_of, read_linear, set_values_, skeleton, tree
 from .planning import total_cost

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, LowRankError
+from ..files import TensorInfo
 from ..lora.adapter import Adapter, Bank
 from ..lora.adapter_file import AdapterFile, LoadedAdapter
 from ..lora.load import read_adapter_file
 from ..lora.peft.keys import OLD_WEIGHTS, PREFIX, WEIGHTS
-from .checkpoint import Checkpoint, TensorInfo
+from .checkpoint import Checkpoint
 from .display import print_json
 from .layers_in_file import skeleton
 from .streamed_file import check_folder, check_writable, write_streamed

@@ -1,20 +1,17 @@
-"""Writing a safetensors file tensor by tensor, so that no more than one of them is in memory."""
+"""Writing a safetensors file tensor by tensor behind a progress bar, and the checks before it."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
+from .. import files
 from ..errors import CheckpointError
-from ..files import replacing
-from .checkpoint import DTYPES, TensorInfo
+from ..files import TensorInfo
 from .display import track
-
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def check_writable(path: Path) -> None:
@@ -40,27 +37,12 @@ def check_folder(path: Path) -> None:
 def write_streamed(
     path: Path, infos: Mapping[str, TensorInfo], tensor_of: Callable[[str], Tensor], metadata: Mapping[str, str]
 ) -> None:
-    """Writes a safetensors file in place of ``path``; the file appears when it is complete.
+    """Writes a safetensors file with :func:`lowrank_layers.files.write_streamed`, and shows a progress bar.
 
     Args:
         path: the file.
         infos: shape and dtype of each tensor, by name.
-        tensor_of: called once for each name, in the order of the file; tensors of one dtype keep their order.
+        tensor_of: called once for each name.
         metadata: text by key, for the file's header.
     """
-    names = sorted(infos, key=lambda name: -infos[name].dtype.itemsize)  # so that every tensor is aligned
-    header: dict[str, object] = {"__metadata__": {"format": "pt", **metadata}}
-    end = 0
-    for name in names:
-        start, end = end, end + infos[name].nbytes
-        kind = _NAMES[infos[name].dtype]
-        header[name] = {"dtype": kind, "shape": list(infos[name].shape), "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with replacing(path) as temporary, temporary.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name in track(names, "writing"):
-            tensor = tensor_of(name).detach().cpu().contiguous()
-            if TensorInfo(tuple(tensor.shape), tensor.dtype) != infos[name]:
-                raise CheckpointError(f"{path}: {name!r} is {tensor.dtype} {tuple(tensor.shape)}, not {infos[name]}.")
-            tensor.flatten().view(torch.uint8).numpy().tofile(file)
+    files.write_streamed(path, infos, tensor_of, metadata, progress=partial(track, description="writing"))
