@@ -91,6 +91,7 @@ def calibrate(
     calibration._pass.padding.mask = mask
     with quiet_eval(model), calibration as stats, frozen(model), torch.set_grad_enabled(loss is not None):
         stats.with_target, stats.mask = loss is not None, mask
+        stats.loss = None if loss is None else getattr(loss, "__name__", type(loss).__name__)
         batch: Any = None
         for batch in tqdm(batches, desc="calibrate", disable=not progress):
             calibration._run(batch, loss)
@@ -145,6 +146,7 @@ class Calibration:
                     undo.callback(module.register_forward_hook(self._record(name), with_kwargs=True).remove)
                 elif isinstance(module, (nn.Linear, ConvNd)) and not is_factored(module):
                     undo.callback(module.register_forward_hook(self._count_macs, with_kwargs=True).remove)
+            self._stats.watched = tuple(self._recorders)
             self._undo = undo.pop_all()
         return self._stats
 

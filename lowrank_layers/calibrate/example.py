@@ -1,8 +1,8 @@
-"""One sample out of a batch."""
+"""One sample out of a batch, and how it is moved and written to a file."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -15,10 +15,63 @@ def first_sample(batch: Any, samples: int) -> Any:
         batch: a tensor, or a tuple, list or dict that holds some.
         samples: number of samples in the batch.
     """
+
+    def first(tensor: Tensor) -> Tensor:
+        return (tensor[:1] if tensor.ndim and len(tensor) == samples else tensor).detach().clone()
+
+    return map_tensors(first, batch)
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], batch: Any) -> Any:
+    """Returns a batch of other tensors.
+
+    Args:
+        function: what becomes of each tensor.
+        batch: a tensor, or a tuple, list or dict that holds some.
+    """
     if isinstance(batch, Tensor):
-        return batch[:1].detach().clone() if batch.ndim and len(batch) == samples else batch.detach().clone()
+        return function(batch)
     if isinstance(batch, Mapping):
-        return {name: first_sample(value, samples) for name, value in batch.items()}
+        return {name: map_tensors(function, value) for name, value in batch.items()}
     if type(batch) in (tuple, list):
-        return type(batch)(first_sample(value, samples) for value in batch)
+        return type(batch)(map_tensors(function, value) for value in batch)
     return batch
+
+
+def pack(batch: Any, tensors: list[Tensor]) -> Any:
+    """Returns a batch as JSON can hold it, with the positions of its tensors in a list.
+
+    Args:
+        batch: a batch of tensors, numbers and text.
+        tensors: the list, to which they are added.
+
+    Raises:
+        TypeError: for anything else in it.
+    """
+    if isinstance(batch, Tensor):
+        tensors.append(batch)
+        return {"tensor": len(tensors) - 1}
+    if type(batch) is dict and all(isinstance(name, str) for name in batch):
+        return {"dict": {name: pack(value, tensors) for name, value in batch.items()}}
+    if type(batch) in (tuple, list):
+        return {type(batch).__name__: [pack(value, tensors) for value in batch]}
+    if batch is None or type(batch) in (bool, int, float, str):
+        return batch
+    raise TypeError(f"a {type(batch).__name__}")
+
+
+def unpack(packed: Any, tensors: Mapping[int, Tensor]) -> Any:
+    """Returns the batch that :func:`pack` took apart.
+
+    Args:
+        packed: what JSON held.
+        tensors: the tensors by their positions.
+    """
+    if not isinstance(packed, dict):
+        return packed
+    ((kind, value),) = packed.items()
+    if kind == "tensor":
+        return tensors[value]
+    if kind == "dict":
+        return {name: unpack(each, tensors) for name, each in value.items()}
+    return {"tuple": tuple, "list": list}[kind](unpack(each, tensors) for each in value)

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from ..layers import ConvNd, is_embedding, linear_shape, weight_of
 from ..layers.patches import output_rows
+from .layer_stats import LayerStats
 from .loss_scale import LossScale
 from .masks import DataRows, masked_input_rows
 from .moments import Moments
 from .padding import Padding, in_backward
 from .run import layer_input
-from .statistics import LayerStats
 
 
 @dataclass
@@ -52,7 +52,6 @@ class LayerRecorder:
         self._gradients: Moments | None = None
         self._traced = False
         self._rows = 0
-        self._longest = 1
         self._data_rows: dict[int, DataRows] = {}  # of this pass, by the number of rows that the output has
 
     def hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
@@ -78,10 +77,11 @@ class LayerRecorder:
     def finish(self, samples: int) -> None:
         """Completes the statistics of the layer, over so many samples of the model."""
         if self.stats is not None:
-            self.stats.gradients = None if self._gradients is None else self._gradients.second
+            if self._gradients is not None:
+                self.stats.gradients, self.stats.gradient_rows = self._gradients.second, self._gradients.rows
             self.stats.traced = self._traced
             self.stats.positions = self.stats.inputs.rows / samples
-            self.stats.repeats = self._rows / self._longest / samples
+            self.stats.repeats = self._rows / self.stats.rows_per_input / samples
 
     @torch.no_grad()
     def _take(self, module: nn.Module, x: Tensor) -> DataRows | None:
@@ -103,7 +103,7 @@ class LayerRecorder:
                 self.stats.inputs.update(part)
             taken = self.stats.inputs.rows - before
         if taken and not self._rows:
-            self._longest = max(1, taken // len(batched) if found is None else found.longest)
+            self.stats.rows_per_input = max(1, taken // len(batched) if found is None else found.longest)
             self.stats.input_shape = tuple(batched.shape[1:]) if found is None else found.sample
         self._rows += taken
         if found is not None:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .readable import Readable
+
 
 @dataclass
 class Moments:
@@ -18,8 +20,8 @@ class Moments:
         rows: how many rows went in.
     """
 
-    mean: Tensor
-    second: Tensor
+    mean: Readable[Tensor] = Readable()
+    second: Readable[Tensor] = Readable()
     rows: int = 0
 
     @classmethod

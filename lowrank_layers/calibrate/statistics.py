@@ -2,55 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from .moments import Moments
-
-
-@dataclass
-class LayerStats:
-    """Second moments of the inputs and of the output gradients of one layer.
-
-    Args:
-        inputs: moments of the inputs (a convolution's patches, group by group). When ``cross`` is given, they are those
-            of the inputs that the already compressed prefix delivers.
-        gradients: ``E[g g^T]`` of the loss's gradients at the output, ``[m, m]``, or ``None``.
-        input_shape: shape of one sample's input, without the batch.
-        positions: rows per sample of the model, summed over calls; padding is not counted.
-        repeats: inputs of ``input_shape`` per sample of the model: one per call of a shared layer, and less where other
-            samples have fewer positions.
-        cross: ``E[x x'^T] - E[x] E[x']^T`` of the dense model's inputs ``x`` and the compressed one's ``x'``.
-        target_mean: ``E[x]``.
-        traced: whether its outputs were part of a graph of gradients (not so under ``torch.no_grad``).
-        free_bias: whether the factored layer may have a bias where the dense one has none.
-    """
-
-    inputs: Moments
-    gradients: Tensor | None = None
-    input_shape: tuple[int, ...] | None = None
-    positions: float = 1.0
-    repeats: float = 1.0
-    cross: Tensor | None = None
-    target_mean: Tensor | None = None
-    traced: bool = True
-    free_bias: bool = True
-
-    def group(self, index: int) -> LayerStats:
-        """Returns the statistics of one group of a grouped convolution.
-
-        Args:
-            index: the group.
-        """
-        if self.inputs.mean.ndim == 1:
-            return self
-        parts = (None if t is None else t[index] for t in (self.gradients, self.cross, self.target_mean))
-        gradients, cross, target_mean = parts
-        inputs = self.inputs.group(index)
-        return replace(self, inputs=inputs, gradients=gradients, cross=cross, target_mean=target_mean)
+from ..errors import LowRankError
+from .layer_stats import LayerStats as LayerStats
+from .merge import Add, merge_layers, weighted_sum
+from .statistics_file import FACTS, read_statistics, write_statistics
 
 
 @dataclass
@@ -64,6 +28,8 @@ class Statistics(Mapping[str, LayerStats]):
         other_macs: MACs per sample of layers that are counted but not calibrated (those with a computed weight).
         mask: how the padding of a batch is found, as given to :func:`calibrate`.
         example: the first sample of the first batch, as a batch of one; ``None`` where someone else ran the model.
+        watched: names of all layers whose moments were to be taken, whether called or not.
+        loss: name of the loss that was given to :func:`calibrate`.
     """
 
     layers: dict[str, LayerStats] = field(default_factory=dict)
@@ -72,6 +38,8 @@ class Statistics(Mapping[str, LayerStats]):
     other_macs: int = 0
     mask: str | Callable[[Any], Tensor] | None = field(default=None, repr=False, compare=False)
     example: Any = field(default=None, repr=False, compare=False)
+    watched: tuple[str, ...] = field(default=(), repr=False)
+    loss: str | None = None
 
     def __getitem__(self, name: str) -> LayerStats:
         return self.layers[name]
@@ -81,3 +49,117 @@ class Statistics(Mapping[str, LayerStats]):
 
     def __len__(self) -> int:
         return len(self.layers)
+
+    def save(self, path: str | os.PathLike[str], *, dtype: torch.dtype = torch.float64) -> None:
+        """Writes a safetensors file, which replaces ``path`` when it is complete.
+
+        Moments that layers share are written once. An ``example`` that has anything but tensors, numbers and text, in
+        tuples, lists and dicts, is left out: a budget of latency then asks for ``example=``.
+
+        Args:
+            path: the file.
+            dtype: float64, or float32 for half the bytes.
+
+        Raises:
+            CheckpointError: for a folder that does not exist.
+            LowRankError: for a function as ``mask``, and for moments that float32 cannot hold.
+
+        Examples:
+            >>> import os, tempfile
+            >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+            >>> path = os.path.join(tempfile.mkdtemp(), "stats.safetensors")
+            >>> lr.calibrate(model, [torch.randn(32, 8)]).save(path)
+            >>> stats = lr.Statistics.load(path)
+            >>> stats.samples, stats["2"].inputs.second.shape
+            (32, torch.Size([16, 16]))
+        """
+        if callable(self.mask):
+            raise LowRankError(
+                "Statistics.save: mask is a function, which no file holds; set stats.mask = None, and the function"
+                " again after Statistics.load."
+            )
+        if dtype not in (torch.float64, torch.float32):
+            raise LowRankError(f"Statistics.save: got dtype={dtype}, expected torch.float64 or torch.float32.")
+        facts = {name: getattr(self, name) for name in FACTS}
+        write_statistics(Path(path), self.layers, facts, dtype)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> Statistics:
+        """Opens what :meth:`save` wrote.
+
+        Moments are read from the file each time a layer's are asked for, and not kept, so that :func:`make_plan` and
+        :func:`factorize_` hold those of one layer. The file has to stay as it is meanwhile.
+
+        Args:
+            path: the file.
+            device: the device on which the tensors are put.
+
+        Raises:
+            CheckpointError: for a file that is missing, torn or foreign.
+        """
+        layers, facts = read_statistics(Path(path), str(device))
+        return cls(layers, **facts)
+
+    def merge(self, *others: Statistics) -> Statistics:
+        """Returns the statistics of all the data, of which this one and each of the others has seen a part.
+
+        They are those of one calibration over all batches, to rounding. Of statistics that were loaded, moments are
+        added up each time they are asked for, so that :meth:`save` holds one tensor at a time.
+
+        Args:
+            *others: statistics of the same model under the same loss, on other samples. Under
+                :class:`SampledCrossEntropy` give each part its own ``seed``.
+
+        Raises:
+            LowRankError: for other layers, shapes or losses.
+
+        Examples:
+            >>> model, x = nn.Linear(8, 4), torch.randn(32, 8)
+            >>> whole = lr.calibrate(model, [x])
+            >>> merged = lr.calibrate(model, [x[:24]]).merge(lr.calibrate(model, [x[24:]]))
+            >>> torch.allclose(merged[""].inputs.second, whole[""].inputs.second)
+            True
+        """
+        return _merged([self, *others], weighted_sum)
+
+
+def _merged(parts: Sequence[Statistics], add: Add) -> Statistics:
+    """The statistics of all parts; those without data and layers change nothing."""
+    for part in parts:
+        if not isinstance(part, Statistics):
+            raise LowRankError(f"merge: got {type(part).__name__}, expected what calibrate returned.")
+        if part.layers and not part.samples:
+            raise LowRankError("merge: got statistics of 0 samples, expected those of a finished calibration.")
+    parts = [part for part in parts if part.samples] or parts[:1]
+    for part in parts[1:]:
+        _check_same(parts[0], part)
+    samples = [part.samples for part in parts]
+    macs = sum(part.other_macs * part.samples for part in parts) / max(1, sum(samples))
+    return replace(
+        parts[0],
+        layers=merge_layers([part.layers for part in parts], samples, add),
+        samples=sum(samples),
+        other_macs=round(macs),
+        example=next((part.example for part in parts if part.example is not None), None),
+    )
+
+
+def _check_same(one: Statistics, other: Statistics) -> None:
+    """Raises for statistics of other layers, or under another loss."""
+    different = sorted({*one.watched} ^ {*other.watched})
+    if different:
+        raise LowRankError(
+            f"merge: got statistics of different layers, of which {different[0]!r} is in one part only; calibrate the"
+            " same model with the same target= for each."
+        )
+    if one.loss != other.loss or _has_gradients(one) != _has_gradients(other):
+        losses = [
+            (each.loss or "no loss") + (" with gradients" if _has_gradients(each) else "") for each in (one, other)
+        ]
+        raise LowRankError(
+            f"merge: got statistics under {losses[0]} and under {losses[1]}, expected the same loss= in each part."
+        )
+
+
+def _has_gradients(stats: Statistics) -> bool:
+    return any(vars(layer)["gradients"] is not None for layer in stats.values())
