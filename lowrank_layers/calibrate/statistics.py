@@ -5,13 +5,17 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ..errors import LowRankError
+from .all_reduce import gather, outline, reduced_sum
+from .example import map_tensors
 from .layer_stats import LayerStats as LayerStats
 from .merge import Add, merge_layers, weighted_sum
 from .statistics_file import FACTS, read_statistics, write_statistics
@@ -121,6 +125,25 @@ class Statistics(Mapping[str, LayerStats]):
             True
         """
         return _merged([self, *others], weighted_sum)
+
+    def all_reduce(self, group: dist.ProcessGroup | None = None) -> Statistics:
+        """Returns, in every process, the statistics of all the data, of which each process has seen a part.
+
+        Every process of the group has to call it; one that had no data calls it on an empty ``Statistics()``.
+
+        Args:
+            group: the processes; ``None`` is all.
+
+        Raises:
+            LowRankError: without a process group, and as :meth:`merge`.
+        """
+        on_cpu = map_tensors(Tensor.cpu, self.example)
+        shown = replace(self, layers=outline(self.layers), mask=None, example=on_cpu)
+        parts, rank = gather(shown, group)
+        parts[rank] = replace(self, example=on_cpu)
+        device = next((layer.inputs.mean.device for layer in self.values()), torch.device("cpu"))
+        found = _merged(parts, partial(reduced_sum, group=group, device=device))
+        return replace(found, mask=self.mask, example=map_tensors(lambda tensor: tensor.to(device), found.example))
 
 
 def _merged(parts: Sequence[Statistics], add: Add) -> Statistics:
