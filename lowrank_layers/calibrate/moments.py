@@ -51,9 +51,10 @@ class Moments:
 
     def covariance(self) -> Tensor:
         """Returns ``E[x x^T] - E[x] E[x]^T``; a diagonal as it is, since one-hot rows are not centred."""
-        if self.second.ndim == 1:
-            return self.second
-        return self.second - self.mean[..., :, None] * self.mean[..., None, :]
+        mean, second = self.mean, self.second
+        if second.ndim == 1:
+            return second
+        return second - mean[..., :, None] * mean[..., None, :]
 
     def group(self, index: int) -> Moments:
         """Returns the moments of one group."""

@@ -49,13 +49,16 @@ def write_statistics(
     if not path.parent.is_dir():
         raise CheckpointError(f"Statistics.save: the folder {path.parent} does not exist.")
     packed, examples = _packed(facts["example"])
-    body: dict[str, Any] = {"version": VERSION, **facts, "example": packed, "layers": {}}
+    rounded = dtype != torch.float64  # of a second moment far from zero little would be left but the mean
+    body: dict[str, Any] = {"version": VERSION, **facts, "example": packed, "centred": rounded, "layers": {}}
     moments: dict[str, Value] = {}
     owners: dict[int, str] = {}
     for name, layer in layers.items():
         owner = owners.setdefault(id(layer.inputs), name)
         if owner == name:
-            moments |= {f"{name}.{key}": vars(layer.inputs)[key] for key in ("mean", "second")}
+            mean, second = vars(layer.inputs)["mean"], vars(layer.inputs)["second"]
+            centred = Unread(tuple(second.shape), layer.inputs.covariance)
+            moments |= {f"{name}.mean": mean, f"{name}.second": centred if rounded else second}
         moments |= {f"{name}.{key}": vars(layer)[key] for key in TENSORS if vars(layer)[key] is not None}
         own = {fact: getattr(layer, fact) for fact in LAYER_FACTS}
         body["layers"][name] = {"inputs": owner, "rows": layer.inputs.rows, **own}
@@ -90,7 +93,10 @@ def read_statistics(path: Path, device: str) -> tuple[dict[str, LayerStats], dic
         for name, own in body.pop("layers").items():
             owner = own["inputs"]
             if owner == name:
-                known[name] = Moments(unread.pop(f"{name}.mean"), unread.pop(f"{name}.second"), own["rows"])
+                mean, second = unread.pop(f"{name}.mean"), unread.pop(f"{name}.second")
+                if body["centred"]:
+                    second = Unread(second.shape, partial(_around_zero, mean, second))
+                known[name] = Moments(mean, second, own["rows"])
             tensors = {key: unread.pop(f"{name}.{key}", None) for key in TENSORS}
             _check_shapes(name, known[owner], tensors)
             facts: dict[str, Any] = {fact: own[fact] for fact in LAYER_FACTS}
@@ -128,6 +134,14 @@ class _File:
         if not self.path.is_file() or _stamp(self.path) != self.stamp:
             raise CheckpointError(f"{self.path}: was replaced since its statistics were loaded; load them again.")
         return read_tensor(self.path, name, self.device).double()
+
+
+def _around_zero(mean: Unread, second: Unread) -> Tensor:
+    """``E[x x^T]`` of the mean and the covariance; a diagonal as it is, since one-hot rows are not centred."""
+    if mean.shape == second.shape:
+        return second.read()
+    center = mean.read()
+    return center[..., :, None] * center[..., None, :] + second.read()
 
 
 def _stamp(path: Path) -> tuple[int, ...]:

@@ -59,7 +59,8 @@ def test_every_process_has_the_whole(tmp_path):
             assert shown(found[name].example) == shown(whole.example)
             for layer, stats in found[name].items():  # to the last bit: plans have to agree
                 assert torch.equal(stats.inputs.second, ranks[0][name][layer].inputs.second)
-                assert torch.equal(stats.gradients, ranks[0][name][layer].gradients)
+                if stats.gradients is not None:
+                    assert torch.equal(stats.gradients, ranks[0][name][layer].gradients)
     model, batches, options = cases()["bags"]
     for rank, found in enumerate(ranks):
         assert found["shared"] == (True, True)

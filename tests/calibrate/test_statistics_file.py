@@ -118,24 +118,37 @@ def test_shared_moments_are_stored_once(path):
     assert (loaded["q"].repeats, loaded["k"].repeats) == (1.0, 2.0)
 
 
-def test_float32_rounds_each_entry(path):
-    stats = calibrated(small(64))
+@pytest.mark.parametrize("offset", [0.0, 1000.0])
+def test_float32_rounds_gradients_and_covariances(path, offset):
+    model = small(64)
+    stats = lr.calibrate(model, [torch.randn(60, 8) + offset], Energy())
     stats.save(path)
     size = path.stat().st_size
     stats.save(path, dtype=torch.float32)
     assert path.stat().st_size < 0.6 * size
     loaded = lr.Statistics.load(path)
     for name, layer in stats.items():
-        for got, want in ((loaded[name].inputs.second, layer.inputs.second), (loaded[name].gradients, layer.gradients)):
+        own = loaded[name]
+        moments = (own.inputs.covariance(), layer.inputs.covariance()), (own.gradients, layer.gradients)
+        for got, want in (*moments, (own.inputs.second, layer.inputs.second), (own.inputs.mean, layer.inputs.mean)):
             assert got.dtype == torch.float64
-            assert bool(((got - want).abs() <= 2.0**-24 * want.abs()).all())
+            assert torch.linalg.vector_norm(got - want) <= 2.0**-23 * torch.linalg.vector_norm(want)
+
+
+def test_float32_keeps_groups_and_the_diagonals_of_embeddings(path):
+    for name in ("convolutions", "bags"):
+        model, batches, options = CASES[name]
+        stats = lr.calibrate(model, batches, Energy(), **options)
+        stats.save(path, dtype=torch.float32)
+        assert_equal(lr.Statistics.load(path), stats, tolerance=2.0**-23)
 
 
 @pytest.mark.parametrize("size", [1e-60, 1e60])
 def test_float32_refuses_what_it_cannot_hold(path, size):
     stats = calibrated(nn.Linear(8, 4))
+    stats[""].inputs.mean *= size**0.5
     stats[""].inputs.second *= size
-    with pytest.raises(lr.LowRankError, match=r"largest entry of '.second' is .*e.60, which float32 does not hold"):
+    with pytest.raises(lr.LowRankError, match=r"largest entry of '.(mean|second)' is .*e.\d\d, which float32 does not hold"):
         stats.save(path, dtype=torch.float32)
     assert list(path.parent.iterdir()) == []
     stats.save(path)
