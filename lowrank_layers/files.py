@@ -93,6 +93,19 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def check_writable(path: Path) -> None:
+    """Raises if the folder of a file to write does not exist, before anything is computed for it.
+
+    Args:
+        path: the file.
+
+    Raises:
+        CheckpointError: for a folder, and a file in a folder that does not exist.
+    """
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise CheckpointError(f"{path}: cannot be written: it is a folder, or its folder does not exist.")
+
+
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], key: str, header: Mapping[str, Any]) -> None:
     """Writes a safetensors file in place of ``path``.
 
@@ -105,8 +118,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], key: str, header: M
     Raises:
         CheckpointError: for a folder that does not exist.
     """
-    if not path.parent.is_dir():
-        raise CheckpointError(f"save: the folder {path.parent} does not exist.")
+    check_writable(path)
     with replacing(path) as temporary:
         save_file(dict(tensors), temporary, metadata={"format": "pt", key: json.dumps(header)})
 

@@ -67,7 +67,7 @@ class Statistics(Mapping[str, LayerStats]):
                 differ by 4e-7.
 
         Raises:
-            CheckpointError: for a folder that does not exist.
+            CheckpointError: for a folder, and a file in a folder that does not exist.
             LowRankError: for a function as ``mask``, and for moments that float32 cannot hold.
 
         Examples:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, LowRankError
-from ..files import DTYPES, TensorInfo, read_header, read_tensor, write_streamed
+from ..files import DTYPES, TensorInfo, check_writable, read_header, read_tensor, write_streamed
 from .example import pack, unpack
 from .layer_stats import LayerStats
 from .moments import Moments
@@ -43,11 +43,10 @@ def write_statistics(
         dtype: dtype of the moments.
 
     Raises:
-        CheckpointError: for a folder that does not exist.
+        CheckpointError: for a folder, and a file in a folder that does not exist.
         LowRankError: for moments that float32 cannot hold.
     """
-    if not path.parent.is_dir():
-        raise CheckpointError(f"Statistics.save: the folder {path.parent} does not exist.")
+    check_writable(path)
     packed, examples = _packed(facts["example"])
     rounded = dtype != torch.float64  # of a second moment far from zero little would be left but the mean
     body: dict[str, Any] = {"version": VERSION, **facts, "example": packed, "centred": rounded, "layers": {}}

@@ -15,7 +15,7 @@ from ..compress.build import build_layer
 from ..compress.method import factored_like
 from ..compress.registry import DENSE
 from ..errors import LowRankError
-from ..files import TensorInfo
+from ..files import TensorInfo, check_writable
 from ..layers.config import FactoredSpec, blank
 from ..modules import ModelDescription
 from .arguments import add_names, add_size
@@ -23,7 +23,7 @@ from .checkpoint import Checkpoint
 from .layers_in_file import read_linear
 from .plan import make_plan_of_file, print_plan
 from .planning import plannable
-from .streamed_file import check_writable, write_streamed
+from .streamed_file import write_streamed
 
 EXAMPLES = """examples:
   lowrank apply model.safetensors small.safetensors --budget 0.5

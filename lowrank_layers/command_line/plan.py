@@ -7,12 +7,12 @@ import json
 from pathlib import Path
 
 from ..compress import Plan
+from ..files import check_writable
 from ..rank import Budget
 from .arguments import add_names, add_size, chosen, rank_of
 from .checkpoint import Checkpoint
 from .display import print_json, print_table
 from .planning import analyse, plan_by_rule, plannable
-from .streamed_file import check_writable
 
 EXAMPLES = """examples:
   lowrank plan model.safetensors plan.json --budget 0.5

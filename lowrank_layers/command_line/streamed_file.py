@@ -14,16 +14,6 @@ from ..files import TensorInfo
 from .display import track
 
 
-def check_writable(path: Path) -> None:
-    """Raises if the folder of a file to write does not exist, before anything is computed for it.
-
-    Args:
-        path: the file.
-    """
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        raise CheckpointError(f"{path}: cannot be written: it is a folder, or its folder does not exist.")
-
-
 def check_folder(path: Path) -> None:
     """Raises if a folder cannot be made, before anything is computed for it.
 
