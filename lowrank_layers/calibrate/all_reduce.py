@@ -12,7 +12,7 @@ from torch import Tensor
 from ..errors import LowRankError
 from .layer_stats import LayerStats
 from .moments import Moments
-from .readable import Unread, Value
+from .readable import Unread, Value, read
 
 T = TypeVar("T")
 
@@ -63,10 +63,8 @@ def reduced_sum(
     """
     total = torch.zeros(values[0].shape, dtype=torch.float64, device=device)
     for value, weight in zip(values, weights, strict=True):
-        if isinstance(value, Tensor):
-            total.add_(value.to(total), alpha=weight)
-        elif value.read is not _elsewhere:
-            total.add_(value.read().to(total), alpha=weight)
+        if isinstance(value, Tensor) or value.read is not _elsewhere:
+            total.add_(read(value).to(total), alpha=weight)
     shared = total.cuda() if dist.get_backend(group) == "nccl" else total  # NCCL takes no tensors on the CPU
     dist.all_reduce(shared, group=group)
     return shared.to(device)

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..errors import LowRankError
 from .layer_stats import LayerStats
 from .moments import Moments
-from .readable import Unread, Value
+from .readable import Unread, Value, read
 
 Add = Callable[[Sequence[Value], Sequence[float]], Value]
 """Returns the sum of the values, each times its weight."""
@@ -45,10 +45,12 @@ def merge_layers(
     """
     known: dict[tuple[int, ...], Moments] = {}
     merged: dict[str, LayerStats] = {}
-    for name in dict.fromkeys(name for part in parts for name in part):
+    names = dict.fromkeys(name for part in parts for name in part)
+    for name in names:
+        _check(name, [part[name] for part in parts if name in part])
+    for name in names:
         own = [(part[name], count) for part, count in zip(parts, samples, strict=True) if name in part]
         layers, counts = [layer for layer, _ in own], [count / sum(samples) for _, count in own]
-        _check(name, layers)
         inputs = [layer.inputs for layer in layers]
         key = tuple(map(id, inputs))
         if key not in known:
@@ -103,7 +105,6 @@ def _shares(rows: Sequence[int]) -> list[float]:
 def _sum(values: Sequence[Value], weights: Sequence[float]) -> Tensor:
     total: Tensor | None = None
     for value, weight in zip(values, weights, strict=True):
-        tensor = value.read() if isinstance(value, Unread) else value
-        total = tensor * weight if total is None else total.add_(tensor.to(total), alpha=weight)
+        total = read(value) * weight if total is None else total.add_(read(value).to(total), alpha=weight)
     assert total is not None
     return total

@@ -28,6 +28,15 @@ Value = Tensor | Unread
 """A tensor, or the way to read it."""
 
 
+def read(value: Value) -> Tensor:
+    """Returns the tensor.
+
+    Args:
+        value: the tensor, or the way to read it.
+    """
+    return value.read() if isinstance(value, Unread) else value
+
+
 class Readable(Generic[T]):
     """A field of a dataclass that may be given as an :class:`Unread`; who asks for it gets the tensor.
 

@@ -17,7 +17,7 @@ from ..files import DTYPES, TensorInfo, check_writable, read_header, read_tensor
 from .example import pack, unpack
 from .layer_stats import LayerStats
 from .moments import Moments
-from .readable import Unread, Value
+from .readable import Unread, Value, read
 
 KEY = "lowrank_layers.statistics"
 VERSION = 1
@@ -161,9 +161,9 @@ def _packed(example: Any) -> tuple[Any, dict[str, Tensor]]:
 
 
 def _rounded(name: str, value: Value, dtype: torch.dtype) -> Tensor:
-    tensor = value.read() if isinstance(value, Unread) else value
-    largest = float(tensor.abs().max())
-    if dtype == torch.float32 and largest and not SMALLEST < largest < LARGEST:
+    tensor = read(value)
+    largest = float(tensor.abs().max()) if dtype == torch.float32 else 1.0
+    if largest and not SMALLEST < largest < LARGEST:
         raise LowRankError(
             f"Statistics.save: the largest entry of {name!r} is {largest:.0e}, which float32 does not hold; save in"
             " torch.float64."
