@@ -12,7 +12,7 @@ import torch.distributed
 from . import kv_cache
 from .calibrate import Calibration as Calibration, SampledCrossEntropy as SampledCrossEntropy, calibrate as calibrate
 from .calibrate.statistics import LayerStats as LayerStats, Statistics as Statistics
-from .checkpoint import load as load, save as save
+from .checkpoint import compress_checkpoint as compress_checkpoint, load as load, save as save
 from .compress import (
     METHODS as METHODS,
     Candidate as Candidate,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
+import mmap
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,7 +15,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from .errors import CheckpointError
 
@@ -36,6 +38,11 @@ DTYPES = {
 }
 """The dtypes of safetensors files."""
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+_MAPPED = "_lowrank_mapped"
+"""The attribute of parameters whose values are those of a file."""
+_MADVISE = getattr(ctypes.CDLL(None), "madvise", None) if hasattr(mmap, "MADV_DONTNEED") else None
 
 
 @dataclass(frozen=True)
@@ -104,6 +111,16 @@ def check_writable(path: Path) -> None:
     """
     if path.is_dir() or not path.absolute().parent.is_dir():
         raise CheckpointError(f"{path}: cannot be written: it is a folder, or its folder does not exist.")
+
+
+def check_folder(path: Path) -> None:
+    """Raises if a folder cannot be made, before anything is computed for it.
+
+    Args:
+        path: the folder, new or existing.
+    """
+    if not path.absolute().parent.is_dir() or (path.exists() and not path.is_dir()):
+        raise CheckpointError(f"{path}: cannot be a folder: it is a file, or its folder does not exist.")
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], key: str, header: Mapping[str, Any]) -> None:
@@ -189,6 +206,21 @@ def read_header(path: Path, key: str, foreign: str) -> tuple[dict[str, Any], dic
         CheckpointError: for a file that is missing, torn or foreign.
     """
     metadata, infos = read_infos(path)
+    return read_metadata(path, metadata, key, foreign), infos
+
+
+def read_metadata(path: Path, metadata: Mapping[str, str], key: str, foreign: str) -> dict[str, Any]:
+    """Reads the header of :func:`write_tensors` in the metadata of a safetensors file.
+
+    Args:
+        path: the file, for errors.
+        metadata: its metadata.
+        key: name of the header.
+        foreign: the message for a file without it, after the file's name.
+
+    Raises:
+        CheckpointError: for a file that is foreign, or whose header is damaged.
+    """
     if key not in metadata:
         raise CheckpointError(f"{path}: {foreign}")
     try:
@@ -197,7 +229,7 @@ def read_header(path: Path, key: str, foreign: str) -> tuple[dict[str, Any], dic
         raise CheckpointError(f"{path}: its metadata is damaged: {error}") from None
     if not isinstance(header, dict):
         raise CheckpointError(f"{path}: its metadata is damaged: got {type(header).__name__}, expected a dict.")
-    return header, infos
+    return header
 
 
 def read_tensors(path: Path, key: str, foreign: str, device: str = "cpu") -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -242,3 +274,33 @@ def _opened(path: Path, device: str = "cpu") -> Iterator[Any]:
             yield file
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{path}: is torn or no safetensors file: {error}") from None
+
+
+def map_parameter(tensor: Tensor) -> nn.Parameter:
+    """Returns a parameter without gradients of a tensor that :func:`read_tensor` mapped; it must not be written to.
+
+    Args:
+        tensor: the tensor.
+    """
+    found = nn.Parameter(tensor, requires_grad=False)
+    setattr(found, _MAPPED, True)
+    return found
+
+
+def release_mapped(tensors: Iterable[Tensor]) -> None:
+    """Lets go of the memory of tensors that :func:`map_parameter` took from a file; the next access reads it again.
+
+    Others are passed over. On systems without ``madvise`` nothing happens: the system then frees mapped memory when it
+    needs it.
+
+    Args:
+        tensors: parameters that nobody has written to.
+    """
+    if _MADVISE is None:
+        return
+    for tensor in tensors:
+        if getattr(tensor, _MAPPED, False) and not tensor.is_meta:
+            start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+            end = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+            if end > start:
+                _MADVISE(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)

@@ -1,7 +1,7 @@
 """Calibration: what a model's layers see, and how much its loss feels of what they put out."""
 
 from .batch_masks import MaskOf as MaskOf, check_mask as check_mask
-from .calibration import Calibration as Calibration, calibrate as calibrate
+from .calibration import Calibration as Calibration, calibrate as calibrate, is_calibrated as is_calibrated
 from .fisher import (
     SampledCrossEntropy as SampledCrossEntropy,
     counted_positions as counted_positions,

@@ -142,7 +142,7 @@ class Calibration:
             undo.enter_context(self._pass.padding)
             undo.callback(self._model.register_forward_pre_hook(self._start_pass, with_kwargs=True).remove)
             for name, module in walk_layers(self._model):
-                if _is_calibrated(module) and (taken is None or name in taken):
+                if is_calibrated(module) and (taken is None or name in taken):
                     undo.callback(module.register_forward_hook(self._record(name), with_kwargs=True).remove)
                 elif isinstance(module, (nn.Linear, ConvNd)) and not is_factored(module):
                     undo.callback(module.register_forward_hook(self._count_macs, with_kwargs=True).remove)
@@ -220,7 +220,8 @@ def _check_gradients(model: nn.Module, stats: Statistics, batch: Any, loss: Loss
         )
 
 
-def _is_calibrated(module: nn.Module) -> bool:
+def is_calibrated(module: nn.Module) -> bool:
+    """Whether the moments of a module are taken."""
     known = isinstance(module, CALIBRATED) or LowRankTransposedLinear.stands_for(module)
     if is_embedding(module) and type(module).forward not in (nn.Embedding.forward, nn.EmbeddingBag.forward):
         return False  # subclasses that compute positions take lengths and masks, not indices

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..checkpoint import KEY, VERSION
+from ..checkpoint import KEY, VERSION, Checkpoint
 from ..compress import Plan
 from ..compress.build import build_layer
 from ..compress.method import factored_like
@@ -19,7 +19,6 @@ from ..files import TensorInfo, check_writable
 from ..layers.config import FactoredSpec, blank
 from ..modules import ModelDescription
 from .arguments import add_names, add_size
-from .checkpoint import Checkpoint
 from .layers_in_file import read_linear
 from .plan import make_plan_of_file, print_plan
 from .planning import plannable

@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..checkpoint import Checkpoint
 from ..errors import LowRankError
 from ..linalg import check_tensor
 from ..spectrum import MatrixSpectrum
 from ..spectrum.table import percent, shown
 from .arguments import add_names, chosen
-from .checkpoint import Checkpoint
 from .display import print_json, print_table, track
 
 EXAMPLES = """examples:

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import torch
 
+from ..checkpoint import Checkpoint
 from ..errors import LowRankError
-from ..files import TensorInfo
+from ..files import TensorInfo, check_folder
 from ..layers.config import Spec
 from ..linalg import check_tensor
 from ..lora import Extraction, extract_lora, save_lora
@@ -20,11 +21,9 @@ from ..rank import Budget, Rank, allocate
 from ..spectrum import MatrixSpectrum
 from ..spectrum.table import percent
 from .arguments import add_names, add_size, chosen, rank_of
-from .checkpoint import Checkpoint
 from .display import print_json, print_table, track
 from .layers_in_file import is_embedding_name, linear_layers, owners_of, read_linear, set_values_, skeleton, tree
 from .planning import total_cost
-from .streamed_file import check_folder
 
 EXAMPLES = """examples:
   lowrank extract-lora BASE TUNED adapter/ --rank 16

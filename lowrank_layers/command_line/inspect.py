@@ -6,6 +6,7 @@ import argparse
 from collections import Counter
 from pathlib import Path
 
+from ..checkpoint import Checkpoint
 from ..cost import Cost
 from ..errors import BudgetError
 from ..rank import Budget
@@ -13,7 +14,6 @@ from ..rank.energy import RelativeError
 from ..spectrum import Advice, Forecast, should_factorize
 from ..spectrum.table import percent, shown
 from .arguments import add_names, chosen
-from .checkpoint import Checkpoint
 from .display import print_json, print_table
 from .planning import Analysis, analyse, plannable
 from .spectrum import numbers

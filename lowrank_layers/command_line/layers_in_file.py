@@ -8,10 +8,10 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor, nn
 
+from ..checkpoint import Checkpoint
 from ..files import TensorInfo
 from ..layers.config import Spec, blank
 from ..linalg import check_tensor
-from .checkpoint import Checkpoint
 
 _EMBEDDING = re.compile(r"(^|\.)(\w*emb\w*|wte|wpe|shared)$", re.IGNORECASE)
 

@@ -10,16 +10,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..checkpoint import Checkpoint
 from ..errors import CheckpointError, LowRankError
-from ..files import TensorInfo, check_writable
+from ..files import TensorInfo, check_folder, check_writable
 from ..lora.adapter import Adapter, Bank
 from ..lora.adapter_file import AdapterFile, LoadedAdapter
 from ..lora.load import read_adapter_file
 from ..lora.peft.keys import OLD_WEIGHTS, PREFIX, WEIGHTS
-from .checkpoint import Checkpoint
 from .display import print_json
 from .layers_in_file import skeleton
-from .streamed_file import check_folder, write_streamed
+from .streamed_file import write_streamed
 
 EXAMPLES = """examples:
   lowrank merge-lora base.safetensors adapter/ merged.safetensors

@@ -6,11 +6,11 @@ import argparse
 import json
 from pathlib import Path
 
+from ..checkpoint import Checkpoint
 from ..compress import Plan
 from ..files import check_writable
 from ..rank import Budget
 from .arguments import add_names, add_size, chosen, rank_of
-from .checkpoint import Checkpoint
 from .display import print_json, print_table
 from .planning import analyse, plan_by_rule, plannable
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..checkpoint import KEY
+from ..checkpoint import KEY, Checkpoint
 from ..compress import Candidate, Entry, Plan, make_plan
 from ..compress.allocation import Allocation, Offer, offers_for
 from ..compress.methods import SVDMethod
@@ -17,7 +17,6 @@ from ..layers.config import Spec
 from ..linalg import full_precision
 from ..rank import Budget, Rank
 from ..spectrum import MatrixSpectrum
-from .checkpoint import Checkpoint
 from .display import track
 from .layers_in_file import forget_values_, linear_layers, read_linear, tree
 

@@ -6,13 +6,13 @@ import argparse
 from collections.abc import Mapping
 from pathlib import Path
 
+from ..checkpoint import Checkpoint
 from ..errors import LowRankError
 from ..files import TensorInfo
 from ..linalg import check_tensor
 from ..spectrum import MatrixSpectrum
 from ..spectrum.table import shown
 from .arguments import add_names, chosen
-from .checkpoint import Checkpoint
 from .display import print_json, print_table, track
 
 EXAMPLES = """examples:

@@ -9,19 +9,8 @@ from pathlib import Path
 from torch import Tensor
 
 from .. import files
-from ..errors import CheckpointError
 from ..files import TensorInfo
 from .display import track
-
-
-def check_folder(path: Path) -> None:
-    """Raises if a folder cannot be made, before anything is computed for it.
-
-    Args:
-        path: the folder, new or existing.
-    """
-    if not path.absolute().parent.is_dir() or (path.exists() and not path.is_dir()):
-        raise CheckpointError(f"{path}: cannot be a folder: it is a file, or its folder does not exist.")
 
 
 def write_streamed(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..calibrate.statistics import LayerStats
 from ..cost import Cost
 from ..errors import LowRankError
+from ..files import release_mapped
 from ..layers import bias_of, is_transposed, matrices_of, takes_bias
 from ..layers.kernel import kernel_of
 from ..linalg import Root, damp, fold, psd_root, unfold
@@ -108,6 +109,7 @@ class Candidate:
         """Lets go of the problems with their matrices and roots; they are computed anew if they are asked for again."""
         for name in ("problems", "kernel_problems", "weighted_kernels"):
             self.__dict__.pop(name, None)
+        release_mapped(self.module.parameters())
 
     def _problems_of(self, matrices: Tensor) -> tuple[Regression, ...]:
         bias = bias_of(self.module)

@@ -11,7 +11,7 @@ from torch import nn
 from ..calibrate import calibrate, check_batches
 from ..calibrate.statistics import Statistics
 from ..errors import LowRankError
-from ..layers import is_factored, weight_of
+from ..layers import bias_of, is_factored, weight_of
 from ..layers.config import describe
 from ..linalg import check_tensor
 from ..modules import check_model, check_optimizer, opened_attentions, reasons_to_keep, replace_, walk_layers
@@ -19,7 +19,7 @@ from .build import build_layer, write_
 from .candidates import Candidate
 from .planned_layers import PlannedLayers
 from .registry import DENSE
-from .sequential import Refit, build_in_sequence
+from .sequential import build_in_sequence
 
 
 def factorize_(
@@ -69,7 +69,6 @@ def factorize_(
     check_optimizer(optimizer, "factorize_")
     with opened_attentions(model):
         _check_plan(model, plan, stats)
-        refits: dict[str, Refit] = {}
         if data is None:
             built = _one_shot(model, plan, stats)
         else:
@@ -77,14 +76,13 @@ def factorize_(
             batches = data if isinstance(data, (list, tuple)) else list(data)
             if not batches:
                 raise LowRankError("factorize_: got no batches in data.")
-            built, refits = build_in_sequence(
-                model, plan, stats or calibrate(model, batches), batches, rectified, progress
-            )
-        for name, (weight, bias) in refits.items():
-            write_(model.get_submodule(name), weight, bias)
+            built = build_in_sequence(model, plan, stats or calibrate(model, batches), batches, rectified, progress)
         for name, new in built.items():
-            new.train(model.get_submodule(name).training)  # they were built in eval mode
-    replace_(model, built, optimizer)
+            dense = model.get_submodule(name)
+            new.train(dense.training)  # they were built in eval mode
+            if not is_factored(new):
+                write_(dense, weight_of(new), bias_of(new))
+    replace_(model, {name: new for name, new in built.items() if is_factored(new)}, optimizer)
     return model
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,14 +23,20 @@ from .rectified import ENTRIES, ROWS, Rectifier, build_rectified, rectifier_of
 from .registry import DENSE
 from .side_by_side import SideBySide
 
-Refit = tuple[Tensor, Tensor | None]
-"""New weight and bias of a layer that stays dense."""
+Keep = Callable[[str, Callable[[], nn.Module]], nn.Module]
+"""``keep(name, make) -> layer``: called for each layer in forward order; makes it, or finds what was made before."""
 
 
 def build_in_sequence(
-    model: nn.Module, plan: PlannedLayers, stats: Statistics, batches: Sequence[Any], rectified: bool, progress: bool
-) -> tuple[dict[str, nn.Module], dict[str, Refit]]:
-    """Returns the layers of a plan, built in forward order, and new values for dense ones.
+    model: nn.Module,
+    plan: PlannedLayers,
+    stats: Statistics,
+    batches: Sequence[Any],
+    rectified: bool,
+    progress: bool,
+    keep: Keep = lambda name, make: make(),
+) -> dict[str, nn.Module]:
+    """Returns the layers of a plan, built in forward order, and dense ones with new values.
 
     Args:
         model: the dense model, its attentions opened; not changed.
@@ -38,35 +45,45 @@ def build_in_sequence(
         batches: what the dense and the compressed model are run on.
         rectified: whether layers are fitted behind ReLUs.
         progress: shows a progress bar.
+        keep: what is done with each new layer.
     """
     built: dict[str, nn.Module] = {}
-    refits: dict[str, Refit] = {}
     names = [entry.name for entry in plan if entry.name in stats]
     passes = SideBySide(model, names, batches, stats.with_target, stats.mask, stats.example)
     with quiet_eval(model), passes:
         order = [*passes.calls, *(entry.name for entry in plan if entry.name not in passes.calls)]
         paired = _Paired(passes, len(batches))
-        for name in tqdm(order, desc="factorize", disable=not progress):
-            entry, dense, known = plan[name], model.get_submodule(name), stats.get(name)
-            prefix_changed = bool(built) and name in passes.calls and not is_embedding(dense)
+
+        def factored(name: str, known: LayerStats | None, prefix_changed: bool) -> nn.Module:
+            entry, dense = plan[name], model.get_submodule(name)
             rows: list[tuple[Tensor, Tensor]] = []
-            tried = rectified and known is not None and name in passes.calls and entry.method != DENSE
+            tried = rectified and known is not None and name in passes.calls
             rectifier = _rectifier(model, name, batches[0], stats.with_target) if tried else None
             if known is not None and (prefix_changed or rectifier is not None):
                 known = paired.stats(name, dense, known, None if rectifier is None else rows)
-            passes.decided[name] = None
             with passes.own_forward(name):
-                if entry.method != DENSE:
-                    if known is None or rectifier is None or not rows:
-                        built[name] = build_layer(dense, entry, known, plan.damping)
-                    else:
-                        built[name] = build_rectified(dense, entry, known, plan.damping, rectifier, rows)
-                    passes.decided[name] = built[name].eval()
-                elif known is not None and prefix_changed:
-                    refits[name] = refit(dense, known, plan.damping)
-                    passes.decided[name] = fitted = copy.deepcopy(dense)
-                    write_(fitted, *refits[name])
-    return built, refits
+                if known is None or rectifier is None or not rows:
+                    return build_layer(dense, entry, known, plan.damping).eval()
+                return build_rectified(dense, entry, known, plan.damping, rectifier, rows).eval()
+
+        def refitted(name: str, known: LayerStats) -> nn.Module:
+            dense = model.get_submodule(name)
+            known = paired.stats(name, dense, known, None)
+            with passes.own_forward(name):
+                fitted = copy.deepcopy(dense)
+                write_(fitted, *refit(dense, known, plan.damping))
+            return fitted
+
+        for name in tqdm(order, desc="factorize", disable=not progress):
+            known = stats.get(name)
+            prefix_changed = bool(built) and name in passes.calls and not is_embedding(model.get_submodule(name))
+            passes.decided[name] = None
+            if plan[name].method != DENSE:
+                built[name] = keep(name, partial(factored, name, known, prefix_changed))
+            elif known is not None and prefix_changed:
+                built[name] = keep(name, partial(refitted, name, known))
+            passes.decided[name] = built.get(name)
+    return built
 
 
 def _rectifier(model: nn.Module, name: str, batch: Any, with_target: bool) -> Rectifier | None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..calibrate import DataRows, MaskOf, Padding, as_batch, forward, layer_input, target_of
 from ..calibrate.paused_run import PausedRun, pause
+from ..files import release_mapped
 
 HELD = 4 << 30
 """Bytes of activations that paused passes may hold, by a rough estimate: six times the largest input of a layer."""
@@ -237,6 +238,7 @@ class SideBySide:
                 running.seen = []
             replacement = self.decided.get(name) if running.kind == "compressed" else None
             output = own(*args, **kwargs) if replacement is None else replacement(*args, **kwargs)
+            release_mapped((layer if replacement is None else replacement).parameters())
             return output / 2 if running.kind == "disturbed" else output
 
         return ahead

@@ -88,7 +88,8 @@ def test_passes_that_pause_give_what_passes_from_the_start_give(make, monkeypatc
     found = factorized(model, batches)
     monkeypatch.setattr(side_by_side, "HELD", 0)
     expected = factorized(model, batches)
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-4)
 
 
 def passes_per_batch(depth: int) -> float:

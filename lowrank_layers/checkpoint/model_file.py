@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import CheckpointError, LowRankError
-from .files import read_tensors, write_tensors
-from .modules import (
+from ..errors import CheckpointError, LowRankError
+from ..files import read_metadata, read_tensors, write_tensors
+from ..modules import (
     ModelDescription,
     check_can_be_filled,
     check_factors,
@@ -25,6 +25,7 @@ from .modules import (
     shared_names,
     tied_names,
 )
+from .tensor_files import Checkpoint
 
 KEY = "lowrank_layers"
 """The entry of the file's metadata that holds the ranks."""
@@ -87,7 +88,7 @@ def load(path: str | os.PathLike[str], into: nn.Module) -> nn.Module:
     one tensor in the model or were one in the saved model are one again.
 
     Args:
-        path: what :func:`save` wrote.
+        path: the file that :func:`save` wrote, or the folder that :func:`compress_checkpoint` wrote.
         into: a model with the structure that the saved one had before it was factorized (or the factored one itself).
 
     Returns:
@@ -130,7 +131,12 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         f"was not written by lowrank_layers.save (no {KEY!r} in its metadata);"
         " load it with safetensors.torch.load_model."
     )
-    header, tensors = read_tensors(path, KEY, foreign)
+    if path.is_dir() or path.name.endswith(".index.json"):
+        files = Checkpoint(path)
+        header = read_metadata(files.path, files.metadata, KEY, foreign)
+        tensors = {name: files.read(name) for name in files}
+    else:
+        header, tensors = read_tensors(path, KEY, foreign)
     try:
         version = header["version"]
         damaged = [key for key, kind in _HEADER.items() if not isinstance(header[key], kind)]

@@ -1,0 +1,52 @@
+"""The layers that a run has made, each in a file, so that a run that was killed does not make them again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from torch import nn
+
+from ..files import map_parameter, read_header, read_tensor, release_mapped, write_tensors
+from ..layers import FactoredModule
+from ..layers.config import FactoredSpec, blank, describe
+
+_KEY = "lowrank_layers.layer"
+
+
+class LayerStore:
+    """Keeps layers in a folder, and in memory only where they are looked at.
+
+    Args:
+        folder: where the files are.
+        model: the dense model.
+    """
+
+    def __init__(self, folder: Path, model: nn.Module) -> None:
+        self._folder, self._model = folder, model
+
+    def keep(self, name: str, make: Callable[[], nn.Module]) -> nn.Module:
+        """Returns a layer with the values of its file, which is written first where it is not there.
+
+        Args:
+            name: the layer.
+            make: makes it.
+        """
+        path, dense = self._folder / f"{name}.safetensors", self._model.get_submodule(name)
+        if not path.is_file():
+            new = make()
+            release_mapped(dense.parameters())
+            kind = FactoredSpec.of(new).to_json() if isinstance(new, FactoredModule) else None
+            tensors = {key: tensor.detach().contiguous() for key, tensor in new.state_dict().items()}
+            write_tensors(path, tensors, _KEY, {"factored": kind, "dense": describe(dense)})
+        return self._read(path)
+
+    def _read(self, path: Path) -> nn.Module:
+        header, infos = read_header(path, _KEY, "is no layer of a compression.")
+        layer = blank(header["dense"])
+        if header["factored"] is not None:
+            layer = FactoredSpec.from_json(header["factored"]).like(layer)
+        for name in infos:
+            owner, _, key = name.rpartition(".")
+            layer.get_submodule(owner)._parameters[key] = map_parameter(read_tensor(path, name))
+        return layer.requires_grad_(False).eval()

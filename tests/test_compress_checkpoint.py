@@ -1,0 +1,216 @@
+"""From a folder of weights to a compressed one: what the functions in memory give, whatever kills the run."""
+
+import contextlib
+import copy
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import lowrank_layers as lr
+from benchmarks.vision import import_torchvision
+from lowrank_layers.checkpoint import compress as module
+
+with contextlib.suppress(ImportError):
+    import_torchvision()  # transformers imports it where it is installed
+transformers = pytest.importorskip("transformers")
+
+BUDGET = lr.Budget(params=0.6)
+
+
+def tiny_llama(tied: bool = True) -> nn.Module:
+    config = transformers.LlamaConfig(
+        vocab_size=61,
+        hidden_size=24,
+        intermediate_size=40,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=tied,
+        use_cache=False,
+    )
+    torch.manual_seed(0)
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+def tokens() -> list[Tensor]:
+    return list(torch.randint(61, (6, 30), generator=torch.Generator().manual_seed(1)).split(2))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A model of transformers in several files."""
+    path = tmp_path_factory.mktemp("dense")
+    tiny_llama().save_pretrained(path, max_shard_size="20KB")
+    assert len(list(path.glob("*.safetensors"))) > 3
+    return path
+
+
+def in_memory(model: nn.Module) -> tuple[lr.Plan, nn.Module]:
+    stats = lr.calibrate(model, tokens(), lr.SampledCrossEntropy())
+    plan = lr.make_plan(model, BUDGET, stats, skip=["lm_head"])
+    return plan, lr.factorize_(copy.deepcopy(model), plan, stats, tokens())
+
+
+def test_the_folder_holds_what_the_functions_in_memory_give(folder, tmp_path):
+    plan = lr.compress_checkpoint(folder, tmp_path / "small", BUDGET, tokens())
+    expected_plan, expected = in_memory(tiny_llama())
+    assert {entry.name: entry.rank for entry in plan} == {entry.name: entry.rank for entry in expected_plan}
+    assert plan == lr.Plan.load(tmp_path / "small" / "plan.json")
+    assert plan.after.params <= 0.6 * plan.total.params
+    loaded = lr.load(tmp_path / "small", into=tiny_llama())
+    x = tokens()[0]
+    torch.testing.assert_close(loaded(x).logits, expected(x).logits, rtol=1e-3, atol=1e-4)
+    assert not (tmp_path / "small" / module.WORK).exists()
+    assert json.loads((tmp_path / "small" / "config.json").read_text())["model_type"] == "llama"
+
+
+def test_layers_that_stay_dense_are_refitted_in_the_folder_too(folder, tmp_path, monkeypatch):
+    def keeps_some(model: nn.Module, *args: object, **settings: object) -> lr.Plan:
+        plan = lr.make_plan(model, *args, **settings)
+        return plan.drop("model.layers.1.mlp.up_proj").drop("model.layers.2.self_attn.o_proj")
+
+    monkeypatch.setattr(module, "make_plan", keeps_some)
+    lr.compress_checkpoint(folder, tmp_path / "small", BUDGET, tokens())
+    loaded, dense = lr.load(tmp_path / "small", into=tiny_llama()), tiny_llama()
+    up, own = loaded.model.layers[1].mlp.up_proj, dense.model.layers[1].mlp.up_proj
+    assert type(up) is nn.Linear
+    with torch.no_grad():
+        assert 1e-3 < float((up.weight - own.weight).norm() / own.weight.norm()) < 1
+
+
+def digest(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir() if path.is_file()}
+
+
+@pytest.mark.parametrize("shard", [1 << 30, 20_000])
+def test_a_run_that_stops_anywhere_goes_on_to_the_same_bytes(folder, tmp_path, monkeypatch, shard):
+    monkeypatch.setattr(module, "SHARD", shard)
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    lr.compress_checkpoint(folder, whole, BUDGET, tokens())
+    own = {"keep": module.LayerStore.keep, "write": module.write_streamed, "plan": lr.Plan.save}
+    left = [0]
+
+    class Stopped(Exception):
+        pass
+
+    def stops(function):
+        def counted(*args, **settings):
+            if left[0] == 0:
+                raise Stopped
+            left[0] -= 1
+            return function(*args, **settings)
+
+        return counted
+
+    monkeypatch.setattr(module.LayerStore, "keep", stops(own["keep"]))
+    monkeypatch.setattr(module, "write_streamed", stops(own["write"]))
+    monkeypatch.setattr(lr.Plan, "save", stops(own["plan"]))
+    for left[0] in (0, 1, 9, 15, 21, 22):  # the plan, 21 layers, the plan, the files
+        with pytest.raises(Stopped):
+            lr.compress_checkpoint(folder, broken, BUDGET, tokens())
+        assert not (broken / "model.safetensors.index.json").exists()
+    left[0] = 1000
+    lr.compress_checkpoint(folder, broken, BUDGET, tokens())
+    assert digest(broken) == digest(whole)
+
+
+SCRIPT = """
+    import contextlib, sys, torch, lowrank_layers as lr
+    from benchmarks.vision import import_torchvision
+    with contextlib.suppress(ImportError):
+        import_torchvision()
+    torch.set_num_threads(1)
+    source, target = sys.argv[1:]
+    tokens = torch.randint(61, (6, 30), generator=torch.Generator().manual_seed(1)).split(2)
+    lr.compress_checkpoint(source, target, lr.Budget(params=0.6), list(tokens))
+"""
+
+
+def test_a_process_that_is_killed_is_resumed_to_the_same_bytes(folder, tmp_path):
+    """SIGKILL at a moment of its own choice in each of three runs, then one that is left alone."""
+    script = tmp_path / "run.py"
+    script.write_text(textwrap.dedent(SCRIPT))
+
+    def run(target: Path, until: int | None) -> bool:
+        """Starts a process and kills it once so many layers are there; returns whether it was killed."""
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+        process = subprocess.Popen([sys.executable, script, str(folder), str(target)], env=env)
+        layers = target / module.WORK / "layers"
+        while until is not None and process.poll() is None:
+            if layers.is_dir() and len(list(layers.iterdir())) >= until:
+                process.send_signal(signal.SIGKILL)
+                break
+        return process.wait() == -signal.SIGKILL
+
+    assert not run(tmp_path / "whole", None)
+    killed = [run(tmp_path / "broken", until) for until in (0, 5, 17)]
+    assert any(killed)
+    run(tmp_path / "broken", None)
+    assert digest(tmp_path / "broken") == digest(tmp_path / "whole")
+
+
+def test_other_arguments_do_not_go_on_with_a_run(folder, tmp_path, monkeypatch):
+    def stops(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "build_in_sequence", stops)
+    with pytest.raises(KeyboardInterrupt):
+        lr.compress_checkpoint(folder, tmp_path / "small", BUDGET, tokens())
+    before = digest(tmp_path / "small" / module.WORK)
+    for budget, batches in ((lr.Budget(params=0.5), tokens()), (BUDGET, tokens()[:2])):
+        with pytest.raises(lr.CheckpointError, match="a run with other weights, batches or settings"):
+            lr.compress_checkpoint(folder, tmp_path / "small", budget, batches)
+    assert digest(tmp_path / "small" / module.WORK) == before
+
+
+def test_what_cannot_work_is_refused_before_anything_is_written(folder, tmp_path, monkeypatch):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("mine")
+    with pytest.raises(lr.CheckpointError, match="is not empty"):
+        lr.compress_checkpoint(folder, tmp_path / "full", BUDGET, tokens())
+    with pytest.raises(lr.LowRankError, match="no batches"):
+        lr.compress_checkpoint(folder, tmp_path / "small", BUDGET, [])
+    with pytest.raises(lr.CheckpointError, match=r"config\.json"):
+        lr.compress_checkpoint(next(folder.glob("*.safetensors")), tmp_path / "small", BUDGET, tokens())
+    with pytest.raises(lr.LowRankError, match="has values; build the model on the meta device"):
+        lr.compress_checkpoint(folder, tmp_path / "small", BUDGET, tokens(), model=tiny_llama())
+    with torch.device("meta"):
+        other = nn.Linear(3, 3)
+    with pytest.raises(lr.CheckpointError, match="does not fit the model: missing 'weight'"):
+        lr.compress_checkpoint(folder, tmp_path / "small", BUDGET, tokens(), model=other)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(0, 0, 1000))
+    with pytest.raises(lr.CheckpointError, match="GiB free"):
+        lr.compress_checkpoint(folder, tmp_path / "small", BUDGET, tokens())
+    assert not (tmp_path / "small").exists()
+
+
+def test_a_model_of_its_own_in_half_precision(tmp_path):
+    def build() -> nn.Module:
+        return nn.Sequential(nn.Conv2d(3, 12, 3), nn.BatchNorm2d(12), nn.ReLU(), nn.Flatten(), nn.Linear(12 * 36, 10))
+
+    dense = build()
+    dense[1].running_mean.normal_()
+    dense = dense.bfloat16().eval()
+    save_file(dense.state_dict(), tmp_path / "dense.safetensors")
+    with torch.device("meta"):
+        model = build()
+    model[1].running_mean, model[1].running_var = torch.zeros(12), torch.zeros(12)
+    model[1].num_batches_tracked = torch.tensor(0)
+    x = torch.randn(20, 3, 8, 8).bfloat16()
+    lr.compress_checkpoint(tmp_path / "dense.safetensors", tmp_path / "small", lr.Budget(params=0.9), [x], model=model)
+    loaded = lr.load(tmp_path / "small", into=build().bfloat16()).eval()
+    assert torch.equal(loaded[1].running_mean, dense[1].running_mean)
+    assert type(loaded[4]) is not nn.Linear
+    with torch.no_grad():
+        assert float((loaded(x) - dense(x)).norm() / dense(x).norm()) < 0.2
