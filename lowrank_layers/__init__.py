@@ -40,6 +40,7 @@ from .compress import (
     progressive_ as progressive_,
     recover_ as recover_,
     register_method as register_method,
+    remove_units_ as remove_units_,
 )
 from .compress.methods import (
     CPMethod as CPMethod,

@@ -14,6 +14,7 @@ from .evaluation import (
     evaluate as evaluate,
 )
 from .factorize import factorize_ as factorize_
+from .hidden_units import remove_units_ as remove_units_
 from .make_plan import make_plan as make_plan
 from .method import Method as Method, Option as Option
 from .plan import Plan as Plan

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..errors import LowRankError, MissingExtraError
-from . import FACTORED_LAYERS, FactoredModule, LowRankTransposedLinear, weight_of
+from . import FACTORED_LAYERS, FactoredModule, LowRankTransposedLinear
 
 _CONV = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
 _SETTINGS: dict[str, tuple[str, ...]] = {
@@ -19,15 +19,16 @@ _SETTINGS: dict[str, tuple[str, ...]] = {
     "Embedding": ("num_embeddings", "embedding_dim", "padding_idx"),
     "EmbeddingBag": ("num_embeddings", "embedding_dim", "padding_idx", "mode", "include_last_offset"),
     "Conv1D": ("nf", "nx"),
+    **{f"BatchNorm{d}d": ("num_features", "eps", "momentum", "affine", "track_running_stats") for d in (1, 2, 3)},
 }
-_NO_BIAS_ARGUMENT = ("Embedding", "EmbeddingBag", "Conv1D")
+_NO_BIAS_ARGUMENT = ("Embedding", "EmbeddingBag", "Conv1D", "BatchNorm1d", "BatchNorm2d", "BatchNorm3d")
 
 Spec = dict[str, Any]
 """The settings of a dense layer: ``{"type": "Linear", "in_features": ..., "bias": True, "dtype": "float32"}``."""
 
 
 def describe(module: nn.Module) -> Spec:
-    """Returns the settings of a dense layer that can be factorized."""
+    """Returns the settings of a dense layer that can be factorized, or of a batch norm."""
     kind = type(module).__name__
     spec: Spec = {"type": kind}
     for name in _SETTINGS[kind]:
@@ -35,7 +36,7 @@ def describe(module: nn.Module) -> Spec:
         spec[name] = list(value) if isinstance(value, tuple) else value
     if kind not in _NO_BIAS_ARGUMENT:
         spec["bias"] = module.bias is not None
-    spec["dtype"] = str(weight_of(module).dtype).removeprefix("torch.")
+    spec["dtype"] = str(next(iter(module.state_dict().values())).dtype).removeprefix("torch.")
     return spec
 
 

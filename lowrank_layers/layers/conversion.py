@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .base import FactoredModule
+from .resized import RESIZED
 from .weights import bias_of, weight_of
 
 Self = TypeVar("Self", bound="FactoredModule")
@@ -43,7 +44,7 @@ def carry_attributes(new: nn.Module, dense: nn.Module) -> None:
 
 def return_attributes(dense: nn.Module, new: nn.Module) -> None:
     """Copies the attributes that :func:`carry_attributes` took over back to a dense module."""
-    for key in vars(new).get(_CARRIED, ()):
+    for key in {*vars(new).get(_CARRIED, ()), RESIZED} & set(vars(new)):
         dense.__dict__[key] = vars(new)[key]
 
 

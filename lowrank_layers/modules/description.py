@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
 from ..errors import LowRankError
-from ..layers import PROJECTIONS, FactoredModule, LowRankMultiheadAttention, is_factored
-from ..layers.config import FactoredSpec
+from ..layers import (
+    PROJECTIONS,
+    FactoredModule,
+    LowRankMultiheadAttention,
+    is_factored,
+    is_resized,
+    mark_resized,
+)
+from ..layers.config import FactoredSpec, Spec, blank, describe
 from .attention import openable_attentions
 from .reasons import reason_to_keep
 from .tree import walk_layers
@@ -25,25 +32,32 @@ class ModelDescription:
     Args:
         layers: the factored layers, by their first name.
         opened: names of the attentions that stand open.
+        resized: settings of the layers that have other numbers of inputs or outputs than in the dense model; of a
+            factored one those of the dense layer that it stands for.
     """
 
     layers: Mapping[str, FactoredSpec]
     opened: tuple[str, ...] = ()
+    resized: Mapping[str, Spec] = field(default_factory=dict)
 
     @classmethod
     def of(cls, model: nn.Module) -> ModelDescription:
         """Returns the description of a model."""
-        layers, opened = {}, []
+        layers, opened, resized = {}, [], {}
         for name, module in walk_layers(model):
             if isinstance(module, FactoredModule):
                 layers[name] = FactoredSpec.of(module)
             elif isinstance(module, LowRankMultiheadAttention):
                 opened.append(name)
-        return cls(layers, tuple(opened))
+            if is_resized(module):
+                resized[name] = layers[name].dense if name in layers else describe(module)
+        return cls(layers, tuple(opened), resized)
 
     def to_json(self) -> dict[str, Any]:
         """Returns the description as a file holds it."""
-        return {"layers": {name: spec.to_json() for name, spec in self.layers.items()}, "unfused": list(self.opened)}
+        layers = {name: spec.to_json() for name, spec in self.layers.items()}
+        resized = {"resized": dict(self.resized)} if self.resized else {}
+        return {"layers": layers, "unfused": list(self.opened), **resized}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> ModelDescription:
@@ -58,7 +72,7 @@ class ModelDescription:
                 layers[name] = FactoredSpec.from_json(each)
             except LowRankError as error:
                 raise LowRankError(f"{name!r}: {error}") from None
-        return cls(layers, tuple(values["unfused"]))
+        return cls(layers, tuple(values["unfused"]), dict(values.get("resized", {})))
 
     def build(self, model: nn.Module) -> dict[str, nn.Module]:
         """Returns the modules to replace in a dense model to make it the described one; the layers are uninitialized.
@@ -74,6 +88,13 @@ class ModelDescription:
         modules = dict(model.named_modules(remove_duplicate=False))
         opened = self._open(model, modules)
         built: dict[str, nn.Module] = dict(opened)
+        for name, resized in self.resized.items():
+            try:
+                small = _resized(resized, modules.get(name))
+            except LowRankError as error:
+                raise LowRankError(f"{name!r}: {error}") from None
+            if small is not None:
+                built[name] = modules[name] = small
         for name, spec in self.layers.items():
             try:
                 new = _layer(spec, modules.get(name))
@@ -106,6 +127,22 @@ def _why_not_open(attention: nn.Module | None) -> str:
         return f"is an open attention, but the model has {found} there; it is for another model."
     reasons = [reason for part in attention.modules() if (reason := reason_to_keep(part)) is not None]
     return f"cannot be opened: {(reasons or ['its parameters are tied to others'])[0]}."
+
+
+def _resized(spec: Spec, module: nn.Module | None) -> nn.Module | None:
+    """The layer with other sizes, uninitialized; ``None`` where the model has it already, or has a low-rank one."""
+    if module is None:
+        raise LowRankError("the model has no such layer; it is for another model.")
+    if is_factored(module):
+        return None
+    if type(module).__name__ != spec.get("type"):
+        raise LowRankError(f"was saved as {spec.get('type')}, but the model has a {type(module).__name__}.")
+    if describe(module) == spec:
+        return None
+    tensor = next(iter(module.state_dict().values()))
+    small = blank(spec).to_empty(device=tensor.device).train(module.training)
+    mark_resized(small)
+    return small
 
 
 def _layer(spec: FactoredSpec, module: nn.Module | None) -> FactoredModule | None:

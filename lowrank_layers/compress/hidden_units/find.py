@@ -1,0 +1,215 @@
+"""Finding hidden units: outputs of layers that nothing but one other layer reads, each by columns of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...calibrate import forward, layer_input, main_output
+from ...layers import ConvNd, matrices_of, weight_of
+from ...modules import reasons_to_keep, walk_layers
+from .cut import columns_of, put_inputs_, take_outputs_
+
+_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_TOLERANCE = 1e-3
+"""By how much outputs may differ that are the same but for rounding, relative to the largest."""
+
+
+@dataclass(frozen=True)
+class HiddenUnits:
+    """Units between layers.
+
+    Args:
+        producers: the layers of which they are outputs; of a gated unit there are two.
+        norms: the batch norms that take the producers' outputs.
+        consumer: the layer that reads them.
+        count: how many there are.
+    """
+
+    producers: tuple[str, ...]
+    norms: tuple[str, ...]
+    consumer: str
+    count: int
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """All the layers that change with the number of units."""
+        return *self.producers, *self.norms, self.consumer
+
+    def take_(self, modules: Mapping[str, nn.Module], units: Tensor, matrix: Tensor) -> None:
+        """Leaves a model with some of the units.
+
+        Args:
+            modules: the modules of the model.
+            units: which ones stay.
+            matrix: the matrix of the layer that reads them, ``[out, len(units) * area]``.
+        """
+        for name in (*self.producers, *self.norms):
+            take_outputs_(modules[name], units)
+        put_inputs_(modules[self.consumer], matrix)
+
+
+@torch.no_grad()
+def find_hidden_units(model: nn.Module, batch: Any, *, with_target: bool) -> list[HiddenUnits]:
+    """Returns the hidden units of a model, in the order in which they are read.
+
+    They are found by trying. Where the outputs of a layer are changed, the first other layer whose inputs change is the
+    one that reads them. They are hidden units if the model without half of them gives the same output as the model in
+    which that layer reads zeros in their place.
+
+    Args:
+        model: a model in eval mode, without low-rank layers; it is as before afterwards.
+        batch: what it is run on.
+        with_target: whether the last item of a tuple batch is the target.
+    """
+    reasons = reasons_to_keep(model)
+    layers = {name: each for name, each in walk_layers(model) if name and name not in reasons}
+    movable = {name: each for name, each in layers.items() if type(each) in _LAYERS and getattr(each, "groups", 1) == 1}
+    trial = _Trial(model, batch, with_target, movable)
+    readers: dict[str, list[str]] = {}
+    for name in trial.inputs:
+        reader = trial.reader(name)
+        if reader is not None:
+            readers.setdefault(reader, []).append(name)
+    found = []
+    norms = {name: each for name, each in layers.items() if type(each) in _NORMS}
+    after = trial.norms_after(norms)
+    for consumer in trial.inputs:
+        producers, layer = readers.get(consumer, []), movable[consumer]
+        counts = {len(weight_of(movable[name])) for name in producers}
+        inputs, count = weight_of(layer).shape[1], max(counts, default=0)
+        if len(counts) != 1 or count < 2 or inputs % count or (inputs != count and isinstance(layer, ConvNd)):
+            continue
+        behind = tuple(after[name] for name in producers if name in after)
+        units = HiddenUnits(tuple(producers), behind, consumer, count)
+        if trial.are_hidden(units):
+            found.append(units)
+    return found
+
+
+class _Reached(Exception):
+    """Ends a forward pass that has gone far enough."""
+
+
+class _Trial:
+    """A model that is run on one batch, changed here and there.
+
+    Args:
+        model: the model.
+        batch: the batch.
+        with_target: whether the last item of a tuple batch is the target.
+        layers: the layers that may produce or read units.
+
+    Attributes:
+        inputs: the input of every layer at its first call, in order of these calls.
+    """
+
+    def __init__(self, model: nn.Module, batch: Any, with_target: bool, layers: dict[str, nn.Module]) -> None:
+        self.model, self.batch, self.with_target, self.layers = model, batch, with_target, layers
+        self.inputs: dict[str, Tensor] = {}
+        self._run({name: self._remember(name) for name in layers})
+
+    def reader(self, name: str) -> str | None:
+        """Returns the first layer after this one whose input changes with its output; ``None`` for no other one."""
+        reached: list[str] = []
+
+        def compare(other: str) -> Any:
+            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                if other != name and not torch.equal(layer_input(args, kwargs), self.inputs[other]):
+                    reached.append(other)
+                    raise _Reached
+
+            return hook
+
+        def change(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+            return output + torch.linspace(1, 2, output.numel(), dtype=output.dtype).view_as(output).to(output.device)
+
+        handle = self.layers[name].register_forward_hook(change)
+        try:
+            self._run({other: compare(other) for other in self.inputs})
+        except _Reached:
+            pass
+        finally:
+            handle.remove()
+        return reached[0] if reached else None
+
+    def norms_after(self, norms: dict[str, nn.Module]) -> dict[str, str]:
+        """Returns the batch norm that takes a layer's output as it is, by the name of the layer."""
+        outputs: dict[int, tuple[str, Tensor]] = {}
+        after: dict[str, str] = {}
+
+        def remember(name: str) -> Any:
+            return lambda module, args, output: outputs.__setitem__(id(output), (name, output))
+
+        def look(norm: str) -> Any:
+            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                if id(args[0]) in outputs:
+                    after[outputs[id(args[0])][0]] = norm
+
+            return hook
+
+        with ExitStack() as hooks:
+            for name in self.inputs:
+                hooks.callback(self.layers[name].register_forward_hook(remember(name)).remove)
+            for name, norm in norms.items():
+                hooks.callback(norm.register_forward_pre_hook(look(name), with_kwargs=True).remove)
+            self._run({})
+        return after
+
+    def are_hidden(self, units: HiddenUnits) -> bool:
+        """Returns whether the model without every second unit gives what it gives where its reader reads zeros."""
+
+        def silence(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            axis = -1 - len(getattr(module, "kernel_size", ()))
+            parts = args[0].movedim(axis, -1).unflatten(-1, (units.count, -1)).clone()
+            parts[..., 1::2, :] = 0
+            return parts.flatten(-2).movedim(-1, axis), *args[1:]
+
+        handle = self.layers[units.consumer].register_forward_pre_hook(silence)
+        try:
+            silenced = self._run({})
+        finally:
+            handle.remove()
+        modules = dict(self.model.named_modules())
+        kept, reader = torch.arange(0, units.count, 2), modules[units.consumer]
+        with _unchanged([modules[name] for name in units.layers]):
+            units.take_(modules, kept, matrices_of(reader)[0][:, columns_of(reader, kept, units.count)])
+            try:
+                without = self._run({})
+            except Exception:
+                return False  # something expects the size that was, and says so in its own way
+        if silenced is None or without is None or silenced.shape != without.shape:
+            return False
+        return float((silenced - without).abs().max()) <= _TOLERANCE * float(silenced.abs().max())
+
+    def _remember(self, name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self.inputs.setdefault(name, layer_input(args, kwargs))
+
+        return hook
+
+    def _run(self, hooks: dict[str, Any]) -> Tensor | None:
+        """The model's output, with forward pre-hooks on some layers."""
+        with ExitStack() as undo:
+            for name, hook in hooks.items():
+                undo.callback(self.layers[name].register_forward_pre_hook(hook, with_kwargs=True).remove)
+            return main_output(forward(self.model, self.batch, with_target=self.with_target))
+
+
+@contextmanager
+def _unchanged(modules: list[nn.Module]) -> Iterator[None]:
+    """Gives modules back their parameters, buffers and attributes afterwards."""
+    states = [(module, dict(vars(module)), dict(module._parameters), dict(module._buffers)) for module in modules]
+    try:
+        yield
+    finally:
+        for module, attributes, parameters, buffers in states:
+            vars(module).update(attributes)
+            module._parameters.update(parameters)
+            module._buffers.update(buffers)
