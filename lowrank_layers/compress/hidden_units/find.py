@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +17,6 @@ from .cut import columns_of, put_inputs_, take_outputs_
 
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-_TOLERANCE = 1e-3
-"""By how much outputs may differ that are the same but for rounding, relative to the largest."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +58,8 @@ def find_hidden_units(model: nn.Module, batch: Any, *, with_target: bool) -> lis
     """Returns the hidden units of a model, in the order in which they are read.
 
     They are found by trying. Where the outputs of a layer are changed, the first other layer whose inputs change is the
-    one that reads them. They are hidden units if the model without half of them gives the same output as the model in
-    which that layer reads zeros in their place.
+    one that reads them. They are hidden units if a change of half of them changes nothing but their own columns of
+    these inputs, and if the model without this half gives the same output as the one that reads zeros in its place.
 
     Args:
         model: a model in eval mode, without low-rank layers; it is as before afterwards.
@@ -88,7 +86,7 @@ def find_hidden_units(model: nn.Module, batch: Any, *, with_target: bool) -> lis
             continue
         behind = tuple(after[name] for name in producers if name in after)
         units = HiddenUnits(tuple(producers), behind, consumer, count)
-        if trial.are_hidden(units):
+        if all(trial.keeps_apart(name, units) for name in producers) and trial.are_hidden(units):
             found.append(units)
     return found
 
@@ -127,17 +125,24 @@ class _Trial:
 
             return hook
 
-        def change(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-            return output + torch.linspace(1, 2, output.numel(), dtype=output.dtype).view_as(output).to(output.device)
-
-        handle = self.layers[name].register_forward_hook(change)
-        try:
+        with suppress(_Reached), self._changed(name, slice(None)):
             self._run({other: compare(other) for other in self.inputs})
-        except _Reached:
-            pass
-        finally:
-            handle.remove()
         return reached[0] if reached else None
+
+    def keeps_apart(self, name: str, units: HiddenUnits) -> bool:
+        """Returns whether every second output of a layer changes only its own columns where the units are read."""
+        same = False
+
+        def compare(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            nonlocal same
+            pair = (layer_input(args, kwargs), self.inputs[units.consumer])
+            found, before = (_by_unit(module, x, units.count)[..., ::2, :] for x in pair)
+            same = torch.equal(found, before)
+            raise _Reached
+
+        with suppress(_Reached), self._changed(name, slice(1, None, 2)):
+            self._run({units.consumer: compare})
+        return same
 
     def norms_after(self, norms: dict[str, nn.Module]) -> dict[str, str]:
         """Returns the batch norm that takes a layer's output as it is, by the name of the layer."""
@@ -166,10 +171,9 @@ class _Trial:
         """Returns whether the model without every second unit gives what it gives where its reader reads zeros."""
 
         def silence(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            axis = -1 - len(getattr(module, "kernel_size", ()))
-            parts = args[0].movedim(axis, -1).unflatten(-1, (units.count, -1)).clone()
-            parts[..., 1::2, :] = 0
-            return parts.flatten(-2).movedim(-1, axis), *args[1:]
+            x = args[0].clone()
+            _by_unit(module, x, units.count)[..., 1::2, :] = 0
+            return x, *args[1:]
 
         handle = self.layers[units.consumer].register_forward_pre_hook(silence)
         try:
@@ -186,7 +190,24 @@ class _Trial:
                 return False  # something expects the size that was, and says so in its own way
         if silenced is None or without is None or silenced.shape != without.shape:
             return False
-        return float((silenced - without).abs().max()) <= _TOLERANCE * float(silenced.abs().max())
+        tolerance = max(1e-3, 8 * torch.finfo(silenced.dtype).eps)
+        return float((silenced - without).abs().max()) <= tolerance * float(silenced.abs().max())
+
+    @contextmanager
+    def _changed(self, name: str, which: slice) -> Iterator[None]:
+        """Adds numbers between 1 and 2 to some of the outputs of a layer."""
+
+        def change(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+            output = output.clone()
+            chosen = _by_unit(module, output, len(weight_of(module)))[..., which, :]
+            chosen += torch.linspace(1, 2, chosen.numel()).view(chosen.shape).to(chosen)
+            return output
+
+        handle = self.layers[name].register_forward_hook(change)
+        try:
+            yield
+        finally:
+            handle.remove()
 
     def _remember(self, name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -199,7 +220,15 @@ class _Trial:
         with ExitStack() as undo:
             for name, hook in hooks.items():
                 undo.callback(self.layers[name].register_forward_pre_hook(hook, with_kwargs=True).remove)
-            return main_output(forward(self.model, self.batch, with_target=self.with_target))
+            output, _ = forward(self.model, self.batch, with_target=self.with_target)
+            return main_output(output)
+
+
+def _by_unit(layer: nn.Module, x: Tensor, count: int) -> Tensor:
+    """The input or output of a linear layer or convolution, seen as ``[..., count, columns of a unit]``."""
+    axis = -1 - len(getattr(layer, "kernel_size", ()))
+    units: Tensor = x.movedim(axis, -1).unflatten(-1, (count, -1))
+    return units
 
 
 @contextmanager

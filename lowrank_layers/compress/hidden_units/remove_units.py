@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...calibrate import Loss, MaskOf, calibrate, check_batches
+from ...calibrate import Loss, MaskOf, calibrate, check_batches, forward
 from ...calibrate.example import first_sample
 from ...calibrate.statistics import LayerStats
 from ...cost import Cost
@@ -98,8 +98,21 @@ def remove_units_(
     problems = {group: _problem(chained, group, stats[group.consumer], damping or Damping()) for group in groups}
     orders = {group: eliminate(problem, group.count) for group, problem in problems.items()}
     least = {group: _least(chained, group) for group in groups}
-    for group, units in choose_units(chained.modules, orders, least, excess).items():
-        _remove_(chained, group, torch.tensor(units), problems[group])
+    chosen = choose_units(chained.modules, orders, least, excess)
+    kept = {group: torch.tensor(units, device=problems[group].weight.device) for group, units in chosen.items()}
+    matrices = {
+        group: map_from(problems[group], columns_of(chained.modules[group.consumer], units, group.count))
+        for group, units in kept.items()
+    }
+    copies = dict(chained.work.named_modules())
+    for group, units in kept.items():
+        group.take_(copies, units, matrices[group])
+    try:
+        forward(chained.work, example, with_target=loss is not None)
+    except Exception as error:
+        raise LowRankError(f"remove_units_: the model does not run with fewer units ({error}).") from error
+    for group, units in kept.items():
+        _remove_(chained, group, units, problems[group], matrices[group])
     return model
 
 
@@ -133,12 +146,11 @@ def _least(chained: Chained, group: HiddenUnits) -> int:
 
 
 @torch.no_grad()
-def _remove_(chained: Chained, group: HiddenUnits, units: Tensor, problem: Regression) -> None:
+def _remove_(chained: Chained, group: HiddenUnits, units: Tensor, problem: Regression, matrix: Tensor) -> None:
     """Leaves the model with some units of a group, and corrects the layer that reads them."""
     reader, biased = chained.modules[group.consumer], chained.biased(group.consumer)
-    columns = columns_of(reader, units, group.count)
-    matrix = map_from(problem, columns)
     if biased is not None:
+        columns = columns_of(reader, units, group.count)
         bias = problem.corrected_bias(torch.zeros_like(problem.weight).index_copy_(1, columns, matrix))
         assert bias is not None
         own = biased.get_parameter("bias")

@@ -40,16 +40,34 @@ def test_the_inner_channels_of_a_residual_block_and_not_those_of_its_stream():
     assert names == [((f"{k}.first",), (f"{k}.norm",), f"{k}.second") for k in (1, 2)]
 
 
-def test_gated_units_have_two_producers():
+def test_gated_units_have_two_producers_whatever_the_model_returns():
     class Gated(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.gate, self.up, self.down = nn.Linear(6, 9), nn.Linear(6, 9), nn.Linear(9, 6)
 
         def forward(self, x):
-            return x + self.down(F.silu(self.gate(x)) * self.up(x))
+            return {"states": x + self.down(F.silu(self.gate(x)) * self.up(x))}
 
     assert found(Gated(), torch.randn(5, 6)) == [HiddenUnits(("gate", "up"), (), "down", 9)]
+
+
+def test_heads_of_attention_have_none_even_where_half_of_them_would_run():
+    """Its scores are so small that all positions count alike: half of the queries and keys give the same output."""
+
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.query, self.key, self.value, self.out = (nn.Linear(8, 8) for _ in range(4))
+            with torch.no_grad():
+                self.query.weight.mul_(1e-3)
+                self.query.bias.mul_(1e-3)
+
+        def forward(self, x):
+            heads = [layer(x).unflatten(-1, (-1, 2)).transpose(1, 2) for layer in (self.query, self.key, self.value)]
+            return x + self.out(F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2))
+
+    assert found(Attention(), torch.randn(2, 5, 8)) == []
 
 
 def test_what_mixes_units_or_reads_them_twice_has_none():
