@@ -77,7 +77,6 @@ def build_in_sequence(
         for name in tqdm(order, desc="factorize", disable=not progress):
             known = stats.get(name)
             prefix_changed = bool(built) and name in passes.calls and not is_embedding(model.get_submodule(name))
-            passes.decided[name] = None
             if plan[name].method != DENSE:
                 built[name] = keep(name, partial(factored, name, known, prefix_changed))
             elif known is not None and prefix_changed:

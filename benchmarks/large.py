@@ -1,0 +1,249 @@
+"""Models larger than memory: ``compress_checkpoint`` on random Llamas of 0.3, 0.6 and 1.1 B and on SmolLM2.
+
+The random ones are written by this script, in bfloat16 and in shards, and compressed to 60 % on 8 x 512 random tokens,
+each in a process of its own, whose peak memory (resident, with what is mapped from files) and time per block are
+printed. SmolLM2 (benchmarks/smollm2.py) takes 32 x 256 tokens of WikiText in fp32; its time is also given in passes
+forward and backward over these tokens, measured in another process of the same run. The estimate on paper
+(``large_models.work_of``) takes its speed from the smallest model and is compared with the others.
+
+It takes about two hours and 40 GB of disk for the largest model; ``--models`` chooses.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+import lowrank_layers as lr
+from benchmarks.common import arguments, machine, markdown_table, write_result
+from benchmarks.large_models import SHAPES, Work, work_of, write_random
+from benchmarks.vision import import_torchvision
+
+RANDOM = ("0.3 B", "0.6 B", "1.1 B")
+MEMORY = 3.0
+"""GB that the largest random model may take."""
+SPREAD, PASSES, BESIDE, PAPER = 1.25, 6.0, 1.5, 0.2
+PARTS = ("calibrate", "plan", "factorize", "write")
+
+
+def compress(source: str, target: str, tokens: str, threads: int) -> dict[str, Any]:
+    """Runs in a process of its own: compresses, and returns seconds by part and block, and the peak of memory."""
+    import_torchvision()
+    import transformers  # noqa: F401 - its memory is part of what the process takes from the beginning
+
+    from lowrank_layers.checkpoint import compress as module
+
+    torch.set_num_threads(threads)
+    marks: list[tuple[str, float]] = [("", time.perf_counter())]
+
+    def marked(name: str, part: Any) -> Any:
+        def run(*args: Any, **settings: Any) -> Any:
+            found = part(*args, **settings)
+            marks.append((name or str(args[1]), time.perf_counter()))
+            return found
+
+        return run
+
+    own: Any = module
+    own.calibrate = marked("calibrate", own.calibrate)
+    own.make_plan = marked("plan", own.make_plan)
+    own.build_in_sequence = marked("factorize", own.build_in_sequence)
+    own._write = marked("write", own._write)
+    own.LayerStore.keep = marked("", own.LayerStore.keep)
+    before = _peak()
+    plan = lr.compress_checkpoint(source, target, lr.Budget(params=0.6), list(torch.load(tokens)))
+    ends = dict(marks)
+    parts = {}
+    last = marks[0][1]
+    for part in PARTS:
+        parts[part], last = ends[part] - last, ends[part]
+    blocks: dict[str, float] = {}
+    for (_, start), (name, end) in itertools.pairwise(marks):
+        if name not in PARTS and ".layers." in name:
+            block = name.split(".layers.")[1].split(".")[0]
+            blocks[block] = blocks.get(block, 0.0) + end - start
+    return {"parts": parts, "blocks": blocks, "peak": _peak(), "before": before, "kept": plan.after.params}
+
+
+def _peak() -> float:
+    """Peak resident memory so far, in GB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def passes(source: str, tokens: str, threads: int) -> float:
+    """Runs in a process of its own: seconds of a forward and backward pass over all tokens, with all gradients."""
+    import_torchvision()
+    from transformers import AutoModelForCausalLM
+
+    torch.set_num_threads(threads)
+    model = AutoModelForCausalLM.from_pretrained(source)
+    batches = torch.load(tokens)
+    start = 0.0
+    for k, batch in enumerate([batches[0], *batches]):
+        if k == 1:
+            start = time.perf_counter()
+        logits = model(batch, use_cache=False).logits[:, :-1]
+        F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten()).backward()
+        model.zero_grad()
+    return time.perf_counter() - start
+
+
+def child(args: argparse.Namespace, what: str, *given: str) -> Any:
+    """Runs one of the two functions above in a new process."""
+    command = [sys.executable, "-m", "benchmarks.large", "--child", what, *given, "--threads", str(args.threads)]
+    env = {**os.environ, "OMP_NUM_THREADS": str(args.threads)}
+    out = subprocess.run(command, check=True, stdout=subprocess.PIPE, env=env, text=True).stdout
+    return json.loads(out.splitlines()[-1])
+
+
+def random_model(args: argparse.Namespace, name: str, folder: Path) -> dict[str, Any]:
+    """Writes a random model and compresses it."""
+    import_torchvision()
+    shape = SHAPES[name]
+    write_random(folder / "dense", shape)
+    count, length = (4, 64) if name == "smoke" else (8, 512)
+    generator = torch.Generator().manual_seed(0)
+    torch.save(torch.randint(shape.vocabulary, (count, length), generator=generator).split(1), folder / "tokens")
+    found = child(args, "compress", *map(str, (folder / "dense", folder / "small", folder / "tokens")))
+    return found | {"params": shape.params, "tokens": count * length}
+
+
+def smollm2_model(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Compresses SmolLM2 on WikiText."""
+    from benchmarks.kv_subjects import wikitext  # only here: it needs the shared data
+    from benchmarks.smollm2 import smollm2
+
+    model, tokenizer = smollm2()
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    body = {k: v for k, v in model.config.to_dict().items() if k not in ("quantization_config", "dtype")}
+    plain = LlamaForCausalLM(LlamaConfig(**body))
+    plain.load_state_dict(model.state_dict())
+    plain.save_pretrained(folder / "dense", max_shard_size="200MB")
+    ids = tokenizer(wikitext("valid"), return_tensors="pt").input_ids[0, : 32 * 256].view(32, 256)
+    torch.save(ids.split(4), folder / "tokens")
+    params = sum(parameter.numel() for parameter in plain.parameters())
+    del model, plain
+    paths = list(map(str, (folder / "dense", folder / "small", folder / "tokens")))
+    found = child(args, "compress", *paths)
+    return found | {"params": params, "tokens": ids.numel(), "pass": child(args, "passes", paths[0], paths[2])}
+
+
+def row(name: str, found: dict[str, Any]) -> list[str]:
+    """One line of the table."""
+    total, blocks = sum(found["parts"].values()), list(found["blocks"].values())[1:]  # the first waits for the plan
+    parts = [f"{found['parts'][part]:.0f}" for part in PARTS]
+    spread = [f"{blocks[k]:.1f}" for k in (0, len(blocks) // 2, -1)]
+    memory = f"{found['peak']:.2f} ({found['before']:.2f})"
+    return [
+        name,
+        f"{found['params']:,}",
+        memory,
+        f"{total:.0f}",
+        *parts,
+        f"{1e8 * total / found['params']:.1f}",
+        *spread,
+    ]
+
+
+def on_paper(found: dict[str, dict[str, Any]]) -> tuple[str, float]:
+    """The estimate for all models with the speeds of the smallest one, and its largest error on the others."""
+    known = [name for name in SHAPES if name in found]
+    base = work_of(SHAPES[known[0]], found[known[0]]["tokens"])
+    speed = {part: getattr(base, part) / found[known[0]]["parts"][part] for part in PARTS[:3]}
+    rows, worst = [], 0.0
+    for name in known:
+        work = work_of(SHAPES[name], found[name]["tokens"])
+        guess = sum(getattr(work, part) / speed[part] for part in PARTS[:3])
+        real = sum(found[name]["parts"][part] for part in PARTS[:3])
+        worst = max(worst, abs(guess / real - 1))
+        rows.append((name, f"{guess:.0f}", f"{real:.0f}", f"{guess / real - 1:+.0%}"))
+    table = markdown_table(("model", "seconds, on paper", "measured", "error"), rows)
+    speeds = ", ".join(f"{part} {value / 1e9:.0f} GFLOP/s" for part, value in speed.items())
+    return f"Speeds of the smallest model: {speeds}.\n\n{table}", worst
+
+
+def beyond() -> str:
+    """The estimate for models that do not fit this machine, on 128 x 2,048 tokens at 200 TFLOP/s."""
+    rows = []
+    for name in ("7 B", "70 B"):
+        shape, tokens = SHAPES[name], 128 * 2048
+        work: Work = work_of(shape, tokens)
+        flops = work.calibrate + work.plan + work.factorize
+        dense = (work.plan + work.factorize) - 1.6 * 2 * tokens * shape.params
+        hours = f"{flops / 2e14 / 3600:.2f}"
+        sizes = f"{work.held / 1e9:.0f}", f"{work.disk / 1e9:.0f}"
+        rows.append((name, str(shape.depth + 2), f"{flops:.1e}", f"{max(dense, 0) / flops:.0%}", hours, *sizes))
+    head = ("model", "stages", "FLOP", "of them moments and fits", "GPU hours at 200 TFLOP/s", "held, GB", "disk, GB")
+    return markdown_table(head, rows)
+
+
+def main() -> None:
+    parser = arguments(__doc__ or "")
+    parser.add_argument("--models", nargs="+", default=[*RANDOM, "smollm2"], help="which models")
+    parser.add_argument("--work", type=Path, help="folder for weights and moments; by default a temporary one")
+    parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
+    parser.add_argument("--smoke", action="store_true", help="one tiny random model, no claims")
+    args = parser.parse_args()
+    if args.child:
+        what, *given = args.child
+        print(json.dumps({"compress": compress, "passes": passes}[what](*given, args.threads)))
+        return
+    line = machine(args, "transformers")
+    found: dict[str, dict[str, Any]] = {}
+    rows = []
+    for name in ["smoke"] if args.smoke else args.models:
+        folder = Path(tempfile.mkdtemp(dir=args.work))
+        try:
+            found[name] = smollm2_model(args, folder) if name == "smollm2" else random_model(args, name, folder)
+        finally:
+            shutil.rmtree(folder)
+        rows.append(row(name, found[name]))
+        print(" | ".join(rows[-1]), flush=True)
+    head = ["model", "parameters", "peak memory, GB (before)", "seconds", *PARTS, "s per 100 M"]
+    head += ["a block: second", "middle", "last"]
+    text = [f"# Models larger than memory\n\n{line}", markdown_table(head, rows)]
+    failed = []
+    sized = {name: found[name] for name in found if name in SHAPES}
+    if len(sized) > 1:
+        paper, worst = on_paper(sized)
+        text.append(paper)
+        rates = [sum(each["parts"].values()) / each["params"] for each in sized.values()]
+        if max(rates) > SPREAD * min(rates):
+            failed.append(f"time per parameter differs by {max(rates) / min(rates):.2f}")
+        if worst > PAPER:
+            failed.append(f"the estimate is off by {worst:.0%}")
+    for name, each in sized.items():
+        if name != "smoke" and each["peak"] > MEMORY:
+            failed.append(f"{name} takes {each['peak']:.2f} GB")
+    if "smollm2" in found:
+        each = found["smollm2"]
+        ratio, beside = sum(each["parts"].values()) / each["pass"], each["peak"] - 4e-9 * each["params"]
+        text.append(
+            f"SmolLM2: {ratio:.2f} forward and backward passes ({each['pass']:.0f} s each) over its tokens in all;"
+            f" {beside:.2f} GB beside the model."
+        )
+        failed += [f"SmolLM2 takes {ratio:.1f} passes"] if ratio > PASSES else []
+        failed += [f"SmolLM2 takes {beside:.2f} GB beside the model"] if beside > BESIDE else []
+    text.append("On paper, beyond this machine:\n\n" + beyond())
+    if not args.smoke:
+        text.append("Missed: " + "; ".join(failed) + "." if failed else "All bars are met.")
+    print(f"written to {write_result(args, 'large', chr(10).join(part + chr(10) for part in text))}")
+    raise SystemExit(bool(failed) and not args.smoke)
+
+
+if __name__ == "__main__":
+    main()
