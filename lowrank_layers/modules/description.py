@@ -135,12 +135,12 @@ def _resized(spec: Spec, module: nn.Module | None) -> nn.Module | None:
         raise LowRankError("the model has no such layer; it is for another model.")
     if is_factored(module):
         return None
-    if type(module).__name__ != spec.get("type"):
-        raise LowRankError(f"was saved as {spec.get('type')}, but the model has a {type(module).__name__}.")
+    small = blank(spec).train(module.training)
+    if type(module) is not type(small):
+        raise LowRankError(f"was saved as {spec['type']}, but the model has a {type(module).__name__}.")
     if describe(module) == spec:
         return None
-    tensor = next(iter(module.state_dict().values()))
-    small = blank(spec).to_empty(device=tensor.device).train(module.training)
+    small.to_empty(device=next(iter(module.state_dict().values())).device)
     mark_resized(small)
     return small
 

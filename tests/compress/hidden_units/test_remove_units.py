@@ -109,6 +109,19 @@ def test_saved_and_loaded_into_the_dense_model(tmp_path):
         assert torch.allclose(dense(images), small(images), atol=1e-5)
 
 
+def test_a_file_is_not_loaded_into_another_model(tmp_path):
+    small = lr.remove_units_(conv_net(), [torch.randn(20, 3, 8, 8)], lr.Budget(params=0.6))
+    lr.save(small, tmp_path / "small.safetensors")
+    swapped = conv_net()
+    swapped[6] = nn.Conv2d(160, 20, 1)
+    for other, words in ((swapped, "'6': was saved as Linear"), (conv_net()[:6], "'6': the model has no such layer")):
+        with pytest.raises(lr.CheckpointError, match=words):
+            lr.load(tmp_path / "small.safetensors", into=other)
+    header = {"type": "Strange", "dtype": "float32"}
+    with pytest.raises(lr.LowRankError, match="'0': got the layer description"):
+        ModelDescription({}, resized={"0": header}).build(conv_net())
+
+
 def test_a_pruned_model_can_be_factorized_and_recovered():
     model, images = conv_net(), torch.randn(40, 3, 8, 8)
     lr.remove_units_(model, [images], lr.Budget(params=0.6), loss=LOSS)
