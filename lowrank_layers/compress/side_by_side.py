@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..calibrate import DataRows, MaskOf, Padding, as_batch, forward, layer_input, target_of
+from ..calibrate.overridden import overridden
 from ..calibrate.paused_run import PausedRun, pause
 from ..files import release_mapped
 
@@ -98,7 +99,7 @@ class SideBySide:
         with ExitStack() as undo:
             undo.enter_context(self._padding)
             for name, layer in self._layers.items():
-                undo.enter_context(_overridden(layer, self._forward(name, layer)))
+                undo.enter_context(overridden(layer, self._forward(name, layer)))
             undo.callback(self._close)
             for _ in range(self._pausable()):
                 batch = self._batches[len(self._paused)]
@@ -137,7 +138,7 @@ class SideBySide:
         Args:
             name: the layer.
         """
-        with _overridden(self._model.get_submodule(name), self._own.get(name)):
+        with overridden(self._model.get_submodule(name), self._own.get(name)):
             yield
 
     def have_same_inputs(self, name: str, other: str) -> bool:
@@ -252,18 +253,3 @@ class SideBySide:
         for passes in self._paused:
             for run, _ in passes.values():
                 run.close()
-
-
-@contextmanager
-def _overridden(module: nn.Module, forward: Callable[..., Any] | None) -> Iterator[None]:
-    """Gives one module another ``forward``, or that of its class, inside."""
-    own = vars(module)
-    before = own.pop("forward", None)
-    if forward is not None:
-        own["forward"] = forward
-    try:
-        yield
-    finally:
-        own.pop("forward", None)
-        if before is not None:
-            own["forward"] = before
