@@ -1,7 +1,7 @@
 """Calibration: what a model's layers see, and how much its loss feels of what they put out."""
 
 from .batch_masks import MaskOf as MaskOf, check_mask as check_mask
-from .calibration import Calibration as Calibration, calibrate as calibrate, is_calibrated as is_calibrated
+from .calibration import Calibration as Calibration, calibrate as calibrate
 from .fisher import (
     SampledCrossEntropy as SampledCrossEntropy,
     counted_positions as counted_positions,
@@ -24,3 +24,4 @@ from .run import (
     quiet_eval as quiet_eval,
     target_of as target_of,
 )
+from .watched import is_calibrated as is_calibrated

@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
-import math
+import os
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from ..errors import LowRankError
-from ..layers import ConvNd, LowRankTransposedLinear, is_derived, is_embedding, is_factored, layer_cost
-from ..modules import Selector, check_model, opened_attentions, select, walk_layers
+from ..modules import Selector, check_model, opened_attentions, walk_layers
 from .batch_masks import MaskOf, check_mask
 from .example import first_sample
-from .fisher import SampledCrossEntropy
-from .layer_recorder import LayerRecorder, Pass, as_batch
+from .layer_recorder import LayerRecorder, Pass
 from .padding import Padding, in_backward
-from .run import Loss, batch_loss, check_batches, forward, frozen, is_minimum, layer_input, quiet_eval
+from .result_checks import check_finite, check_gradients, largest_gradient
+from .run import Loss, batch_loss, check_batches, forward, frozen, quiet_eval
+from .staged_calibration import calibrate_in_stages
 from .statistics import Statistics
-
-CALIBRATED = (nn.Linear, ConvNd, nn.Embedding, nn.EmbeddingBag)
-"""Layers whose moments are taken; so are those of transformers' ``Conv1D``."""
-_TINY = 1e-4
-"""Gradients below it may be the rounding of zeros: a model's loss against itself has some of 1e-8."""
+from .watched import count_macs, count_samples, watched_layers
 
 
 def calibrate(
@@ -36,6 +32,8 @@ def calibrate(
     target: Iterable[Selector] | None = None,
     mask: MaskOf | None = None,
     progress: bool = False,
+    folder: str | os.PathLike[str] | None = None,
+    stages: Iterable[Selector] | None = None,
 ) -> Statistics:
     """Takes the second moments of the inputs and output gradients of every linear layer, convolution and embedding.
 
@@ -64,13 +62,22 @@ def calibrate(
         mask: for other models: a key of dict batches, or a function from a batch to a mask ``[B, T]``, nonzero where a
             position is data.
         progress: shows a progress bar.
+        folder: a folder for the moments, so that only those of one stage of the model, such as a transformer block, are
+            in memory at a time. All batches go through the model stage by stage; with a loss they come back in the same
+            way, for which each stage is run a second time, and its inputs for all batches are kept in memory. The
+            folder has to stay as long as the statistics are used. A calibration that was interrupted goes on where it
+            is called again with the same folder, batches and loss.
+        stages: the stages in the place of those that are found: names of modules, ends of them, names of modules around
+            them, types, or predicates ``(name, module) -> bool``. Layers outside of them are stages of their own.
 
     Returns:
         Statistics by layer name. Gradients are those of one sample's loss.
 
     Raises:
         LowRankError: for no batches, batches of another kind, a target that matches nothing, an output that the loss
-            does not take, a loss whose gradients are all zero, or activations and gradients that are not finite.
+            does not take, a loss whose gradients are all zero, or activations and gradients that are not finite. With a
+            folder also if it holds statistics of something else, and for stages that cannot be run a second time:
+            those that change their inputs in place, draw random numbers or keep state.
 
     Examples:
         >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
@@ -83,10 +90,20 @@ def calibrate(
         >>> stats = lr.calibrate(model, [torch.randn(4, 10, 8)], mask=lambda batch: torch.arange(10) < lengths)
         >>> stats["0"].inputs.rows
         18
+        >>> import tempfile
+        >>> stats = lr.calibrate(model, [torch.randn(32, 8)], lr.SampledCrossEntropy(), folder=tempfile.mkdtemp())
+        >>> stats["2"].gradients.shape
+        torch.Size([4, 4])
     """
     check_model(model)
     check_batches(batches, "calibrate")
     check_mask(mask, "calibrate")
+    if folder is not None:
+        return calibrate_in_stages(
+            model, batches, loss, folder=folder, stages=stages, target=target, mask=mask, progress=progress
+        )
+    if stages is not None:
+        raise LowRankError("calibrate: got stages without a folder for their moments, expected folder=.")
     calibration = Calibration(model, target=target)
     calibration._pass.padding.mask = mask
     with quiet_eval(model), calibration as stats, frozen(model), torch.set_grad_enabled(loss is not None):
@@ -103,7 +120,7 @@ def calibrate(
         )
     if loss is not None:
         with quiet_eval(model):
-            _check_gradients(model, stats, batch, loss)
+            check_gradients(model, batch, loss, max(map(largest_gradient, stats.values()), default=0.0))
     return stats
 
 
@@ -138,14 +155,13 @@ class Calibration:
         with ExitStack() as undo:
             closed = list(walk_layers(self._model))
             undo.enter_context(opened_attentions(self._model))
-            taken = None if self._target is None else select(self._model, self._target, "target", closed)
+            layers, others = watched_layers(self._model, self._target, closed)
             undo.enter_context(self._pass.padding)
             undo.callback(self._model.register_forward_pre_hook(self._start_pass, with_kwargs=True).remove)
-            for name, module in walk_layers(self._model):
-                if is_calibrated(module) and (taken is None or name in taken):
-                    undo.callback(module.register_forward_hook(self._record(name), with_kwargs=True).remove)
-                elif isinstance(module, (nn.Linear, ConvNd)) and not is_factored(module):
-                    undo.callback(module.register_forward_hook(self._count_macs, with_kwargs=True).remove)
+            for name, module in layers.items():
+                undo.callback(module.register_forward_hook(self._record(name), with_kwargs=True).remove)
+            for module in others:
+                undo.callback(module.register_forward_hook(self._count_macs, with_kwargs=True).remove)
             self._stats.watched = tuple(self._recorders)
             self._undo = undo.pop_all()
         return self._stats
@@ -159,11 +175,7 @@ class Calibration:
         self._stats.other_macs = round(self._other_macs / max(1, self._stats.samples))
         for name, stats in self._stats.items():
             self._recorders[name].finish(self._stats.samples)
-            for moment in (stats.inputs.second, stats.gradients):
-                if moment is not None and not bool(torch.isfinite(moment).all()):
-                    raise LowRankError(
-                        f"calibrate: layer {name!r} has NaN or Inf in its inputs or gradients; look at the batches."
-                    )
+            check_finite(name, stats)
 
     def _run(self, batch: Any, loss: Loss | None) -> None:
         """Runs one batch forward, and its loss backward where there is one."""
@@ -180,9 +192,7 @@ class Calibration:
             return
         for recorder in self._recorders.values():
             recorder.start_pass()
-        first = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
-        known = self._pass.padding.samples()
-        self._pass.samples = known if known is not None else len(first) if first is not None and first.ndim else 1
+        self._pass.samples = count_samples(self._pass.padding, args, kwargs)
         self._stats.samples += self._pass.samples
 
     def _record(self, name: str) -> Callable[..., Any]:
@@ -196,33 +206,6 @@ class Calibration:
 
         return hook
 
-    @torch.no_grad()
     def _count_macs(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _: Any) -> None:
-        if in_backward():
-            return
-        x = layer_input(args, kwargs)
-        found = self._pass.padding.of(module, x, as_batch(module, x))
-        shape = tuple(x.shape[-1 - len(getattr(module, "kernel_size", ())) :])
-        share = 1.0 if found is None else float(found.inputs.sum()) / found.inputs.numel()
-        self._other_macs += share * layer_cost(module, shape).macs * (x.numel() // math.prod(shape))
-
-
-def _check_gradients(model: nn.Module, stats: Statistics, batch: Any, loss: Loss) -> None:
-    """Raises for a loss whose gradients are zero, or the rounding of zeros."""
-    found = [each.gradients for each in stats.values() if each.gradients is not None]
-    largest = max((float(moment.abs().max()) ** 0.5 for moment in found), default=0.0)
-    doubtful = largest < _TINY and not isinstance(loss, SampledCrossEntropy)
-    if largest == 0 or (doubtful and is_minimum(model, batch, loss)):
-        raise LowRankError(
-            "calibrate: the loss has no gradient at this model's output, so that no error of a layer would count (a"
-            " model compared with itself is at a minimum); use SampledCrossEntropy(), the loss that the model was"
-            " trained with, or loss=None."
-        )
-
-
-def is_calibrated(module: nn.Module) -> bool:
-    """Whether the moments of a module are taken."""
-    known = isinstance(module, CALIBRATED) or LowRankTransposedLinear.stands_for(module)
-    if is_embedding(module) and type(module).forward not in (nn.Embedding.forward, nn.EmbeddingBag.forward):
-        return False  # subclasses that compute positions take lengths and masks, not indices
-    return known and not is_derived(module)
+        if not in_backward():
+            self._other_macs += count_macs(module, args, kwargs, self._pass.padding)

@@ -28,12 +28,14 @@ class Pass:
         starts_gradients: whether layers whose inputs need no gradients start a graph of gradients.
         samples: how many samples the batch has.
         scale: the scale of its loss.
+        place: what comes first in the order of calibration, where calls are taken in another order.
     """
 
     padding: Padding
     starts_gradients: bool = False
     samples: int = 0
     scale: LossScale = field(default_factory=LossScale)
+    place: tuple[int, int] = (0, 0)
 
 
 class LayerRecorder:
@@ -52,6 +54,7 @@ class LayerRecorder:
         self._gradients: Moments | None = None
         self._traced = False
         self._rows = 0
+        self._place = (0, 0)  # of the call whose input shape is kept
         self._data_rows: dict[int, DataRows] = {}  # of this pass, by the number of rows that the output has
 
     def hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
@@ -102,7 +105,8 @@ class LayerRecorder:
             for part in masked_input_rows(module, batched, found):
                 self.stats.inputs.update(part)
             taken = self.stats.inputs.rows - before
-        if taken and not self._rows:
+        if taken and (not self._rows or self._pass.place < self._place):
+            self._place = self._pass.place
             self.stats.rows_per_input = max(1, taken // len(batched) if found is None else found.longest)
             self.stats.input_shape = tuple(batched.shape[1:]) if found is None else found.sample
         self._rows += taken

@@ -47,11 +47,16 @@ class LossScale:
         self.value = 1.0
         self._peak: Tensor | None = None
 
-    def backward(self, loss: Tensor) -> None:
-        """Runs the loss backwards, scaled so that the largest gradient of the layers is far from fp16's limits."""
+    def backward(self, loss: Tensor, *, retain_graph: bool = False) -> None:
+        """Runs the loss backwards, scaled so that the largest gradient of the layers is far from fp16's limits.
+
+        Args:
+            loss: the loss.
+            retain_graph: whether the graph is needed again.
+        """
         if self.needed:
             self.value = fitting_scale(lambda scale: self._largest(loss, scale), loss.dtype)
-        torch.autograd.backward(loss, torch.full_like(loss, self.value))
+        torch.autograd.backward(loss, torch.full_like(loss, self.value), retain_graph=retain_graph)
 
     def is_measuring(self, gradient: Tensor) -> bool:
         """Whether this backward pass only finds the scale; then the gradient is looked at for its largest entry."""

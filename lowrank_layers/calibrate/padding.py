@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,6 +28,8 @@ _OTHER = {
 """Tensors of another sequence, and their masks."""
 _MEMORY = ("encoder_hidden_states", "memory")
 """Arguments by which a decoder is given its encoder's states."""
+_OF_A_PLACE = ("_scopes", "_decoder", "_encoder", "_two", "_decoded", "_read")
+"""Fields of :class:`Padding` that say what holds at one place of a pass."""
 
 
 @dataclass(eq=False)
@@ -50,6 +53,19 @@ class _Scope:
     own: _Mask | None
     decodes: bool
     time_first: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Snapshot:
+    """What :class:`Padding` knows at one place of a forward pass.
+
+    Args:
+        fields: its own fields.
+        tags: the masks of the tensors that are at hand there.
+    """
+
+    fields: dict[str, Any]
+    tags: list[list[_Mask]]
 
 
 class Padding(threading.local):
@@ -103,6 +119,51 @@ class Padding(threading.local):
         """
         self._given = None if self.mask is None else find_mask(batch, self.mask)
         self._target = target
+
+    def snapshot(self, tensors: Sequence[Tensor]) -> Snapshot:
+        """Returns what is known at this place of the pass, for :meth:`resumed`.
+
+        Args:
+            tensors: the tensors that are at hand there.
+        """
+        fields = {name: getattr(self, name) for name in _OF_A_PLACE}
+        return Snapshot(fields | {"_scopes": [replace(scope) for scope in self._scopes]}, self.tags(tensors))
+
+    @contextmanager
+    def resumed(self, snapshot: Snapshot, tensors: Sequence[Tensor]) -> Iterator[None]:
+        """Sets this thread back to an earlier place of a pass inside, to run a part of it again.
+
+        Args:
+            snapshot: what was known there.
+            tensors: those that are in the place of the ones that it was made with.
+        """
+        before = {name: getattr(self, name) for name in (*_OF_A_PLACE, "_states")}
+        vars(self).update(snapshot.fields, _scopes=[replace(scope) for scope in snapshot.fields["_scopes"]])
+        self._states = WeakTensorKeyDictionary()
+        self.tag(tensors, snapshot.tags)
+        try:
+            yield
+        finally:
+            vars(self).update(before)
+
+    def tags(self, tensors: Sequence[Tensor]) -> list[list[_Mask]]:
+        """Returns which masks are known to belong to each of the tensors.
+
+        Args:
+            tensors: the tensors.
+        """
+        return list(map(self._tagged, tensors))
+
+    def tag(self, tensors: Sequence[Tensor], tags: Sequence[list[_Mask]]) -> None:
+        """Says which masks belong to each of the tensors.
+
+        Args:
+            tensors: the tensors.
+            tags: what :meth:`tags` returned of those in whose place they are.
+        """
+        for tensor, masks in zip(tensors, tags, strict=True):
+            for mask in masks:
+                self._states[tensor] = mask
 
     def samples(self) -> int | None:
         """Returns how many samples of the forward pass have data; ``None`` where no mask is known."""

@@ -19,11 +19,11 @@ class PausedRun:
     """Runs a function in a thread of its own, which works only while :meth:`resume` waits for it.
 
     A forward pass that pauses keeps nothing but what the rest of it needs: Python itself knows what that is, whatever
-    the model does between its layers. Without gradients; autocast, default device and CUDA device are those of the
-    thread that made it.
+    the model does between its layers. Autocast, default device and CUDA device are those of the thread that made it.
 
     Args:
         function: what to run; it, and what it calls, may call :func:`pause`.
+        gradients: whether gradients are enabled in it.
 
     Attributes:
         paused_at: what :func:`pause` was called with; ``None`` before the start and after the end.
@@ -39,11 +39,12 @@ class PausedRun:
         (None, True)
     """
 
-    def __init__(self, function: Callable[[], object]) -> None:
+    def __init__(self, function: Callable[[], object], *, gradients: bool = False) -> None:
         self.paused_at: object = None
         self.done = False
         self._function = function
-        self._context = _thread_state()
+        self.gradients = gradients
+        self._context = thread_state(gradients=gradients)
         self._go, self._stopped = threading.Semaphore(0), threading.Semaphore(0)
         self._error: BaseException | None = None
         self._abandoned = False
@@ -118,8 +119,12 @@ def current_run() -> PausedRun:
     return run
 
 
-def _thread_state() -> Callable[[], AbstractContextManager[None]]:
-    """What a new thread does not inherit, as a function to enter it there."""
+def thread_state(*, gradients: bool) -> Callable[[], AbstractContextManager[None]]:
+    """Returns what a new thread does not inherit from this one, as a function to enter it there.
+
+    Args:
+        gradients: whether gradients are enabled there.
+    """
     devices = {"cpu", torch.get_default_device().type} | ({"cuda"} if torch.cuda.is_initialized() else set())
     autocast = {
         device: (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
@@ -131,7 +136,7 @@ def _thread_state() -> Callable[[], AbstractContextManager[None]]:
     @contextmanager
     def entered() -> Iterator[None]:
         with ExitStack() as stack:
-            stack.enter_context(torch.no_grad())
+            stack.enter_context(torch.set_grad_enabled(gradients))
             if cuda is not None:
                 stack.enter_context(torch.cuda.device(cuda))
             if default.type != "cpu":

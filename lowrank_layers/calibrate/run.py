@@ -31,17 +31,40 @@ def check_batches(batches: object, owner: str) -> None:
 def batch_loss(batch: Any, loss: Loss, padding: Padding, owner: str) -> Tensor:
     """Runs a model on one batch; returns the loss, to which positions that are padding add nothing.
 
-    A loss that takes no mask and still looks at padding is taken for a mean over all positions: its gradients there are
-    dropped, and the others are those of the mean over data.
-
     Args:
         batch: inputs and target.
         loss: the loss.
         padding: the model, and what follows the masks of its forward pass.
         owner: the function that errors name.
     """
+    output, target = forward_with_gradients(batch, padding)
+    return output_loss(output, target, loss, padding, owner)
+
+
+def forward_with_gradients(batch: Any, padding: Padding) -> tuple[Any, Any]:
+    """Runs a model on one batch whose inputs require gradients; returns its output and the target.
+
+    Args:
+        batch: inputs and target.
+        padding: the model, and what follows the masks of its forward pass.
+    """
     padding.start(batch, target_of(batch))
-    output, target = forward(padding.model, _with_gradients(batch), with_target=True)
+    return forward(padding.model, _with_gradients(batch), with_target=True)
+
+
+def output_loss(output: Any, target: Any, loss: Loss, padding: Padding, owner: str) -> Tensor:
+    """Returns the loss of a model's output, to which positions that are padding add nothing.
+
+    A loss that takes no mask and still looks at padding is taken for a mean over all positions: its gradients there are
+    dropped, and the others are those of the mean over data.
+
+    Args:
+        output: what the model returned.
+        target: the target of the batch.
+        loss: the loss.
+        padding: what has followed the masks of the forward pass.
+        owner: the function that errors name.
+    """
     main = main_output(output)
     real = padding.of_output(main)
     if main is not None and real is not None and main.requires_grad and not _takes_mask(loss):
@@ -49,7 +72,7 @@ def batch_loss(batch: Any, loss: Loss, padding: Padding, owner: str) -> Tensor:
         if found is not None:
             shown = main.view_as(main)  # later hooks of one tensor run later
             shown.register_hook(_of_data(found))
-            output = _with_main(output, shown)
+            output = with_main(output, shown)
     try:
         value = call_loss(loss, output, target, real)
     except (TypeError, AttributeError, KeyError) as error:
@@ -61,26 +84,6 @@ def batch_loss(batch: Any, loss: Loss, padding: Padding, owner: str) -> Tensor:
             f" your_loss(output{main_part(output)}, target)."
         ) from error
     return check_loss(value, owner, output)
-
-
-def is_minimum(model: nn.Module, batch: Any, loss: Loss) -> bool:
-    """Whether the loss has its minimum at the model's output: moved by one percent, its gradients are far larger."""
-    with torch.no_grad():
-        output, target = forward(model, batch, with_target=True)
-    main = main_output(output)
-    if main is None or _with_main(output, main.clone()) is output:
-        return False  # no telling which part to move
-
-    def size(values: Tensor) -> float:
-        values = values.detach().requires_grad_()
-        with torch.enable_grad():
-            value = check_loss(call_loss(loss, _with_main(output, values), target, None), "calibrate", output)
-            (gradient,) = torch.autograd.grad(value, values, allow_unused=True)
-        return 0.0 if gradient is None else float(torch.linalg.vector_norm(gradient.double()))
-
-    signs = torch.ones_like(main).flatten()
-    signs[::2] = -1
-    return size(main) <= 1e-3 * size(main * (1 + 0.01 * signs.view_as(main)))
 
 
 def check_loss(value: object, owner: str, output: object = None) -> Tensor:
@@ -206,8 +209,13 @@ def call_loss(loss: Loss, output: Any, target: Any, mask: Tensor | None) -> Any:
     return loss(output, target, mask=mask) if _takes_mask(loss) else loss(output, target)
 
 
-def _with_main(output: Any, main: Tensor) -> Any:
-    """The output with another tensor in the place of :func:`main_output`; itself where it cannot be rebuilt."""
+def with_main(output: Any, main: Tensor) -> Any:
+    """Returns the output with another tensor in the place of :func:`main_output`; itself where it cannot be rebuilt.
+
+    Args:
+        output: what a model returned.
+        main: the other tensor.
+    """
     old = main_output(output)
     if output is old:
         return main
