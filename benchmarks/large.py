@@ -58,7 +58,7 @@ def compress(source: str, target: str, tokens: str, threads: int) -> dict[str, A
         return run
 
     own: Any = module
-    own.calibrate = marked("calibrate", own.calibrate)
+    own.calibrate_in_stages = marked("calibrate", own.calibrate_in_stages)
     own.make_plan = marked("plan", own.make_plan)
     own.build_in_sequence = marked("factorize", own.build_in_sequence)
     own._write = marked("write", own._write)

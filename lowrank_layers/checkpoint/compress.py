@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..calibrate import Loss, MaskOf, SampledCrossEntropy, calibrate, check_batches, is_calibrated
+from ..calibrate import Loss, MaskOf, SampledCrossEntropy, check_batches, is_calibrated
+from ..calibrate.staged_calibration import calibrate_in_stages
 from ..calibrate.statistics import Statistics
 from ..compress import Damping, Method, Plan, make_plan
 from ..compress.build import write_
@@ -126,11 +127,21 @@ def compress_checkpoint(
     _check_space(target, model, sum(sizes.values()))
     _begin(target, work, {**asked, "weights": _facts(checkpoint), "batches": _digest(batches)})
     moments, planned = work / "stats.safetensors", work / "plan.json"
-    if not planned.is_file():
-        chosen: Loss = SampledCrossEntropy() if loss is None else loss
-        stats = calibrate(model, batches, chosen, target=[lambda name, _: name in sizes], mask=mask, progress=progress)
+    if not moments.is_file():
+        stats = calibrate_in_stages(
+            model,
+            batches,
+            SampledCrossEntropy() if loss is None else loss,
+            folder=work / "stages",
+            target=[lambda name, _: name in sizes],
+            mask=mask,
+            progress=progress,
+            after_stage=lambda name: release_mapped(model.get_submodule(name).parameters()),
+        )
         stats.mask = None
         stats.save(moments, dtype=torch.float32)
+    shutil.rmtree(work / "stages", ignore_errors=True)
+    if not planned.is_file():
         stats = Statistics.load(moments)
         plan = make_plan(model, budget, stats, methods, left, units=units, damping=damping, progress=progress)
         plan.save(planned)
@@ -181,7 +192,7 @@ def _put_in_place_(model: nn.Module, built: dict[str, nn.Module]) -> None:
 
 def _check_space(target: Path, model: nn.Module, numbers: int) -> None:
     """Raises if the moments of the layers and the weights do not fit the disk."""
-    needed = 4 * numbers + sum(parameter.nbytes for parameter in model.parameters())
+    needed = 12 * numbers + sum(parameter.nbytes for parameter in model.parameters())
     folder = next(parent for parent in (target, *target.absolute().parents) if parent.is_dir())
     free = shutil.disk_usage(folder).free
     if needed > free:
