@@ -342,3 +342,24 @@ def test_full_rank_is_the_dense_model(case):
     assert all(isinstance(full.get_submodule(entry.name), lr.FactoredModule) for entry in plan)
     error = distance(output(full, case.inputs), case.reference)
     assert error < TOLERANCE
+
+
+def test_stages_give_the_statistics_and_the_plan_of_the_whole(case, tmp_path):
+    """Stage by stage, with moments in files, and in one piece; then in sequence, pausing and from the start."""
+    batches = [{name: tensor[half] for name, tensor in case.inputs.items()} for half in (slice(2), slice(2, 4))]
+    target = [lambda _, module: sum(p.numel() for p in module.parameters(recurse=False)) < 3e5]  # gigabytes otherwise
+    whole = lr.calibrate(case.model, batches, lr.SampledCrossEntropy(), target=target)
+    staged = lr.calibrate(case.model, batches, lr.SampledCrossEntropy(), target=target, folder=tmp_path)
+    assert list(staged) == list(whole)
+    for name, stats in whole.items():
+        for own, other in (
+            (staged[name].inputs.second, stats.inputs.second),
+            (staged[name].gradients, stats.gradients),
+        ):
+            assert (own is None) == (other is None)
+            assert own is None or distance(own, other) < 1e-4, name
+    settings = {"rank": lr.ParameterFraction(0.5), "skip": [lambda name, _: name not in whole]}
+    plans = [lr.make_plan(case.model, stats=stats, **settings) for stats in (whole, staged)]
+    assert [(entry.name, entry.method, entry.rank) for entry in plans[0]] == [
+        (entry.name, entry.method, entry.rank) for entry in plans[1]
+    ]
