@@ -124,6 +124,7 @@ def compress_checkpoint(
         sizes = _moments(model, left)
     work = target / WORK
     asked = {"budget": repr(budget), "layers": sorted(sizes), "units": units, "methods": repr(methods)}
+    asked |= {"loss": repr(loss if loss is None else getattr(loss, "__name__", type(loss))), "damping": repr(damping)}
     _check_space(target, model, sum(sizes.values()))
     _begin(target, work, {**asked, "weights": _facts(checkpoint), "batches": _digest(batches)})
     moments, planned = work / "stats.safetensors", work / "plan.json"

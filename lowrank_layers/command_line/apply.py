@@ -18,6 +18,7 @@ from ..errors import LowRankError
 from ..files import TensorInfo, check_writable
 from ..layers.config import FactoredSpec, blank
 from ..modules import ModelDescription
+from .apply_with_text import add_text, apply_with_text
 from .arguments import add_names, add_size
 from .layers_in_file import read_linear
 from .plan import make_plan_of_file, print_plan
@@ -27,9 +28,10 @@ from .streamed_file import write_streamed
 EXAMPLES = """examples:
   lowrank apply model.safetensors small.safetensors --budget 0.5
   lowrank apply model.safetensors small.safetensors --plan plan.json
+  lowrank apply FOLDER SMALL_FOLDER --budget 0.8 --text calibration.txt
 then, in Python:
   model = lr.load("small.safetensors", into=build_dense_model())
-The weights alone decide. With data, lr.calibrate and lr.make_plan in Python lose less at the same size."""
+Without --text the weights alone decide, which loses more at the same size."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,11 +41,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser: its parser.
     """
     parser.add_argument("checkpoint", type=Path, help="file or folder of weights")
-    parser.add_argument("out", type=Path, help="the .safetensors file to write")
+    parser.add_argument("out", type=Path, help="the .safetensors file to write, or with --text the folder")
     size = add_size(parser, "the checkpoint")
     size.add_argument("--plan", type=Path, help="plan that lowrank plan, or Plan.save, wrote")
     add_names(parser)
     text = "a name that the model has for a tensor of the file, as lm_head.weight=model.embed_tokens.weight"
+    add_text(parser)
     parser.add_argument("--tied", metavar="ALIAS=NAME", action="append", default=[], help=text)
 
 
@@ -53,6 +56,11 @@ def run(args: argparse.Namespace) -> None:
     Args:
         args: the arguments.
     """
+    if args.text is not None:
+        if args.plan is not None:
+            raise LowRankError("got --plan beside --text, which makes a plan of its own.")
+        print_plan(apply_with_text(args), args)
+        return
     check_writable(args.out)
     checkpoint = Checkpoint(args.checkpoint)
     shared = dict(_tied(text, checkpoint) for text in args.tied)

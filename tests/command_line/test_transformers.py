@@ -57,3 +57,38 @@ def test_a_compressed_folder_is_loaded_into_the_dense_class(kind, tied, tmp_path
     loaded = lr.load(out, into=build(kind)).eval()
     lr.factorize_(model, lr.make_plan(model, rank=4, methods=[lr.SVDMethod()], skip=["lm_head", nn.Embedding]))
     torch.testing.assert_close(loaded(TOKENS).logits, model(TOKENS).logits)
+
+
+WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "the", "dog", "ran", "to", "it", "while", "rain", "fell"]
+
+
+def write_with_tokenizer(folder) -> None:
+    """A Llama with a tokenizer of words."""
+    tokenizers = pytest.importorskip("tokenizers")
+    build("llama").save_pretrained(folder)
+    words = {word: k for k, word in enumerate(dict.fromkeys([*WORDS, "[UNK]"]))}
+    own = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]"))
+    own.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=own, unk_token="[UNK]").save_pretrained(folder)
+
+
+def test_a_folder_is_compressed_on_a_text(tmp_path, capsys):
+    write_with_tokenizer(tmp_path / "model")
+    text = " ".join(WORDS * 20)
+    (tmp_path / "text.txt").write_text(text)
+    options = ["--budget=0.8", f"--text={tmp_path / 'text.txt'}", "--windows=6", "--length=20", r"--exclude=up_proj$"]
+    assert main(["apply", str(tmp_path / "model"), str(tmp_path / "small"), *options]) == 0
+    assert "model.layers.1.mlp.up_proj: left alone, as asked" in capsys.readouterr().out
+    ids = torch.tensor([list(dict.fromkeys(WORDS)).index(word) for word in text.split()])
+    batches = [ids[k * ((len(ids) - 20) // 5) :][None, :20] for k in range(6)]
+    plan = lr.compress_checkpoint(
+        tmp_path / "model", tmp_path / "own", lr.Budget(params=0.8), batches, skip=["up_proj"]
+    )
+    assert plan == lr.Plan.load(tmp_path / "small" / "plan.json")
+    loaded = lr.load(tmp_path / "small", into=build("llama"))
+    assert type(loaded.model.layers[0].mlp.up_proj) is nn.Linear
+    assert (tmp_path / "small" / "tokenizer.json").is_file()
+    missing = ["--budget=0.8", f"--text={tmp_path / 'text.txt'}", "--windows=600"]
+    assert main(["apply", str(tmp_path / "model"), str(tmp_path / "new"), *missing]) == 2
+    assert "expected 600 windows" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
