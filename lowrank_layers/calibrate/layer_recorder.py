@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import LowRankError
 from ..layers import ConvNd, is_embedding, linear_shape, weight_of
 from ..layers.patches import output_rows
 from .layer_stats import LayerStats
@@ -43,14 +45,18 @@ class LayerRecorder:
 
     Args:
         current: the pass that is running.
+        leader: who takes the inputs of a layer that was called before this one, with the same tensors; its moments are
+            this layer's too.
 
     Attributes:
         stats: what was taken; ``None`` before the first call.
     """
 
-    def __init__(self, current: Pass) -> None:
+    def __init__(self, current: Pass, leader: LayerRecorder | None = None) -> None:
         self.stats: LayerStats | None = None
-        self._pass = current
+        self._pass, self._leader = current, leader
+        self._calls = 0
+        self._last: tuple[weakref.ref[Tensor], int, int, DataRows | None] | None = None
         self._gradients: Moments | None = None
         self._traced = False
         self._rows = 0
@@ -79,6 +85,8 @@ class LayerRecorder:
 
     def finish(self, samples: int) -> None:
         """Completes the statistics of the layer, over so many samples of the model."""
+        if self._leader is not None and self._leader._calls != self._calls:
+            raise self.parted()
         if self.stats is not None:
             if self._gradients is not None:
                 self.stats.gradients, self.stats.gradient_rows = self._gradients.second, self._gradients.rows
@@ -86,25 +94,69 @@ class LayerRecorder:
             self.stats.positions = self.stats.inputs.rows / samples
             self.stats.repeats = self._rows / self.stats.rows_per_input / samples
 
+    @property
+    def moments(self) -> Moments:
+        """The moments of the inputs."""
+        assert self.stats is not None
+        return self.stats.inputs
+
+    def taken_of(self, x: Tensor, found: DataRows | None, calls: int) -> int:
+        """Returns how many rows its own last call took of a tensor.
+
+        Args:
+            x: the tensor.
+            found: which of its rows are data.
+            calls: the number of calls that there have to be.
+
+        Raises:
+            LowRankError: if the last call was given another tensor.
+        """
+        if self._last is not None and self._calls == calls:
+            last, version, taken, rows = self._last
+            if last() is x and version == x._version and _are_same(rows, found):
+                return taken
+        raise self.parted()
+
+    @staticmethod
+    def parted() -> LowRankError:
+        """What is raised where layers that share moments are given different tensors."""
+        return LowRankError(
+            "calibrate: two layers of a stage were given the same tensor for the first batch, and not for another one;"
+            " calibrate without folder=."
+        )
+
+    @staticmethod
+    def _new_moments(module: nn.Module) -> Moments:
+        groups, _, size = linear_shape(module)
+        return Moments.zeros(size, weight_of(module).device, groups=groups, diagonal=is_embedding(module))
+
+    def _update(self, module: nn.Module, batched: Tensor, found: DataRows | None) -> int:
+        """Adds the rows of an input that are data to the moments; returns how many there are."""
+        before = self.moments.rows
+        if not is_embedding(module):
+            for part in masked_input_rows(module, batched, found):
+                self.moments.update(part)
+            return self.moments.rows - before
+        indices = batched if found is None else batched[found.inputs]
+        taken = indices.numel()
+        if isinstance(module, nn.EmbeddingBag) and module.padding_idx is not None:
+            indices = indices[indices != module.padding_idx]  # no part of its bag
+        self.moments.update_counts(indices)
+        return taken
+
     @torch.no_grad()
     def _take(self, module: nn.Module, x: Tensor) -> DataRows | None:
         batched = as_batch(module, x.detach())
         found = self._pass.padding.of(module, x, batched)
         if self.stats is None:
-            groups, _, size = linear_shape(module)
-            moments = Moments.zeros(size, weight_of(module).device, groups=groups, diagonal=is_embedding(module))
+            moments = self._new_moments(module) if self._leader is None else self._leader.moments
             self.stats = LayerStats(moments, input_shape=tuple(batched.shape[1:]))
-        before = self.stats.inputs.rows
-        if is_embedding(module):
-            indices = batched if found is None else batched[found.inputs]
-            taken = indices.numel()
-            if isinstance(module, nn.EmbeddingBag) and module.padding_idx is not None:
-                indices = indices[indices != module.padding_idx]  # no part of its bag
-            self.stats.inputs.update_counts(indices)
+        self._calls += 1
+        if self._leader is None:
+            taken = self._update(module, batched, found)
+            self._last = weakref.ref(x), x._version, taken, found
         else:
-            for part in masked_input_rows(module, batched, found):
-                self.stats.inputs.update(part)
-            taken = self.stats.inputs.rows - before
+            taken = self._leader.taken_of(x, found, self._calls)
         if taken and (not self._rows or self._pass.place < self._place):
             self._place = self._pass.place
             self.stats.rows_per_input = max(1, taken // len(batched) if found is None else found.longest)
@@ -131,6 +183,12 @@ class LayerRecorder:
             self._gradients.update(rows * (samples / self._pass.scale.value))
 
         return hook
+
+
+def _are_same(one: DataRows | None, other: DataRows | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return torch.equal(one.inputs, other.inputs)
 
 
 def as_batch(module: nn.Module, x: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from .layer_stats import LayerStats
 from .loss_scale import LossScale
 from .padding import Padding
 from .result_checks import check_finite, largest_gradient
+from .shared_inputs import SharedInputs
 from .statistics_file import FACTS, KEY, read_statistics, write_statistics
 
 
@@ -30,6 +31,7 @@ class StageFile:
         stages: names of the stages.
         layers: names of the layers.
         padding: the masks of the passes.
+        shared: which layers are given the same tensors.
         fingerprint: what the statistics are of, as :func:`fingerprint_of` says it.
 
     Attributes:
@@ -41,12 +43,18 @@ class StageFile:
     """
 
     def __init__(
-        self, path: Path, stages: Iterable[str], layers: Iterable[str], padding: Padding, fingerprint: str
+        self,
+        path: Path,
+        stages: Iterable[str],
+        layers: Iterable[str],
+        padding: Padding,
+        shared: SharedInputs,
+        fingerprint: str,
     ) -> None:
         self.stages = frozenset(stages)
         self.done, self.largest = False, 0.0
         self._path, self._layers, self._fingerprint = path, tuple(layers), fingerprint
-        self._current = Pass(padding)
+        self._current, self._shared = Pass(padding), shared
         self._recorders: dict[str, LayerRecorder] = {}
         if path.exists():
             body = read_header(path, KEY, "holds no statistics.")[0]
@@ -76,7 +84,9 @@ class StageFile:
         if self.done:
             return {}
         if not self._recorders:
-            self._recorders = {name: LayerRecorder(self._current) for name in self._layers}
+            leaders = self._shared.leaders(self._layers)
+            own = {name: LayerRecorder(self._current) for name in self._layers if name not in leaders}
+            self._recorders = own | {name: LayerRecorder(self._current, own[other]) for name, other in leaders.items()}
         self._current.samples, self._current.scale, self._current.place = samples, scale, place
         self._current.starts_gradients = gradients
         for recorder in self._recorders.values():
@@ -111,7 +121,12 @@ class StageFile:
 
 
 def stage_files(
-    folder: Path, places: Mapping[str, nn.Module], layers: Mapping[str, nn.Module], padding: Padding, fingerprint: str
+    folder: Path,
+    places: Mapping[str, nn.Module],
+    layers: Mapping[str, nn.Module],
+    padding: Padding,
+    shared: SharedInputs,
+    fingerprint: str,
 ) -> dict[str, StageFile]:
     """Returns the file of each stage; stages that share a layer have one.
 
@@ -120,22 +135,23 @@ def stage_files(
         places: the stages by name, and all layers.
         layers: the layers whose moments are taken.
         padding: the masks of the passes.
+        shared: which layers are given the same tensors.
         fingerprint: what the statistics are of.
     """
     names = {module: name for name, module in layers.items()}
     groups: list[tuple[list[str], list[str]]] = []
     for place, module in places.items():
         own = dict.fromkeys(names[inner] for inner in module.modules() if inner in names)
-        shared = [group for group in groups if not own.keys().isdisjoint(group[1])]
+        met = [group for group in groups if not own.keys().isdisjoint(group[1])]
         joined = (
-            [name for group in shared for name in group[0]] + [place],
-            list(dict.fromkeys([*(name for group in shared for name in group[1]), *own])),
+            [name for group in met for name in group[0]] + [place],
+            list(dict.fromkeys([*(name for group in met for name in group[1]), *own])),
         )
-        groups = [group for group in groups if group not in shared] + [joined]
+        groups = [group for group in groups if group not in met] + [joined]
     found: dict[str, StageFile] = {}
     for index, (stages, inside) in enumerate(groups):
         path = folder / f"{index:04d}-{(stages[0] or 'model').replace('/', '_')}.safetensors"
-        found |= dict.fromkeys(stages, StageFile(path, stages, inside, padding, fingerprint))
+        found |= dict.fromkeys(stages, StageFile(path, stages, inside, padding, shared, fingerprint))
     return found
 
 

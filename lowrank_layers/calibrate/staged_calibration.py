@@ -24,6 +24,7 @@ from .example import first_sample
 from .padding import Padding
 from .result_checks import check_gradients
 from .run import Loss, frozen, quiet_eval
+from .shared_inputs import SharedInputs
 from .stage_files import fingerprint_of, stage_files
 from .staged_forward import StagedForward
 from .staged_schedule import take_gradients, take_inputs
@@ -80,12 +81,13 @@ def calibrate_in_stages(
         names = find_stages(model, stages)
         padding = stack.enter_context(Padding(model, mask))
         places = {name: model.get_submodule(name) for name in (*names, *layers)}
-        forward = stack.enter_context(StagedForward(model, places, counted, padding))
+        shared = SharedInputs(layers)
+        forward = stack.enter_context(StagedForward(model, places, counted, padding, shared))
         bar = stack.enter_context(tqdm(total=(1 if loss is None else 2) * len(names), disable=not progress))
         named = None if loss is None else getattr(loss, "__name__", type(loss).__name__)
         fields = {key: value for key, value in getattr(loss, "__dict__", {}).items() if isinstance(value, (int, float))}
         facts: dict[str, Any] = {"loss": named, **fields, "mask": getattr(mask, "__name__", mask), "stages": names}
-        files = stage_files(path, places, layers, padding, fingerprint_of(batches, layers, facts))
+        files = stage_files(path, places, layers, padding, shared, fingerprint_of(batches, layers, facts))
 
         def finish(stage: str) -> None:
             bar.set_description(f"calibrate {stage}")

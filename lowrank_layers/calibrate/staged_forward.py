@@ -19,6 +19,7 @@ from .overridden import overridden
 from .padding import Padding, in_backward
 from .paused_run import PausedRun, pause
 from .run import Loss, forward, forward_with_gradients, output_loss
+from .shared_inputs import SharedInputs
 from .stage_call import StageCall
 from .watched import count_macs, count_samples
 
@@ -54,9 +55,10 @@ class StagedForward:
 
     Args:
         model: the model, in eval mode and frozen.
-        stages: its stages, by name; a call of one inside another one is a part of that.
+        stages: its stages, by name, and all layers; a call of one inside another one is a part of that.
         counted: layers whose MACs are counted.
         padding: what follows the masks of the model.
+        shared: looks at the first pass.
 
     Attributes:
         recorders: who takes the inputs and gradients of a layer, by name of the layer; may change at any time.
@@ -64,11 +66,18 @@ class StagedForward:
     """
 
     def __init__(
-        self, model: nn.Module, stages: Mapping[str, nn.Module], counted: list[nn.Module], padding: Padding
+        self,
+        model: nn.Module,
+        stages: Mapping[str, nn.Module],
+        counted: list[nn.Module],
+        padding: Padding,
+        shared: SharedInputs,
     ) -> None:
         self.recorders: Mapping[str, LayerRecorder] = {}
         self.order: dict[str, None] = {}
         self._model, self._stages, self._counted, self._padding = model, stages, counted, padding
+        self._shared = shared
+        self._first: StagedPass | None = None
         self._pass: StagedPass | None = None  # that runs now; one does at a time
         self._counts: Counter[str] | None = None  # of a pass that is run straight on
         self._inside = False
@@ -106,6 +115,7 @@ class StagedForward:
 
         new = StagedPass(PausedRun(run, gradients=loss is not None))
         self._undo.callback(new.run.close)
+        self._first = self._first or new
         self.resume(new)
         return new
 
@@ -180,11 +190,22 @@ class StagedForward:
             return call.run(args, kwargs)
         finally:
             self._inside = False
+            self._shared.end_stage()
 
     def _record(self, name: str, module: nn.Module, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        output = own(*args, **kwargs)
         if self._pass is not None:
             self.order.setdefault(name)
+        if self._counts is not None or (
+            self._pass is not None and self._pass is self._first and self._pass.run.gradients
+        ):
+            self._shared.look(name, args, kwargs)
+        output = own(*args, **kwargs)
         recorder = self.recorders.get(name)
         replaced = None if recorder is None else recorder.hook(module, args, kwargs, output)
         return output if replaced is None else replaced
+
+    def _is_first(self) -> bool:
+        """Whether this pass comes before any whose inputs are taken."""
+        if self._pass is None:
+            return self._counts is not None
+        return self._pass is self._first and self._pass.run.gradients

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -120,6 +121,38 @@ def test_an_interrupted_calibration_goes_on_to_the_same_bytes(name, loss, tmp_pa
     assert len(counts) > 1
     assert run(tmp_path / "part", 0) == stages
     assert files(tmp_path / "part") == whole
+
+
+class Gated(nn.Module):
+    """Two layers that read one tensor; a batch of seven has the second one read another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up, self.head = nn.Linear(8, 8), nn.Linear(8, 6), nn.Linear(8, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.gate(x) + F.pad(self.up(x if len(x) != 7 else x * 2), (0, 2))
+
+
+@pytest.mark.parametrize("loss", [None, Energy()], ids=["inputs", "gradients"])
+def test_layers_that_read_one_tensor_share_moments_that_are_formed_once(loss, tmp_path, monkeypatch):
+    model = nn.Sequential(Gated(), Gated())
+    want = lr.calibrate(model, rows(), loss)
+    updates = []
+    update = Moments.update
+
+    def counted(moments: Moments, x: Tensor) -> None:
+        updates.append(x.shape)
+        update(moments, x)
+
+    monkeypatch.setattr(Moments, "update", counted)
+    got = lr.calibrate(model, rows(), loss, folder=tmp_path)
+    assert_equal(got, want, tolerance=1e-5)
+    assert len(updates) == 3 * (2 if loss is None else 2 + 4)  # three batches; gradients are each layer's own
+    for stage in ("0", "1"):
+        assert got[f"{stage}.gate"].inputs is got[f"{stage}.up"].inputs
+    with pytest.raises(lr.LowRankError, match="not for another one"):
+        lr.calibrate(model, [*rows(), torch.randn(7, 8)], loss, folder=tmp_path / "other")
 
 
 def test_what_a_folder_holds_has_to_be_of_the_same_data_model_and_loss(tmp_path):
