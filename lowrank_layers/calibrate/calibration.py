@@ -17,7 +17,7 @@ from .batch_masks import MaskOf, check_mask
 from .example import first_sample
 from .layer_recorder import LayerRecorder, Pass
 from .padding import Padding, in_backward
-from .result_checks import check_finite, check_gradients, largest_gradient
+from .result_checks import check_finite, check_gradients, check_seen, largest_gradient
 from .run import Loss, batch_loss, check_batches, forward, frozen, quiet_eval
 from .staged_calibration import calibrate_in_stages
 from .statistics import Statistics
@@ -114,10 +114,7 @@ def calibrate(
             calibration._run(batch, loss)
             if stats.example is None:
                 stats.example = first_sample(batch, calibration._pass.samples)
-    if not stats.layers:
-        raise LowRankError(
-            "calibrate: no layer saw any data; batches is empty, or the model has no layer to calibrate (see target=)."
-        )
+    check_seen(stats.layers)
     if loss is not None:
         with quiet_eval(model):
             check_gradients(model, batch, loss, max(map(largest_gradient, stats.values()), default=0.0))

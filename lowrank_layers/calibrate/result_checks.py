@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sized
 from typing import Any
 
 import torch
@@ -14,6 +15,21 @@ from .run import Loss, call_loss, check_loss, forward, with_main
 
 _TINY = 1e-4
 """Gradients below it may be the rounding of zeros: a model's loss against itself has some of 1e-8."""
+
+
+def check_seen(found: Sized) -> None:
+    """Raises where there is no batch, or no layer was called.
+
+    Args:
+        found: the batches, or the statistics by layer.
+
+    Raises:
+        LowRankError: if it is empty.
+    """
+    if not found:
+        raise LowRankError(
+            "calibrate: no layer saw any data; batches is empty, or the model has no layer to calibrate (see target=)."
+        )
 
 
 def check_finite(name: str, stats: LayerStats) -> None:

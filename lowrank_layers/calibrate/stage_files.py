@@ -33,6 +33,7 @@ class StageFile:
         padding: the masks of the passes.
         shared: which layers are given the same tensors.
         fingerprint: what the statistics are of, as :func:`fingerprint_of` says it.
+        dtype: dtype of the moments in the file.
 
     Attributes:
         done: whether the file is written.
@@ -50,10 +51,11 @@ class StageFile:
         padding: Padding,
         shared: SharedInputs,
         fingerprint: str,
+        dtype: torch.dtype,
     ) -> None:
         self.stages = frozenset(stages)
         self.done, self.largest = False, 0.0
-        self._path, self._layers, self._fingerprint = path, tuple(layers), fingerprint
+        self._path, self._layers, self._fingerprint, self._dtype = path, tuple(layers), fingerprint, dtype
         self._current, self._shared = Pass(padding), shared
         self._recorders: dict[str, LayerRecorder] = {}
         if path.exists():
@@ -108,7 +110,7 @@ class StageFile:
                 taken[name] = recorder.stats
         facts = dict.fromkeys(FACTS) | {"samples": samples, "watched": self._layers}
         facts |= {"fingerprint": self._fingerprint, "largest": self.largest}
-        write_statistics(self._path, taken, facts, torch.float64)
+        write_statistics(self._path, taken, facts, self._dtype)
         self.done, self._recorders = True, {}
 
     def read(self, device: str) -> dict[str, LayerStats]:
@@ -127,6 +129,7 @@ def stage_files(
     padding: Padding,
     shared: SharedInputs,
     fingerprint: str,
+    dtype: torch.dtype,
 ) -> dict[str, StageFile]:
     """Returns the file of each stage; stages that share a layer have one.
 
@@ -137,6 +140,7 @@ def stage_files(
         padding: the masks of the passes.
         shared: which layers are given the same tensors.
         fingerprint: what the statistics are of.
+        dtype: dtype of the moments in the files.
     """
     names = {module: name for name, module in layers.items()}
     groups: list[tuple[list[str], list[str]]] = []
@@ -151,7 +155,7 @@ def stage_files(
     found: dict[str, StageFile] = {}
     for index, (stages, inside) in enumerate(groups):
         path = folder / f"{index:04d}-{(stages[0] or 'model').replace('/', '_')}.safetensors"
-        found |= dict.fromkeys(stages, StageFile(path, stages, inside, padding, shared, fingerprint))
+        found |= dict.fromkeys(stages, StageFile(path, stages, inside, padding, shared, fingerprint, dtype))
     return found
 
 

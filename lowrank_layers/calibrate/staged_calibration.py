@@ -22,7 +22,7 @@ from ..modules import Selector, opened_attentions, walk_layers
 from .batch_masks import MaskOf
 from .example import first_sample
 from .padding import Padding
-from .result_checks import check_gradients
+from .result_checks import check_gradients, check_seen
 from .run import Loss, frozen, quiet_eval
 from .shared_inputs import SharedInputs
 from .stage_files import fingerprint_of, stage_files
@@ -31,6 +31,9 @@ from .staged_schedule import take_gradients, take_inputs
 from .stages import find_stages
 from .statistics import Statistics
 from .watched import watched_layers
+
+THREADS = 1 << 14
+"""Threads that the passes of all batches may have: OpenMP gives each one that computes a pool of its own."""
 
 
 def calibrate_in_stages(
@@ -44,6 +47,7 @@ def calibrate_in_stages(
     mask: MaskOf | None = None,
     progress: bool = False,
     after_stage: Callable[[str], object] | None = None,
+    dtype: torch.dtype = torch.float64,
 ) -> Statistics:
     """Returns what :func:`calibrate` does, with the moments in files of a folder, one for each stage.
 
@@ -59,16 +63,24 @@ def calibrate_in_stages(
         mask: as in :func:`calibrate`.
         progress: shows a progress bar.
         after_stage: called with the name of a stage after it was run for all batches, each time.
+        dtype: dtype of the moments in the files, as in :meth:`Statistics.save`; sums are taken in float64.
 
     Raises:
         LowRankError: as :func:`calibrate`; for a folder that holds statistics of something else; and for a stage that
             cannot be run again, because it changes its inputs in place, draws random numbers or keeps state.
     """
     batches = list(batches)
+    check_seen(batches)
     path = Path(folder)
     if path.exists() != path.is_dir() or not path.absolute().parent.is_dir():
         raise LowRankError(
             f"calibrate: got folder={str(folder)!r}, expected a folder, or the path of a new one in a folder."
+        )
+    workers = max(1, torch.get_num_threads() - 1)
+    if len(batches) * workers > THREADS:
+        raise LowRankError(
+            f"calibrate: got {len(batches)} batches, expected at most {THREADS // workers} with folder=; join some to"
+            " larger ones, or calibrate parts of them and merge."
         )
     path.mkdir(exist_ok=True)
     with ExitStack() as stack:
@@ -85,9 +97,8 @@ def calibrate_in_stages(
         forward = stack.enter_context(StagedForward(model, places, counted, padding, shared))
         bar = stack.enter_context(tqdm(total=(1 if loss is None else 2) * len(names), disable=not progress))
         named = None if loss is None else getattr(loss, "__name__", type(loss).__name__)
-        fields = {key: value for key, value in getattr(loss, "__dict__", {}).items() if isinstance(value, (int, float))}
-        facts: dict[str, Any] = {"loss": named, **fields, "mask": getattr(mask, "__name__", mask), "stages": names}
-        files = stage_files(path, places, layers, padding, shared, fingerprint_of(batches, layers, facts))
+        facts = _facts(loss, mask) | {"loss": named, "stages": names, "dtype": dtype}
+        files = stage_files(path, places, layers, padding, shared, fingerprint_of(batches, layers, facts), dtype)
 
         def finish(stage: str) -> None:
             bar.set_description(f"calibrate {stage}")
@@ -97,7 +108,7 @@ def calibrate_in_stages(
 
         passes = [forward.start(batch, loss) for batch in batches]
         samples = sum(each.samples for each in passes)
-        example = first_sample(batches[0], passes[0].samples) if batches else None
+        example = first_sample(batches[0], passes[0].samples)
         if loss is None:
             take_inputs(forward, passes, files, forward.count(example), finish)
         else:
@@ -114,14 +125,18 @@ def calibrate_in_stages(
     device = next((weight_of(layer).device for layer in layers.values()), torch.device("cpu"))
     found = {name: layer for file in set(files.values()) for name, layer in file.read(str(device)).items()}
     stats.layers = {name: found[name] for name in forward.order if name in found}
-    if not found:
-        raise LowRankError(
-            "calibrate: no layer saw any data; batches is empty, or the model has no layer to calibrate (see target=)."
-        )
+    check_seen(found)
     if loss is not None:
         with quiet_eval(model):
             check_gradients(model, batches[-1], loss, max(file.largest for file in files.values()))
     return stats
+
+
+def _facts(loss: Loss | None, mask: MaskOf | None) -> dict[str, Any]:
+    """What tells one loss, and one mask, from another one of its kind."""
+    settings = {key: value for key, value in getattr(loss, "__dict__", {}).items() if isinstance(value, (int, float))}
+    named = mask if mask is None or isinstance(mask, str) else getattr(mask, "__name__", type(mask).__name__)
+    return {**settings, "mask": named}
 
 
 @contextmanager

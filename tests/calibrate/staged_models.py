@@ -95,6 +95,23 @@ class Nested(nn.Module):
         return self.head(x)
 
 
+class Block(nn.Module):
+    """A layer of its own and one that may stand in other blocks too."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.own, self.inner = nn.Linear(6, 6), inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.inner(self.own(x).relu())
+
+
+def shared() -> nn.Module:
+    """Three blocks, of which the first and the last have a layer in common."""
+    common = nn.Linear(6, 6)
+    return nn.Sequential(Block(common), Block(nn.Linear(6, 6)), Block(common), nn.Linear(6, 5))
+
+
 def linears(depth: int) -> nn.Sequential:
     """An MLP of so many hidden layers."""
     hidden = [layer for _ in range(depth) for layer in (nn.Linear(16, 16), nn.ReLU(inplace=True))]
@@ -146,6 +163,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any]]] = {
     "resnet": (resnet, lambda: torch.randn(3, 3, 6, 6).double()),
     "u-net": (UNet, lambda: torch.randn(2, 3, 8, 8).double()),
     "nested": (Nested, lambda: torch.randn(4, 6).double()),
+    "shared": (shared, lambda: torch.randn(4, 6).double()),
     "translator": (Translator, lambda: (words(4, 6), words(4, 3))),
     "llama": (llama, texts),
     "t5": (t5, lambda: texts() | texts("decoder_")),

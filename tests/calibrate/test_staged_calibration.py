@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import lowrank_layers as lr
 from benchmarks.vision import import_torchvision
+from lowrank_layers.calibrate import staged_calibration
 from lowrank_layers.calibrate.moments import Moments
 from lowrank_layers.calibrate.staged_calibration import calibrate_in_stages
 
@@ -38,6 +39,15 @@ def test_statistics_are_those_of_the_whole(name, with_loss, tmp_path):
     assert got.other_macs == want.other_macs
     assert shown(got.example) == shown(want.example)
     assert not [file for file in (tmp_path / "new").iterdir() if file.suffix != ".safetensors"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_gives_the_same_to_its_rounding(dtype, tmp_path):
+    model = linears(3).to(dtype)
+    batches = [batch.to(dtype) for batch in rows()]
+    got = lr.calibrate(model, batches, lr.SampledCrossEntropy(), folder=tmp_path)
+    want = lr.calibrate(model, batches, lr.SampledCrossEntropy())
+    assert_equal(got, want, tolerance=8 * torch.finfo(dtype).eps)
 
 
 def rows(count: int = 3) -> list[Tensor]:
@@ -94,7 +104,7 @@ def test_no_gradients_of_weights_are_formed(tmp_path):
 
 
 @pytest.mark.parametrize("loss", [None, Energy()], ids=["inputs", "gradients"])
-@pytest.mark.parametrize("name", ["mlp", "translator", "padding"])
+@pytest.mark.parametrize("name", ["mlp", "shared", "translator", "padding"])
 def test_an_interrupted_calibration_goes_on_to_the_same_bytes(name, loss, tmp_path):
     def run(folder: Path, stop: int) -> list[str]:
         stages: list[str] = []
@@ -177,6 +187,24 @@ def test_bad_folders_and_stages_are_refused(tmp_path):
         lr.calibrate(linears(1), rows(), stages=["0"])
 
 
+@pytest.mark.parametrize("loss", [None, Energy()], ids=["inputs", "gradients"])
+def test_no_data_is_refused(loss, tmp_path):
+    with pytest.raises(lr.LowRankError, match="no layer saw any data"):
+        lr.calibrate(linears(1), [], loss, folder=tmp_path)
+
+
+def test_a_loss_without_gradients_is_refused(tmp_path):
+    with pytest.raises(lr.LowRankError, match="no gradient at this model's output"):
+        lr.calibrate(linears(1), rows(), lambda output, _: output.sum() * 0, folder=tmp_path)
+
+
+def test_more_batches_than_there_may_be_threads_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(staged_calibration, "THREADS", 2 * max(1, torch.get_num_threads() - 1))
+    lr.calibrate(linears(1), rows(2), folder=tmp_path)
+    with pytest.raises(lr.LowRankError, match="got 3 batches, expected at most 2"):
+        lr.calibrate(linears(1), rows(3), folder=tmp_path)
+
+
 class Block(nn.Module):
     """A layer and something that cannot be run twice."""
 
@@ -254,6 +282,18 @@ def test_stages_are_those_that_the_user_names(tmp_path):
     assert list(got) == ["2", "4"]
     assert names == ["0", "2", "4", "6", "4", "2", "0"]
     torch.testing.assert_close(got["4"].gradients, want["4"].gradients)
+
+
+def test_files_in_float32_hold_the_same_to_rounding(tmp_path):
+    model = linears(2)
+    want = lr.calibrate(model, rows(), Energy(), folder=tmp_path / "64")
+    got = calibrate_in_stages(model, rows(), Energy(), folder=tmp_path / "32", dtype=torch.float32)
+    assert_equal(got, want, tolerance=1e-5)
+    sizes = [sum(path.stat().st_size for path in (tmp_path / name).iterdir()) for name in ("64", "32")]
+    moments = sum(stats.inputs.second.numel() + stats.gradients.numel() for stats in want.values())
+    assert sizes[0] - sizes[1] >= 4 * moments
+    with pytest.raises(lr.LowRankError, match="give an empty folder"):
+        lr.calibrate(model, rows(), Energy(), folder=tmp_path / "32")
 
 
 def test_a_plan_and_its_weights_are_those_of_the_whole(tmp_path):
