@@ -137,6 +137,7 @@ def compress_checkpoint(
             target=[lambda name, _: name in sizes],
             mask=mask,
             progress=progress,
+            dtype=torch.float32,
             after_stage=lambda name: release_mapped(model.get_submodule(name).parameters()),
         )
         stats.mask = None
@@ -193,7 +194,7 @@ def _put_in_place_(model: nn.Module, built: dict[str, nn.Module]) -> None:
 
 def _check_space(target: Path, model: nn.Module, numbers: int) -> None:
     """Raises if the moments of the layers and the weights do not fit the disk."""
-    needed = 12 * numbers + sum(parameter.nbytes for parameter in model.parameters())
+    needed = 8 * numbers + sum(parameter.nbytes for parameter in model.parameters())
     folder = next(parent for parent in (target, *target.absolute().parents) if parent.is_dir())
     free = shutil.disk_usage(folder).free
     if needed > free:
