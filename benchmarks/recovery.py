@@ -3,10 +3,11 @@
 LeNet is factorized by the default plan to a multiple of the size, and hidden units are removed for the rest. Of several
 multiples that one is taken whose result is nearest to the dense model on 4,000 training images that were not calibrated
 on. Then it is recovered for one epoch: each of the 60,000 training images once, cross-entropy and a little distillation
-from the dense model, by SOAP. ResNet-20 is compressed by the default plan and recovered for three epochs of 15,000
-images, shifted by up to four pixels and mirrored, by distillation. Accuracies are those of the 10,000 test images. The
-settings of LeNet's recovery were chosen by about fifty runs of other compressed models, scored on the same test images.
-A bar is met if it is by every seed.
+from the dense model, by SOAP. ResNet-20 is factorized by the default plan to 1.0125 times the size; its dead channels,
+which are removed, take about the rest. It is recovered for three epochs of 15,000 images, shifted by up to four pixels
+and mirrored, by distillation. Accuracies are those of the 10,000 test images. The settings of LeNet's recovery were
+chosen by about fifty runs of other compressed models, scored on the same test images. A bar is met if it is by every
+seed.
 """
 
 from __future__ import annotations
@@ -139,17 +140,18 @@ def resnet_table(seed: int, epochs: int) -> tuple[list[str], list[str]]:
     """The table of ResNet-20, and the bars that are not met."""
     dense, failed, rows = resnet20(), [], []
     train, test = cifar10("train"), cifar10("test")
-    batches = list(train[0][:3000].split(250))
+    batches = list(train[0][:10000].split(250))
     stats = lr.calibrate(dense, batches, loss=lr.SampledCrossEntropy())
     data = Shuffled(*train, 64, margin=4)
     for fraction, bar in BARS_RESNET.items():
-        plan = lr.make_plan(dense, lr.Budget(params=fraction), stats=stats)
-        model = lr.factorize_(copy.deepcopy(dense), plan, stats=stats, data=batches, rectified=True)
+        size = int(fraction * params(dense))
+        model = factorized(dense, int(1.0125 * size), stats, batches)
+        lr.remove_units_(model, batches[:4], lr.Budget(params=size), loss=lr.SampledCrossEntropy())
         before = accuracy(model, *test)
         settings = lr.RecoverySettings(epochs * data.steps(), lr=1e-3, warmup=0.05, temperature=4.0, seed=seed)
         lr.recover_(model, data, settings, teacher=dense)
         right = accuracy(model, *test)
-        kept = params(model) / plan.total.params
+        kept = params(model) / params(dense)
         least = RESNET_ONE_SHOT.get(fraction, 0.0)
         rows.append((f"{fraction:.0%}", f"{kept:.1%}", f"{before:.2f}", least or "", f"{right:.2f}", bar))
         print(*rows[-1], sep=" | ", flush=True)
