@@ -27,6 +27,7 @@ RESULTS = {
     "kv_memory": "kv_memory",
     "kv_quality": "kv_quality",
     "kv_real": "kv_real",
+    "large": "large",
     "latency": "latency",
     "layers": "layers",
     "lora": "lora",
@@ -35,6 +36,7 @@ RESULTS = {
     "projection": "projection",
     "recovery": "recovery",
     "robot_g1": "robot_g1",
+    "sequence": "sequence",
     "spectrum_monitor": "spectrum_monitor",
     "vla": "vla",
 }
@@ -45,7 +47,9 @@ IN_FULL = {
     "seed_lenet": "is run in full below",
     "without_loss": "takes minutes",
 }
-NEEDS = {"vla": "minigrid"}
+DATA = {"recovery": "lenet_mnist", "sequence": "cifar_resnet"}
+"""The shared data that a benchmark reads when it runs small."""
+NEEDS = {"large": "transformers", "vla": "minigrid"}
 """The packages of extras that a benchmark cannot run without."""
 
 
@@ -66,8 +70,8 @@ def tables(text):
 
 @pytest.mark.parametrize("name", RESULTS)
 def test_smoke(name, tmp_path, monkeypatch):
-    if name == "recovery" and not available("lenet_mnist"):
-        pytest.skip("needs lenet_mnist in LOWRANK_DATA")
+    if name in DATA and not available(DATA[name]):
+        pytest.skip(f"needs {DATA[name]} in LOWRANK_DATA")
     if name in NEEDS:
         pytest.importorskip(NEEDS[name])
     monkeypatch.setattr(sys, "argv", [name, "--smoke", "--threads", "1", "--out", str(tmp_path)])

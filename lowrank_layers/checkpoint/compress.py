@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,7 @@ def compress_checkpoint(
     :func:`make_plan` and :func:`factorize_` do. Weights stay in the files of the source, and moments and finished
     layers in files of the target, until they are looked at; a stage of the model (a transformer block) is touched for
     all batches before the next one. In memory are the activations of all batches at one place, and the moments of one
-    stage.
+    stage. The embedding of a vocabulary and the layer that puts one out stay as they are.
 
     A run that was killed goes on where it was if it is called again with the same arguments, and ends in the same
     bytes. The target is complete once it has ``model.safetensors`` or its index; :func:`load` reads the folder.
@@ -160,11 +160,10 @@ def compress_checkpoint(
 
 
 def _left_alone(model: nn.Module, skip: Iterable[Selector]) -> set[str]:
-    """Layers that are skipped as asked, and outputs to a vocabulary, whose moments would be larger than the model."""
-    outputs: Callable[[], object] | None = getattr(model, "get_output_embeddings", None)
-    head = None if outputs is None else outputs()
+    """Layers that are skipped as asked, and those from and to a vocabulary, which take more memory than all others."""
+    ends = [getattr(model, name, lambda: None)() for name in ("get_input_embeddings", "get_output_embeddings")]
     asked = select(model, skip, "compress_checkpoint: skip")
-    return asked | {name for name, layer in walk_layers(model) if layer is head}
+    return asked | {name for name, layer in walk_layers(model) if any(layer is end for end in ends)}
 
 
 def _moments(model: nn.Module, left: set[str]) -> dict[str, int]:
