@@ -18,6 +18,7 @@ from .loss_scale import LossScale
 from .masks import DataRows, masked_input_rows
 from .moments import Moments
 from .padding import Padding, in_backward
+from .patch_moments import patch_sums
 from .run import layer_input
 
 
@@ -134,6 +135,10 @@ class LayerRecorder:
         """Adds the rows of an input that are data to the moments; returns how many there are."""
         before = self.moments.rows
         if not is_embedding(module):
+            known = patch_sums(module, batched) if found is None else None
+            if known is not None:
+                self.moments.add(*known)
+                return known[2]
             for part in masked_input_rows(module, batched, found):
                 self.moments.update(part)
             return self.moments.rows - before

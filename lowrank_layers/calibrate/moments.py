@@ -34,14 +34,15 @@ class Moments:
     def update(self, rows: Tensor) -> None:
         """Adds rows ``[count, n]`` (``[groups, count, n]``): products in fp32 at least, sums in fp64."""
         if rows.shape[-2]:
-            self._add(*sums(rows), rows.shape[-2])
+            self.add(*sums(rows), rows.shape[-2])
 
     def update_counts(self, indices: Tensor) -> None:
         """Adds one-hot rows, given by their index."""
         counts = torch.bincount(indices.flatten(), minlength=len(self.mean))
-        self._add(counts, counts, indices.numel())
+        self.add(counts, counts, indices.numel())
 
-    def _add(self, total: Tensor, products: Tensor, count: int) -> None:
+    def add(self, total: Tensor, products: Tensor, count: int) -> None:
+        """Adds the sums of ``count`` rows and of their products."""
         if count == 0:
             return
         self.rows += count

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..calibrate import masked_input_rows, quiet_eval
+from ..calibrate import DataRows, masked_input_rows, quiet_eval
 from ..calibrate.moments import sums
+from ..calibrate.patch_moments import patch_sums
 from ..calibrate.statistics import LayerStats, Statistics
 from ..errors import LowRankError
 from ..layers import ConvNd, is_embedding, matrices_of, takes_bias
@@ -127,6 +128,13 @@ class _Paired:
         inputs = replace(stats.inputs, mean=stats.inputs.mean * 0, second=stats.inputs.second * 0, rows=0)
         target_mean = torch.zeros_like(inputs.mean)
         cross = torch.zeros_like(inputs.second)
+
+        def keep_some(rows: Tensor, rows_dense: Tensor) -> None:
+            assert kept is not None
+            chosen = slice(None, None, stats.inputs.rows // min(ROWS, ENTRIES // rows.shape[-1]) | 1)
+            kept.append((rows[chosen].clone(), rows_dense[chosen].clone()))
+
+        keep = None if kept is None else keep_some
         for index in range(self._count):
             ours, theirs = (self._passes.inputs(name, index, kind) for kind in ("compressed", "dense"))
             if [x.shape for x, _ in ours] != [x.shape for x, _ in theirs]:
@@ -134,18 +142,9 @@ class _Paired:
                     kept.clear()
                 return stats
             for (x, found), (x_dense, _) in zip(ours, theirs, strict=True):
-                for rows, rows_dense in zip(
-                    masked_input_rows(layer, x, found), masked_input_rows(layer, x_dense, found), strict=True
-                ):
-                    count = rows.shape[-2]
-                    if not count:
-                        continue
-                    if kept is not None:
-                        chosen = slice(None, None, stats.inputs.rows // min(ROWS, ENTRIES // rows.shape[-1]) | 1)
-                        kept.append((rows[chosen].clone(), rows_dense[chosen].clone()))
-                    inputs.update(rows)
+                for own_sums, (total, products), count in _products(layer, x, x_dense, found, keep):
+                    inputs.add(*own_sums, count)
                     share = count / inputs.rows
-                    total, products = sums(rows, rows_dense)
                     target_mean.lerp_(total.to(target_mean) / count, share)
                     cross.lerp_(products.to(cross) / count, share)
         if not bool(torch.isfinite(cross).all() & torch.isfinite(inputs.second).all()):
@@ -154,3 +153,34 @@ class _Paired:
         own = replace(stats, inputs=inputs, cross=cross, target_mean=target_mean)
         self._last = (name, own) if is_linear else None
         return own
+
+
+def _products(
+    layer: nn.Module,
+    x: Tensor,
+    x_dense: Tensor,
+    found: DataRows | None,
+    keep: Callable[[Tensor, Tensor], None] | None,
+) -> Iterator[tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], int]]:
+    """Yields sums over rows ``x'`` and ``x`` of a layer's inputs, and the number of rows.
+
+    Sums of ``x'`` and of ``x' x'^T``, and sums of ``x`` and of ``x x'^T``.
+
+    Args:
+        layer: the layer.
+        x: its input behind the compressed prefix.
+        x_dense: its input in the dense model.
+        found: which rows are data.
+        keep: called with the rows.
+    """
+    if keep is None and found is None:
+        own, across = patch_sums(layer, x), patch_sums(layer, x_dense, x)
+        if own is not None and across is not None:
+            yield own[:2], across[:2], own[2]
+            return
+    pairs = zip(masked_input_rows(layer, x, found), masked_input_rows(layer, x_dense, found), strict=True)
+    for rows, rows_dense in pairs:
+        if rows.shape[-2]:
+            if keep is not None:
+                keep(rows, rows_dense)
+            yield sums(rows), sums(rows, rows_dense), rows.shape[-2]

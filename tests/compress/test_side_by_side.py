@@ -113,7 +113,8 @@ def test_layers_that_read_one_tensor_share_its_moments(monkeypatch):
     own = lr.compress.sequential.sums
     monkeypatch.setattr(lr.compress.sequential, "sums", lambda *given: rows.append(1) or own(*given))
     factorized(blocks(1), data())
-    assert len(rows) == 2 * 4  # of key and of out; the query is the first layer, and the value reads what the key reads
+    # own and paired, of key and of out: the query is the first layer, and the value reads what the key reads
+    assert len(rows) == 2 * 2 * 4
 
 
 def test_a_tensor_that_is_changed_between_two_layers_is_not_taken_for_the_same():
