@@ -6,6 +6,7 @@ import ctypes
 import json
 import mmap
 import os
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -41,7 +42,9 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 _MAPPED = "_lowrank_mapped"
-"""The attribute of parameters whose values are those of a file."""
+"""The attribute of tensors whose values are those of a file."""
+SPILLED = 1 << 20
+"""Least bytes of a tensor for which a file of its own is worth its time."""
 _MADVISE = getattr(ctypes.CDLL(None), "madvise", None) if hasattr(mmap, "MADV_DONTNEED") else None
 
 
@@ -287,14 +290,37 @@ def map_parameter(tensor: Tensor) -> nn.Parameter:
     return found
 
 
+def spilled(tensor: Tensor, folder: Path) -> Tensor:
+    """Returns a copy of a tensor, which is in a file as long as nobody looks at it where that saves memory.
+
+    The file has no name, and ends with the copy.
+
+    Args:
+        tensor: the tensor.
+        folder: where the file is.
+    """
+    if _MADVISE is None or tensor.device.type != "cpu" or tensor.nbytes < SPILLED or not tensor.is_contiguous():
+        return tensor.clone()
+    path = folder / f".{uuid.uuid4()}.tmp"
+    try:
+        storage = torch.UntypedStorage.from_file(str(path), shared=True, nbytes=tensor.nbytes)
+    finally:
+        path.unlink(missing_ok=True)
+    copy: Tensor = torch.empty(0, dtype=tensor.dtype).set_(storage, 0, tensor.shape)  # type: ignore[call-overload]
+    copy.copy_(tensor)
+    setattr(copy, _MAPPED, True)
+    release_mapped([copy])
+    return copy
+
+
 def release_mapped(tensors: Iterable[Tensor]) -> None:
-    """Lets go of the memory of tensors that :func:`map_parameter` took from a file; the next access reads it again.
+    """Lets go of the memory of tensors whose values are in a file; the next access reads them again.
 
     Others are passed over. On systems without ``madvise`` nothing happens: the system then frees mapped memory when it
     needs it.
 
     Args:
-        tensors: parameters that nobody has written to.
+        tensors: what :func:`map_parameter` and :func:`spilled` returned; parameters that nobody has written to.
     """
     if _MADVISE is None:
         return

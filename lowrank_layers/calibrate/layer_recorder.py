@@ -32,6 +32,7 @@ class Pass:
         samples: how many samples the batch has.
         scale: the scale of its loss.
         place: what comes first in the order of calibration, where calls are taken in another order.
+        dtype: dtype of the moments of gradients; those of inputs are in fp64, since their mean is taken off.
     """
 
     padding: Padding
@@ -39,6 +40,7 @@ class Pass:
     samples: int = 0
     scale: LossScale = field(default_factory=LossScale)
     place: tuple[int, int] = (0, 0)
+    dtype: torch.dtype = torch.float64
 
 
 class LayerRecorder:
@@ -183,7 +185,8 @@ class LayerRecorder:
             rows = rows if data is None else rows[..., data.outputs.flatten(), :]
             if self._gradients is None:
                 groups = rows.shape[0] if rows.ndim == 3 else 1
-                self._gradients = Moments.zeros(rows.shape[-1], rows.device, groups=groups)
+                dtype = self._pass.dtype
+                self._gradients = Moments.zeros(rows.shape[-1], rows.device, groups=groups, dtype=dtype)
             # the loss is a mean over the batch; the moment is that of one sample's loss
             self._gradients.update(rows * (samples / self._pass.scale.value))
 

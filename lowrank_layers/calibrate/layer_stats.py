@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -42,6 +43,14 @@ class LayerStats:
     rows_per_input: int = 1
     gradient_rows: int | None = None
 
+    def changed(self, **fields: Any) -> LayerStats:
+        """Returns a copy with other values of some fields; what is in a file, and not read yet, stays there.
+
+        Args:
+            **fields: the new values, by name.
+        """
+        return LayerStats(**{**vars(self), **fields})
+
     def group(self, index: int) -> LayerStats:
         """Returns the statistics of one group of a grouped convolution.
 
@@ -53,4 +62,4 @@ class LayerStats:
         parts = (None if t is None else t[index] for t in (self.gradients, self.cross, self.target_mean))
         gradients, cross, target_mean = parts
         inputs = self.inputs.group(index)
-        return replace(self, inputs=inputs, gradients=gradients, cross=cross, target_mean=target_mean)
+        return self.changed(inputs=inputs, gradients=gradients, cross=cross, target_mean=target_mean)

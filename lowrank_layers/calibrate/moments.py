@@ -12,7 +12,7 @@ from .readable import Readable
 
 @dataclass
 class Moments:
-    """Running mean and second moment of rows, in fp64.
+    """Running mean and second moment of rows, in fp64 unless they were made in another dtype.
 
     Args:
         mean: ``E[x]``, ``[n]`` or ``[groups, n]``.
@@ -25,14 +25,28 @@ class Moments:
     rows: int = 0
 
     @classmethod
-    def zeros(cls, n: int, device: torch.device, *, groups: int = 1, diagonal: bool = False) -> Moments:
+    def zeros(
+        cls,
+        n: int,
+        device: torch.device,
+        *,
+        groups: int = 1,
+        diagonal: bool = False,
+        dtype: torch.dtype = torch.float64,
+    ) -> Moments:
         """Returns the moments before any row was seen."""
         device = torch.device("cpu") if device.type == "mps" else device  # mps has no fp64
-        mean = torch.zeros((n,) if groups == 1 else (groups, n), dtype=torch.float64, device=device)
+        mean = torch.zeros((n,) if groups == 1 else (groups, n), dtype=dtype, device=device)
         return cls(mean, mean.clone() if diagonal else mean.new_zeros(*mean.shape, n))
 
+    def before_any(self) -> Moments:
+        """Returns moments of the same shapes before any row was seen."""
+        shape = vars(self)["second"].shape  # which may be in a file
+        mean = torch.zeros_like(self.mean)
+        return Moments(mean, mean.new_zeros(shape))
+
     def update(self, rows: Tensor) -> None:
-        """Adds rows ``[count, n]`` (``[groups, count, n]``): products in fp32 at least, sums in fp64."""
+        """Adds rows ``[count, n]`` (``[groups, count, n]``), with products in fp32 at least."""
         if rows.shape[-2]:
             self.add(*sums(rows), rows.shape[-2])
 
@@ -46,36 +60,40 @@ class Moments:
         if count == 0:
             return
         self.rows += count
-        keep = 1 - count / self.rows
-        self.mean.mul_(keep).add_(total.to(self.mean), alpha=1 / self.rows)
-        self.second.mul_(keep).add_(products.to(self.second), alpha=1 / self.rows)
+        add_to_mean_(self.mean, total, count, self.rows)
+        add_to_mean_(self.second, products, count, self.rows)
 
     def covariance(self) -> Tensor:
         """Returns ``E[x x^T] - E[x] E[x]^T``; a diagonal as it is, since one-hot rows are not centred."""
         mean, second = self.mean, self.second
         if second.ndim == 1:
             return second
-        return second - mean[..., :, None] * mean[..., None, :]
+        return torch.addcmul(second, mean[..., :, None], mean[..., None, :], value=-1)
 
     def group(self, index: int) -> Moments:
         """Returns the moments of one group."""
         return self if self.mean.ndim == 1 else Moments(self.mean[index], self.second[index], self.rows)
 
 
+def add_to_mean_(mean: Tensor, total: Tensor, count: int, rows: int) -> None:
+    """Adds the sum of ``count`` items to a running mean, in place, after which it is that of ``rows`` items."""
+    mean.mul_(1 - count / rows).add_(total.to(mean.device), alpha=1 / rows)
+
+
 def sums(rows: Tensor, others: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Returns the sum of ``others [count, n]``, by default the rows themselves, and ``others^T rows``.
 
     Products are formed in fp32 at least, whatever autocast says, of rows scaled towards one: squares of 1e25 do not
-    overflow, those of 1e-25 do not vanish. The sums are returned in fp64.
+    overflow, those of 1e-25 do not vanish: where they were scaled, products are returned in fp64. Sums always are.
     """
     wide = torch.float32 if rows.device.type == "mps" else torch.float64
     with torch.autocast(rows.device.type, enabled=False):
         unit, size = _to_one(rows)
         other, other_size = (unit, size) if others is None else _to_one(others)
-        total, products = other.sum(-2).to(wide), (other.mT @ unit).to(wide)
-        if other_size is not None:
-            total, products = total * other_size.to(wide), products.mul_(other_size.to(wide))
-        return total, products if size is None else products.mul_(size.to(wide))
+        total, products = other.sum(-2).to(wide), other.mT @ unit
+        for power in (other_size, size):
+            products = products if power is None else products.to(wide).mul_(power.to(wide))
+        return total if other_size is None else total * other_size.to(wide), products
 
 
 def _to_one(rows: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, MutableMapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..errors import LowRankError
+from ..files import release_mapped, spilled
 from .loss_scale import LossScale
 from .padding import Padding
 from .paused_run import thread_state
@@ -32,6 +34,7 @@ class StageCall:
         padding: the masks of the pass.
         scale: the scale of its loss.
         copies: copies of inputs that other calls of the pass have kept, by input, with its version.
+        folder: where inputs are kept in files until the stage is run again.
     """
 
     def __init__(
@@ -43,6 +46,7 @@ class StageCall:
         padding: Padding,
         scale: LossScale,
         copies: MutableMapping[Tensor, tuple[int, Tensor]],
+        folder: Path,
     ) -> None:
         self.name = name
         self._forward, self._padding, self._scale = forward, padding, scale
@@ -63,7 +67,7 @@ class StageCall:
             if self._traced and isinstance(leaf, Tensor) and leaf.requires_grad:
                 self._edges[self._places[id(leaf)]] = get_gradient_edge(leaf)
                 if leaf not in copies or copies[leaf][0] != leaf._version:
-                    copies[leaf] = leaf._version, leaf.detach().clone()  # the model may change it in place
+                    copies[leaf] = leaf._version, spilled(leaf.detach(), folder)  # the model may change it in place
                 kept = copies[leaf][1]
             self._kept.append(kept)
 
@@ -105,6 +109,7 @@ class StageCall:
                 torch.autograd.backward(
                     [outputs[place] for place in reached], [self._gradients[place] for place in reached]
                 )
+        release_mapped(_tensors(self._kept))
         self._given = {place: twin.grad for place, twin in inputs.items() if twin.grad is not None}
 
     def go_back(self) -> None:

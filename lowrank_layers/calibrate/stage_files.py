@@ -56,7 +56,7 @@ class StageFile:
         self.stages = frozenset(stages)
         self.done, self.largest = False, 0.0
         self._path, self._layers, self._fingerprint, self._dtype = path, tuple(layers), fingerprint, dtype
-        self._current, self._shared = Pass(padding), shared
+        self._current, self._shared = Pass(padding, dtype=dtype), shared
         self._recorders: dict[str, LayerRecorder] = {}
         if path.exists():
             body = read_header(path, KEY, "holds no statistics.")[0]

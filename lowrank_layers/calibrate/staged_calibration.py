@@ -63,7 +63,8 @@ def calibrate_in_stages(
         mask: as in :func:`calibrate`.
         progress: shows a progress bar.
         after_stage: called with the name of a stage after it was run for all batches, each time.
-        dtype: dtype of the moments in the files, as in :meth:`Statistics.save`; sums are taken in float64.
+        dtype: dtype of the moments in the files, as in :meth:`Statistics.save`, and of the sums of gradients; sums of
+            inputs are taken in float64.
 
     Raises:
         LowRankError: as :func:`calibrate`; for a folder that holds statistics of something else; and for a stage that
@@ -94,7 +95,7 @@ def calibrate_in_stages(
         padding = stack.enter_context(Padding(model, mask))
         places = {name: model.get_submodule(name) for name in (*names, *layers)}
         shared = SharedInputs(layers)
-        forward = stack.enter_context(StagedForward(model, places, counted, padding, shared))
+        forward = stack.enter_context(StagedForward(model, places, counted, padding, shared, path))
         bar = stack.enter_context(tqdm(total=(1 if loss is None else 2) * len(names), disable=not progress))
         named = None if loss is None else getattr(loss, "__name__", type(loss).__name__)
         facts = _facts(loss, mask) | {"loss": named, "stages": names, "dtype": dtype}

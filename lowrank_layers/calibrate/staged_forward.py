@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -59,6 +60,7 @@ class StagedForward:
         counted: layers whose MACs are counted.
         padding: what follows the masks of the model.
         shared: looks at the first pass.
+        folder: where inputs of stages are kept in files.
 
     Attributes:
         recorders: who takes the inputs and gradients of a layer, by name of the layer; may change at any time.
@@ -72,11 +74,12 @@ class StagedForward:
         counted: list[nn.Module],
         padding: Padding,
         shared: SharedInputs,
+        folder: Path,
     ) -> None:
         self.recorders: Mapping[str, LayerRecorder] = {}
         self.order: dict[str, None] = {}
         self._model, self._stages, self._counted, self._padding = model, stages, counted, padding
-        self._shared = shared
+        self._shared, self._folder = shared, folder
         self._first: StagedPass | None = None
         self._pass: StagedPass | None = None  # that runs now; one does at a time
         self._counts: Counter[str] | None = None  # of a pass that is run straight on
@@ -185,7 +188,8 @@ class StagedForward:
         try:
             if self._pass is None or not self._pass.run.gradients:
                 return record(*args, **kwargs)
-            call = StageCall(name, record, args, kwargs, self._padding, self._pass.scale, self._pass.copies)
+            kept = self._pass.copies, self._folder
+            call = StageCall(name, record, args, kwargs, self._padding, self._pass.scale, *kept)
             self._pass.calls.append(call)
             return call.run(args, kwargs)
         finally:

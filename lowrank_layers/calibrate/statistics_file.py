@@ -140,7 +140,7 @@ def _around_zero(mean: Unread, second: Unread) -> Tensor:
     if mean.shape == second.shape:
         return second.read()
     center = mean.read()
-    return center[..., :, None] * center[..., None, :] + second.read()
+    return second.read().addcmul_(center[..., :, None], center[..., None, :])
 
 
 def _stamp(path: Path) -> tuple[int, ...]:
@@ -162,7 +162,7 @@ def _packed(example: Any) -> tuple[Any, dict[str, Tensor]]:
 
 def _rounded(name: str, value: Value, dtype: torch.dtype) -> Tensor:
     tensor = read(value)
-    largest = float(tensor.abs().max()) if dtype == torch.float32 else 1.0
+    largest = max(abs(float(end)) for end in tensor.aminmax()) if dtype == torch.float32 else 1.0
     if largest and not SMALLEST < largest < LARGEST:
         raise LowRankError(
             f"Statistics.save: the largest entry of {name!r} is {largest:.0e}, which float32 does not hold; save in"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor, nn
 
@@ -21,7 +19,7 @@ from .regression import joint_bias
 def build_layer(dense: nn.Module, entry: Entry, stats: LayerStats | None, damping: Damping) -> FactoredModule:
     """Returns the factored layer of an entry; with statistics the one that minimises the weighted error."""
     if stats is not None:
-        stats = replace(stats, free_bias=entry.bias)  # a plan made without statistics counts no new biases
+        stats = stats.changed(free_bias=entry.bias)  # a plan made without statistics counts no new biases
     try:
         return entry.built_by().build(Candidate(dense, stats, damping=damping), entry.rank)
     except LowRankError as error:
@@ -34,7 +32,7 @@ def refit(dense: nn.Module, stats: LayerStats, damping: Damping) -> tuple[Tensor
 
     Without a bias the map goes through the origin.
     """
-    problems = Candidate(dense, replace(stats, free_bias=False), damping=damping).problems
+    problems = Candidate(dense, stats.changed(free_bias=False), damping=damping).problems
     fulls = [problem.full for problem in problems]
     return weight_from_matrices(dense, torch.stack(fulls)), joint_bias(problems, fulls)
 

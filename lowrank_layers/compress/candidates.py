@@ -133,10 +133,12 @@ class Candidate:
         cross = None if stats.cross is None else stats.cross.to(device)
         centred = takes_bias(self.module) and self.has_bias
         moment = torch.addr(second, mean, mean, alpha=-1) if centred else second.clone()
-        if cross is not None:
-            cross = cross.clone() if centred else torch.addr(cross, target, mean)
         variance = diagonal_of(moment).mean()
         ridge = self.damping.inputs * variance if variance > 0 else torch.ones_like(variance)
+        moved = None
+        if cross is not None:
+            moved = torch.add(weight @ cross, weight, alpha=float(ridge))
+            moved = moved if centred else moved.addr_(weight @ target, mean)
         outputs = Metric.identity(rows, device)
         if stats.gradients is not None and bool(diagonal_of(stats.gradients).max() > 0):
             outputs = Metric(damp(stats.gradients.to(device), self.damping.outputs))
@@ -145,7 +147,7 @@ class Candidate:
             bias,
             outputs,
             Metric(add_ridge_(moment, ridge)),
-            None if cross is None else add_ridge_(cross, ridge),
+            moved,
             mean if centred else None,
             target if centred else None,
             stats.positions,

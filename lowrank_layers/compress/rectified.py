@@ -12,7 +12,7 @@ import copy
 import math
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -141,7 +141,7 @@ def build_rectified(
         best, least = fitted, error
         if done < PASSES:
             write_(target, *_least_squares(work, inputs, mean, products, damping))
-            fitted = build_layer(target, entry, replace(stats, cross=None, target_mean=None), damping)
+            fitted = build_layer(target, entry, stats.changed(cross=None, target_mean=None), damping)
     return best
 
 

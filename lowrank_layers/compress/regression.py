@@ -61,7 +61,7 @@ class Regression:
         bias: ``b``, ``[m]`` or ``None``.
         outputs: ``G``, damped, over the ``m`` outputs.
         inputs: centred ``E[x' x'^T]``, damped, over the ``n`` inputs.
-        cross: centred ``E[x x'^T]``, damped likewise, ``[n, n]``; ``None`` where ``x' = x``.
+        moved: ``W`` times the centred ``E[x x'^T]``, damped likewise, ``[m, n]``; ``None`` where ``x' = x``.
         mean: ``E[x']``; ``None`` where nothing is known or the map goes through the origin.
         target_mean: ``E[x]``, likewise.
         scale: positions per sample.
@@ -71,7 +71,7 @@ class Regression:
     bias: Tensor | None
     outputs: Metric
     inputs: Metric
-    cross: Tensor | None = None
+    moved: Tensor | None = None
     mean: Tensor | None = None
     target_mean: Tensor | None = None
     scale: float = 1.0
@@ -85,16 +85,16 @@ class Regression:
     @cached_property
     def full(self) -> Tensor:
         """``F``, the best map without a limit on the rank, ``[m, n]``."""
-        return self.weight if self.cross is None else self.inputs.root.solve((self.weight @ self.cross).mT).mT
+        return self.weight if self.moved is None else self.inputs.root.solve(self.moved.mT).mT
 
     @cached_property
     def matrix(self) -> Tensor:
         """``M``, whose squared singular values are the captured loss, ``[m, n]``."""
         root = self.inputs.root
-        if self.cross is None:
+        if self.moved is None:
             return self.outputs.root.times(root.times(self.weight.mT).mT)
         # F X^(1/2)^T = W C X^-1 L^T = W C L^-1, with L^T L = X
-        return self.outputs.root.times(root.divide_columns(self.weight @ self.cross))
+        return self.outputs.root.times(root.divide_columns(self.moved))
 
     @property
     def symmetric_matrix(self) -> Tensor:
@@ -108,7 +108,7 @@ class Regression:
     def _gram(self) -> Tensor:
         """``M M^T`` or ``M^T M``, whichever is smaller, with no more roots than it needs."""
         wide = self.weight.shape[0] <= self.weight.shape[1]
-        if self.cross is not None:
+        if self.moved is not None:
             return self.matrix @ self.matrix.mT if wide else self.matrix.mT @ self.matrix
         if wide:
             inner, root = self.inputs.gram(self.weight.mT), self.outputs.root
@@ -119,7 +119,7 @@ class Regression:
     @cached_property
     def energy(self) -> float:
         """The loss of leaving only the mean: ``1/2 P E ||G^(1/2) F (x' - E x')||^2``."""
-        captured = self._gram.trace() if self.cross is None else self.matrix.square().sum()
+        captured = self._gram.trace() if self.moved is None else self.matrix.square().sum()
         return 0.5 * self.scale * float(captured)
 
     @cached_property
@@ -176,13 +176,14 @@ class Regression:
         if moment.ndim == 1:
             half = stage.dense() * moment
             reduced = stage.times(half.mT)
-            cross = half.mT
+            moved = self.weight @ half.mT
         else:
-            reduced = stage.times(stage.times(moment).mT)
-            cross = stage.times((moment if self.cross is None else self.cross).mT).mT
+            half = stage.times(moment)
+            reduced = stage.times(half.mT)
+            moved = self.weight @ half.mT if self.moved is None else stage.times(self.moved.mT).mT
         floor = 1e-10 * reduced.diagonal().mean()
         mean = None if self.mean is None else stage.times(self.mean[:, None])[:, 0]
-        return replace(self, inputs=Metric(add_ridge_(reduced, floor)), cross=cross, mean=mean)
+        return replace(self, inputs=Metric(add_ridge_(reduced, floor)), moved=moved, mean=mean)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..calibrate import DataRows, masked_input_rows, quiet_eval
-from ..calibrate.moments import sums
+from ..calibrate.moments import add_to_mean_, sums
 from ..calibrate.patch_moments import patch_sums
 from ..calibrate.statistics import LayerStats, Statistics
 from ..errors import LowRankError
@@ -123,9 +122,9 @@ class _Paired:
         is_linear = not isinstance(layer, ConvNd) and not is_embedding(layer)
         if is_linear and kept is None and self._last and self._passes.have_same_inputs(name, self._last[0]):
             same = self._last[1]
-            return replace(stats, inputs=same.inputs, cross=same.cross, target_mean=same.target_mean)
+            return stats.changed(inputs=same.inputs, cross=same.cross, target_mean=same.target_mean)
         self._last = None
-        inputs = replace(stats.inputs, mean=stats.inputs.mean * 0, second=stats.inputs.second * 0, rows=0)
+        inputs = stats.inputs.before_any()
         target_mean = torch.zeros_like(inputs.mean)
         cross = torch.zeros_like(inputs.second)
 
@@ -144,13 +143,12 @@ class _Paired:
             for (x, found), (x_dense, _) in zip(ours, theirs, strict=True):
                 for own_sums, (total, products), count in _products(layer, x, x_dense, found, keep):
                     inputs.add(*own_sums, count)
-                    share = count / inputs.rows
-                    target_mean.lerp_(total.to(target_mean) / count, share)
-                    cross.lerp_(products.to(cross) / count, share)
+                    add_to_mean_(target_mean, total, count, inputs.rows)
+                    add_to_mean_(cross, products, count, inputs.rows)
         if not bool(torch.isfinite(cross).all() & torch.isfinite(inputs.second).all()):
             raise LowRankError(f"{name!r}: got NaN or Inf in its inputs; look at the batches in data.")
-        cross = cross - target_mean[..., :, None] * inputs.mean[..., None, :]
-        own = replace(stats, inputs=inputs, cross=cross, target_mean=target_mean)
+        cross.addcmul_(target_mean[..., :, None], inputs.mean[..., None, :], value=-1)
+        own = stats.changed(inputs=inputs, cross=cross, target_mean=target_mean)
         self._last = (name, own) if is_linear else None
         return own
 

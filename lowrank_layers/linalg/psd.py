@@ -57,7 +57,7 @@ def psd_root(moment: Tensor, *, floor: float = 1e-12) -> Root:
         return Root(torch.ones_like(diagonal))
     if moment.ndim == 1:
         return Root(moment.clamp_min(largest * floor).sqrt())
-    lifted = (moment + moment.mT) / 2
+    lifted = (moment + moment.mT).div_(2)
     lifted.diagonal().add_(largest * floor)
     lower, failed = torch.linalg.cholesky_ex(lifted)
     if not bool(failed):

@@ -132,7 +132,7 @@ def _excess(model: nn.Module, budget: Budget) -> int:
 
 def _problem(chained: Chained, group: HiddenUnits, stats: LayerStats, damping: Damping) -> Regression:
     """The weighted problem of the layer that reads a group of units."""
-    stats = replace(stats, free_bias=chained.biased(group.consumer) is not None)
+    stats = stats.changed(free_bias=chained.biased(group.consumer) is not None)
     layer = chained.modules[group.consumer]
     problem = Candidate(layer, stats, damping=damping).problems[0]
     # the variance of nearly constant units is the rounding of their products, which nothing may be predicted from
