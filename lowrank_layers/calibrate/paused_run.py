@@ -5,9 +5,11 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import TypeVar
 
 import torch
 
+T = TypeVar("T")
 _current = threading.local()
 
 
@@ -48,6 +50,7 @@ class PausedRun:
         self._go, self._stopped = threading.Semaphore(0), threading.Semaphore(0)
         self._error: BaseException | None = None
         self._abandoned = False
+        self._asked: Callable[[], None] | None = None
         self._thread: threading.Thread | None = None
 
     def resume(self) -> object:
@@ -63,6 +66,11 @@ class PausedRun:
         self.paused_at = None
         self._go.release()
         self._stopped.acquire()
+        while self._asked is not None:
+            self._asked()
+            self._asked = None
+            self._go.release()
+            self._stopped.acquire()
         if self._error is not None:
             raise self._error
         return self.paused_at
@@ -92,6 +100,27 @@ class PausedRun:
 
     def _pause(self, place: object) -> None:
         self.paused_at = place
+        self._wait()
+
+    def _ask(self, function: Callable[[], T]) -> T:
+        context = thread_state(gradients=torch.is_grad_enabled())
+        results: list[T] = []
+        errors: list[BaseException] = []
+
+        def answer() -> None:
+            try:
+                with context():
+                    results.append(function())
+            except BaseException as error:
+                errors.append(error)
+
+        self._asked = answer
+        self._wait()
+        for error in errors:
+            raise error
+        return results.pop()
+
+    def _wait(self) -> None:
         self._stopped.release()
         self._go.acquire()
         if self._abandoned:
@@ -105,6 +134,18 @@ def pause(place: object) -> None:
         place: what :meth:`PausedRun.resume` returns; not ``None``.
     """
     current_run()._pause(place)
+
+
+def in_resuming_thread(function: Callable[[], T]) -> T:
+    """Calls a function in the thread that waits in :meth:`PausedRun.resume`; outside of runs, in this one.
+
+    Libraries of linear algebra keep buffers for every thread that has ever computed something large.
+
+    Args:
+        function: what to call; it must not pause.
+    """
+    run: PausedRun | None = getattr(_current, "run", None)
+    return function() if run is None else run._ask(function)
 
 
 def current_run() -> PausedRun:

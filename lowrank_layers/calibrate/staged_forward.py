@@ -18,7 +18,7 @@ from .layer_recorder import LayerRecorder
 from .loss_scale import LossScale
 from .overridden import overridden
 from .padding import Padding, in_backward
-from .paused_run import PausedRun, pause
+from .paused_run import PausedRun, in_resuming_thread, pause
 from .run import Loss, forward, forward_with_gradients, output_loss
 from .shared_inputs import SharedInputs
 from .stage_call import StageCall
@@ -203,7 +203,10 @@ class StagedForward:
             self._pass is not None and self._pass is self._first and self._pass.run.gradients
         ):
             self._shared.look(name, args, kwargs)
-        output = own(*args, **kwargs)
+        if next(module.children(), None) is None:
+            output = in_resuming_thread(partial(own, *args, **kwargs))
+        else:
+            output = own(*args, **kwargs)
         recorder = self.recorders.get(name)
         replaced = None if recorder is None else recorder.hook(module, args, kwargs, output)
         return output if replaced is None else replaced

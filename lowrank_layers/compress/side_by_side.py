@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from ..calibrate import DataRows, MaskOf, Padding, as_batch, forward, layer_input, target_of
 from ..calibrate.overridden import overridden
-from ..calibrate.paused_run import PausedRun, pause
+from ..calibrate.paused_run import PausedRun, in_resuming_thread, pause
 from ..files import release_mapped
 
 HELD = 4 << 30
@@ -218,7 +219,7 @@ class SideBySide:
 
     def _forward(self, name: str, layer: nn.Module) -> Callable[..., Any]:
         """What a layer does inside: looks whether to stop, and computes what was decided."""
-        own = layer.forward
+        own, leaf = layer.forward, next(layer.children(), None) is None
 
         def ahead(*args: Any, **kwargs: Any) -> Any:
             running: _Pass | None = getattr(self._thread, "running", None)
@@ -238,7 +239,12 @@ class SideBySide:
                 pause(name)
                 running.seen = []
             replacement = self.decided.get(name) if running.kind == "compressed" else None
-            output = own(*args, **kwargs) if replacement is None else replacement(*args, **kwargs)
+            if replacement is not None:
+                output = in_resuming_thread(partial(replacement, *args, **kwargs))
+            elif leaf:
+                output = in_resuming_thread(partial(own, *args, **kwargs))
+            else:
+                output = own(*args, **kwargs)
             release_mapped((layer if replacement is None else replacement).parameters())
             return output / 2 if running.kind == "disturbed" else output
 
