@@ -22,7 +22,7 @@ from ..compress.build import write_
 from ..compress.sequential import build_in_sequence
 from ..compress.units import Units
 from ..errors import CheckpointError, LowRankError
-from ..files import TensorInfo, check_folder, release_mapped, replacing, write_streamed
+from ..files import TensorInfo, check_folder, release_freed, release_mapped, replacing, write_streamed
 from ..layers import bias_of, is_embedding, is_factored, linear_shape, weight_of
 from ..modules import (
     ModelDescription,
@@ -138,13 +138,14 @@ def compress_checkpoint(
             mask=mask,
             progress=progress,
             dtype=torch.float32,
-            after_stage=lambda name: release_mapped(model.get_submodule(name).parameters()),
+            after_stage=lambda name: _release(model.get_submodule(name)),
         )
         stats.mask = None
         stats.save(moments, dtype=torch.float32)
     shutil.rmtree(work / "stages", ignore_errors=True)
     if not planned.is_file():
         stats = Statistics.load(moments)
+        release_freed()
         plan = make_plan(model, budget, stats, methods, left, units=units, damping=damping, progress=progress)
         plan.save(planned)
     plan, stats = Plan.load(planned), Statistics.load(moments)
@@ -157,6 +158,12 @@ def compress_checkpoint(
     _write(model, target, source, plan)
     shutil.rmtree(work)
     return plan
+
+
+def _release(stage: nn.Module) -> None:
+    """Lets go of what a stage needed."""
+    release_mapped(stage.parameters())
+    release_freed()
 
 
 def _left_alone(model: nn.Module, skip: Iterable[Selector]) -> set[str]:

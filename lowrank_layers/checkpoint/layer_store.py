@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import nn
 
-from ..files import map_parameter, read_header, read_tensor, release_mapped, write_tensors
+from ..files import map_parameter, read_header, read_tensor, release_freed, release_mapped, write_tensors
 from ..layers import FactoredModule
 from ..layers.config import FactoredSpec, blank, describe
 
@@ -34,6 +34,7 @@ class LayerStore:
         """
         path, dense = self._folder / f"{name}.safetensors", self._model.get_submodule(name)
         if not path.is_file():
+            release_freed()
             new = make()
             release_mapped(dense.parameters())
             kind = FactoredSpec.of(new).to_json() if isinstance(new, FactoredModule) else None

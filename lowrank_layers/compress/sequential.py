@@ -16,6 +16,7 @@ from ..calibrate.moments import add_to_mean_, sums
 from ..calibrate.patch_moments import patch_sums
 from ..calibrate.statistics import LayerStats, Statistics
 from ..errors import LowRankError
+from ..files import release_freed
 from ..layers import ConvNd, is_embedding, matrices_of, takes_bias
 from .build import build_layer, refit, write_
 from .planned_layers import PlannedLayers
@@ -23,6 +24,8 @@ from .rectified import ENTRIES, ROWS, Rectifier, build_rectified, rectifier_of
 from .registry import DENSE
 from .side_by_side import SideBySide
 
+LARGE = 1 << 26
+"""Bytes of a moment from which on memory that the passes have freed is given back before the fit."""
 Keep = Callable[[str, Callable[[], nn.Module]], nn.Module]
 """``keep(name, make) -> layer``: called for each layer in forward order; makes it, or finds what was made before."""
 
@@ -150,6 +153,8 @@ class _Paired:
         cross.addcmul_(target_mean[..., :, None], inputs.mean[..., None, :], value=-1)
         own = stats.changed(inputs=inputs, cross=cross, target_mean=target_mean)
         self._last = (name, own) if is_linear else None
+        if cross.nbytes > LARGE:
+            release_freed()
         return own
 
 
