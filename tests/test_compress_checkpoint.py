@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import textwrap
@@ -126,38 +125,54 @@ def test_a_run_that_stops_anywhere_goes_on_to_the_same_bytes(folder, tmp_path, m
 
 
 SCRIPT = """
-    import contextlib, sys, torch, lowrank_layers as lr
+    import contextlib, os, random, signal, sys, time, torch, lowrank_layers as lr
     from benchmarks.vision import import_torchvision
     with contextlib.suppress(ImportError):
         import_torchvision()
+    import transformers.models.llama.modeling_llama
     torch.set_num_threads(1)
-    source, target = sys.argv[1:]
-    tokens = torch.randint(61, (6, 30), generator=torch.Generator().manual_seed(1)).split(2)
-    lr.compress_checkpoint(source, target, lr.Budget(params=0.6), list(tokens))
+    source, folder = sys.argv[1:]
+
+    def started(target):
+        child = os.fork()
+        if not child:
+            tokens = torch.randint(61, (6, 30), generator=torch.Generator().manual_seed(1)).split(2)
+            lr.compress_checkpoint(source, target, lr.Budget(params=0.6), list(tokens))
+            os._exit(0)
+        return child
+
+    def ended(child):
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+    begin = time.perf_counter()
+    assert ended(started(folder + "/whole")) == 0
+    takes = time.perf_counter() - begin
+    random.seed(0)
+    killed = complete = 0
+    while killed < 10:
+        child = started(f"{folder}/{complete}")
+        time.sleep(random.uniform(0, takes))
+        os.kill(child, signal.SIGKILL)
+        code = ended(child)
+        assert code in (0, -signal.SIGKILL), code
+        killed, complete = killed + (code != 0), complete + (code == 0)
+    assert ended(started(f"{folder}/{complete}")) == 0
 """
 
 
-def test_a_process_that_is_killed_is_resumed_to_the_same_bytes(folder, tmp_path):
-    """SIGKILL at a moment of its own choice in each of three runs, then one that is left alone."""
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="starts processes by fork")
+def test_processes_that_are_killed_are_resumed_to_the_same_bytes(folder, tmp_path):
+    """SIGKILL at random moments, ten times, and each time the next process goes on."""
     script = tmp_path / "run.py"
     script.write_text(textwrap.dedent(SCRIPT))
-
-    def run(target: Path, until: int | None) -> bool:
-        """Starts a process and kills it once so many layers are there; returns whether it was killed."""
-        env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-        process = subprocess.Popen([sys.executable, script, str(folder), str(target)], env=env)
-        layers = target / module.WORK / "layers"
-        while until is not None and process.poll() is None:
-            if layers.is_dir() and len(list(layers.iterdir())) >= until:
-                process.send_signal(signal.SIGKILL)
-                break
-        return process.wait() == -signal.SIGKILL
-
-    assert not run(tmp_path / "whole", None)
-    killed = [run(tmp_path / "broken", until) for until in (0, 5, 17)]
-    assert any(killed)
-    run(tmp_path / "broken", None)
-    assert digest(tmp_path / "broken") == digest(tmp_path / "whole")
+    (tmp_path / "made").mkdir()
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, script, str(folder), str(tmp_path / "made")], env=env, check=True)
+    whole, *others = sorted((tmp_path / "made").iterdir(), reverse=True)
+    assert whole.name == "whole"
+    assert others
+    for each in others:
+        assert digest(each) == digest(whole)
 
 
 def test_other_arguments_do_not_go_on_with_a_run(folder, tmp_path, monkeypatch):
