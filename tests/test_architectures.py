@@ -29,6 +29,7 @@ TUCKER_FIRST = (lr.TuckerMethod(), lr.SVDMethod())
 
 BATCH = 16  # enough for the statistics of a batch norm whose input is 1 x 1
 VOCABULARY = 96
+IMAGE = VOCABULARY - 1
 TOLERANCE = 1e-4
 
 
@@ -149,6 +150,13 @@ def speech() -> dict[str, Tensor]:
     return {"input_features": torch.randn(BATCH, 20, 40), "decoder_input_ids": torch.randint(0, VOCABULARY, (BATCH, 7))}
 
 
+def question() -> dict[str, Tensor]:
+    """An image and words about it: four patches stand in front of the words."""
+    patches = torch.full((BATCH, 4), IMAGE)
+    words = torch.randint(0, IMAGE, (BATCH, 9))
+    return {"input_ids": torch.cat([patches, words], 1), "pixel_values": pictures(16)}
+
+
 # a standard deviation of 0.1 rather than 0.02: a block of width 64 then adds as much as it is given
 SMALL = {
     "vocab_size": VOCABULARY,
@@ -211,6 +219,24 @@ ROWS = [
         bos_token_id=1,
         eos_token_id=2,
         decoder_start_token_id=1,
+    ),
+    language(
+        "LlavaForConditionalGeneration",
+        question,
+        vision_config={
+            "model_type": "clip_vision_model",
+            "hidden_size": 48,
+            "intermediate_size": 120,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "image_size": 16,
+            "patch_size": 8,
+            "projection_dim": 32,
+            "initializer_factor": 3.0,
+        },
+        text_config={"model_type": "llama", "num_key_value_heads": 2, **SMALL},
+        image_token_index=IMAGE,
+        initializer_range=0.1,
     ),
     language(
         "MixtralForCausalLM",
