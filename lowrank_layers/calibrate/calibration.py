@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from ..checks import check_integer
 from ..errors import LowRankError
 from ..modules import Selector, check_model, opened_attentions, walk_layers
 from .batch_masks import MaskOf, check_mask
@@ -34,6 +35,7 @@ def calibrate(
     progress: bool = False,
     folder: str | os.PathLike[str] | None = None,
     stages: Iterable[Selector] | None = None,
+    sketch_above: int | None = None,
 ) -> Statistics:
     """Takes the second moments of the inputs and output gradients of every linear layer, convolution and embedding.
 
@@ -64,11 +66,14 @@ def calibrate(
         progress: shows a progress bar.
         folder: a folder for the moments, so that only those of one stage of the model, such as a transformer block, are
             in memory at a time. All batches go through the model stage by stage; with a loss they come back in the same
-            way, for which each stage is run a second time, and its inputs for all batches are kept in memory. The
+            way, for which each stage is run a second time, and its inputs for all batches are in files meanwhile. The
             folder has to stay as long as the statistics are used. A calibration that was interrupted goes on where it
             is called again with the same folder, batches and loss.
         stages: the stages in the place of those that are found: names of modules, ends of them, names of modules around
             them, types, or predicates ``(name, module) -> bool``. Layers outside of them are stages of their own.
+        sketch_above: of layers with more outputs than this, the moment of gradients is taken as its diagonal plus 256
+            directions, 257 numbers per output in the place of all m; ``None`` takes all of it. Layers of up to 514
+            outputs are taken whole in any case.
 
     Returns:
         Statistics by layer name. Gradients are those of one sample's loss.
@@ -98,14 +103,24 @@ def calibrate(
     check_model(model)
     check_batches(batches, "calibrate")
     check_mask(mask, "calibrate")
+    if sketch_above is not None:
+        check_integer(sketch_above, "calibrate", "sketch_above", 0)
     if folder is not None:
         return calibrate_in_stages(
-            model, batches, loss, folder=folder, stages=stages, target=target, mask=mask, progress=progress
+            model,
+            batches,
+            loss,
+            folder=folder,
+            stages=stages,
+            target=target,
+            mask=mask,
+            progress=progress,
+            sketch_above=sketch_above,
         )
     if stages is not None:
         raise LowRankError("calibrate: got stages without a folder for their moments, expected folder=.")
     calibration = Calibration(model, target=target)
-    calibration._pass.padding.mask = mask
+    calibration._pass.padding.mask, calibration._pass.widest = mask, sketch_above
     with quiet_eval(model), calibration as stats, frozen(model), torch.set_grad_enabled(loss is not None):
         stats.with_target, stats.mask = loss is not None, mask
         stats.loss = None if loss is None else getattr(loss, "__name__", type(loss).__name__)

@@ -20,6 +20,7 @@ from .moments import Moments
 from .padding import Padding, in_backward
 from .patch_moments import patch_sums
 from .run import layer_input
+from .sketch import GradientSketch, is_sketched
 
 
 @dataclass
@@ -33,6 +34,7 @@ class Pass:
         scale: the scale of its loss.
         place: what comes first in the order of calibration, where calls are taken in another order.
         dtype: dtype of the moments of gradients; those of inputs are in fp64, since their mean is taken off.
+        widest: above how many outputs the moments of gradients are sketched; ``None`` for never.
     """
 
     padding: Padding
@@ -41,6 +43,7 @@ class Pass:
     scale: LossScale = field(default_factory=LossScale)
     place: tuple[int, int] = (0, 0)
     dtype: torch.dtype = torch.float64
+    widest: int | None = None
 
 
 class LayerRecorder:
@@ -60,7 +63,7 @@ class LayerRecorder:
         self._pass, self._leader = current, leader
         self._calls = 0
         self._last: tuple[weakref.ref[Tensor], int, int, DataRows | None] | None = None
-        self._gradients: Moments | None = None
+        self._gradients: Moments | GradientSketch | None = None
         self._traced = False
         self._rows = 0
         self._place = (0, 0)  # of the call whose input shape is kept
@@ -185,8 +188,11 @@ class LayerRecorder:
             rows = rows if data is None else rows[..., data.outputs.flatten(), :]
             if self._gradients is None:
                 groups = rows.shape[0] if rows.ndim == 3 else 1
-                dtype = self._pass.dtype
-                self._gradients = Moments.zeros(rows.shape[-1], rows.device, groups=groups, dtype=dtype)
+                size, dtype = rows.shape[-1], self._pass.dtype
+                if groups == 1 and is_sketched(size, self._pass.widest):
+                    self._gradients = GradientSketch(size, rows.device, dtype)
+                else:
+                    self._gradients = Moments.zeros(size, rows.device, groups=groups, dtype=dtype)
             # the loss is a mean over the batch; the moment is that of one sample's loss
             self._gradients.update(rows * (samples / self._pass.scale.value))
 

@@ -18,7 +18,8 @@ class LayerStats:
     Args:
         inputs: moments of the inputs (a convolution's patches, group by group). When ``cross`` is given, they are those
             of the inputs that the already compressed prefix delivers.
-        gradients: ``E[g g^T]`` of the loss's gradients at the output, ``[m, m]``, or ``None``.
+        gradients: ``E[g g^T]`` of the loss's gradients at the output, ``[m, m]``, or a sketch of it (``sketch.py``), or
+            ``None``.
         input_shape: shape of one sample's input, without the batch.
         positions: rows per sample of the model, summed over calls; padding is not counted.
         repeats: inputs of ``input_shape`` per sample of the model: one per call of a shared layer, and less where other

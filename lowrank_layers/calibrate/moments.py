@@ -88,16 +88,16 @@ def sums(rows: Tensor, others: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """
     wide = torch.float32 if rows.device.type == "mps" else torch.float64
     with torch.autocast(rows.device.type, enabled=False):
-        unit, size = _to_one(rows)
-        other, other_size = (unit, size) if others is None else _to_one(others)
+        unit, size = to_unit_scale(rows)
+        other, other_size = (unit, size) if others is None else to_unit_scale(others)
         total, products = other.sum(-2).to(wide), other.mT @ unit
         for power in (other_size, size):
             products = products if power is None else products.to(wide).mul_(power.to(wide))
         return total if other_size is None else total * other_size.to(wide), products
 
 
-def _to_one(rows: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Rows in fp32 at least, over a power of two near their largest entry, and that power; ``None`` for one."""
+def to_unit_scale(rows: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Returns rows in fp32 at least, over a power of two near their largest entry, and that power; ``None`` for one."""
     rows = rows if rows.dtype == torch.float64 else rows.float()
     largest = torch.maximum(*(end.abs() for end in rows.aminmax()))
     if rows.device.type == "cpu" and 1e-9 < float(largest) < 1e9:  # elsewhere asking would wait for the device

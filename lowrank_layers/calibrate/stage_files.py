@@ -34,6 +34,7 @@ class StageFile:
         shared: which layers are given the same tensors.
         fingerprint: what the statistics are of, as :func:`fingerprint_of` says it.
         dtype: dtype of the moments in the file.
+        widest: above how many outputs the moments of gradients are sketched.
 
     Attributes:
         done: whether the file is written.
@@ -52,11 +53,12 @@ class StageFile:
         shared: SharedInputs,
         fingerprint: str,
         dtype: torch.dtype,
+        widest: int | None,
     ) -> None:
         self.stages = frozenset(stages)
         self.done, self.largest = False, 0.0
         self._path, self._layers, self._fingerprint, self._dtype = path, tuple(layers), fingerprint, dtype
-        self._current, self._shared = Pass(padding, dtype=dtype), shared
+        self._current, self._shared = Pass(padding, dtype=dtype, widest=widest), shared
         self._recorders: dict[str, LayerRecorder] = {}
         if path.exists():
             body = read_header(path, KEY, "holds no statistics.")[0]
@@ -130,6 +132,7 @@ def stage_files(
     shared: SharedInputs,
     fingerprint: str,
     dtype: torch.dtype,
+    widest: int | None,
 ) -> dict[str, StageFile]:
     """Returns the file of each stage; stages that share a layer have one.
 
@@ -141,6 +144,7 @@ def stage_files(
         shared: which layers are given the same tensors.
         fingerprint: what the statistics are of.
         dtype: dtype of the moments in the files.
+        widest: above how many outputs the moments of gradients are sketched.
     """
     names = {module: name for name, module in layers.items()}
     groups: list[tuple[list[str], list[str]]] = []
@@ -155,7 +159,7 @@ def stage_files(
     found: dict[str, StageFile] = {}
     for index, (stages, inside) in enumerate(groups):
         path = folder / f"{index:04d}-{(stages[0] or 'model').replace('/', '_')}.safetensors"
-        found |= dict.fromkeys(stages, StageFile(path, stages, inside, padding, shared, fingerprint, dtype))
+        found |= dict.fromkeys(stages, StageFile(path, stages, inside, padding, shared, fingerprint, dtype, widest))
     return found
 
 

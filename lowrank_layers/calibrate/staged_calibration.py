@@ -48,6 +48,7 @@ def calibrate_in_stages(
     progress: bool = False,
     after_stage: Callable[[str], object] | None = None,
     dtype: torch.dtype = torch.float64,
+    sketch_above: int | None = None,
 ) -> Statistics:
     """Returns what :func:`calibrate` does, with the moments in files of a folder, one for each stage.
 
@@ -65,6 +66,7 @@ def calibrate_in_stages(
         after_stage: called with the name of a stage after it was run for all batches, each time.
         dtype: dtype of the moments in the files, as in :meth:`Statistics.save`, and of the sums of gradients; sums of
             inputs are taken in float64.
+        sketch_above: as in :func:`calibrate`.
 
     Raises:
         LowRankError: as :func:`calibrate`; for a folder that holds statistics of something else; and for a stage that
@@ -98,8 +100,10 @@ def calibrate_in_stages(
         forward = stack.enter_context(StagedForward(model, places, counted, padding, shared, path))
         bar = stack.enter_context(tqdm(total=(1 if loss is None else 2) * len(names), disable=not progress))
         named = None if loss is None else getattr(loss, "__name__", type(loss).__name__)
-        facts = _facts(loss, mask) | {"loss": named, "stages": names, "dtype": dtype}
-        files = stage_files(path, places, layers, padding, shared, fingerprint_of(batches, layers, facts), dtype)
+        facts = _facts(loss, mask) | {"loss": named, "stages": names, "dtype": dtype, "sketch": sketch_above}
+        files = stage_files(
+            path, places, layers, padding, shared, fingerprint_of(batches, layers, facts), dtype, sketch_above
+        )
 
         def finish(stage: str) -> None:
             bar.set_description(f"calibrate {stage}")

@@ -176,7 +176,9 @@ def _check_shapes(name: str, inputs: Moments, tensors: Mapping[str, Unread | Non
     mean = vars(inputs)["mean"].shape
     square, gradients = (*mean, *mean[-1:]), tensors["gradients"]
     fits = vars(inputs)["second"].shape in (mean, square)
-    fits &= gradients is None or gradients.shape == (*mean[:-1], *gradients.shape[-1:] * 2)
+    if gradients is not None:
+        outputs, columns = gradients.shape[-2:]  # fewer columns where it is a sketch
+        fits &= gradients.shape[:-2] == mean[:-1] and columns <= outputs
     for key, shape in (("cross", square), ("target_mean", mean)):
         value = tensors[key]
         fits &= value is None or value.shape == shape

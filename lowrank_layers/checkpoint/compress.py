@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..calibrate import Loss, MaskOf, SampledCrossEntropy, check_batches, is_calibrated
+from ..calibrate.sketch import COLUMNS, is_sketched
 from ..calibrate.staged_calibration import calibrate_in_stages
 from ..calibrate.statistics import Statistics
 from ..compress import Damping, Method, Plan, make_plan
@@ -47,6 +48,10 @@ SHARD = 5 << 30
 """Bytes of one file of weights, at most, where a single tensor is not larger."""
 
 
+SKETCH_ABOVE = 8192
+"""Outputs of a layer above which the moment of its gradients is sketched."""
+
+
 def compress_checkpoint(
     source: str | os.PathLike[str],
     target: str | os.PathLike[str],
@@ -60,6 +65,7 @@ def compress_checkpoint(
     units: Units | None = None,
     damping: Damping | None = None,
     mask: MaskOf | None = None,
+    sketch_above: int | None = SKETCH_ABOVE,
     progress: bool = False,
 ) -> Plan:
     """Compresses the weights in a folder into another folder, without ever holding the model in memory.
@@ -87,6 +93,7 @@ def compress_checkpoint(
         units: as in :func:`make_plan`.
         damping: as in :func:`make_plan`.
         mask: how the padding of a batch is found, as in :func:`calibrate`.
+        sketch_above: as in :func:`calibrate`.
         progress: shows progress bars.
 
     Returns:
@@ -121,10 +128,11 @@ def compress_checkpoint(
     fill_from_files_(model, checkpoint).eval()
     with opened_attentions(model):
         left = _left_alone(model, skip)
-        sizes = _moments(model, left)
+        sizes = _moments(model, left, sketch_above)
     work = target / WORK
-    asked = {"budget": repr(budget), "layers": sorted(sizes), "units": units, "methods": repr(methods)}
+    asked: dict[str, Any] = {"budget": repr(budget), "layers": sorted(sizes), "units": units, "methods": repr(methods)}
     asked |= {"loss": repr(loss if loss is None else getattr(loss, "__name__", type(loss))), "damping": repr(damping)}
+    asked["sketch_above"] = sketch_above
     _check_space(target, model, sum(sizes.values()))
     _begin(target, work, {**asked, "weights": _facts(checkpoint), "batches": _digest(batches)})
     moments, planned = work / "stats.safetensors", work / "plan.json"
@@ -138,6 +146,7 @@ def compress_checkpoint(
             mask=mask,
             progress=progress,
             dtype=torch.float32,
+            sketch_above=sketch_above,
             after_stage=lambda name: _release(model.get_submodule(name)),
         )
         stats.mask = None
@@ -173,14 +182,16 @@ def _left_alone(model: nn.Module, skip: Iterable[Selector]) -> set[str]:
     return asked | {name for name, layer in walk_layers(model) if any(layer is end for end in ends)}
 
 
-def _moments(model: nn.Module, left: set[str]) -> dict[str, int]:
+def _moments(model: nn.Module, left: set[str], sketch_above: int | None) -> dict[str, int]:
     """How many numbers the moments of each layer have that may change."""
     left = left | set(reasons_to_keep(model))
     found = {}
     for name, layer in walk_layers(model):
         if name not in left and is_calibrated(layer):
             groups, outputs, inputs = linear_shape(layer)
-            found[name] = groups * (outputs**2 + (inputs if is_embedding(layer) else inputs**2))
+            wide = is_sketched(outputs, sketch_above)
+            gradients = outputs * (1 + COLUMNS) if wide else outputs**2
+            found[name] = groups * (gradients + (inputs if is_embedding(layer) else inputs**2))
     return found
 
 

@@ -140,8 +140,9 @@ class Candidate:
             moved = torch.add(weight @ cross, weight, alpha=float(ridge))
             moved = moved if centred else moved.addr_(weight @ target, mean)
         outputs = Metric.identity(rows, device)
-        if stats.gradients is not None and bool(diagonal_of(stats.gradients).max() > 0):
-            outputs = Metric(damp(stats.gradients.to(device), self.damping.outputs))
+        gradients = stats.gradients
+        if gradients is not None and bool(gradients.count_nonzero()):
+            outputs = Metric.of_gradients(gradients.to(device), self.damping.outputs)
         return Regression(
             weight,
             bias,

@@ -22,11 +22,11 @@ from ..calibrate import forward, main_output
 from ..calibrate.moments import Moments, sums
 from ..calibrate.statistics import LayerStats
 from ..layers import FactoredModule, bias_of, matrices_of, weight_from_matrices
-from ..linalg import damp, full_precision, psd_root
+from ..linalg import full_precision, psd_root
 from .build import build_layer, write_
 from .damping import Damping
 from .entry import Entry
-from .regression import add_ridge_
+from .regression import Metric, add_ridge_
 
 PASSES = 3
 """Fits after the first one; on LeNet they bring most of what ten of them bring."""
@@ -149,14 +149,14 @@ def _look(
     dense: nn.Module, fitted: nn.Module, stats: LayerStats, damping: Damping, rectifier: Rectifier, rows: RowPairs
 ) -> tuple[float, Tensor, Tensor]:
     """The weighted error behind the rectifier, and ``E[z]`` and ``E[z x'^T]`` of the targets ``z``."""
-    metric = None if stats.gradients is None else damp(stats.gradients, damping.outputs)
+    metric = None if stats.gradients is None else Metric.of_gradients(stats.gradients, damping.outputs)
     error, count = 0.0, sum(len(ours) for ours, _ in rows)
     mean = stats.inputs.mean.new_zeros(len(rectifier.floor))
     products = mean.new_zeros(len(mean), len(stats.inputs.mean))
     for ours, theirs in rows:
         wanted, found = _outputs(dense, theirs), _outputs(fitted, ours)
         difference = rectifier.passed(wanted) - rectifier.passed(found)
-        weighted = difference if metric is None else difference @ metric.to(difference)
+        weighted = difference if metric is None else metric.times(difference.mT).mT
         error += float((weighted * difference).sum()) / count
         total, product = sums(ours, rectifier.target(wanted, found))
         mean += total.to(mean) / count

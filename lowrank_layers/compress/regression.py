@@ -21,7 +21,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ..linalg import Root, exact_svd, gram_svd, psd_root
+from ..calibrate.sketch import diagonal_plus_low_rank
+from ..linalg import LowRankRoot, Root, damp, exact_svd, gram_svd, low_rank_root, psd_root
 
 _COLUMNS = 8192
 """How many rows of an embedding are compared at once."""
@@ -33,23 +34,52 @@ class Metric:
 
     Args:
         matrix: symmetric and positive definite, ``[n, n]``, or the diagonal of such a matrix, ``[n]``; in fp64.
+        factor: ``F [n, k]``, of which ``F F^T`` is added to a diagonal; ``None`` for nothing.
     """
 
     matrix: Tensor
+    factor: Tensor | None = None
 
     @classmethod
     def identity(cls, n: int, device: torch.device) -> Metric:
         """The form that weights everything alike."""
         return cls(torch.ones(n, dtype=torch.float64, device=device))
 
+    @classmethod
+    def of_gradients(cls, moment: Tensor, damping: float) -> Metric:
+        """The form of a second moment of gradients, or of a sketch of it, with a ridge.
+
+        Args:
+            moment: ``[n, n]``, or what a :class:`GradientSketch` took.
+            damping: the ridge, relative to the mean of the diagonal.
+        """
+        if moment.ndim == 2 and moment.shape[0] != moment.shape[1]:
+            diagonal, factor = diagonal_plus_low_rank(moment)
+            return cls(diagonal + damping * moment[:, 0].double().mean(), factor)
+        return cls(damp(moment, damping))
+
     @cached_property
-    def root(self) -> Root:
+    def root(self) -> Root | LowRankRoot:
         """``L`` with ``L^T L`` the matrix."""
-        return psd_root(self.matrix)
+        return psd_root(self.matrix) if self.factor is None else low_rank_root(self.matrix, self.factor)
+
+    @property
+    def diagonal(self) -> Tensor:
+        """The diagonal of the matrix, ``[n]``."""
+        return diagonal_of(self.matrix) if self.factor is None else self.matrix + self.factor.square().sum(1)
+
+    def times(self, columns: Tensor) -> Tensor:
+        """``A columns``, in the dtype of the columns."""
+        matrix = self.matrix.to(columns)
+        product: Tensor = matrix[:, None] * columns if matrix.ndim == 1 else matrix @ columns
+        if self.factor is None:
+            return product
+        factor = self.factor.to(columns)
+        return product + factor @ (factor.mT @ columns)
 
     def gram(self, columns: Tensor) -> Tensor:
         """``columns^T A columns``, without the root."""
-        return columns.mT @ (self.matrix[:, None] * columns if self.matrix.ndim == 1 else self.matrix @ columns)
+        return columns.mT @ self.times(columns)
 
 
 @dataclass(frozen=True)
@@ -209,11 +239,12 @@ class FirstStage:
         return torch.kron(self.factor.contiguous(), eye)
 
 
-def _to_symmetric(root: Root, product: Tensor) -> Tensor:
+def _to_symmetric(root: Root | LowRankRoot, product: Tensor) -> Tensor:
     """``S A`` from ``L A``, with ``L = U S`` the polar decomposition of the root; a diagonal root is symmetric."""
-    if root.factor.ndim == 1:
+    factor = root.times(torch.diag(torch.ones_like(root.scale))) if isinstance(root, LowRankRoot) else root.factor
+    if factor.ndim == 1:
         return product
-    u, _, vh = exact_svd(root.factor)
+    u, _, vh = exact_svd(factor)
     return vh.mT @ (u.mT @ product)
 
 

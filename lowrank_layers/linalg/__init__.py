@@ -11,7 +11,13 @@ from .products import (
     train_product as train_product,
     unfold as unfold,
 )
-from .psd import Root as Root, damp as damp, psd_root as psd_root
+from .psd import (
+    LowRankRoot as LowRankRoot,
+    Root as Root,
+    damp as damp,
+    low_rank_root as low_rank_root,
+    psd_root as psd_root,
+)
 from .scale import scaled_to_unit as scaled_to_unit, to_unit as to_unit, unit_scale as unit_scale
 from .sparse import (
     Matrix as Matrix,

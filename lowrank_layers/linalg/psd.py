@@ -40,6 +40,58 @@ class Root(NamedTuple):
         return torch.cholesky_solve(matrix, self.factor, upper=True)
 
 
+class LowRankRoot(NamedTuple):
+    r"""The root :math:`L = (I + Q h Q^T) D^{1/2}` of ``A = D + F F^T = L^T L``, without any ``n x n`` matrix.
+
+    With :math:`D^{-1/2} F = Q s P^T` it is :math:`h = \sqrt{1 + s^2} - 1`.
+
+    Args:
+        scale: ``D^(1/2)``, ``[n]``.
+        directions: ``Q``, ``[n, k]``.
+        gains: ``sqrt(1 + s^2)``, ``[k]``.
+    """
+
+    scale: Tensor
+    directions: Tensor
+    gains: Tensor
+
+    def times(self, matrix: Tensor) -> Tensor:
+        """Computes ``L @ matrix``."""
+        return self._turned(self.scale[:, None] * matrix, self.gains)
+
+    def divide(self, matrix: Tensor) -> Tensor:
+        """Computes ``L^-1 @ matrix``."""
+        return self._turned(matrix, 1 / self.gains) / self.scale[:, None]
+
+    def divide_columns(self, matrix: Tensor) -> Tensor:
+        """Computes ``matrix @ L^-1``."""
+        return self._turned((matrix / self.scale).mT, 1 / self.gains).mT
+
+    def solve(self, matrix: Tensor) -> Tensor:
+        """Computes ``A^-1 @ matrix``."""
+        return self._turned(matrix / self.scale[:, None], self.gains**-2) / self.scale[:, None]
+
+    def _turned(self, matrix: Tensor, gains: Tensor) -> Tensor:
+        """``(I + Q (gains - 1) Q^T) @ matrix``."""
+        inner = self.directions.mT @ matrix
+        return torch.addmm(matrix, self.directions, (gains - 1)[:, None] * inner)
+
+
+def low_rank_root(diagonal: Tensor, factor: Tensor, *, floor: float = 1e-12) -> LowRankRoot:
+    """Computes a root of ``diag(diagonal) + factor factor^T``.
+
+    Args:
+        diagonal: ``[n]``, not negative; zeros are lifted.
+        factor: ``[n, k]``.
+        floor: least entry of the diagonal, relative to the largest entry of the whole diagonal.
+    """
+    largest = (diagonal + factor.square().sum(1)).max()
+    scale = diagonal.clamp_min(floor * largest).clamp_min(torch.finfo(diagonal.dtype).tiny).sqrt()
+    q, r = torch.linalg.qr(factor / scale[:, None])
+    u, s, _ = torch.linalg.svd(r)
+    return LowRankRoot(scale, q @ u, (1 + s.square()).sqrt())
+
+
 def psd_root(moment: Tensor, *, floor: float = 1e-12) -> Root:
     """Computes a root of a second moment in fp64.
 

@@ -17,7 +17,7 @@ from ...layers.tt_embedding import padding_is_zero
 from ...linalg import check_tensor, train_product
 from ..candidates import Candidate
 from ..method import Option, factored_cost, layer_for
-from ..regression import Regression, diagonal_of
+from ..regression import Regression
 
 
 @dataclass(frozen=True)
@@ -103,4 +103,4 @@ def _trains(layer: Candidate, split: Split, bonds: Sequence[tuple[int, ...]]) ->
 
 def _importances(problem: Regression) -> tuple[Tensor, Tensor]:
     """The importance of each row and of each column of the embedding: its frequency, the curvature at that output."""
-    return problem.inputs.matrix, diagonal_of(problem.outputs.matrix)
+    return problem.inputs.matrix, problem.outputs.diagonal

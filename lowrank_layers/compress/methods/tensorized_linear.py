@@ -16,7 +16,7 @@ from ...layers import FactoredModule, TensorizedLinear, weight_of
 from ...linalg import check_tensor, train_product
 from ..candidates import Candidate
 from ..method import Option, factored_cost, layer_for, smaller_ranks, spread
-from ..regression import diagonal_of, joint_bias
+from ..regression import joint_bias
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def _trains(layer: Candidate, split: Split, bonds: Sequence[Bonds]) -> Iterator[
     scales = None
     if layer.stats is not None:
         (problem,) = layer.problems
-        sides = diagonal_of(problem.outputs.matrix), diagonal_of(problem.inputs.matrix)
+        sides = problem.outputs.diagonal, problem.inputs.diagonal
         rows, columns = (digit_marginals(weights, sizes) for weights, sizes in zip(sides, split, strict=True))
         scales = [torch.outer(r, c).sqrt() for r, c in zip(rows, columns, strict=True)]
     return block_trains(_weight(layer.module), split, bonds, scales=scales)
