@@ -65,7 +65,7 @@ def compress(source: str, target: str, tokens: str, threads: int) -> dict[str, A
     own.calibrate_in_stages = marked("calibrate", own.calibrate_in_stages)
     own.make_plan = marked("plan", own.make_plan)
     own.build_in_sequence = marked("factorize", own.build_in_sequence)
-    own._write = marked("write", own._write)
+    own.write_model = marked("write", own.write_model)
     own.LayerStore.keep = marked("", own.LayerStore.keep)
     before = _peak()
     plan = lr.compress_checkpoint(source, target, lr.Budget(params=0.6), list(torch.load(tokens)))

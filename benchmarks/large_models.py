@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from lowrank_layers.files import TensorInfo, write_streamed
+from lowrank_layers.files import TensorInfo, write_sharded
 
 SHARD = 500 << 20
 
@@ -135,8 +135,6 @@ def work_of(shape: Shape, tokens: int, kept: float = 0.6, entry: int = 2) -> Wor
 
 def write_random(folder: Path, shape: Shape) -> None:
     """Writes a folder of transformers with random weights in bfloat16, in shards, one tensor in memory at a time."""
-    import json
-
     from transformers import LlamaConfig
 
     folder.mkdir(parents=True)
@@ -153,12 +151,7 @@ def write_random(folder: Path, shape: Shape) -> None:
         for norm in ("input_layernorm", "post_attention_layernorm"):
             sizes[f"model.layers.{block}.{norm}.weight"] = (d,)
     sizes |= {"model.norm.weight": (d,), "lm_head.weight": (shape.vocabulary, d)}
-    shards: list[dict[str, TensorInfo]] = [{}]
-    for name, size in sizes.items():
-        info = TensorInfo(size, torch.bfloat16)
-        if shards[-1] and sum(each.nbytes for each in shards[-1].values()) + info.nbytes > SHARD:
-            shards.append({})
-        shards[-1][name] = info
+    infos = {name: TensorInfo(size, torch.bfloat16) for name, size in sizes.items()}
     generator = torch.Generator().manual_seed(0)
 
     def values(name: str) -> torch.Tensor:
@@ -167,9 +160,4 @@ def write_random(folder: Path, shape: Shape) -> None:
             return torch.ones(size, dtype=torch.bfloat16)
         return (torch.randn(size, generator=generator) / size[1] ** 0.5).bfloat16()
 
-    places = {}
-    for number, shard in enumerate(shards, 1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        write_streamed(folder / file, shard, values, {})
-        places |= dict.fromkeys(shard, file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    write_sharded(folder, infos, values, {}, SHARD)

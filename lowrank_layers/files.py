@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
-import mmap
 import os
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +13,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from .errors import CheckpointError
 
@@ -39,14 +36,6 @@ DTYPES = {
 }
 """The dtypes of safetensors files."""
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-
-
-_MAPPED = "_lowrank_mapped"
-"""The attribute of tensors whose values are those of a file."""
-SPILLED = 1 << 20
-"""Least bytes of a tensor for which a file of its own is worth its time."""
-_LIBC = ctypes.CDLL(None) if hasattr(mmap, "MADV_DONTNEED") else None
-_MADVISE, _MALLOC_TRIM = getattr(_LIBC, "madvise", None), getattr(_LIBC, "malloc_trim", None)
 
 
 @dataclass(frozen=True)
@@ -179,6 +168,40 @@ def write_streamed(
             tensor.flatten().view(torch.uint8).numpy().tofile(file)
 
 
+def write_sharded(
+    folder: Path,
+    infos: Mapping[str, TensorInfo],
+    tensor_of: Callable[[str], Tensor],
+    metadata: Mapping[str, str],
+    most: int,
+) -> None:
+    """Writes ``model.safetensors`` into a folder, or several files and the index of transformers, as it comes last.
+
+    Args:
+        folder: the folder.
+        infos: shape and dtype of each tensor, by name.
+        tensor_of: as in :func:`write_streamed`.
+        metadata: text by key, for the header of every file.
+        most: bytes of the tensors of one file, where a single one is not larger.
+    """
+    shards: list[dict[str, TensorInfo]] = [{}]
+    for name, info in infos.items():
+        if shards[-1] and sum(each.nbytes for each in shards[-1].values()) + info.nbytes > most:
+            shards.append({})
+        shards[-1][name] = info
+    if len(shards) == 1:
+        write_streamed(folder / "model.safetensors", infos, tensor_of, metadata)
+        return
+    places: dict[str, str] = {}
+    for number, shard in enumerate(shards, 1):
+        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        write_streamed(folder / name, shard, tensor_of, metadata)
+        places |= dict.fromkeys(shard, name)
+    index = {"metadata": {"total_size": sum(info.nbytes for info in infos.values())}, "weight_map": places}
+    with replacing(folder / "model.safetensors.index.json") as temporary:
+        temporary.write_text(json.dumps(index, indent=2))
+
+
 def read_infos(path: Path) -> tuple[dict[str, str], dict[str, TensorInfo]]:
     """Reads the header of a safetensors file: its metadata, and the shape and dtype of each tensor.
 
@@ -278,65 +301,3 @@ def _opened(path: Path, device: str = "cpu") -> Iterator[Any]:
             yield file
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{path}: is torn or no safetensors file: {error}") from None
-
-
-def map_parameter(tensor: Tensor) -> nn.Parameter:
-    """Returns a parameter without gradients of a tensor that :func:`read_tensor` mapped; it must not be written to.
-
-    Args:
-        tensor: the tensor.
-    """
-    found = nn.Parameter(tensor, requires_grad=False)
-    setattr(found, _MAPPED, True)
-    return found
-
-
-def spilled(tensor: Tensor, folder: Path) -> Tensor:
-    """Returns a copy of a tensor, which is in a file as long as nobody looks at it where that saves memory.
-
-    The file has no name, and ends with the copy.
-
-    Args:
-        tensor: the tensor.
-        folder: where the file is.
-    """
-    if _MADVISE is None or tensor.device.type != "cpu" or tensor.nbytes < SPILLED or not tensor.is_contiguous():
-        return tensor.clone()
-    path = folder / f".{uuid.uuid4()}.tmp"
-    try:
-        storage = torch.UntypedStorage.from_file(str(path), shared=True, nbytes=tensor.nbytes)
-    finally:
-        path.unlink(missing_ok=True)
-    copy: Tensor = torch.empty(0, dtype=tensor.dtype).set_(storage, 0, tensor.shape)  # type: ignore[call-overload]
-    copy.copy_(tensor)
-    setattr(copy, _MAPPED, True)
-    release_mapped([copy])
-    return copy
-
-
-def release_mapped(tensors: Iterable[Tensor]) -> None:
-    """Lets go of the memory of tensors whose values are in a file; the next access reads them again.
-
-    Others are passed over. On systems without ``madvise`` nothing happens: the system then frees mapped memory when it
-    needs it.
-
-    Args:
-        tensors: what :func:`map_parameter` and :func:`spilled` returned; parameters that nobody has written to.
-    """
-    if _MADVISE is None:
-        return
-    for tensor in tensors:
-        if getattr(tensor, _MAPPED, False) and not tensor.is_meta:
-            start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-            end = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
-            if end > start:
-                _MADVISE(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)
-
-
-def release_freed() -> None:
-    """Gives the system back what was freed, and which C's allocator holds for later, in an arena for every thread.
-
-    Only with glibc. What is allocated next takes a little longer, so this is for where a large part of the work ends.
-    """
-    if _MALLOC_TRIM is not None:
-        _MALLOC_TRIM(0)

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 import lowrank_layers as lr
 from benchmarks.vision import import_torchvision
-from lowrank_layers.checkpoint import compress as module
+from lowrank_layers import files
+from lowrank_layers.checkpoint import compress as module, run_folder, write_model
 
 with contextlib.suppress(ImportError):
     import_torchvision()  # transformers imports it where it is installed
@@ -70,7 +71,7 @@ def test_the_folder_holds_what_the_functions_in_memory_give(folder, tmp_path):
     loaded = lr.load(tmp_path / "small", into=tiny_llama())
     x = tokens()[0]
     torch.testing.assert_close(loaded(x).logits, expected(x).logits, rtol=1e-3, atol=1e-4)
-    assert not (tmp_path / "small" / module.WORK).exists()
+    assert not (tmp_path / "small" / run_folder.WORK).exists()
     assert json.loads((tmp_path / "small" / "config.json").read_text())["model_type"] == "llama"
 
 
@@ -94,10 +95,10 @@ def digest(folder: Path) -> dict[str, str]:
 
 @pytest.mark.parametrize("shard", [1 << 30, 20_000])
 def test_a_run_that_stops_anywhere_goes_on_to_the_same_bytes(folder, tmp_path, monkeypatch, shard):
-    monkeypatch.setattr(module, "SHARD", shard)
+    monkeypatch.setattr(write_model, "SHARD", shard)
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     lr.compress_checkpoint(folder, whole, BUDGET, tokens())
-    own = {"keep": module.LayerStore.keep, "write": module.write_streamed, "plan": lr.Plan.save}
+    own = {"keep": module.LayerStore.keep, "write": files.write_streamed, "plan": lr.Plan.save}
     left = [0]
 
     class Stopped(Exception):
@@ -113,7 +114,7 @@ def test_a_run_that_stops_anywhere_goes_on_to_the_same_bytes(folder, tmp_path, m
         return counted
 
     monkeypatch.setattr(module.LayerStore, "keep", stops(own["keep"]))
-    monkeypatch.setattr(module, "write_streamed", stops(own["write"]))
+    monkeypatch.setattr(files, "write_streamed", stops(own["write"]))
     monkeypatch.setattr(lr.Plan, "save", stops(own["plan"]))
     for left[0] in (0, 1, 9, 15, 21, 22):  # the plan, 21 layers, the plan, the files
         with pytest.raises(Stopped):
@@ -182,11 +183,11 @@ def test_other_arguments_do_not_go_on_with_a_run(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "build_in_sequence", stops)
     with pytest.raises(KeyboardInterrupt):
         lr.compress_checkpoint(folder, tmp_path / "small", BUDGET, tokens())
-    before = digest(tmp_path / "small" / module.WORK)
+    before = digest(tmp_path / "small" / run_folder.WORK)
     for budget, batches in ((lr.Budget(params=0.5), tokens()), (BUDGET, tokens()[:2])):
         with pytest.raises(lr.CheckpointError, match="a run with other weights, batches or settings"):
             lr.compress_checkpoint(folder, tmp_path / "small", budget, batches)
-    assert digest(tmp_path / "small" / module.WORK) == before
+    assert digest(tmp_path / "small" / run_folder.WORK) == before
 
 
 def test_what_cannot_work_is_refused_before_anything_is_written(folder, tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lowrank_layers.files import SPILLED, release_mapped, spilled
+from lowrank_layers.memory import SPILLED, release_mapped, spilled
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool])

@@ -12,7 +12,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..errors import LowRankError
-from ..files import release_mapped, spilled
+from ..memory import release_mapped, spilled
 from .loss_scale import LossScale
 from .padding import Padding
 from .paused_run import thread_state

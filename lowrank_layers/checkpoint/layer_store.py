@@ -7,9 +7,12 @@ from pathlib import Path
 
 from torch import nn
 
-from ..files import map_parameter, read_header, read_tensor, release_freed, release_mapped, write_tensors
+from ..calibrate.processes import Processes
+from ..compress.sequential import Seen
+from ..files import read_header, read_tensor, write_tensors
 from ..layers import FactoredModule
 from ..layers.config import FactoredSpec, blank, describe
+from ..memory import map_parameter, release_freed, release_mapped
 
 _KEY = "lowrank_layers.layer"
 
@@ -20,26 +23,33 @@ class LayerStore:
     Args:
         folder: where the files are.
         model: the dense model.
+        processes: those that all call this, of which the first one makes the layers.
     """
 
-    def __init__(self, folder: Path, model: nn.Module) -> None:
-        self._folder, self._model = folder, model
+    def __init__(self, folder: Path, model: nn.Module, processes: Processes) -> None:
+        self._folder, self._model, self._processes = folder, model, processes
 
-    def keep(self, name: str, make: Callable[[], nn.Module]) -> nn.Module:
+    def keep(self, name: str, look: Callable[[], Seen], make: Callable[[Seen], nn.Module]) -> nn.Module:
         """Returns a layer with the values of its file, which is written first where it is not there.
 
         Args:
             name: the layer.
-            make: makes it.
+            look: finds what is known of it.
+            make: makes it of that.
         """
         path, dense = self._folder / f"{name}.safetensors", self._model.get_submodule(name)
-        if not path.is_file():
-            release_freed()
-            new = make()
-            release_mapped(dense.parameters())
+
+        def write() -> None:
+            new = make(seen)
             kind = FactoredSpec.of(new).to_json() if isinstance(new, FactoredModule) else None
             tensors = {key: tensor.detach().contiguous() for key, tensor in new.state_dict().items()}
             write_tensors(path, tensors, _KEY, {"factored": kind, "dense": describe(dense)})
+
+        if not self._processes.from_first(path.is_file):
+            release_freed()
+            seen = look()
+            self._processes.from_first(write)
+            release_mapped(dense.parameters())
         return self._read(path)
 
     def _read(self, path: Path) -> nn.Module:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, LowRankError
-from ..files import map_parameter
+from ..memory import map_parameter
 from ..modules import check_can_be_filled, check_model, tied_names
 from .tensor_files import Checkpoint
 

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from ..calibrate.statistics import LayerStats
 from ..cost import Cost
 from ..errors import LowRankError
-from ..files import release_mapped
 from ..layers import bias_of, is_transposed, matrices_of, takes_bias
 from ..layers.kernel import kernel_of
 from ..linalg import Root, damp, fold, psd_root, unfold
+from ..memory import release_mapped
 from .cost_model import CostModel, CountedCost
 from .damping import Damping
 from .regression import Metric, Regression, add_ridge_, diagonal_of

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -14,10 +15,11 @@ from tqdm import tqdm
 from ..calibrate import DataRows, masked_input_rows, quiet_eval
 from ..calibrate.moments import add_to_mean_, sums
 from ..calibrate.patch_moments import patch_sums
+from ..calibrate.processes import Processes
 from ..calibrate.statistics import LayerStats, Statistics
 from ..errors import LowRankError
-from ..files import release_freed
 from ..layers import ConvNd, is_embedding, matrices_of, takes_bias
+from ..memory import release_freed
 from .build import build_layer, refit, write_
 from .planned_layers import PlannedLayers
 from .rectified import ENTRIES, ROWS, Rectifier, build_rectified, rectifier_of
@@ -26,8 +28,26 @@ from .side_by_side import SideBySide
 
 LARGE = 1 << 26
 """Bytes of a moment from which on memory that the passes have freed is given back before the fit."""
-Keep = Callable[[str, Callable[[], nn.Module]], nn.Module]
-"""``keep(name, make) -> layer``: called for each layer in forward order; makes it, or finds what was made before."""
+
+
+@dataclass
+class Seen:
+    """What is known of a layer before it is fitted.
+
+    Args:
+        stats: its statistics, behind the compressed prefix.
+        rectifier: what cuts off its outputs, where it is fitted behind that.
+        rows: rows of its inputs in both models, for that.
+    """
+
+    stats: LayerStats | None
+    rectifier: Rectifier | None = None
+    rows: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+
+Keep = Callable[[str, Callable[[], Seen], Callable[[Seen], nn.Module]], nn.Module]
+"""``keep(name, look, make) -> layer``: called for each layer in forward order; calls ``make(look())``, or finds what
+was made before."""
 
 
 def build_in_sequence(
@@ -37,7 +57,8 @@ def build_in_sequence(
     batches: Sequence[Any],
     rectified: bool,
     progress: bool,
-    keep: Keep = lambda name, make: make(),
+    keep: Keep = lambda name, look, make: make(look()),
+    processes: Processes | None = None,
 ) -> dict[str, nn.Module]:
     """Returns the layers of a plan, built in forward order, and dense ones with new values.
 
@@ -49,41 +70,44 @@ def build_in_sequence(
         rectified: whether layers are fitted behind ReLUs.
         progress: shows a progress bar.
         keep: what is done with each new layer.
+        processes: those that have a part of the batches each, and all call this; ``None`` for this one alone.
     """
     built: dict[str, nn.Module] = {}
     names = [entry.name for entry in plan if entry.name in stats]
     passes = SideBySide(model, names, batches, stats.with_target, stats.mask, stats.example)
     with quiet_eval(model), passes:
         order = [*passes.calls, *(entry.name for entry in plan if entry.name not in passes.calls)]
-        paired = _Paired(passes, len(batches))
+        paired = _Paired(passes, len(batches), processes or Processes())
 
-        def factored(name: str, known: LayerStats | None, prefix_changed: bool) -> nn.Module:
+        def look(name: str, prefix_changed: bool) -> Seen:
+            seen = Seen(stats.get(name))
+            if rectified and plan[name].method != DENSE and seen.stats is not None and name in passes.calls:
+                seen.rectifier = _rectifier(model, name, batches[0], stats.with_target)
+            if seen.stats is not None and (prefix_changed or seen.rectifier is not None):
+                rows = None if seen.rectifier is None else seen.rows
+                seen.stats = paired.stats(name, model.get_submodule(name), seen.stats, rows)
+            return seen
+
+        def factored(name: str, seen: Seen) -> nn.Module:
             entry, dense = plan[name], model.get_submodule(name)
-            rows: list[tuple[Tensor, Tensor]] = []
-            tried = rectified and known is not None and name in passes.calls
-            rectifier = _rectifier(model, name, batches[0], stats.with_target) if tried else None
-            if known is not None and (prefix_changed or rectifier is not None):
-                known = paired.stats(name, dense, known, None if rectifier is None else rows)
             with passes.own_forward(name):
-                if known is None or rectifier is None or not rows:
-                    return build_layer(dense, entry, known, plan.damping).eval()
-                return build_rectified(dense, entry, known, plan.damping, rectifier, rows).eval()
+                if seen.stats is None or seen.rectifier is None or not seen.rows:
+                    return build_layer(dense, entry, seen.stats, plan.damping).eval()
+                return build_rectified(dense, entry, seen.stats, plan.damping, seen.rectifier, seen.rows).eval()
 
-        def refitted(name: str, known: LayerStats) -> nn.Module:
+        def refitted(name: str, seen: Seen) -> nn.Module:
+            assert seen.stats is not None
             dense = model.get_submodule(name)
-            known = paired.stats(name, dense, known, None)
             with passes.own_forward(name):
                 fitted = copy.deepcopy(dense)
-                write_(fitted, *refit(dense, known, plan.damping))
+                write_(fitted, *refit(dense, seen.stats, plan.damping))
             return fitted
 
         for name in tqdm(order, desc="factorize", disable=not progress):
-            known = stats.get(name)
             prefix_changed = bool(built) and name in passes.calls and not is_embedding(model.get_submodule(name))
-            if plan[name].method != DENSE:
-                built[name] = keep(name, partial(factored, name, known, prefix_changed))
-            elif known is not None and prefix_changed:
-                built[name] = keep(name, partial(refitted, name, known))
+            make = refitted if plan[name].method == DENSE else factored
+            if make is factored or (name in stats and prefix_changed):
+                built[name] = keep(name, partial(look, name, prefix_changed), partial(make, name))
             passes.decided[name] = built.get(name)
     return built
 
@@ -102,10 +126,11 @@ class _Paired:
     Args:
         passes: both.
         count: the number of batches.
+        processes: those that have a part of the batches each.
     """
 
-    def __init__(self, passes: SideBySide, count: int) -> None:
-        self._passes, self._count = passes, count
+    def __init__(self, passes: SideBySide, count: int, processes: Processes) -> None:
+        self._passes, self._count, self._processes = passes, count, processes
         self._last: tuple[str, LayerStats] | None = None
 
     def stats(
@@ -136,18 +161,22 @@ class _Paired:
             chosen = slice(None, None, stats.inputs.rows // min(ROWS, ENTRIES // rows.shape[-1]) | 1)
             kept.append((rows[chosen].clone(), rows_dense[chosen].clone()))
 
-        keep = None if kept is None else keep_some
+        keep, apart = None if kept is None else keep_some, False
         for index in range(self._count):
             ours, theirs = (self._passes.inputs(name, index, kind) for kind in ("compressed", "dense"))
-            if [x.shape for x, _ in ours] != [x.shape for x, _ in theirs]:
-                if kept is not None:
-                    kept.clear()
-                return stats
+            apart = [x.shape for x, _ in ours] != [x.shape for x, _ in theirs]
+            if apart:
+                break
             for (x, found), (x_dense, _) in zip(ours, theirs, strict=True):
                 for own_sums, (total, products), count in _products(layer, x, x_dense, found, keep):
                     inputs.add(*own_sums, count)
                     add_to_mean_(target_mean, total, count, inputs.rows)
                     add_to_mean_(cross, products, count, inputs.rows)
+        if any(self._processes.gather(apart)):
+            if kept is not None:
+                kept.clear()
+            return stats
+        inputs.rows = self._processes.average_((inputs.mean, inputs.second, target_mean, cross), inputs.rows)
         if not bool(torch.isfinite(cross).all() & torch.isfinite(inputs.second).all()):
             raise LowRankError(f"{name!r}: got NaN or Inf in its inputs; look at the batches in data.")
         cross.addcmul_(target_mean[..., :, None], inputs.mean[..., None, :], value=-1)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ..calibrate import DataRows, MaskOf, Padding, as_batch, forward, layer_input, target_of
 from ..calibrate.overridden import overridden
 from ..calibrate.paused_run import PausedRun, in_resuming_thread, pause
-from ..files import release_mapped
+from ..memory import release_mapped
 
 HELD = 4 << 30
 """Bytes of activations that paused passes may hold, by a rough estimate: six times the largest input of a layer."""

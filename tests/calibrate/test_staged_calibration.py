@@ -27,7 +27,7 @@ TRANSFORMERS = ("llama", "t5")
 @pytest.mark.parametrize("with_loss", [False, True], ids=["inputs", "gradients"])
 @pytest.mark.parametrize("name", [*MODELS, *cases()])
 def test_statistics_are_those_of_the_whole(name, with_loss, tmp_path, monkeypatch):
-    monkeypatch.setattr("lowrank_layers.files.SPILLED", 1)  # all inputs of stages are kept in files
+    monkeypatch.setattr("lowrank_layers.memory.SPILLED", 1)  # all inputs of stages are kept in files
     if name in TRANSFORMERS:
         pytest.importorskip("transformers")
         if importlib.util.find_spec("torchvision"):

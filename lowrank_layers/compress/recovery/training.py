@@ -12,11 +12,11 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ...calibrate import Padding, check_loss
+from ...calibrate.processes import Processes
 from ...errors import CheckpointError, LowRankError
 from ...layers import FactoredModule
 from .distillation import unwrapped
 from .objective import Objective, autocast, device_of, run_batch
-from .processes import Processes
 from .settings import RecoverySettings
 
 
@@ -52,7 +52,7 @@ class Training:
         self._rates = [group["lr"] for group in optimizer.param_groups]
         self._device = device_of(model)
         self._scaler = torch.amp.GradScaler(self._device.type, enabled=settings.dtype == torch.float16)
-        self.processes = Processes(model)
+        self.processes = Processes.of(model)
 
     def step(self, batches: Sequence[Any], done: int) -> float:
         """Runs one optimizer step; returns the objective, averaged over batches and processes.
