@@ -16,6 +16,10 @@ class Damping:
     Moments are measured on few samples. A ridge keeps the directions that these samples never showed from counting
     for nothing. :func:`make_plan` takes it; the plan keeps it, so that :func:`factorize_` weights layers likewise.
 
+    A ridge ``a`` is a shrinkage towards the scaled identity (Ledoit and Wolf, 2004): with ``s = a / (1 + a)`` and
+    ``m`` the mean of the diagonal of ``A``, ``A + a m I = (1 + a) ((1 - s) A + s m I)``, and a factor that all layers
+    have changes nothing. So a shrinkage of 0.3 is a ridge of 0.3 / 0.7.
+
     Args:
         inputs: ridge on the second moment of the inputs, relative to their mean variance; it pulls the approximation
             towards that of the plain weight.

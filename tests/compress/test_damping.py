@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -41,6 +42,30 @@ def test_the_weighted_problem_has_the_ridges(model, stats):
     found, plain = moments(lr.Damping(inputs=0.5, outputs=0.25)), moments(lr.Damping(inputs=0, outputs=0))
     for share, damped, raw in zip((0.5, 0.25), found, plain, strict=True):
         assert torch.allclose(damped, raw + share * raw.diagonal().mean() * torch.eye(len(raw), dtype=raw.dtype))
+
+
+def test_a_ridge_is_a_shrinkage_towards_the_scaled_identity(model, stats):
+    """``A + a m I`` is ``(1 + a)`` times the shrunk moment, and a factor of all layers changes nothing."""
+    ridges, shrinkages = lr.Damping(inputs=0.25, outputs=0.6), (0.25 / 1.25, 0.6 / 1.6)
+
+    def shrunk(moment, share):
+        mean = moment.diagonal().mean()
+        return (1 - share) * moment + share * mean * torch.eye(len(moment), dtype=moment.dtype)
+
+    def replaced(layer):
+        mean = layer.inputs.mean
+        second = shrunk(layer.inputs.covariance(), shrinkages[0]) + torch.outer(mean, mean)
+        gradients = shrunk(layer.gradients, shrinkages[1])
+        return layer.changed(inputs=replace(layer.inputs, second=second), gradients=gradients)
+
+    other = replace(stats, layers={name: replaced(layer) for name, layer in stats.items()})
+    built, plans = [], []
+    for own, damping in ((stats, ridges), (other, lr.Damping(inputs=0, outputs=0))):
+        plans.append(lr.make_plan(model, lr.Budget(params=0.5), stats=own, damping=damping))
+        built.append(lr.factorize_(copy.deepcopy(model), plans[-1], stats=own))
+    assert [entry.rank for entry in plans[0]] == [entry.rank for entry in plans[1]]
+    for k in (0, 2):
+        assert torch.allclose(built[0][k].weight, built[1][k].weight, atol=1e-5)
 
 
 def test_the_plan_keeps_it_in_its_file(model, stats, tmp_path):
