@@ -15,6 +15,7 @@ from ..checks import check_integer
 from ..errors import LowRankError
 from ..modules import Selector, check_model, opened_attentions, walk_layers
 from .batch_masks import MaskOf, check_mask
+from .clipping import check_clip
 from .example import first_sample
 from .layer_recorder import LayerRecorder, Pass
 from .padding import Padding, in_backward
@@ -32,6 +33,7 @@ def calibrate(
     *,
     target: Iterable[Selector] | None = None,
     mask: MaskOf | None = None,
+    clip: float | None = None,
     progress: bool = False,
     folder: str | os.PathLike[str] | None = None,
     stages: Iterable[Selector] | None = None,
@@ -63,6 +65,9 @@ def calibrate(
             needed.
         mask: for other models: a key of dict batches, or a function from a batch to a mask ``[B, T]``, nonzero where a
             position is data.
+        clip: scales down the rows of a linear layer's inputs that are longer than this number times the median length
+            of the rows of the same call, to that length; such as 10. Convolutions see their inputs as they are.
+            :func:`factorize_` fits layers to rows that are scaled likewise.
         progress: shows a progress bar.
         folder: a folder for the moments, so that only those of one stage of the model, such as a transformer block, are
             in memory at a time. All batches go through the model stage by stage; with a loss they come back in the same
@@ -103,26 +108,20 @@ def calibrate(
     check_model(model)
     check_batches(batches, "calibrate")
     check_mask(mask, "calibrate")
+    check_clip(clip)
     if sketch_above is not None:
         check_integer(sketch_above, "calibrate", "sketch_above", 0)
     if folder is not None:
-        return calibrate_in_stages(
-            model,
-            batches,
-            loss,
-            folder=folder,
-            stages=stages,
-            target=target,
-            mask=mask,
-            progress=progress,
-            sketch_above=sketch_above,
-        )
+        settings: dict[str, Any] = {"target": target, "mask": mask, "clip": clip, "progress": progress}
+        settings["sketch_above"] = sketch_above
+        return calibrate_in_stages(model, batches, loss, folder=folder, stages=stages, **settings)
     if stages is not None:
         raise LowRankError("calibrate: got stages without a folder for their moments, expected folder=.")
     calibration = Calibration(model, target=target)
-    calibration._pass.padding.mask, calibration._pass.widest = mask, sketch_above
+    current = calibration._pass
+    current.padding.mask, current.clip, current.widest = mask, clip, sketch_above
     with quiet_eval(model), calibration as stats, frozen(model), torch.set_grad_enabled(loss is not None):
-        stats.with_target, stats.mask = loss is not None, mask
+        stats.with_target, stats.mask, stats.clip = loss is not None, mask, clip
         stats.loss = None if loss is None else getattr(loss, "__name__", type(loss).__name__)
         batch: Any = None
         for batch in tqdm(batches, desc="calibrate", disable=not progress):

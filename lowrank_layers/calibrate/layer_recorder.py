@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..errors import LowRankError
 from ..layers import ConvNd, is_embedding, linear_shape, weight_of
 from ..layers.patches import output_rows
+from .clipping import clipped
 from .layer_stats import LayerStats
 from .loss_scale import LossScale
 from .masks import DataRows, masked_input_rows
@@ -35,6 +36,7 @@ class Pass:
         place: what comes first in the order of calibration, where calls are taken in another order.
         dtype: dtype of the moments of gradients; those of inputs are in fp64, since their mean is taken off.
         widest: above how many outputs the moments of gradients are sketched; ``None`` for never.
+        clip: how long rows of inputs may be, over the median of their lengths; ``None`` for any length.
     """
 
     padding: Padding
@@ -44,6 +46,7 @@ class Pass:
     place: tuple[int, int] = (0, 0)
     dtype: torch.dtype = torch.float64
     widest: int | None = None
+    clip: float | None = None
 
 
 class LayerRecorder:
@@ -145,7 +148,7 @@ class LayerRecorder:
                 self.moments.add(*known)
                 return known[2]
             for part in masked_input_rows(module, batched, found):
-                self.moments.update(part)
+                self.moments.update(clipped(module, part, self._pass.clip))
             return self.moments.rows - before
         indices = batched if found is None else batched[found.inputs]
         taken = indices.numel()

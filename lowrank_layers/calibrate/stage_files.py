@@ -35,6 +35,7 @@ class StageFile:
         fingerprint: what the statistics are of, as :func:`fingerprint_of` says it.
         dtype: dtype of the moments in the file.
         widest: above how many outputs the moments of gradients are sketched.
+        clip: as in :func:`calibrate`.
 
     Attributes:
         done: whether the file is written.
@@ -54,11 +55,12 @@ class StageFile:
         fingerprint: str,
         dtype: torch.dtype,
         widest: int | None,
+        clip: float | None,
     ) -> None:
         self.stages = frozenset(stages)
         self.done, self.largest = False, 0.0
         self._path, self._layers, self._fingerprint, self._dtype = path, tuple(layers), fingerprint, dtype
-        self._current, self._shared = Pass(padding, dtype=dtype, widest=widest), shared
+        self._current, self._shared = Pass(padding, dtype=dtype, widest=widest, clip=clip), shared
         self._recorders: dict[str, LayerRecorder] = {}
         if path.exists():
             body = read_header(path, KEY, "holds no statistics.")[0]
@@ -133,6 +135,7 @@ def stage_files(
     fingerprint: str,
     dtype: torch.dtype,
     widest: int | None,
+    clip: float | None,
 ) -> dict[str, StageFile]:
     """Returns the file of each stage; stages that share a layer have one.
 
@@ -145,6 +148,7 @@ def stage_files(
         fingerprint: what the statistics are of.
         dtype: dtype of the moments in the files.
         widest: above how many outputs the moments of gradients are sketched.
+        clip: as in :func:`calibrate`.
     """
     names = {module: name for name, module in layers.items()}
     groups: list[tuple[list[str], list[str]]] = []
@@ -159,7 +163,8 @@ def stage_files(
     found: dict[str, StageFile] = {}
     for index, (stages, inside) in enumerate(groups):
         path = folder / f"{index:04d}-{(stages[0] or 'model').replace('/', '_')}.safetensors"
-        found |= dict.fromkeys(stages, StageFile(path, stages, inside, padding, shared, fingerprint, dtype, widest))
+        own = StageFile(path, stages, inside, padding, shared, fingerprint, dtype, widest, clip)
+        found |= dict.fromkeys(stages, own)
     return found
 
 

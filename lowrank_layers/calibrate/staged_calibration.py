@@ -45,6 +45,7 @@ def calibrate_in_stages(
     stages: Iterable[Selector] | None = None,
     target: Iterable[Selector] | None = None,
     mask: MaskOf | None = None,
+    clip: float | None = None,
     progress: bool = False,
     after_stage: Callable[[str], object] | None = None,
     dtype: torch.dtype = torch.float64,
@@ -62,6 +63,7 @@ def calibrate_in_stages(
         stages: as in :func:`find_stages`.
         target: as in :func:`calibrate`.
         mask: as in :func:`calibrate`.
+        clip: as in :func:`calibrate`.
         progress: shows a progress bar.
         after_stage: called with the name of a stage after it was run for all batches, each time.
         dtype: dtype of the moments in the files, as in :meth:`Statistics.save`, and of the sums of gradients; sums of
@@ -100,10 +102,10 @@ def calibrate_in_stages(
         forward = stack.enter_context(StagedForward(model, places, counted, padding, shared, path))
         bar = stack.enter_context(tqdm(total=(1 if loss is None else 2) * len(names), disable=not progress))
         named = None if loss is None else getattr(loss, "__name__", type(loss).__name__)
-        facts = _facts(loss, mask) | {"loss": named, "stages": names, "dtype": dtype, "sketch": sketch_above}
-        files = stage_files(
-            path, places, layers, padding, shared, fingerprint_of(batches, layers, facts), dtype, sketch_above
-        )
+        facts = _facts(loss, mask) | {"loss": named, "stages": names, "dtype": dtype}
+        facts |= {"sketch": sketch_above, "clip": clip}
+        fingerprint = fingerprint_of(batches, layers, facts)
+        files = stage_files(path, places, layers, padding, shared, fingerprint, dtype, sketch_above, clip)
 
         def finish(stage: str) -> None:
             bar.set_description(f"calibrate {stage}")
@@ -122,6 +124,7 @@ def calibrate_in_stages(
         samples=samples,
         with_target=loss is not None,
         mask=mask,
+        clip=clip,
         example=example,
         watched=tuple(layers),
         loss=named,

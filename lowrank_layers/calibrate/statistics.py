@@ -34,6 +34,7 @@ class Statistics(Mapping[str, LayerStats]):
         example: the first sample of the first batch, as a batch of one; ``None`` where someone else ran the model.
         watched: names of all layers whose moments were to be taken, whether called or not.
         loss: name of the loss that was given to :func:`calibrate`.
+        clip: how long rows of inputs may be, as given to :func:`calibrate`.
     """
 
     layers: dict[str, LayerStats] = field(default_factory=dict)
@@ -44,6 +45,7 @@ class Statistics(Mapping[str, LayerStats]):
     example: Any = field(default=None, repr=False, compare=False)
     watched: tuple[str, ...] = field(default=(), repr=False)
     loss: str | None = None
+    clip: float | None = None
 
     def __getitem__(self, name: str) -> LayerStats:
         return self.layers[name]
@@ -177,6 +179,8 @@ def _check_same(one: Statistics, other: Statistics) -> None:
             f"merge: got statistics of different layers, of which {different[0]!r} is in one part only; calibrate the"
             " same model with the same target= for each."
         )
+    if one.clip != other.clip:
+        raise LowRankError(f"merge: got statistics with clip={one.clip} and {other.clip}, expected one for all parts.")
     if one.loss != other.loss or _has_gradients(one) != _has_gradients(other):
         losses = [
             (each.loss or "no loss") + (" with gradients" if _has_gradients(each) else "") for each in (one, other)

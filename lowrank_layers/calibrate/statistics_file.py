@@ -21,7 +21,7 @@ from .readable import Unread, Value, read
 
 KEY = "lowrank_layers.statistics"
 VERSION = 1
-FACTS = ("samples", "with_target", "other_macs", "mask", "watched", "loss", "example")
+FACTS = ("samples", "with_target", "other_macs", "mask", "clip", "watched", "loss", "example")
 """What statistics have besides layers."""
 LAYER_FACTS = ("input_shape", "positions", "repeats", "traced", "free_bias", "rows_per_input", "gradient_rows")
 """What those of a layer have besides tensors."""
@@ -105,6 +105,7 @@ def read_statistics(path: Path, device: str) -> tuple[dict[str, LayerStats], dic
             raise CheckpointError(f"tensors {sorted(unread)} that belong to no layer")
         body["example"] = unpack(body["example"], {int(name[8:]): read_tensor(path, name, device) for name in examples})
         body["watched"] = tuple(body["watched"])
+        body.setdefault("clip", None)  # which older files do not have
         found = {fact: body[fact] for fact in FACTS}
     except (LowRankError, KeyError, TypeError, ValueError, AttributeError) as error:
         what = str(error) if isinstance(error, LowRankError) else f"{type(error).__name__}: {error}"

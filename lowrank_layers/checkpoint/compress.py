@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ..calibrate import Loss, MaskOf, SampledCrossEntropy, check_batches, is_calibrated
+from ..calibrate.clipping import check_clip
 from ..calibrate.processes import Processes
 from ..calibrate.sketch import COLUMNS, is_sketched
 from ..calibrate.staged_calibration import calibrate_in_stages
@@ -50,6 +51,7 @@ def compress_checkpoint(
     damping: Damping | None = None,
     mask: MaskOf | None = None,
     sketch_above: int | None = SKETCH_ABOVE,
+    clip: float | None = None,
     progress: bool = False,
 ) -> Plan:
     """Compresses the weights in a folder into another folder, without ever holding the model in memory.
@@ -82,6 +84,7 @@ def compress_checkpoint(
         damping: as in :func:`make_plan`.
         mask: how the padding of a batch is found, as in :func:`calibrate`.
         sketch_above: as in :func:`calibrate`.
+        clip: how long rows of inputs may be, as in :func:`calibrate`.
         progress: shows progress bars.
 
     Returns:
@@ -107,6 +110,7 @@ def compress_checkpoint(
         'LowRankLinear'
     """
     check_batches(batches, "compress_checkpoint")
+    check_clip(clip)
     batches, processes = list(batches), Processes.all()
     if not all(processes.gather(len(batches))):
         raise LowRankError("compress_checkpoint: got no batches.")
@@ -119,7 +123,7 @@ def compress_checkpoint(
         sizes = _moments(model, left, sketch_above)
     asked: dict[str, Any] = {"budget": repr(budget), "layers": sorted(sizes), "units": units, "methods": repr(methods)}
     asked |= {"loss": repr(loss if loss is None else getattr(loss, "__name__", type(loss))), "damping": repr(damping)}
-    asked["sketch_above"] = sketch_above
+    asked |= {"sketch_above": sketch_above, "clip": clip}
     asked |= {"weights": facts_of(checkpoint), "batches": processes.gather(digest_of(batches))}
     work = processes.from_first(partial(begin, target, asked, model, sum(sizes.values()) * processes.count))
     moments, planned = work / "stats.safetensors", work / "plan.json"
@@ -133,6 +137,7 @@ def compress_checkpoint(
             folder=stages,
             target=[lambda name, _: name in sizes],
             mask=mask,
+            clip=clip,
             progress=progress,
             dtype=torch.float32,
             sketch_above=sketch_above,

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..calibrate import DataRows, masked_input_rows, quiet_eval
+from ..calibrate.clipping import clip_scale
 from ..calibrate.moments import add_to_mean_, sums
 from ..calibrate.patch_moments import patch_sums
 from ..calibrate.processes import Processes
@@ -77,7 +78,7 @@ def build_in_sequence(
     passes = SideBySide(model, names, batches, stats.with_target, stats.mask, stats.example)
     with quiet_eval(model), passes:
         order = [*passes.calls, *(entry.name for entry in plan if entry.name not in passes.calls)]
-        paired = _Paired(passes, len(batches), processes or Processes())
+        paired = _Paired(passes, len(batches), stats.clip, processes or Processes())
 
         def look(name: str, prefix_changed: bool) -> Seen:
             seen = Seen(stats.get(name))
@@ -126,11 +127,12 @@ class _Paired:
     Args:
         passes: both.
         count: the number of batches.
+        clip: as in :func:`calibrate`.
         processes: those that have a part of the batches each.
     """
 
-    def __init__(self, passes: SideBySide, count: int, processes: Processes) -> None:
-        self._passes, self._count, self._processes = passes, count, processes
+    def __init__(self, passes: SideBySide, count: int, clip: float | None, processes: Processes) -> None:
+        self._passes, self._count, self._clip, self._processes = passes, count, clip, processes
         self._last: tuple[str, LayerStats] | None = None
 
     def stats(
@@ -168,7 +170,7 @@ class _Paired:
             if apart:
                 break
             for (x, found), (x_dense, _) in zip(ours, theirs, strict=True):
-                for own_sums, (total, products), count in _products(layer, x, x_dense, found, keep):
+                for own_sums, (total, products), count in _products(layer, x, x_dense, found, self._clip, keep):
                     inputs.add(*own_sums, count)
                     add_to_mean_(target_mean, total, count, inputs.rows)
                     add_to_mean_(cross, products, count, inputs.rows)
@@ -192,6 +194,7 @@ def _products(
     x: Tensor,
     x_dense: Tensor,
     found: DataRows | None,
+    clip: float | None,
     keep: Callable[[Tensor, Tensor], None] | None,
 ) -> Iterator[tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], int]]:
     """Yields sums over rows ``x'`` and ``x`` of a layer's inputs, and the number of rows.
@@ -203,6 +206,8 @@ def _products(
         x: its input behind the compressed prefix.
         x_dense: its input in the dense model.
         found: which rows are data.
+        clip: how long rows ``x`` may be, over the median of their lengths; longer ones are scaled down, with their
+            ``x'`` by the same factor.
         keep: called with the rows.
     """
     if keep is None and found is None:
@@ -213,6 +218,9 @@ def _products(
     pairs = zip(masked_input_rows(layer, x, found), masked_input_rows(layer, x_dense, found), strict=True)
     for rows, rows_dense in pairs:
         if rows.shape[-2]:
+            scale = clip_scale(layer, rows_dense, clip)
+            if scale is not None:
+                rows, rows_dense = rows * scale, rows_dense * scale
             if keep is not None:
                 keep(rows, rows_dense)
             yield sums(rows), sums(rows, rows_dense), rows.shape[-2]
