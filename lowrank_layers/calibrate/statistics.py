@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -16,6 +16,7 @@ from torch import Tensor
 from ..errors import LowRankError
 from .all_reduce import gather, outline, reduced_sum
 from .example import map_tensors
+from .isotropic import isotropic_layers
 from .layer_stats import LayerStats as LayerStats
 from .merge import Add, merge_layers, weighted_sum
 from .statistics_file import FACTS, read_statistics, write_statistics
@@ -129,6 +130,28 @@ class Statistics(Mapping[str, LayerStats]):
             True
         """
         return _merged([self, *others], weighted_sum)
+
+    def isotropic(self, names: Iterable[str]) -> Statistics:
+        """Returns statistics in which all outputs of the chosen layers count the same.
+
+        Their ``G`` becomes the identity times the mean of its diagonal, so that losses stay comparable between layers.
+        Of queries and keys ``G`` knows what a small change of one of them does under the other's present values, while
+        both change, and pass a softmax.
+
+        Args:
+            names: names of layers, ends of them, or names of modules around them.
+
+        Raises:
+            LowRankError: for a name that matches no layer, and layers without gradients.
+
+        Examples:
+            >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+            >>> stats = lr.calibrate(model, [torch.randn(32, 8)], loss=lr.SampledCrossEntropy())
+            >>> g = stats.isotropic(["2"])["2"].gradients
+            >>> torch.allclose(g, torch.eye(4).double() * stats["2"].gradients.diagonal().mean())
+            True
+        """
+        return replace(self, layers=isotropic_layers(self.layers, names))
 
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> Statistics:
         """Returns, in every process, the statistics of all the data, of which each process has seen a part.

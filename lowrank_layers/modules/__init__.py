@@ -29,7 +29,7 @@ from .optimizer import (
 )
 from .reasons import reason_to_keep as reason_to_keep, reasons_to_keep as reasons_to_keep
 from .replace import replace_ as replace_
-from .select import Selector as Selector, select as select
+from .select import Selector as Selector, matches_name as matches_name, select as select
 from .shortcuts import update_shortcuts_ as update_shortcuts_
 from .storage import separate as separate, shared_names as shared_names
 from .tree import module_aliases as module_aliases, named_tensors as named_tensors, walk_layers as walk_layers

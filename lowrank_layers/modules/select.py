@@ -50,11 +50,19 @@ def select(
     return taken
 
 
+def matches_name(selector: str, name: str) -> bool:
+    """Returns whether a selector is a module's name, the end of it, or the name of a parent.
+
+    Args:
+        selector: the selector.
+        name: the module's name.
+    """
+    return name == selector or name.endswith(f".{selector}") or name.startswith(f"{selector}.")
+
+
 def _matches(selector: Selector, names: Sequence[str], module: nn.Module) -> bool:
     if isinstance(selector, str):
-        return any(
-            name == selector or name.endswith(f".{selector}") or name.startswith(f"{selector}.") for name in names
-        )
+        return any(matches_name(selector, name) for name in names)
     if isinstance(selector, type):
         return isinstance(module, selector)
     if callable(selector):
