@@ -10,7 +10,12 @@ import typing
 import torch.distributed
 
 from . import kv_cache
-from .calibrate import Calibration as Calibration, SampledCrossEntropy as SampledCrossEntropy, calibrate as calibrate
+from .calibrate import (
+    Calibration as Calibration,
+    LeaveOut as LeaveOut,
+    SampledCrossEntropy as SampledCrossEntropy,
+    calibrate as calibrate,
+)
 from .calibrate.statistics import LayerStats as LayerStats, Statistics as Statistics
 from .checkpoint import compress_checkpoint as compress_checkpoint, load as load, save as save
 from .compress import (

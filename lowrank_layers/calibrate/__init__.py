@@ -9,6 +9,7 @@ from .fisher import (
     main_output as main_output,
 )
 from .layer_recorder import as_batch as as_batch
+from .leave_out import LeaveOut as LeaveOut
 from .loss_scale import fitting_scale as fitting_scale
 from .masks import DataRows as DataRows, mask_of_rows as mask_of_rows, masked_input_rows as masked_input_rows
 from .padding import Padding as Padding

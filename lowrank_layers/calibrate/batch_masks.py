@@ -8,15 +8,17 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import LowRankError
+from .leave_out import LeaveOut
 
 IGNORED = -100
 """The label that torch's cross-entropy ignores by default."""
 
-MaskOf = str | Callable[[Any], Tensor]
-"""How the mask of a batch is found: a key of dict batches, or a function from a batch to a mask ``[B, T]``."""
+MaskOf = str | Callable[[Any], Tensor] | LeaveOut
+"""How the mask of a batch is found: a key of dict batches, a function from a batch to a mask ``[B, T]``, or the model's
+own masks without some tokens."""
 
 
-def find_mask(batch: Any, mask: MaskOf) -> Tensor:
+def find_mask(batch: Any, mask: str | Callable[[Any], Tensor]) -> Tensor:
     """Returns the mask of a batch, true at data, as the user said how to find it.
 
     Raises:
@@ -36,11 +38,11 @@ def find_mask(batch: Any, mask: MaskOf) -> Tensor:
 
 
 def check_mask(mask: object, owner: str) -> None:
-    """Raises for what is neither a key nor a function."""
-    if mask is not None and not isinstance(mask, str) and not callable(mask):
+    """Raises for what is neither a key, nor a function, nor a :class:`LeaveOut`."""
+    if mask is not None and not isinstance(mask, (str, LeaveOut)) and not callable(mask):
         raise LowRankError(
-            f"{owner}: got mask of type {type(mask).__name__}, expected a key of the batches, or a function from a"
-            " batch to a tensor [B, T], nonzero where a position is data."
+            f"{owner}: got mask of type {type(mask).__name__}, expected a key of the batches, a function from a"
+            " batch to a tensor [B, T], nonzero where a position is data, or a LeaveOut."
         )
 
 

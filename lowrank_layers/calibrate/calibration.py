@@ -64,7 +64,7 @@ def calibrate(
             is n^2 numbers, and m^2 of gradients: with a loss, leave out outputs to a vocabulary where they are not
             needed.
         mask: for other models: a key of dict batches, or a function from a batch to a mask ``[B, T]``, nonzero where a
-            position is data.
+            position is data. For any model ``LeaveOut(first=4)``: the first tokens of each sample count as padding.
         clip: scales down the rows of a linear layer's inputs that are longer than this number times the median length
             of the rows of the same call, to that length; such as 10. Convolutions see their inputs as they are.
             :func:`factorize_` fits layers to rows that are scaled likewise.

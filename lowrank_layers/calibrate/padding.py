@@ -15,6 +15,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..layers import ConvNd, LowRankMultiheadAttention
 from .batch_masks import MaskOf, find_mask, labelled, read_mask
+from .leave_out import LeaveOut, with_masks
 from .masks import DataRows, find_data_rows, mask_of_rows, may_run_over, output_mask
 
 _OWN = ("decoder_attention_mask", "attention_mask", "tgt_key_padding_mask", "src_key_padding_mask", "key_padding_mask")
@@ -79,7 +80,7 @@ class Padding(threading.local):
 
     Args:
         model: the model whose forward passes are followed.
-        mask: how the mask of a batch is found, where the model is called with none.
+        mask: how the mask of a batch is found, where the model is called with none, or what its masks leave out.
     """
 
     def __init__(self, model: nn.Module, mask: MaskOf | None = None) -> None:
@@ -117,7 +118,7 @@ class Padding(threading.local):
             batch: its batch.
             target: the target beside the inputs, whose labels may tell where a sample ends.
         """
-        self._given = None if self.mask is None else find_mask(batch, self.mask)
+        self._given = None if self.mask is None or isinstance(self.mask, LeaveOut) else find_mask(batch, self.mask)
         self._target = target
 
     def snapshot(self, tensors: Sequence[Tensor]) -> Snapshot:
@@ -238,7 +239,7 @@ class Padding(threading.local):
                     self._states[states] = mask
                 elif name in _MEMORY and states is not None and states.ndim > 2 and states not in self._states:
                     # another sequence without a mask: that of the decoder is not its
-                    self._states[states] = _Mask(states.new_ones(states.shape[:2], dtype=torch.bool), full=True)
+                    self._states[states] = self._mask_of(states.new_ones(states.shape[:2], dtype=torch.bool))
 
         return hook
 
@@ -258,11 +259,13 @@ class Padding(threading.local):
         self._states.clear()
         self._read.clear()
         config = getattr(self.model, "config", None)
-        own = self._own(tensors)
-        label_mask = labelled(tensors.get("labels", self._target))
-        labels = [] if label_mask is None else [_Mask(label_mask, full=False)]
-        given = [] if self._given is None else [_Mask(self._given, bool(self._given.all()))]
         pair = _is_pair(tensors) or bool(getattr(config, "is_encoder_decoder", False))
+        label_mask = labelled(tensors.get("labels", self._target))
+        if isinstance(self.mask, LeaveOut):
+            tensors = with_masks(tensors, pair=pair, labelled=label_mask is not None, time_first=bool(late))
+        own = self._own(tensors)
+        labels = [] if label_mask is None else [self._mask_of(label_mask)]
+        given = [] if self._given is None else [self._mask_of(self._given)]
         self._two, self._decoded = pair and not given, False
         decoder = given or labels
         if not given and "decoder_attention_mask" in tensors:
@@ -308,9 +311,13 @@ class Padding(threading.local):
             return None
         if value not in self._read:
             real = read_mask(name, value)
-            self._read[value] = None if real is None else _Mask(real, bool(real.all()))
+            self._read[value] = None if real is None else self._mask_of(real)
         found: _Mask | None = self._read[value]
         return found
+
+    def _mask_of(self, real: Tensor) -> _Mask:
+        real = self.mask.narrow(real) if isinstance(self.mask, LeaveOut) else real
+        return _Mask(real, bool(real.all()))
 
     def _tagged(self, x: Tensor) -> list[_Mask]:
         found = self._states.get(x)

@@ -143,7 +143,7 @@ def calibrate_in_stages(
 def _facts(loss: Loss | None, mask: MaskOf | None) -> dict[str, Any]:
     """What tells one loss, and one mask, from another one of its kind."""
     settings = {key: value for key, value in getattr(loss, "__dict__", {}).items() if isinstance(value, (int, float))}
-    named = mask if mask is None or isinstance(mask, str) else getattr(mask, "__name__", type(mask).__name__)
+    named = getattr(mask, "__name__", type(mask).__name__) if callable(mask) else repr(mask)
     return {**settings, "mask": named}
 
 

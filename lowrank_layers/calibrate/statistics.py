@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..errors import LowRankError
 from .all_reduce import gather, outline, reduced_sum
+from .batch_masks import MaskOf
 from .example import map_tensors
 from .isotropic import isotropic_layers
 from .layer_stats import LayerStats as LayerStats
@@ -42,7 +43,7 @@ class Statistics(Mapping[str, LayerStats]):
     samples: int = 0
     with_target: bool = False
     other_macs: int = 0
-    mask: str | Callable[[Any], Tensor] | None = field(default=None, repr=False, compare=False)
+    mask: MaskOf | None = field(default=None, repr=False, compare=False)
     example: Any = field(default=None, repr=False, compare=False)
     watched: tuple[str, ...] = field(default=(), repr=False)
     loss: str | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from ..errors import CheckpointError, LowRankError
 from ..files import DTYPES, TensorInfo, check_writable, read_header, read_tensor, write_streamed
 from .example import pack, unpack
 from .layer_stats import LayerStats
+from .leave_out import LeaveOut
 from .moments import Moments
 from .readable import Unread, Value, read
 
@@ -50,6 +51,8 @@ def write_statistics(
     packed, examples = _packed(facts["example"])
     rounded = dtype != torch.float64  # of a second moment far from zero little would be left but the mean
     body: dict[str, Any] = {"version": VERSION, **facts, "example": packed, "centred": rounded, "layers": {}}
+    if isinstance(facts["mask"], LeaveOut):
+        body["mask"] = asdict(facts["mask"])
     moments: dict[str, Value] = {}
     owners: dict[int, str] = {}
     for name, layer in layers.items():
@@ -106,6 +109,8 @@ def read_statistics(path: Path, device: str) -> tuple[dict[str, LayerStats], dic
         body["example"] = unpack(body["example"], {int(name[8:]): read_tensor(path, name, device) for name in examples})
         body["watched"] = tuple(body["watched"])
         body.setdefault("clip", None)  # which older files do not have
+        if isinstance(body["mask"], dict):
+            body["mask"] = LeaveOut(**body["mask"])
         found = {fact: body[fact] for fact in FACTS}
     except (LowRankError, KeyError, TypeError, ValueError, AttributeError) as error:
         what = str(error) if isinstance(error, LowRankError) else f"{type(error).__name__}: {error}"
