@@ -36,6 +36,7 @@ RESULTS = {
     "projection": "projection",
     "recovery": "recovery",
     "robot_g1": "robot_g1",
+    "robust_statistics": "robust_statistics",
     "sequence": "sequence",
     "spectrum_monitor": "spectrum_monitor",
     "vla": "vla",
