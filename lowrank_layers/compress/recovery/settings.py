@@ -34,6 +34,9 @@ class RecoverySettings:
         accumulate: number of batches per optimizer step; the objective is the mean of theirs.
         trainable: ``"all"`` trains every parameter that requires gradients, ``"factors"`` only those of the factored
             layers.
+        freeze_batch_norm: batch norms normalize by the running statistics that they have, and keep them; their weights
+            and biases are trained all the same. It suits small batches, and hidden states that are matched to a
+            teacher's: there the statistics are to be the teacher's too.
         dtype: dtype of autocast, ``torch.bfloat16`` or ``torch.float16`` (whose loss is scaled); ``None`` computes in
             the model's own.
         distance: the distance of outputs: ``"kl"``, the Kullback-Leibler divergence from the teacher's prediction to
@@ -65,6 +68,7 @@ class RecoverySettings:
     clip: float | None = 1.0
     accumulate: int = 1
     trainable: Literal["all", "factors"] = "all"
+    freeze_batch_norm: bool = False
     dtype: torch.dtype | None = None
     distance: Literal["kl", "mse"] = "kl"
     temperature: float = 1.0
@@ -94,6 +98,10 @@ class RecoverySettings:
         for name, known in (("trainable", ("all", "factors")), ("distance", ("kl", "mse"))):
             if (value := getattr(self, name)) not in known:
                 raise LowRankError(f"RecoverySettings: got {name}={value!r}, expected {known[0]!r} or {known[1]!r}.")
+        if not isinstance(self.freeze_batch_norm, bool):
+            raise LowRankError(
+                f"RecoverySettings: got freeze_batch_norm={self.freeze_batch_norm!r}, expected True or False."
+            )
         if self.dtype is not None and self.dtype not in DTYPES:
             raise LowRankError(f"RecoverySettings: got dtype={self.dtype!r}, expected None or one of {list(DTYPES)}.")
         if not isinstance(self.class_dim, int):

@@ -98,6 +98,10 @@ class Training:
         resting = [] if isinstance(self._model, DistributedDataParallel) else self._model.parameters()
         frozen = [p for p in resting if p.requires_grad and id(p) not in ids]
         self._model.train()
+        if self._settings.freeze_batch_norm:
+            for module in self._model.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
         for parameter in frozen:
             parameter.requires_grad_(False)
         for parameter, _ in gradients:

@@ -130,6 +130,34 @@ def test_frozen_parameters_gradients_modes_and_generators_are_left_alone():
     assert [module.training for module in model] == [True, False, True]
 
 
+def test_frozen_batch_norms_keep_their_statistics_and_train_as_affine_maps():
+    torch.manual_seed(0)
+    model = nn.Sequential(lr.LowRankLinear(6, 8, rank=2), nn.BatchNorm1d(8), nn.Linear(8, 3)).eval()
+    norm = model[1]
+    norm.running_mean.normal_()
+    norm.running_var.uniform_(0.5, 2.0)
+    reference, data = copy.deepcopy(model), some(4)
+    optimizer = torch.optim.SGD(reference.parameters(), lr=0.1)
+    scale = (norm.running_var + norm.eps).rsqrt()
+    for step, (x, y) in enumerate(data):
+        hidden = (reference[0](x) - norm.running_mean) * scale * reference[1].weight + reference[1].bias
+        optimizer.zero_grad()
+        F.cross_entropy(reference[2](hidden), y).backward()
+        optimizer.param_groups[0]["lr"] = 0.1 * 0.5 * (1 + math.cos(math.pi * step / 4))
+        optimizer.step()
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    own = torch.optim.SGD(model.parameters(), lr=0.1)
+    lr.recover_(model, data, steps=4, warmup=0.0, clip=None, freeze_batch_norm=True, optimizer=own)
+    torch.testing.assert_close(weights(model), weights(reference))
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+    model.train()
+    lr.recover_(model, data, steps=1)
+    assert norm.training
+    assert not torch.equal(norm.running_mean, before["1.running_mean"])
+    lr.recover_(model, data, steps=1, freeze_batch_norm=True)
+    assert norm.training
+
+
 def test_validation_without_a_metric_is_minus_the_objective_over_samples():
     model = small()
     validation = [*some(1, size=4), *some(1, size=1)]
@@ -232,6 +260,7 @@ BAD = {
     "got lr=nan, expected a number above 0": lambda m: lr.recover_(m, some(2), lr=math.nan),
     "got warmup=2, expected a fraction": lambda m: lr.recover_(m, some(2), warmup=2),
     "got trainable='some', expected 'all'": lambda m: lr.recover_(m, some(2), trainable="some"),
+    "got freeze_batch_norm=1, expected True or False": lambda m: lr.recover_(m, some(2), freeze_batch_norm=1),
     "got hidden='0', expected a list": lambda m: lr.recover_(m, some(2), hidden="0"),
     "got dtype=torch.int8, expected None": lambda m: lr.recover_(m, some(2), dtype=torch.int8),
     "metric= without validation=": lambda m: lr.recover_(m, some(2), metric=accuracy),
