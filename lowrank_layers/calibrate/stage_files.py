@@ -163,8 +163,8 @@ def stage_files(
     found: dict[str, StageFile] = {}
     for index, (stages, inside) in enumerate(groups):
         path = folder / f"{index:04d}-{(stages[0] or 'model').replace('/', '_')}.safetensors"
-        own = StageFile(path, stages, inside, padding, shared, fingerprint, dtype, widest, clip)
-        found |= dict.fromkeys(stages, own)
+        file = StageFile(path, stages, inside, padding, shared, fingerprint, dtype, widest, clip)
+        found |= dict.fromkeys(stages, file)
     return found
 
 
