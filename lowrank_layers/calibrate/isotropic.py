@@ -46,5 +46,7 @@ def _isotropic(moment: Value) -> Value:
 
 
 def _scaled_identity(moment: Tensor) -> Tensor:
+    if moment.shape[-2] != moment.shape[-1]:  # a sketch, whose first column is the diagonal
+        return torch.cat([moment[:, :1].mean().expand(len(moment), 1), torch.zeros_like(moment[:, 1:])], 1)
     mean = moment.diagonal(dim1=-2, dim2=-1).mean(-1)
     return mean[..., None, None] * torch.eye(moment.shape[-1], dtype=moment.dtype, device=moment.device)

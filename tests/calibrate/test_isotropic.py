@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import lowrank_layers as lr
+from lowrank_layers.calibrate.sketch import diagonal_plus_low_rank
 
 
 @pytest.fixture
@@ -35,6 +36,17 @@ def test_the_mean_of_the_diagonal_stays(stats, read, tmp_path):
             assert torch.allclose(new, torch.eye(size, dtype=own.dtype) * own.trace() / size, rtol=1e-12, atol=0)
     assert torch.equal(found["5"].gradients, stats["5"].gradients)
     assert torch.equal(found["0"].inputs.second, stats["0"].inputs.second)
+
+
+def test_of_a_sketch_the_diagonal_is_left():
+    model = nn.Sequential(nn.Linear(4, 520), nn.Tanh(), nn.Linear(520, 3))
+    stats = lr.calibrate(model, [torch.randn(40, 4)], lr.SampledCrossEntropy(), sketch_above=0)
+    sketch, own = stats["0"].gradients, stats.isotropic(["0"])
+    diagonal, factor = diagonal_plus_low_rank(own["0"].gradients)
+    assert sketch.shape[1] < 520
+    assert torch.allclose(diagonal, sketch[:, 0].mean().expand(520), rtol=1e-12)
+    assert not factor.any()
+    lr.factorize_(model, lr.make_plan(model, rank=2, stats=own), stats=own)
 
 
 def test_layers_are_built_as_without_gradients(model):
