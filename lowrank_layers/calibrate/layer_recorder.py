@@ -148,7 +148,7 @@ class LayerRecorder:
                 self.moments.add(*known)
                 return known[2]
             for part in masked_input_rows(module, batched, found):
-                self.moments.update(clipped(module, part, self._pass.clip))
+                self.moments.update(*clipped(module, self._pass.clip, part))
             return self.moments.rows - before
         indices = batched if found is None else batched[found.inputs]
         taken = indices.numel()

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..checks import check_integer
 from ..errors import LowRankError
 
-_MASKS = ("attention_mask", "tgt_key_padding_mask", "src_key_padding_mask", "key_padding_mask")
+MASKS = ("attention_mask", "tgt_key_padding_mask", "src_key_padding_mask", "key_padding_mask")
 """Masks of the sequence that a model is called with."""
 
 
@@ -75,7 +75,7 @@ def with_masks(tensors: Mapping[str, Tensor], *, pair: bool, labelled: bool, tim
         decoded = next((tensors[name] for name in ("decoder_input_ids", "labels") if name in tensors), None)
         if decoded is not None:
             found["decoder_attention_mask"] = decoded.new_ones(decoded.shape[:2], dtype=torch.bool)
-    if (labelled and not pair) or any(name in tensors and tensors[name].ndim == 2 for name in _MASKS):
+    if (labelled and not pair) or any(name in tensors and tensors[name].ndim == 2 for name in MASKS):
         return found
     inputs = next((tensors[name] for name in ("input_ids", "inputs_embeds", *tensors) if name in tensors), None)
     if inputs is None or inputs.ndim != (3 if inputs.is_floating_point() else 2):

@@ -15,10 +15,10 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..layers import ConvNd, LowRankMultiheadAttention
 from .batch_masks import MaskOf, find_mask, labelled, read_mask
-from .leave_out import LeaveOut, with_masks
+from .leave_out import MASKS, LeaveOut, with_masks
 from .masks import DataRows, find_data_rows, mask_of_rows, may_run_over, output_mask
 
-_OWN = ("decoder_attention_mask", "attention_mask", "tgt_key_padding_mask", "src_key_padding_mask", "key_padding_mask")
+_OWN = ("decoder_attention_mask", *MASKS)
 """Masks of the sequence that a module works on."""
 _OTHER = {
     "encoder_hidden_states": "encoder_attention_mask",

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..calibrate import DataRows, masked_input_rows, quiet_eval
-from ..calibrate.clipping import clip_scale
+from ..calibrate.clipping import clipped
 from ..calibrate.moments import add_to_mean_, sums
 from ..calibrate.patch_moments import patch_sums
 from ..calibrate.processes import Processes
@@ -218,9 +218,7 @@ def _products(
     pairs = zip(masked_input_rows(layer, x, found), masked_input_rows(layer, x_dense, found), strict=True)
     for rows, rows_dense in pairs:
         if rows.shape[-2]:
-            scale = clip_scale(layer, rows_dense, clip)
-            if scale is not None:
-                rows, rows_dense = rows * scale, rows_dense * scale
+            rows_dense, rows = clipped(layer, clip, rows_dense, rows)
             if keep is not None:
                 keep(rows, rows_dense)
             yield sums(rows), sums(rows, rows_dense), rows.shape[-2]
