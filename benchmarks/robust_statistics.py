@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -75,12 +76,12 @@ def scores(subject: Subject, stats: lr.Statistics, setting: Setting) -> list[flo
     return found
 
 
-def measured(subject: Subject, known: Mapping[str, list[float]]) -> Iterator[tuple[str, list[float]]]:
-    """The rows that are not known yet."""
+def measured(subject: Subject, known: Mapping[str, list[float]], only: str) -> Iterator[tuple[str, list[float]]]:
+    """The rows that are not known yet, of those that a regular expression matches."""
     calibrated: Mapping[str, Any] | None = None
     for label, setting in SETTINGS.items():
         wanted = [label, *(HALVES if label == "default" else ())]
-        if not applies(setting, subject) or all(name in known for name in wanted):
+        if not applies(setting, subject) or not re.search(only, label) or all(name in known for name in wanted):
             continue
         if setting.calibration != calibrated:
             halves = [
@@ -97,10 +98,10 @@ def measured(subject: Subject, known: Mapping[str, list[float]]) -> Iterator[tup
         yield label, scores(subject, stats, setting)
 
 
-def rows_of(subject: Subject, path: Path) -> dict[str, list[float]]:
+def rows_of(subject: Subject, path: Path, only: str) -> dict[str, list[float]]:
     """All rows of a model, kept in a file meanwhile."""
     rows: dict[str, list[float]] = json.loads(path.read_text()) if path.exists() else {}
-    for label, found in measured(subject, rows):
+    for label, found in measured(subject, rows, only):
         rows[label] = found
         print(subject.name, label, *found, sep=" | ", flush=True)
         with replacing(path) as temporary:
@@ -124,6 +125,7 @@ def gains(subject: Subject, rows: Mapping[str, list[float]]) -> dict[str, list[f
 def main() -> None:
     parser = arguments(__doc__ or "", threads=1)
     parser.add_argument("--models", nargs="+", default=list(SUBJECTS), choices=list(SUBJECTS))
+    parser.add_argument("--only", default="", help="a regular expression for the rows to measure; kept ones are shown")
     parser.add_argument("--work", type=Path, help="folder for weights and finished rows; by default a temporary one")
     parser.add_argument("--smoke", action="store_true", help="a random model, to see that the script runs")
     args = parser.parse_args()
@@ -134,7 +136,7 @@ def main() -> None:
         work.mkdir(parents=True, exist_ok=True)
         for name in ["smoke"] if args.smoke else args.models:
             subject = smoke(work) if args.smoke else SUBJECTS[name](work)
-            rows = rows_of(subject, work / f"{name}.json")
+            rows = rows_of(subject, work / f"{name}.json", args.only)
             head = ["setting", *(f"{fraction:.0%} of the layers" for fraction in subject.fractions)]
             table = [
                 [label, *(f"{score:.{subject.digits}f}" for score in rows[label])]

@@ -119,7 +119,7 @@ class TinyViT(nn.Module):
         depth: number of blocks.
     """
 
-    def __init__(self, width: int = 96, depth: int = 4) -> None:
+    def __init__(self, width: int = 64, depth: int = 4) -> None:
         super().__init__()
         self.patches = nn.Conv2d(3, width, 4, 4)
         self.positions = nn.Parameter(0.02 * torch.randn(64, width))
@@ -165,9 +165,9 @@ def vit(work: Path) -> Subject:
     """The small vision transformer."""
     x, y = (part[:4_000] for part in cifar10("test"))
     batches = list(cifar10("train")[0][:1_000].split(250))
-    halves, model = (batches[::2], batches[1::2]), trained_vit(work, epochs=6)
+    halves, model = (batches[::2], batches[1::2]), trained_vit(work, epochs=8)
     name, queries = "A small ViT on CIFAR-10, accuracy in %", ("q_proj", "k_proj")
-    return Subject(name, model, halves, drawn_labels, lambda net: accuracy(net, x, y), (0.7, 0.5), queries=queries)
+    return Subject(name, model, halves, drawn_labels, lambda net: accuracy(net, x, y), (0.3, 0.15), queries=queries)
 
 
 def smoke(_: Path) -> Subject:
