@@ -20,9 +20,10 @@ class LeaveOut:
     """The ``mask`` of a calibration that counts the first or last tokens of each sample as padding.
 
     The first token of a text often has activations a thousand times as large as the others (attention sinks: Xiao et
-    al., 2024), and the first ones are predicted without much context. The model still sees all tokens. Padding is not
-    counted: of a sample padded at the left, the first tokens are those after the padding, as the model's own masks say.
-    An encoder and a decoder leave out the first and last tokens of both of their sequences.
+    al., 2024), and the first ones are predicted without much context. An encoder whose embedding is an average over all
+    tokens does much worse without the first (``benchmarks/robust_statistics.py``). The model still sees all tokens.
+    Padding is not counted: of a sample padded at the left, the first tokens are those after the padding, as the model's
+    own masks say. An encoder and a decoder leave out the first and last tokens of both of their sequences.
 
     Args:
         first: how many tokens at the beginning.
