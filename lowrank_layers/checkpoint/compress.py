@@ -123,7 +123,7 @@ def compress_checkpoint(
         sizes = _moments(model, left, sketch_above)
     asked: dict[str, Any] = {"budget": repr(budget), "layers": sorted(sizes), "units": units, "methods": repr(methods)}
     asked |= {"loss": repr(loss if loss is None else getattr(loss, "__name__", type(loss))), "damping": repr(damping)}
-    asked |= {"sketch_above": sketch_above, "clip": clip}
+    asked |= {"sketch_above": sketch_above, "clip": clip, "mask": mask if isinstance(mask, str) else repr(type(mask))}
     asked |= {"weights": facts_of(checkpoint), "batches": processes.gather(digest_of(batches))}
     work = processes.from_first(partial(begin, target, asked, model, sum(sizes.values()) * processes.count))
     moments, planned = work / "stats.safetensors", work / "plan.json"
