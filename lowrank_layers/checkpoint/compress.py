@@ -170,7 +170,7 @@ def compress_checkpoint(
     layers.mkdir(exist_ok=True)
     store = LayerStore(layers, model, processes)
     with opened_attentions(model):
-        built = build_in_sequence(model, plan, stats, batches, False, progress, store.keep, processes)
+        built = build_in_sequence(model, plan, stats, batches, False, progress, store.keep, processes, layers)
     put_in_place_(model, built)
 
     def finish() -> None:

@@ -130,14 +130,13 @@ class Candidate:
             )
         mean, second = stats.inputs.mean.to(device), stats.inputs.second.to(device)
         target = mean if stats.target_mean is None else stats.target_mean.to(device)
-        cross = None if stats.cross is None else stats.cross.to(device)
         centred = takes_bias(self.module) and self.has_bias
         moment = torch.addr(second, mean, mean, alpha=-1) if centred else second.clone()
         variance = diagonal_of(moment).mean()
         ridge = self.damping.inputs * variance if variance > 0 else torch.ones_like(variance)
         moved = None
-        if cross is not None:
-            moved = torch.add(weight @ cross, weight, alpha=float(ridge))
+        if (cross := stats.cross) is not None:
+            moved = torch.add(weight @ cross.to(device), weight, alpha=float(ridge))
             moved = moved if centred else moved.addr_(weight @ target, mean)
         outputs = Metric.identity(rows, device)
         gradients = stats.gradients

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,10 +18,11 @@ from ..calibrate.clipping import clipped
 from ..calibrate.moments import add_to_mean_, sums
 from ..calibrate.patch_moments import patch_sums
 from ..calibrate.processes import Processes
+from ..calibrate.readable import Unread
 from ..calibrate.statistics import LayerStats, Statistics
 from ..errors import LowRankError
 from ..layers import ConvNd, is_embedding, matrices_of, takes_bias
-from ..memory import release_freed
+from ..memory import release_freed, release_mapped, spilled
 from .build import build_layer, refit, write_
 from .planned_layers import PlannedLayers
 from .rectified import ENTRIES, ROWS, Rectifier, build_rectified, rectifier_of
@@ -60,6 +62,7 @@ def build_in_sequence(
     progress: bool,
     keep: Keep = lambda name, look, make: make(look()),
     processes: Processes | None = None,
+    folder: Path | None = None,
 ) -> dict[str, nn.Module]:
     """Returns the layers of a plan, built in forward order, and dense ones with new values.
 
@@ -72,13 +75,14 @@ def build_in_sequence(
         progress: shows a progress bar.
         keep: what is done with each new layer.
         processes: those that have a part of the batches each, and all call this; ``None`` for this one alone.
+        folder: where large moments wait while a layer is fitted; ``None`` keeps them in memory.
     """
     built: dict[str, nn.Module] = {}
     names = [entry.name for entry in plan if entry.name in stats]
     passes = SideBySide(model, names, batches, stats.with_target, stats.mask, stats.example)
     with quiet_eval(model), passes:
         order = [*passes.calls, *(entry.name for entry in plan if entry.name not in passes.calls)]
-        paired = _Paired(passes, len(batches), stats.clip, processes or Processes())
+        paired = _Paired(passes, len(batches), stats.clip, processes or Processes(), folder)
 
         def look(name: str, prefix_changed: bool) -> Seen:
             seen = Seen(stats.get(name))
@@ -129,10 +133,13 @@ class _Paired:
         count: the number of batches.
         clip: as in :func:`calibrate`.
         processes: those that have a part of the batches each.
+        folder: where large moments wait until the next layer, which may share them; ``None`` keeps them in memory.
     """
 
-    def __init__(self, passes: SideBySide, count: int, clip: float | None, processes: Processes) -> None:
-        self._passes, self._count, self._clip, self._processes = passes, count, clip, processes
+    def __init__(
+        self, passes: SideBySide, count: int, clip: float | None, processes: Processes, folder: Path | None
+    ) -> None:
+        self._passes, self._count, self._clip, self._processes, self._folder = passes, count, clip, processes, folder
         self._last: tuple[str, LayerStats] | None = None
 
     def stats(
@@ -152,7 +159,7 @@ class _Paired:
         is_linear = not isinstance(layer, ConvNd) and not is_embedding(layer)
         if is_linear and kept is None and self._last and self._passes.have_same_inputs(name, self._last[0]):
             same = self._last[1]
-            return stats.changed(inputs=same.inputs, cross=same.cross, target_mean=same.target_mean)
+            return stats.changed(inputs=same.inputs, cross=vars(same)["cross"], target_mean=same.target_mean)
         self._last = None
         inputs = stats.inputs.before_any()
         target_mean = torch.zeros_like(inputs.mean)
@@ -182,11 +189,29 @@ class _Paired:
         if not bool(torch.isfinite(cross).all() & torch.isfinite(inputs.second).all()):
             raise LowRankError(f"{name!r}: got NaN or Inf in its inputs; look at the batches in data.")
         cross.addcmul_(target_mean[..., :, None], inputs.mean[..., None, :], value=-1)
-        own = stats.changed(inputs=inputs, cross=cross, target_mean=target_mean)
+        large = cross.nbytes > LARGE
+        if large and self._folder is not None:
+            inputs.second = _in_file(inputs.second, self._folder)
+            own = stats.changed(inputs=inputs, cross=_in_file(cross, self._folder), target_mean=target_mean)
+        else:
+            own = stats.changed(inputs=inputs, cross=cross, target_mean=target_mean)
         self._last = (name, own) if is_linear else None
-        if cross.nbytes > LARGE:
+        del cross
+        if large:
             release_freed()
         return own
+
+
+def _in_file(moment: Tensor, folder: Path) -> Unread:
+    """A moment that is in a file until somebody asks for it."""
+    kept = spilled(moment, folder)
+
+    def read() -> Tensor:
+        values = kept.clone()
+        release_mapped([kept])
+        return values
+
+    return Unread(tuple(moment.shape), read)
 
 
 def _products(
