@@ -7,7 +7,7 @@ from the dense model, by SOAP. ResNet-20 is factorized by the default plan to 1.
 which are removed, take about the rest. It is recovered for three epochs of 15,000 images, shifted by up to four pixels
 and mirrored, by the logits and the outputs of all blocks of the dense model, with its batch norms frozen. Accuracies
 are those of the 10,000 test images. The settings of LeNet's recovery were chosen by about fifty runs of other
-compressed models, scored on the same test images; those of ResNet-20's by about forty, most of one epoch and at 20 %,
+compressed models, scored on the same test images; those of ResNet-20's by about fifty, most of one epoch and at 20 %,
 scored on the first 3,000 test images. A bar is met if it is by every seed.
 """
 
