@@ -9,6 +9,8 @@ streaming data", 2017). Both are stored side by side, ``[m, 1 + columns]``, and 
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -84,8 +86,9 @@ def diagonal_plus_low_rank(sketch: Tensor) -> tuple[Tensor, Tensor]:
     return (diagonal - factor.square().sum(1)).clamp_min(0), factor
 
 
+@lru_cache(maxsize=1)
 def random_columns(rows: int, columns: int) -> Tensor:
-    """Returns the same Gaussian matrix each time, ``[rows, columns]``.
+    """Returns the same Gaussian matrix each time, ``[rows, columns]``; it must not be written to.
 
     Args:
         rows: number of rows.

@@ -199,9 +199,7 @@ class StagedForward:
     def _record(self, name: str, module: nn.Module, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if self._pass is not None:
             self.order.setdefault(name)
-        if self._counts is not None or (
-            self._pass is not None and self._pass is self._first and self._pass.run.gradients
-        ):
+        if self._is_first():
             self._shared.look(name, args, kwargs)
         if next(module.children(), None) is None:
             output = in_resuming_thread(partial(own, *args, **kwargs))
