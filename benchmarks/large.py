@@ -138,7 +138,7 @@ def smollm2_model(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     plain.load_state_dict(model.state_dict())
     plain.save_pretrained(folder / "dense", max_shard_size="200MB")
     ids = tokenizer(wikitext("valid"), return_tensors="pt").input_ids[0, : 32 * 256].view(32, 256)
-    torch.save(ids.split(2), folder / "tokens")
+    torch.save(ids.split(1), folder / "tokens")
     params = sum(parameter.numel() for parameter in plain.parameters())
     del model, plain
     paths = list(map(str, (folder / "dense", folder / "small", folder / "tokens")))
