@@ -39,17 +39,22 @@ def machine(args: argparse.Namespace, *packages: str) -> str:
     return f"{hardware}, {args.threads} threads, {versions}, Python {platform.python_version()}"
 
 
+def now(device: str) -> float:
+    """Seconds of a clock, after all work of the device."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 def paired_times(functions: Sequence[Callable[[], object]], *, rounds: int = 7, device: str = "cpu") -> list[float]:
     """Median seconds per function. The functions take turns (a b c a b c ...), after one warm-up round."""
     times: list[list[float]] = [[] for _ in functions]
     for k in range(rounds + 1):
         for function, taken in zip(functions, times, strict=True):
-            start = time.perf_counter()
+            start = now(device)
             function()
-            if device == "cuda":
-                torch.cuda.synchronize()
             if k:
-                taken.append(time.perf_counter() - start)
+                taken.append(now(device) - start)
     return [statistics.median(taken) for taken in times]
 
 

@@ -123,7 +123,7 @@ class Palu(Simulated):
     def settle(self) -> None:
         if self.done == self.length:
             return
-        positions = torch.arange(self.done, self.length)
+        positions = torch.arange(self.done, self.length, device=self.buffers[0].device)
         for side, basis in enumerate(self.bases):
             x = self.buffers[side][:, :, self.done : self.length]
             heads = x.shape[1]
@@ -170,10 +170,10 @@ class SnapKV(Exact):
         seen = super().update(keys, values)
         if is_prompt and self.picked < keys.shape[2] - OBSERVED:
             last = self.queries.shape[2]
-            old, recent = keys[:, :, :-last], torch.arange(keys.shape[2] - last, keys.shape[2])
+            old, recent = keys[:, :, :-last], torch.arange(keys.shape[2] - last, keys.shape[2], device=keys.device)
             rows = self.queries.unflatten(1, (keys.shape[1], -1))
             scores = rows @ keys.float().unsqueeze(2).mT * keys.shape[3] ** -0.5
-            later = torch.ones(last, last, dtype=torch.bool).triu(1)
+            later = torch.ones(last, last, dtype=torch.bool, device=keys.device).triu(1)
             scores[..., -last:] = scores[..., -last:].masked_fill(later, -torch.inf)
             found = scores.softmax(-1)[..., : old.shape[2]].mean((2, 3))
             pooled = F.avg_pool1d(found, self.kernel, 1, self.kernel // 2)
@@ -197,9 +197,9 @@ def palu_bases(driver: Driver, windows: Sequence[Tensor], rotation: lr.Rotation)
     moments: dict[tuple[int, int], Tensor] = {}
     for window in windows:
         for layer, prompt in enumerate(prefilled(driver, window[None])):
-            keys = rotation.turn(prompt.keys.float(), -torch.arange(len(window)))
+            keys = rotation.turn(prompt.keys.float(), -torch.arange(len(window), device=prompt.keys.device))
             for side, x in enumerate((keys, prompt.values.float())):
                 rows = x.transpose(1, 2).flatten(0, 1).flatten(1)
-                moments[layer, side] = moments.get((layer, side), torch.zeros(())) + rows.mT @ rows
+                moments[layer, side] = moments.get((layer, side), rows.new_zeros(())) + rows.mT @ rows
     found = {which: torch.linalg.eigh(moment)[1].flip(1) for which, moment in moments.items()}
     return [(found[layer, 0], found[layer, 1]) for layer in range(len(found) // 2)]

@@ -34,7 +34,7 @@ def passkey_prompt(subject: Subject, key: str, length: int, depth: float, offset
     filler = next(iter(subject.others.values()))[offset:].tolist()
     count = length - len(introduction) - len(hidden) - len(question)
     at = int(depth * count)
-    return torch.tensor([*introduction, *filler[:at], *hidden, *filler[at:count], *question])
+    return torch.tensor([*introduction, *filler[:at], *hidden, *filler[at:count], *question], device=subject.device)
 
 
 @torch.no_grad()
@@ -43,7 +43,7 @@ def greedy(subject: Subject, stores: list[Store], token: int, start: int, count:
     subject.driver.stores = stores
     found: list[int] = []
     for at in range(start, start + count):
-        token = int(subject.driver.logits(torch.tensor([[token]]), at)[0, -1].argmax())
+        token = int(subject.driver.logits(torch.tensor([[token]], device=subject.device), at)[0, -1].argmax())
         found.append(token)
     return found
 
@@ -92,7 +92,7 @@ def last_words(
     for text in texts:
         before, word = text.rsplit(" ", 1)
         target = subject.encode(f" {word}")
-        tokens = torch.tensor([subject.encode(f"\n\n{before}") + target])
+        tokens = torch.tensor([subject.encode(f"\n\n{before}") + target], device=subject.device)
         subject.driver.stores = copy.deepcopy(stores)
         steps = range(0, tokens.shape[1] - 1, args.step)
         stop = tokens.shape[1] - 1
@@ -116,7 +116,7 @@ def lambada(subject: Subject, rows: Rows, args: argparse.Namespace) -> list[str]
     began = time.perf_counter()
     for group in range(0, args.passages, each):
         own = texts[group : min(group + each, args.passages)]
-        prompts = prefilled(subject.driver, torch.tensor([context[group * 50 :][:length]]))
+        prompts = prefilled(subject.driver, torch.tensor([context[group * 50 :][:length]], device=subject.device))
         exact: list[tuple[bool, list[int]]] = []
         for index, row in enumerate(chosen):
             found = last_words(subject, row.fill(prompts), own, length, args)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -15,7 +14,7 @@ from torch import Tensor
 
 import lowrank_layers as lr
 
-from .common import markdown_table
+from .common import markdown_table, now
 from .kv_rows import Rows
 from .kv_subjects import Subject
 
@@ -31,8 +30,8 @@ HEAD = [
 class Stopwatch:
     """The time that a model's attentions take from the end of RoPE to the output's projection: caches and attention."""
 
-    def __init__(self) -> None:
-        self.started, self.total = 0.0, 0.0
+    def __init__(self, device: str) -> None:
+        self.device, self.started, self.total = device, 0.0, 0.0
 
     @contextmanager
     def watching(self, model: Any) -> Iterator[None]:
@@ -43,11 +42,11 @@ class Stopwatch:
 
         def rotated(*args: Any, **kwargs: Any) -> Any:
             found = rotate(*args, **kwargs)
-            self.started = time.perf_counter()
+            self.started = now(self.device)
             return found
 
         def stop(*_: Any) -> None:
-            self.total += time.perf_counter() - self.started
+            self.total += now(self.device) - self.started
 
         hooks = [attention.o_proj.register_forward_pre_hook(stop) for attention in attentions]
         module.apply_rotary_pos_emb = rotated  # type: ignore[attr-defined]
@@ -78,17 +77,18 @@ def measured(
     """Seconds of each cache: those of each prompt, of each step, and of the attentions in each step."""
     found: dict[str, list[list[float]]] = {label: [[], [], []] for label in made}
     held: dict[str, Any] = {}
+    device = tokens.device.type
     prompt, rest = tokens[None, : len(tokens) - steps - 1], tokens[len(tokens) - steps - 1 :]
     for turn in range(rounds):
         for label in list(made)[:: -1 if turn % 2 else 1]:
             implementation, make = made[label]
             model.set_attn_implementation(implementation)
             held[label] = make()
-            start = time.perf_counter()
+            start = now(device)
             model(prompt, past_key_values=held[label], logits_to_keep=1)
             model(rest[None, :1], past_key_values=held[label])
-            found[label][0].append(time.perf_counter() - start)
-    watch = Stopwatch()
+            found[label][0].append(now(device) - start)
+    watch = Stopwatch(device)
     with watch.watching(model):
         for at in range(1, steps + 1):
             # they take turns to go first
@@ -96,9 +96,9 @@ def measured(
             for label in order:
                 model.set_attn_implementation(made[label][0])
                 watch.total = 0.0
-                start = time.perf_counter()
+                start = now(device)
                 model(rest[None, at : at + 1], past_key_values=held[label])
-                found[label][1].append(time.perf_counter() - start)
+                found[label][1].append(now(device) - start)
                 found[label][2].append(watch.total)
     return found
 

@@ -35,10 +35,14 @@ class Subject:
     """Tokens of texts on which caches are scored."""
     others: dict[str, Tensor]
     """Tokens of other texts of the same kinds, for calibration."""
+    device: str = "cpu"
     driver: Driver = field(init=False)
     rotation: lr.Rotation = field(init=False)
 
     def __post_init__(self) -> None:
+        self.model = self.model.to(self.device)
+        for texts in (self.scored, self.others):
+            texts.update({key: tokens.to(self.device) for key, tokens in texts.items()})
         self.driver = Driver(self.model)
         self.rotation = lr.Rotation(self.model.model.rotary_emb.inv_freq.float())
 
@@ -62,7 +66,7 @@ def spread(tokens: Tensor, count: int, length: int) -> list[Tensor]:
 def subject(name: str, args: argparse.Namespace) -> Subject:
     """Loads a model."""
     if args.smoke:
-        return small(name)
+        return small(name, args.device)
     if not available("text", "pycode_llama"):
         raise SystemExit("kv_real: got no folders text and pycode_llama in LOWRANK_DATA; see benchmarks/data.py.")
     code = (ROOT / "pycode_llama" / "valid.txt").read_text(encoding="utf-8")
@@ -88,10 +92,10 @@ def subject(name: str, args: argparse.Namespace) -> Subject:
     if name == "smollm2":
         scored = {"WikiText": torch.tensor(encode(wikitext("test")))} | scored
         others = {"WikiText": torch.tensor(encode(wikitext("valid")))} | others
-    return Subject(name, model, encode, tokenizer.decode, prompts, scored, others)
+    return Subject(name, model, encode, tokenizer.decode, prompts, scored, others, args.device)
 
 
-def small(name: str) -> Subject:
+def small(name: str, device: str) -> Subject:
     """A random Llama that reads bytes."""
     import_torchvision()
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -104,5 +108,12 @@ def small(name: str) -> Subject:
     texts = {"noise": torch.randint(32, 128, (4000,))}
     model = LlamaForCausalLM(config).eval()
     return Subject(
-        name, model, lambda text: list(text.encode()), lambda ids: bytes(ids).decode("latin-1"), (192,), texts, texts
+        name,
+        model,
+        lambda text: list(text.encode()),
+        lambda ids: bytes(ids).decode("latin-1"),
+        (192,),
+        texts,
+        dict(texts),
+        device,
     )

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import decode_kernel
 from .bit_allocation import WIDTHS
-from .bit_coefficients import LEAST_GAIN
+from .bit_coefficients import LEAST_GAIN, PER_OCTAVE
 from .coefficients import Coefficients
 from .compiled import SWITCH
 from .rope import TILE_FRAME, Rotation
@@ -92,6 +92,7 @@ def tile_scores(rows: Tensor, waves: Tensor, subspace: Subspace, coefficients: C
         [*(t.contiguous() for t in inputs), *_codes(coefficients), scores],
         [*_counts(coefficients), tokens, count, tiles, len(subspace.mean) * groups],
         LEAST_GAIN=LEAST_GAIN,
+        PER_OCTAVE=PER_OCTAVE,
         TILE=TILE_FRAME,
         TILES=at_once,
         COUNT=wide,
@@ -133,6 +134,7 @@ def mixed(weights: Tensor, subspace: Subspace, coefficients: Coefficients) -> Te
         [flat, *_codes(coefficients), sums],
         [*_counts(coefficients), tokens, rows, flat.stride(0), run],
         LEAST_GAIN=LEAST_GAIN,
+        PER_OCTAVE=PER_OCTAVE,
         ROWS=at_once,
         RANKS=RANKS["mixed"],
         TOKENS=64,

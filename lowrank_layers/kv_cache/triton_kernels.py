@@ -31,10 +31,10 @@ def _levels(direction, token, group, levels8, levels4, levels2, levels1, count8,
 
 
 @triton.jit
-def _factors(gains, group, token, tokens, least_gain):
+def _factors(gains, group, token, tokens, least_gain, per_octave):
     """The gains of tokens."""
     gain = tl.load(gains + group * tokens + token, mask=token < tokens, other=0)
-    return tl.exp2((gain.to(tl.float32) + least_gain) / 2)
+    return tl.exp2((gain.to(tl.float32) + least_gain) / per_octave)
 
 
 @triton.jit(do_not_specialize=[*SIZES, "count", "tiles", "bases"])
@@ -60,6 +60,7 @@ def tile_scores(
     tiles,
     bases,
     LEAST_GAIN: tl.constexpr,
+    PER_OCTAVE: tl.constexpr,
     TILE: tl.constexpr,
     TILES: tl.constexpr,  # of a program
     COUNT: tl.constexpr,  # rows of a tile
@@ -133,7 +134,7 @@ def tile_scores(
             i, token, group, levels8, levels4, levels2, levels1, count8, count4, count2, count1, tokens, here
         )
         found += tl.dot(formed, levels, input_precision=PRECISION)
-    found = found * _factors(gains, group, token, tokens, LEAST_GAIN)[None, :] + shift
+    found = found * _factors(gains, group, token, tokens, LEAST_GAIN, PER_OCTAVE)[None, :] + shift
     to = scores + ((group * heads + head) * count + row[:, None]) * tokens + token[None, :]
     stored = valid & (m[:, None] // COUNT == n[None, :] // TILE) & (token < tokens)[None, :]
     tl.store(to, found.to(scores.dtype.element_ty), mask=stored)
@@ -157,6 +158,7 @@ def mixed(
     stride,
     run,
     LEAST_GAIN: tl.constexpr,
+    PER_OCTAVE: tl.constexpr,
     ROWS: tl.constexpr,  # at a time
     RANKS: tl.constexpr,  # directions of a program
     TOKENS: tl.constexpr,  # at a time
@@ -177,7 +179,7 @@ def mixed(
         own = weights + (group * rows + m[:, None]) * stride + token[None, :]
         weight = tl.load(own, mask=(m < rows)[:, None] & (token < stop)[None, :], other=0).to(tl.float32)
         total += tl.sum(weight, 1)
-        weight *= _factors(gains, group, token, tokens, LEAST_GAIN)[None, :]
+        weight *= _factors(gains, group, token, tokens, LEAST_GAIN, PER_OCTAVE)[None, :]
         here = (i < rank)[:, None] & (token < stop)[None, :]
         levels = _levels(
             i, token, group, levels8, levels4, levels2, levels1, count8, count4, count2, count1, tokens, here

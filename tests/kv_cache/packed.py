@@ -5,7 +5,7 @@ import torch.nn.functional as F
 
 import lowrank_layers as lr
 from lowrank_layers.kv_cache.bit_allocation import WIDTHS
-from lowrank_layers.kv_cache.bit_coefficients import GAINS, LEAST_GAIN, BitCoefficients, packed
+from lowrank_layers.kv_cache.bit_coefficients import GAINS, LEAST_GAIN, PER_OCTAVE, BitCoefficients, packed
 from lowrank_layers.kv_cache.compressed_tokens import HeadGroups
 from lowrank_layers.kv_cache.subspace import Subspace
 from lowrank_layers.kv_cache.tile_frame import TileFrame
@@ -69,7 +69,7 @@ def integer_bound(group, rows):
     most = rows.double().norm(dim=-1, keepdim=True) * 2.0**-15
     columns = F.pad(group.subspace.columns(torch.float64).norm(dim=2), (0, 1)).amax(-1, keepdim=True)
     highest = sum((2**bits - 1) * count for bits, count in zip(WIDTHS, group.coefficients.widths, strict=True))
-    gains = 2 ** (0.5 * (LEAST_GAIN + group.coefficients.codes["gains"].double()))
+    gains = 2 ** ((LEAST_GAIN + group.coefficients.codes["gains"].double()) / PER_OCTAVE)
     levels = (columns * highest * gains).repeat_interleave(rows.shape[1] // gains.shape[1], 1)
     # an entry that turns is at most sqrt(2) times the greatest, and is rounded by half a step
     return most * levels[:, :, None] + 2**-15 * group.size**0.5 * score_terms(group, rows)

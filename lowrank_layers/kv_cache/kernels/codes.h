@@ -53,7 +53,7 @@ struct Tokens {
     for (int half = 0; half < 2; half++) found[half] *= gains[half] * gains[half];
   }
 
-  // Every second gain is tried, and then the neighbours of the best; of equal ones the least is taken.
+  // Gains far apart are tried, and then those half as far from the best; of equal ones the least is taken.
   void best(const Parts& parts, const Gains& factors, int64_t count, int64_t (&found)[STEP]) const {
     float least[STEP];
     const auto attempt = [&](const int64_t (&gains)[STEP]) {
@@ -72,15 +72,17 @@ struct Tokens {
     std::fill_n(least, STEP, INFINITY);
     std::fill_n(found, STEP, 0);
     int64_t gains[STEP];
-    for (int64_t gain = 0; gain < count; gain += 2) {
+    for (int64_t gain = 0; gain < count; gain += COARSE) {
       std::fill_n(gains, STEP, gain);
       attempt(gains);
     }
-    int64_t coarse[STEP];
-    std::copy_n(found, STEP, coarse);
-    for (int64_t apart = -1; apart <= 1; apart += 2) {
-      for (int64_t t = 0; t < STEP; t++) gains[t] = std::clamp<int64_t>(coarse[t] + apart, 0, count - 1);
-      attempt(gains);
+    for (int64_t apart = COARSE / 2; apart > 0; apart /= 2) {
+      int64_t held[STEP];
+      std::copy_n(found, STEP, held);
+      for (const int64_t off : {-apart, apart}) {
+        for (int64_t t = 0; t < STEP; t++) gains[t] = std::clamp<int64_t>(held[t] + off, 0, count - 1);
+        attempt(gains);
+      }
     }
   }
 

@@ -176,10 +176,14 @@ struct Levels {
   }
 };
 
+// As in bit_coefficients.py: gains per octave, and how far apart the first are that are tried.
+constexpr int64_t PER_OCTAVE = 8, COARSE = 16;
+
 struct Gains {
   float of[256];
   explicit Gains(int64_t least) {
-    for (int64_t g = 0; g < 256; g++) of[g] = g < 2 ? std::exp2(0.5f * float(least + g)) : 2 * of[g - 2];
+    for (int64_t g = 0; g < 256; g++)
+      of[g] = g < PER_OCTAVE ? float(std::exp2(double(least + g) / PER_OCTAVE)) : 2 * of[g - PER_OCTAVE];
   }
 };
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...errors import CheckpointError, LowRankError
 from ...files import read_tensors, write_tensors
+from ..bit_coefficients import PER_OCTAVE
 from ..rope import Rotation
 from ..serialize import layer_from_tensors, layer_to_tensors, settings_from_json, settings_to_json
 from ..settings import KVSettings
@@ -19,7 +20,7 @@ from .layer import LowRankLayer
 from .versions import exact_layer_from_tensors, exact_layer_to_tensors
 
 KEY = "lowrank_layers.cache"
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -79,8 +80,10 @@ def load(path: str | os.PathLike[str], device: torch.device) -> CacheContents:
     # copies are aligned as tensors are made, which decides the last digits of products
     tensors = {name: tensor.clone() for name, tensor in held.items()}
     try:
-        if body["version"] != VERSION:
+        if body["version"] not in (1, VERSION):
             raise CheckpointError(f"format version {body['version']!r}, expected {VERSION}; update the package")
+        if body["version"] == 1:  # gains were by powers of the square root of two
+            tensors = {k: t * (PER_OCTAVE // 2) if k.endswith(".gains") else t for k, t in tensors.items()}
         settings = settings_from_json(body["settings"])
         rotations = [
             Rotation(tensors.pop(f"rotations.{index}"), *turned) for index, turned in enumerate(body["rotations"])

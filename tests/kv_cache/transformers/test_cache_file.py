@@ -1,11 +1,15 @@
 """A cache in a file: what it holds, and files that are torn or foreign."""
 
+import json
+
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import lowrank_layers as lr
+from lowrank_layers.kv_cache.bit_coefficients import PER_OCTAVE
+from lowrank_layers.kv_cache.transformers.cache_file import KEY, VERSION
 
 from ...contracts.tables import RULES
 from .caches import IDS, WARNINGS, exact, through_a_file
@@ -64,6 +68,27 @@ def test_files_that_are_torn_or_foreign(tmp_path):
     save_file(tensors, path, metadata=metadata | {"lowrank_layers.cache": '{"version": 9}'})
     with pytest.raises(lr.CheckpointError, match="damaged"):
         lr.LowRankCache.load(path)
+
+
+def test_a_file_of_the_first_version_has_coarser_gains(tmp_path):
+    """Its gains are powers of the square root of two, of which the gains of today are a part."""
+    net, path = tiny("llama", "lowrank"), tmp_path / "cache.safetensors"
+    cache = exact(rank=None, bits=3)
+    with torch.no_grad():
+        net(IDS, past_key_values=cache)
+        cache.save(path)
+        tensors = load_file(path)
+        names = [name for name in tensors if name.endswith(".gains")]
+        assert names
+        coarse = {name: tensors[name] // (PER_OCTAVE // 2) for name in names}
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata()
+        outputs = []
+        for version, factor in ((1, 1), (VERSION, PER_OCTAVE // 2)):
+            old = metadata | {KEY: json.dumps(json.loads(metadata[KEY]) | {"version": version})}
+            save_file(tensors | {name: gains * factor for name, gains in coarse.items()}, path, metadata=old)
+            outputs.append(net(IDS[:, :1], past_key_values=lr.LowRankCache.load(path)).logits)
+    assert torch.equal(*outputs)
 
 
 @pytest.mark.parametrize("rule", [row.rule for row in RULES] + [lr.ParameterFraction(0.5)], ids=repr)
