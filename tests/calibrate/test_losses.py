@@ -135,3 +135,18 @@ def test_lazy_modules_are_refused_with_the_remedy():
             call()
     assert lazy[0].weight.requires_grad
     assert type(lazy[1]) is nn.LazyLinear
+
+
+@pytest.mark.parametrize("classes", [1000, 5000])
+def test_labels_are_drawn_from_the_prediction(classes):
+    """Of few classes and of many, which are drawn in another way; those without a chance never."""
+    weights = torch.zeros(classes)
+    weights[10::100] = torch.rand(len(weights[10::100])) + 0.1
+    chances = (weights / weights.sum()).expand(20000, -1)
+    labels = lr.SampledCrossEntropy(seed=1)._sampled(chances)
+    counts = torch.bincount(labels, minlength=classes)
+    assert not bool(counts[weights == 0].any())
+    expected = chances[0] * len(chances)
+    deviation = (counts - expected)[weights > 0] / expected[weights > 0].sqrt()
+    assert float(deviation.square().mean()) < 2  # a chi-square of one per degree of freedom, with 10 or 50 of them
+    assert torch.equal(labels, lr.SampledCrossEntropy(seed=1)._sampled(chances))
