@@ -3,32 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-WIDTHS = (8, 4, 2, 1)
-"""Bits that a direction can have, other than none, in the order in which directions are stored."""
-STEPS = {8: 0.0308, 4: 0.3352, 2: 0.9957, 1: 1.5958}
-"""Step of the best uniform quantizer for a Gaussian of variance one, by bits (Max, 1960)."""
-DISTORTIONS = {8: 8.77e-5, 4: 0.01154, 2: 0.1188, 1: 0.3634, 0: 1.0}
-"""Its mean squared error."""
-
-
-@dataclass(frozen=True)
-class Directions:
-    """Directions that compete for bits.
-
-    Args:
-        variances: their variances, largest first, ``[directions]``, in units of which all directions save the same.
-        bit: cost of one more bit in one direction.
-        first: cost of a direction beside its bits, such as a column of a basis.
-    """
-
-    variances: Tensor
-    bit: float = 1.0
-    first: float = 0.0
+from .quantizers import DISTORTIONS, SCARCE, STEPS, WIDTHS, Directions
+from .whole_bytes import in_whole_bytes
 
 
 def allocate_bits(groups: Sequence[Directions], limit: float) -> list[tuple[int, ...]]:
@@ -46,8 +26,10 @@ def allocate_bits(groups: Sequence[Directions], limit: float) -> list[tuple[int,
         For every group, the numbers of directions with each of ``WIDTHS`` bits, which fill whole bytes.
     """
     savings, costs, owners = [], [], []
+    scarce = limit < SCARCE * sum(group.bit * len(group.variances) for group in groups)
+    allowed = [bits for bits in WIDTHS if bits != 3 or scarce]
     for index, group in enumerate(groups):
-        for bits, step, saved in _hull(group):
+        for bits, step, saved in _hull(group, allowed):
             savings.append(group.variances.double().cpu() * saved / step)
             costs.append(torch.full((len(group.variances),), step, dtype=torch.double))
             owners.append(torch.full((len(group.variances),), index * 16 + bits))
@@ -57,7 +39,7 @@ def allocate_bits(groups: Sequence[Directions], limit: float) -> list[tuple[int,
     # those with at least so many bits
     least = {key: int((taken == key).sum()) for key in set(taken.tolist())}
     wanted = [[_at_least(least, index, bits) for bits in WIDTHS] for index in range(len(groups))]
-    return _fill(groups, wanted, limit)
+    return in_whole_bytes(groups, wanted, limit, threes=scarce)
 
 
 def distortion(variances: Tensor, widths: Sequence[int]) -> float:
@@ -83,9 +65,9 @@ def steps_of(variances: Tensor, widths: Sequence[int]) -> Tensor:
     return variances[..., : len(factors)].clamp_min(1e-30).sqrt() * factors.to(variances)
 
 
-def _hull(group: Directions) -> list[tuple[int, float, float]]:
+def _hull(group: Directions, allowed: Sequence[int]) -> list[tuple[int, float, float]]:
     """Steps between widths that save less and less per cost: bits after the step, its cost, what it saves."""
-    points = [(0, 0.0, 1.0)] + [(bits, group.first + bits * group.bit, DISTORTIONS[bits]) for bits in reversed(WIDTHS)]
+    points = [(0, 0.0, 1.0)] + [(bits, group.first + bits * group.bit, DISTORTIONS[bits]) for bits in reversed(allowed)]
     found, at = [], 0
     while at < len(points) - 1:
         slopes = [(points[at][2] - p[2]) / (p[1] - points[at][1]) for p in points[at + 1 :]]
@@ -97,31 +79,3 @@ def _hull(group: Directions) -> list[tuple[int, float, float]]:
 
 def _at_least(least: dict[int, int], index: int, bits: int) -> int:
     return max((count for key, count in least.items() if key // 16 == index and key % 16 >= bits), default=0)
-
-
-def _fill(groups: Sequence[Directions], wanted: Sequence[Sequence[int]], limit: float) -> list[tuple[int, ...]]:
-    """Whole bytes for all groups: what rounding down leaves goes to those that lack least for another byte."""
-    found = [_whole_bytes(at_least) for at_least in wanted]
-    spent = (_cost(group, widths) for group, widths in zip(groups, found, strict=True))
-    left = limit - sum(spent)
-    for index in sorted(range(len(groups)), key=lambda index: sum(found[index]) - wanted[index][-1]):
-        group, widths = groups[index], found[index]
-        byte = 8 * (group.bit + group.first)
-        if sum(widths) < wanted[index][-1] and byte <= left and sum(widths) + 8 <= len(group.variances):
-            found[index] = (*widths[:-1], widths[-1] + 8)
-            left -= byte
-    return found
-
-
-def _cost(group: Directions, widths: Sequence[int]) -> float:
-    bits = sum(width * count for width, count in zip(WIDTHS, widths, strict=True))
-    return group.bit * bits + group.first * sum(widths)
-
-
-def _whole_bytes(at_least: Sequence[int]) -> tuple[int, ...]:
-    """Numbers of directions with each of ``WIDTHS`` bits from those with at least so many."""
-    found, taken = [], 0
-    for bits, count in zip(WIDTHS, at_least, strict=True):
-        found.append((count - taken) // (8 // bits) * (8 // bits))
-        taken += found[-1]
-    return tuple(found)

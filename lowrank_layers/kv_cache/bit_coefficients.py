@@ -1,4 +1,4 @@
-"""Coefficients with bits by direction: 8, 4, 2, 1 or none, packed into bytes, and one gain per token."""
+"""Coefficients with bits by direction: 8, 4, 3, 2, 1 or none, packed into bytes, and one gain per token."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from . import encode_kernel
-from .bit_allocation import WIDTHS
+from .bit_planes import packed, unpacked
 from .coefficients import Coefficients, in_tiles
+from .quantizers import WIDTHS
 
 LEAST_GAIN, GAINS = -36, 64
 """A token's gain is ``2^(g / PER_OCTAVE)`` with one of the ``GAINS`` integers from ``LEAST_GAIN`` on."""
@@ -30,7 +31,7 @@ class BitCoefficients(Coefficients):
     tokens far outside of the quantizers' range (outliers) are not clipped, and small ones (attention sinks) stay small.
 
     Args:
-        widths: numbers of directions with each of ``WIDTHS`` bits, of which each fills whole bytes.
+        widths: numbers of directions with each of ``WIDTHS`` bits, which fill the bytes of all planes.
         weights: weights of the directions' squared errors, ``[1 or batch, groups, rank]``.
         codes: what :meth:`encode` gave for the first tokens; ``None`` for no tokens yet.
     """
@@ -48,7 +49,7 @@ class BitCoefficients(Coefficients):
 
     def decode(self, codes: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
         """Levels about zero, times gains."""
-        levels = unpacked(codes).to(dtype)
+        levels = unpacked(codes, self.widths).to(dtype)
         centres = self.centres(levels)
         return levels.sub_(centres[:, None]).mul_(gain_factors(codes["gains"], dtype)[:, :, None])
 
@@ -67,11 +68,11 @@ class BitCoefficients(Coefficients):
     def scores(self, rows: Tensor, shift: Tensor) -> Tensor:
         """``rows c + shift``: levels are read as they are, and their middles are taken off the products."""
         gains = gain_factors(self.codes["gains"], rows.dtype)[:, :, None]
-        return (rows @ unpacked(self.codes).to(rows.dtype) - self._along(rows)) * gains + shift
+        return (rows @ unpacked(self.codes, self.widths).to(rows.dtype) - self._along(rows)) * gains + shift
 
     def tile_scores(self, rows: Tensor, shift: Tensor, tokens: int) -> Tensor:
         """As :meth:`Coefficients.tile_scores`, likewise."""
-        levels = in_tiles(unpacked(self.codes), tokens).to(rows.dtype)
+        levels = in_tiles(unpacked(self.codes, self.widths), tokens).to(rows.dtype)
         gains = in_tiles(gain_factors(self.codes["gains"], rows.dtype)[:, :, None], tokens)
         return torch.addcmul(shift, rows @ levels - self._along(rows), gains)
 
@@ -80,7 +81,7 @@ class BitCoefficients(Coefficients):
         if weights.dtype in (torch.float16, torch.bfloat16):
             return super().mixed(weights)
         weights = weights * gain_factors(self.codes["gains"], weights.dtype)[:, :, None]
-        levels = unpacked(self.codes).to(weights.dtype)
+        levels = unpacked(self.codes, self.widths).to(weights.dtype)
         return weights @ levels.mT - weights.sum(-1, keepdim=True) * self.centres(weights)
 
     def over_batch(self, change: Callable[[Tensor], Tensor]) -> None:
@@ -126,39 +127,6 @@ class BitCoefficients(Coefficients):
         centres = self.centres(values)[:, None]
         scaled = torch.addcmul(centres, values, factors.reciprocal()[..., None, :])
         return scaled, torch.minimum(scaled.round().clamp_min_(0), 2 * centres)
-
-
-def packed(levels: Tensor, widths: Sequence[int]) -> dict[str, Tensor]:
-    """Levels in bytes: ``8 / width`` directions per byte, those of a whole run of directions in the same bits.
-
-    Args:
-        levels: ``[..., rank, tokens]``, uint8.
-        widths: numbers of directions with each of ``WIDTHS`` bits.
-    """
-    found = {}
-    for width, part in zip(WIDTHS, levels.split(list(widths), -2), strict=True):
-        pieces = part.unflatten(-2, (8 // width, -1)).unbind(-3) if part.shape[-2] else (part,)
-        whole = pieces[0]
-        for index, piece in enumerate(pieces[1:], 1):
-            whole = whole | (piece << (index * width))
-        found[f"levels{width}"] = whole.contiguous()
-    return found
-
-
-def unpacked(codes: Mapping[str, Tensor]) -> Tensor:
-    """The inverse of :func:`packed`.
-
-    Args:
-        codes: what it gave.
-    """
-    parts = []
-    for width in WIDTHS:
-        held = codes[f"levels{width}"]
-        if held.shape[-2]:
-            shifts, last = range(0, 8 - width, width), 8 - width
-            parts += [(held >> shift if shift else held) & (2**width - 1) for shift in shifts]
-            parts.append(held >> last if last else held)
-    return torch.cat(parts, -2) if parts else codes["levels8"]
 
 
 def gain_factors(gains: Tensor, dtype: torch.dtype) -> Tensor:

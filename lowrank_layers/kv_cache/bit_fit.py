@@ -9,11 +9,12 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from .bit_allocation import WIDTHS, Directions, allocate_bits, distortion
+from .bit_allocation import allocate_bits, distortion
 from .bit_coefficients import BitCoefficients
 from .bit_subspace import Widths, bit_subspaces
 from .compressed_tokens import CompressedTokens, HeadGroups, Heads, grouped
 from .leaving_tokens import LeavingTokens
+from .quantizers import Directions
 from .subspace import Scatter, Subspace
 from .tile_frame import TileFrame
 from .transform import Transform
@@ -142,7 +143,7 @@ class BitFit:
         metric = self.transform.metric
         own = fitted_transform(x, together, self.frame, keep, least, values=self.values, metric=metric)
         # bits per token: a mean, and per direction a column in int8, its scale and its weight
-        spent = sum(bits * count for each in self.widths for bits, count in zip(WIDTHS, each, strict=True))
+        spent = sum(Directions(v).cost(each) for v, each in zip(own.variances.mean(0), self.widths, strict=True))
         left = spent - 32 * width * len(self.widths) / x.shape[2]
         directions = [Directions(v, first=8 * (width + 8) / x.shape[2]) for v in own.variances.mean(0)]
         return replace(self, transform=own, widths=allocate_bits(directions, left), shared=False, made=None)

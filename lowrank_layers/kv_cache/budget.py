@@ -12,10 +12,11 @@ from torch import Tensor
 from ..checks import is_integer
 from ..errors import BudgetError, LowRankError
 from .autocast import without_autocast
-from .bit_allocation import Directions, allocate_bits
+from .bit_allocation import allocate_bits
 from .bit_fit import KEY_ERROR_WEIGHT, BitPlan, comparable
 from .compressed_tokens import grouped
 from .low_rank_kv import LowRankKV
+from .quantizers import Directions
 from .subspace import Scatter
 from .transform import Transform
 
@@ -32,7 +33,7 @@ class _Group(NamedTuple):
 def compress_together(layers: Sequence[LowRankKV], budget: float | int) -> None:
     """Compresses the caches of several layers for the first time, with bits, or ranks, that share one limit of bytes.
 
-    With bits, each direction of a group of heads gets 8, 4, 2, 1 or none, and its column of the basis, as it saves
+    With bits, each direction of a group of heads gets 8, 4, 3, 2, 1 or none, and its column of the basis, as it saves
     error per byte. With ranks, each direction is kept or not. Those that save most are served first, over all layers,
     keys and values. Exact tokens, bases, means, scales and gains count as bytes.
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .bit_coefficients import GAINS, LEAST_GAIN, BitCoefficients
+from .bit_planes import byte_rows
 from .coefficients import Coefficients
 from .compiled_functions import compiled_functions
 from .encode_kernel import NAMES, new_codes
@@ -83,7 +84,7 @@ def compress(
     codes = [room[name] for name in NAMES]
     weights = coefficients.weights.to(exact).contiguous()
     energies = torch.empty(batch * groups, 2, dtype=torch.double)
-    counts = [code.shape[2] for code in codes][:-1]
+    counts = byte_rows(room, coefficients.widths)
     inputs = (subspace.mean, analysis, subspace.basis, scale, metric)
     kept = [None if t is None else t.contiguous() for t in inputs]
     functions.compress_tokens(

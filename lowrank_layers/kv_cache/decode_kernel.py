@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .bit_allocation import WIDTHS
 from .bit_coefficients import LEAST_GAIN, BitCoefficients
+from .bit_planes import PLANES, byte_rows
 from .coefficients import Coefficients
 from .compiled_functions import compiled_functions
 from .rope import TILE_FRAME
@@ -116,7 +116,7 @@ class Arguments:
     Args:
         tensors: the tensors that ``pointers`` points to, which it keeps alive.
         pointers: those of basis, scale, mean, levels by width and gains.
-        counts: numbers of rows of bytes by width.
+        counts: rows of bytes by width, and directions with 3 bits.
         pitch: distance from one row of bytes to the next.
     """
 
@@ -133,6 +133,7 @@ def arguments(subspace: Subspace, coefficients: Coefficients) -> Arguments:
         subspace: the subspace.
         coefficients: coefficients in it.
     """
+    assert isinstance(coefficients, BitCoefficients)
     codes = coefficients.codes
     given = [subspace.basis, subspace.scale, subspace.mean, *codes.values()]
     held = vars(coefficients).get("_arguments")
@@ -141,13 +142,13 @@ def arguments(subspace: Subspace, coefficients: Coefficients) -> Arguments:
         return found
     assert subspace.scale is not None
     bases = [t.contiguous() for t in (subspace.basis, subspace.scale, subspace.mean)]
-    parts = [codes[key] for key in (*(f"levels{width}" for width in WIDTHS), "gains")]
+    parts = [codes[key] for key in (*(f"levels{width}" for width in PLANES), "gains")]
     pitch = parts[-1].stride(-2)
     if any(not _has_pitch(part, pitch) for part in parts):
         parts, pitch = [part.contiguous() for part in parts], coefficients.tokens
     tensors = [*bases, *parts]
     pointers = (ctypes.c_void_p * len(tensors))(*(t.data_ptr() for t in tensors))
-    found = Arguments(tensors, pointers, [part.shape[2] for part in parts[:-1]], pitch)
+    found = Arguments(tensors, pointers, byte_rows(codes, coefficients.widths), pitch)
     vars(coefficients)["_arguments"] = given, found
     return found
 
@@ -173,12 +174,12 @@ def _call(
     assert functions is not None
     batch, heads, count, _ = output.shape
     groups, given = subspace.mean.shape[1], arguments(subspace, coefficients)
-    basis = len(given.tensors) - len(WIDTHS) - 1
+    basis = len(given.tensors) - len(PLANES) - 1
     getattr(functions, name)(
         *(t.data_ptr() for t in (*inputs, *given.tensors[:basis])),
-        (ctypes.c_void_p * (len(WIDTHS) + 1))(*given.pointers[basis:]),
+        (ctypes.c_void_p * (len(PLANES) + 1))(*given.pointers[basis:]),
         output.data_ptr(),
-        (ctypes.c_int64 * len(WIDTHS))(*given.counts),
+        (ctypes.c_int64 * len(given.counts))(*given.counts),
         given.pitch,
         batch * groups,
         len(subspace.mean) * groups,

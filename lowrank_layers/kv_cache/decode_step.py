@@ -15,17 +15,17 @@ import torch
 from torch import Tensor
 
 from . import decode_kernel
-from .bit_allocation import WIDTHS
 from .bit_coefficients import LEAST_GAIN
+from .bit_planes import PLANES
 from .compiled_functions import compiled_functions
 from .compressed_tokens import CompressedTokens
 from .decode_kernel import Arguments, arguments
 from .rope import TILE_FRAME, Rotation
 
 Sides = tuple[Tensor, Tensor]
-EXACT = 3 + 2 * (4 + len(WIDTHS))
+EXACT = 3 + 2 * (4 + len(PLANES))
 """Where the pointers to exact tokens begin."""
-SIZES = 2 * len(WIDTHS)
+SIZES = 2 * (len(PLANES) + 1)
 """Where the sizes of exact tokens begin."""
 THREADS = SIZES + 10 + 14
 """Where the number of threads is."""

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .bit_allocation import WIDTHS
+from .bit_planes import PLANES, byte_rows, plane_counts
 from .compiled_functions import compiled_functions
 
-NAMES = (*(f"levels{width}" for width in WIDTHS), "gains")
+NAMES = (*(f"levels{width}" for width in PLANES), "gains")
 """Names of the codes, in the order in which compiled functions take them."""
 
 
@@ -52,7 +52,7 @@ def encode(values: Tensor, weights: Tensor, widths: Sequence[int], least_gain: i
     batch, groups, _, tokens = values.shape
     values, weights = values.contiguous(), weights.to(values).contiguous()
     codes = new_codes(batch, groups, tokens, widths)
-    counts = [code.shape[2] for code in codes.values()][:-1]
+    counts = byte_rows(codes, widths)
     functions.encode(
         values.data_ptr(),
         weights.data_ptr(),
@@ -81,6 +81,6 @@ def new_codes(batch: int, groups: int, tokens: int, widths: Sequence[int]) -> di
     shape = batch, groups
     codes = {
         f"levels{width}": torch.empty(*shape, count * width // 8, tokens, dtype=torch.uint8)
-        for width, count in zip(WIDTHS, widths, strict=True)
+        for width, count in plane_counts(widths).items()
     }
     return codes | {"gains": torch.empty(*shape, tokens, dtype=torch.uint8)}

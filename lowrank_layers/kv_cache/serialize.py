@@ -23,6 +23,7 @@ from .bit_coefficients import BitCoefficients
 from .coefficients import Coefficients, coefficients_for
 from .compressed_tokens import CompressedTokens, HeadGroups
 from .low_rank_kv import SIDES, LowRankKV
+from .quantizers import WIDTHS
 from .recent_tokens import RecentTokens
 from .rope import Rotation
 from .settings import KVSettings
@@ -161,7 +162,7 @@ def _store(part: dict[str, Any], codes: dict[str, Tensor]) -> Coefficients:
     dtype = getattr(torch, part["dtype"])
     if "widths" in part:
         weights = codes.pop("weights")
-        empty: Coefficients = BitCoefficients(part["widths"], weights)
+        empty: Coefficients = BitCoefficients(_widths(part["widths"]), weights)
         names = set(empty.encode(torch.zeros(*weights.shape, 1)))
     else:
         empty = coefficients_for(dtype)
@@ -170,6 +171,11 @@ def _store(part: dict[str, Any], codes: dict[str, Tensor]) -> Coefficients:
         raise CheckpointError(f"coefficients in {dtype} are {sorted(codes)}, expected {sorted(names)} of one length")
     empty.append_codes(codes)
     return empty
+
+
+def _widths(stored: list[int]) -> list[int]:
+    """Numbers of directions by bits; older files know no 3 bits."""
+    return [*stored[:2], 0, *stored[2:]] if len(stored) == len(WIDTHS) - 1 else stored
 
 
 def _known(rotation: Rotation | None) -> Rotation:

@@ -28,7 +28,7 @@ class KVSettings:
     """Settings of a low-rank key/value cache: which tokens stay exact, and how the others are stored.
 
     Old keys and values are stored by their coefficients along the directions of greatest variance. With ``bits``, which
-    is the default, each direction gets 8, 4, 2, 1 or no bits, as its variance is worth (transform coding). With
+    is the default, each direction gets 8, 4, 3, 2, 1 or no bits, as its variance is worth (transform coding). With
     ``rank`` the first directions get all bits of a dtype, and the others none. Every cache takes the settings as one
     value, ``LowRankCache(KVSettings(bits=2))``, or by name, ``LowRankCache(bits=2)``.
 

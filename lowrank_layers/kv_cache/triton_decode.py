@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from . import decode_kernel
-from .bit_allocation import WIDTHS
-from .bit_coefficients import LEAST_GAIN, PER_OCTAVE
+from .bit_coefficients import LEAST_GAIN, PER_OCTAVE, BitCoefficients
+from .bit_planes import PLANES, byte_rows, threes_of
 from .coefficients import Coefficients
 from .compiled import SWITCH
 from .rope import TILE_FRAME, Rotation
@@ -118,7 +118,10 @@ def mixed(weights: Tensor, subspace: Subspace, coefficients: Coefficients) -> Te
         return None
     assert subspace.scale is not None
     batch, heads, count, tokens = weights.shape
+    assert isinstance(coefficients, BitCoefficients)
     groups, width, rank = subspace.basis.shape[1:]
+    threes = threes_of(coefficients.widths)
+    rank += threes  # levels, of which a direction with 3 bits has two
     rows = heads // groups * count
     flat = weights.flatten(0, 2)
     flat = flat if flat.stride(1) == 1 else flat.contiguous()
@@ -143,6 +146,11 @@ def mixed(weights: Tensor, subspace: Subspace, coefficients: Coefficients) -> Te
     if not done:
         return None
     inner, total = sums.sum(0).split([rank, 1], -1)
+    if threes:
+        low, high = sum(coefficients.widths[:2]), sum(coefficients.widths[:4])
+        inner, again, last = inner.split([high, threes, rank - high - threes], -1)
+        inner[..., low : low + threes] += 4 * again
+        inner = torch.cat([inner, last], -1)
     shape = (heads // groups, width * groups // heads)
     basis, mean = subspace.basis.float().unflatten(2, shape), subspace.mean.unflatten(2, shape)
     values: Tensor = (inner * subspace.scale[:, :, None, None]) @ basis.mT + total * mean[..., None, :]
@@ -165,12 +173,13 @@ def _launch(name: str, grid: tuple[int, ...], tensors: list[Tensor], sizes: list
 
 
 def _codes(coefficients: Coefficients) -> list[Tensor]:
-    return [coefficients.codes[key].contiguous() for key in (*(f"levels{width}" for width in WIDTHS), "gains")]
+    return [coefficients.codes[key].contiguous() for key in (*(f"levels{width}" for width in PLANES), "gains")]
 
 
 def _counts(coefficients: Coefficients) -> list[int]:
-    """Rows of bytes by width."""
-    return [coefficients.codes[f"levels{width}"].shape[2] for width in WIDTHS]
+    """Rows of bytes by width, and directions with 3 bits."""
+    assert isinstance(coefficients, BitCoefficients)
+    return byte_rows(coefficients.codes, coefficients.widths)
 
 
 def _pairs(rotation: Rotation, size: int) -> dict[str, int]:

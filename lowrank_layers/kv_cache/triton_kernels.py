@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-SIZES = ("count8", "count4", "count2", "count1", "tokens")
+SIZES = ("count8", "count4", "count2", "count1", "threes", "tokens")
 """Numbers that differ between layers or grow with the tokens: nothing is compiled anew for them."""
 
 
@@ -55,6 +55,7 @@ def tile_scores(
     count4,
     count2,
     count1,
+    threes,  # directions with 3 bits, in two planes
     tokens,
     count,
     tiles,
@@ -115,12 +116,18 @@ def tile_scores(
 
     shift = tl.broadcast_to(shift[:, None, :], [ROWS, TILES, TILE]).reshape(ROWS, TILES * TILE)
 
-    rank = count8 + 2 * count4 + 4 * count2 + 8 * count1
+    # a column per level: that of a direction with 3 bits comes twice, four times as long for its first bit
+    low = count8 + 2 * count4
+    high = low + 4 * count2
+    levels_in_all = high + 8 * count1
+    rank = levels_in_all - threes
     found = tl.zeros([ROWS, TILES * TILE], tl.float32)
-    for start in range(0, rank, RANKS):
+    for start in range(0, levels_in_all, RANKS):
         i = start + tl.arange(0, RANKS)
-        inside = (i < rank)[None, :]
-        column = basis + own * SIZE * rank + i[None, :]
+        inside = (i < levels_in_all)[None, :]
+        again = (i >= high) & (i < high + threes)
+        direction = tl.where(again, i - high + low, tl.where(i < high, i, i - threes))
+        column = basis + own * SIZE * rank + direction[None, :]
         part = tl.load(column + first[:, None] * rank, mask=(j < PAIRS)[:, None] & inside, other=0)
         formed = tl.dot(turned, part.to(tl.float32), input_precision=PRECISION)
         part = tl.load(column + (first[:, None] + APART) * rank, mask=(j < PAIRS)[:, None] & inside, other=0)
@@ -128,8 +135,9 @@ def tile_scores(
         if MOST_REST > 0:
             part = tl.load(column + entry[:, None] * rank, mask=rest[:, None] & inside, other=0)
             formed += tl.dot(still, part.to(tl.float32), input_precision=PRECISION)
-        formed *= tl.load(scale + group % bases * rank + i, mask=i < rank, other=0)[None, :]
-        here = (i < rank)[:, None] & (token < tokens)[None, :]
+        unit = tl.load(scale + group % bases * rank + direction, mask=i < levels_in_all, other=0)
+        formed *= tl.where(again, 4 * unit, unit)[None, :]
+        here = (i < levels_in_all)[:, None] & (token < tokens)[None, :]
         levels = _levels(
             i, token, group, levels8, levels4, levels2, levels1, count8, count4, count2, count1, tokens, here
         )
@@ -148,11 +156,12 @@ def mixed(
     levels2,
     levels1,
     gains,
-    sums,  # [runs, groups, rows, rank + 1]
+    sums,  # [runs, groups, rows, levels + 1]
     count8,
     count4,
     count2,
     count1,
+    threes,  # directions with 3 bits, in two planes
     tokens,
     rows,
     stride,

@@ -4,9 +4,10 @@ import torch
 import torch.nn.functional as F
 
 import lowrank_layers as lr
-from lowrank_layers.kv_cache.bit_allocation import WIDTHS
-from lowrank_layers.kv_cache.bit_coefficients import GAINS, LEAST_GAIN, PER_OCTAVE, BitCoefficients, packed
+from lowrank_layers.kv_cache.bit_coefficients import GAINS, LEAST_GAIN, PER_OCTAVE, BitCoefficients
+from lowrank_layers.kv_cache.bit_planes import packed
 from lowrank_layers.kv_cache.compressed_tokens import HeadGroups
+from lowrank_layers.kv_cache.quantizers import WIDTHS
 from lowrank_layers.kv_cache.subspace import Subspace
 from lowrank_layers.kv_cache.tile_frame import TileFrame
 
@@ -17,13 +18,14 @@ ROTATIONS = {
     "part of a head": lr.Rotation.of(8, start=4),
 }
 SHAPES = {
-    "whole tiles": (1, 1, 1, 3, 3, 96, (3, 6, 8, 16)),
-    "one token": (1, 1, 1, 1, 1, 1, (1, 2, 4, 0)),
-    "tokens left over, batch": (2, 1, 1, 2, 2, 77, (5, 10, 4, 8)),
-    "groups and bases of their own": (2, 3, 2, 1, 5, 40, (2, 0, 4, 0)),
-    "one width, many rows": (1, 1, 1, 2, 32, 50, (0, 0, 24, 0)),
-    "no direction": (1, 1, 1, 2, 1, 40, (0, 0, 0, 0)),
-    "more tokens than stay in the cache": (1, 2, 1, 1, 2, 2500, (1, 2, 4, 8)),
+    "whole tiles": (1, 1, 1, 3, 3, 96, (3, 6, 8, 8, 16)),
+    "one token": (1, 1, 1, 1, 1, 1, (1, 2, 0, 4, 0)),
+    "tokens left over, batch": (2, 1, 1, 2, 2, 77, (5, 10, 0, 4, 8)),
+    "groups and bases of their own": (2, 3, 2, 1, 5, 40, (2, 0, 16, 4, 0)),
+    "one width, many rows": (1, 1, 1, 2, 32, 50, (0, 0, 0, 24, 0)),
+    "three bits, many rows": (1, 1, 1, 2, 32, 50, (0, 0, 24, 0, 0)),
+    "no direction": (1, 1, 1, 2, 1, 40, (0, 0, 0, 0, 0)),
+    "more tokens than stay in the cache": (1, 2, 1, 1, 2, 2500, (1, 2, 8, 4, 8)),
 }
 """Batch, groups, batch of the bases, heads per group, rows per head, tokens, widths."""
 
@@ -68,6 +70,7 @@ def integer_bound(group, rows):
     """What 16 bits for the entries of queries and for their coefficients cost the scores at most."""
     most = rows.double().norm(dim=-1, keepdim=True) * 2.0**-15
     columns = F.pad(group.subspace.columns(torch.float64).norm(dim=2), (0, 1)).amax(-1, keepdim=True)
+    columns = columns * (4 if group.coefficients.widths[2] else 1)  # the first bit of 3 counts four times as much
     highest = sum((2**bits - 1) * count for bits, count in zip(WIDTHS, group.coefficients.widths, strict=True))
     gains = 2 ** ((LEAST_GAIN + group.coefficients.codes["gains"].double()) / PER_OCTAVE)
     levels = (columns * highest * gains).repeat_interleave(rows.shape[1] // gains.shape[1], 1)

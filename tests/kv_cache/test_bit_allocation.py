@@ -1,51 +1,43 @@
 """Bits by direction: the least error under a limit, as a search over all choices finds it."""
 
-from itertools import combinations_with_replacement, product
-
 import pytest
 import torch
 
-from lowrank_layers.kv_cache.bit_allocation import (
-    DISTORTIONS,
-    STEPS,
-    WIDTHS,
-    Directions,
-    allocate_bits,
-    distortion,
-    steps_of,
-)
-
-
-def cost_of(group, widths):
-    bits = sum(width * count for width, count in zip(WIDTHS, widths, strict=True))
-    return group.bit * bits + group.first * sum(widths)
+from lowrank_layers.kv_cache.bit_allocation import allocate_bits, distortion, steps_of
+from lowrank_layers.kv_cache.quantizers import DISTORTIONS, SCARCE, STEPS, WIDTHS, Directions
 
 
 def least_error(groups, limit):
-    """Of all choices in which directions of greater variance have no fewer bits, and whole bytes are filled."""
-    choices = []
-    for group in groups:
-        found = []
-        for bits in combinations_with_replacement((*WIDTHS, 0), len(group.variances)):
-            widths = tuple(bits.count(width) for width in WIDTHS)
-            if all(width * count % 8 == 0 for width, count in zip(WIDTHS, widths, strict=True)):
-                found.append((cost_of(group, widths), distortion(group.variances, widths)))
-        choices.append(found)
-    return min(sum(d for _, d in chosen) for chosen in product(*choices) if sum(c for c, _ in chosen) <= limit)
+    """No choice of bits has a smaller error (the Lagrangian dual), not even one that does not fill whole bytes."""
+    allowed = [bits for bits in WIDTHS if bits != 3 or limit < SCARCE * sum(len(group.variances) for group in groups)]
+    saved = torch.tensor([1.0 - DISTORTIONS[bits] for bits in (*allowed, 0)], dtype=torch.double)
+    bounds = []
+    for price in torch.logspace(-8, 1, 400, dtype=torch.double):
+        error = -price * limit
+        for group in groups:
+            costs = torch.tensor([group.bit * bits + (group.first if bits else 0) for bits in (*allowed, 0)])
+            each = group.variances.double()[:, None] * (1 - saved) + price * costs
+            error = error + each.min(1).values.sum()
+        bounds.append(float(error))
+    return max(bounds)
 
 
 @pytest.mark.parametrize("first", [0.0, 3.0])
-def test_no_choice_in_whole_bytes_has_a_clearly_smaller_error(first):
+@pytest.mark.parametrize("bits", [1.2, 2, 4])
+def test_no_choice_has_a_clearly_smaller_error(first, bits):
     torch.manual_seed(0)
-    for _ in range(10):
-        groups = [Directions(torch.rand(9).pow(4).sort(descending=True).values * k, first=first) for k in (1.0, 3.0)]
-        for limit in (20, 45, 80):
-            widths = allocate_bits(groups, limit)
-            assert sum(map(cost_of, groups, widths)) <= limit
-            found = sum(distortion(group.variances, each) for group, each in zip(groups, widths, strict=True))
-            # one more step in one group, at most: what the last direction that did not fit would have saved
-            slack = max(float(group.variances[min(sum(each), 8)]) for group, each in zip(groups, widths, strict=True))
-            assert found <= least_error(groups, limit) + 4 * slack
+    for power in (2, 4, 8):
+        groups = [
+            Directions(torch.rand(n).pow(power).sort(descending=True).values * k, first=first)
+            for n, k in ((96, 1.0), (64, 3.0), (192, 0.5))
+        ]
+        limit = bits * sum(len(group.variances) for group in groups)
+        widths = allocate_bits(groups, limit)
+        assert all(w[1] % 2 == (w[2] + w[3]) % 4 == (w[2] + w[4]) % 8 == 0 for w in widths)
+        spent = sum(map(Directions.cost, groups, widths))
+        assert limit - 8 < spent <= limit
+        found = sum(distortion(group.variances, each) for group, each in zip(groups, widths, strict=True))
+        assert found <= 1.03 * least_error(groups, spent)  # whole bytes cost most where few have bits
 
 
 def test_bits_follow_the_water_level():
@@ -54,7 +46,17 @@ def test_bits_follow_the_water_level():
     bits = [width for width, count in zip(WIDTHS, widths, strict=True) for _ in range(count)]
     ideal = 0.5 * torch.log2(variances[: len(bits)] / variances[len(bits) - 1]) + 0.5
     assert all(0.5 < b / float(i) <= 4 for b, i in zip(bits, ideal, strict=True))
-    assert all(widths[:3])
+    assert all(widths[which] for which in (0, 1, 3))
+
+
+def test_three_bits_are_for_scarce_bits_only():
+    variances = torch.logspace(0, -3, 64)
+    assert [allocate_bits([Directions(variances)], bits * 64)[0][2] > 0 for bits in (1, 1.4, 1.6, 3)] == [
+        True,
+        True,
+        False,
+        False,
+    ]
 
 
 def test_groups_share_one_level_whatever_their_number():

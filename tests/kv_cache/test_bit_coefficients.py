@@ -9,11 +9,10 @@ from lowrank_layers.kv_cache.bit_coefficients import (
     PER_OCTAVE,
     BitCoefficients,
     gain_factors,
-    packed,
-    unpacked,
 )
+from lowrank_layers.kv_cache.bit_planes import packed, unpacked
 
-WIDTHS = (3, 6, 8, 8)
+WIDTHS = (3, 6, 16, 8, 8)
 
 
 def store(count=0, *, batch=2, groups=2, spread=1.0):
@@ -24,13 +23,16 @@ def store(count=0, *, batch=2, groups=2, spread=1.0):
     return made, values
 
 
-@pytest.mark.parametrize("widths", [WIDTHS, (0, 2, 4, 8), (1, 0, 0, 0), (0, 0, 8, 0), (2, 4, 0, 0), (0, 0, 0, 8)])
+@pytest.mark.parametrize(
+    "widths",
+    [WIDTHS, (0, 2, 0, 4, 8), (1, 0, 0, 0, 0), (0, 0, 8, 0, 0), (0, 0, 0, 8, 0), (2, 4, 8, 0, 0), (0, 0, 0, 0, 8)],
+)
 def test_packing_and_back(widths):
-    highest = torch.tensor([2**w - 1 for w, count in zip((8, 4, 2, 1), widths, strict=True) for _ in range(count)])
+    highest = torch.tensor([2**w - 1 for w, count in zip((8, 4, 3, 2, 1), widths, strict=True) for _ in range(count)])
     levels = (torch.rand(2, 3, sum(widths), 7) * (highest[:, None] + 1)).floor().to(torch.uint8)
     codes = packed(levels, widths)
-    assert torch.equal(unpacked(codes), levels)
-    bits = 8 * widths[0] + 4 * widths[1] + 2 * widths[2] + widths[3]
+    assert torch.equal(unpacked(codes, widths), levels)
+    bits = 8 * widths[0] + 4 * widths[1] + 3 * widths[2] + 2 * widths[3] + widths[4]
     assert sum(code.shape[2] for code in codes.values()) * 8 == bits
 
 
@@ -59,7 +61,7 @@ def test_gains_are_as_good_as_those_of_a_full_search():
 
 
 def test_outliers_are_not_clipped_and_small_tokens_stay_small():
-    made = BitCoefficients((3, 6, 8, 0), torch.ones(1, 1, 17))
+    made = BitCoefficients((3, 6, 0, 8, 0), torch.ones(1, 1, 17))
     values = torch.randn(1, 1, 17, 300, generator=torch.Generator().manual_seed(1))
     values[..., :100] *= 5
     values[..., 100:200] *= 0.05

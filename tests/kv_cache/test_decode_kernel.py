@@ -46,7 +46,7 @@ def test_mixed_are_weighted_sums_of_the_values(shape):
 
 
 def test_the_number_of_threads_does_not_matter():
-    group = group_of(1, 1, 1, 2, 3000, (2, 4, 8, 8), None)
+    group = group_of(1, 1, 1, 2, 3000, (2, 4, 8, 8, 8), None)
     weights, before = torch.rand(1, 2, 2, 3000), torch.get_num_threads()
     found = []
     try:
@@ -60,7 +60,7 @@ def test_the_number_of_threads_does_not_matter():
 
 
 def test_where_it_does_not_serve():
-    group = group_of(1, 1, 1, 2, 40, (2, 4, 8, 8), None)
+    group = group_of(1, 1, 1, 2, 40, (2, 4, 8, 8, 8), None)
     rows = torch.randn(1, 2, 1, SIZE)
     serves = decode_kernel.applies
     assert serves(rows, group.subspace, group.coefficients)
@@ -73,7 +73,7 @@ def test_where_it_does_not_serve():
 
 def test_gradients_go_through_operations_of_torch():
     rotation = ROTATIONS["halves"]
-    group = group_of(1, 1, 1, 2, 40, (2, 4, 8, 8), rotation)
+    group = group_of(1, 1, 1, 2, 40, (2, 4, 8, 8, 8), rotation)
     rows = torch.randn(1, 2, 1, SIZE, requires_grad=True)
     waves = rotation.tile_waves(OFFSET, 40)
     scores = group.tile_scores(rows, waves)

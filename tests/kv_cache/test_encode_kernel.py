@@ -6,17 +6,19 @@ import pytest
 import torch
 
 from lowrank_layers.kv_cache import encode_kernel
-from lowrank_layers.kv_cache.bit_coefficients import BitCoefficients, gain_factors, unpacked
+from lowrank_layers.kv_cache.bit_coefficients import BitCoefficients, gain_factors
+from lowrank_layers.kv_cache.bit_planes import unpacked
 from lowrank_layers.kv_cache.compiled_functions import compiled_functions
 
 SHAPES = {
-    "whole vectors": (1, 1, 1, 64, (3, 6, 8, 16)),
-    "one token, one width": (1, 1, 1, 1, (0, 0, 12, 0)),
-    "tokens left over, batch": (2, 1, 1, 77, (5, 10, 4, 8)),
-    "groups, weights of the rows": (2, 3, 2, 333, (2, 0, 4, 0)),
-    "one bit only": (1, 2, 1, 45, (0, 0, 0, 24)),
-    "no bits": (1, 1, 1, 40, (0, 0, 0, 0)),
-    "no tokens": (1, 1, 1, 0, (1, 2, 4, 8)),
+    "whole vectors": (1, 1, 1, 64, (3, 6, 8, 8, 16)),
+    "one token, one width": (1, 1, 1, 1, (0, 0, 0, 12, 0)),
+    "tokens left over, batch": (2, 1, 1, 77, (5, 10, 0, 4, 8)),
+    "groups, weights of the rows": (2, 3, 2, 333, (2, 0, 24, 4, 0)),
+    "one bit only": (1, 2, 1, 45, (0, 0, 0, 0, 24)),
+    "three bits only": (1, 2, 1, 45, (0, 0, 24, 0, 0)),
+    "no bits": (1, 1, 1, 40, (0, 0, 0, 0, 0)),
+    "no tokens": (1, 1, 1, 0, (1, 2, 16, 4, 8)),
 }
 """Batch, groups, batch of the weights, tokens, widths."""
 
@@ -32,7 +34,7 @@ def _case(shape):
     batch, groups, weightings, tokens, widths = SHAPES[shape]
     store = BitCoefficients(widths, torch.rand(weightings, groups, sum(widths)) + 0.5)
     values = torch.randn(batch, groups, sum(widths), tokens) * 2.0 ** (8 * torch.rand(tokens) - 4)
-    return store, values, (2.0 ** torch.tensor([7, 3, 1, 0])).repeat_interleave(torch.tensor(widths))
+    return store, values, (2.0 ** torch.tensor([7, 3, 2, 1, 0])).repeat_interleave(torch.tensor(widths))
 
 
 def _by_torch(store, values, monkeypatch):
@@ -57,7 +59,7 @@ def test_codes_are_those_of_torch_but_for_rounding(shape, monkeypatch):
     # every level is the closest one of its gain
     factors, middles = gain_factors(found["gains"], torch.float64)[:, :, None], store.centres(off[0])[:, None]
     scaled = (values / factors + middles).clamp_min(0).minimum(2 * middles)
-    assert values.numel() == 0 or float((scaled - unpacked(found)).abs().max()) <= 0.5 + 2.0**-13
+    assert values.numel() == 0 or float((scaled - unpacked(found, store.widths)).abs().max()) <= 0.5 + 2.0**-13
     same = (found["gains"] == expected["gains"]).double()
     assert values.numel() == 0 or float(same.mean()) >= 0.97
 

@@ -76,7 +76,7 @@ def test_they_compile_for_a_gpu_that_is_not_here(rotation, dtype, monkeypatch):
     monkeypatch.setattr(triton_decode, "applies", lambda *args: True)
     monkeypatch.setattr(triton_decode, "_launch", compiled)
     rotation = ROTATIONS[rotation]
-    group = group_of(1, 1, 1, 2, 40, (2, 4, 8, 8), rotation)
+    group = group_of(1, 1, 1, 2, 40, (2, 4, 8, 8, 8), rotation)
     group.tile_scores(torch.randn(1, 2, 3, SIZE, dtype=dtype), rotation.tile_waves(OFFSET, 40))
     group.mixed(torch.rand(1, 2, 3, 40, dtype=dtype))
     assert found == ["tile_scores", "mixed"]
@@ -149,7 +149,7 @@ def test_a_step_of_a_cache_is_that_of_operations_of_torch(monkeypatch):
 
 
 def test_where_they_do_not_serve(monkeypatch):
-    group = group_of(1, 1, 1, 2, 40, (2, 4, 8, 8), None)
+    group = group_of(1, 1, 1, 2, 40, (2, 4, 8, 8, 8), None)
     rows = torch.randn(1, 2, 1, SIZE)
 
     def serve(rows, coefficients=group.coefficients):
@@ -171,7 +171,7 @@ def test_where_they_do_not_serve(monkeypatch):
 
 def test_where_triton_fails_operations_of_torch_serve(monkeypatch):
     rotation = ROTATIONS["halves"]
-    group = group_of(1, 1, 1, 2, 40, (2, 4, 8, 8), rotation)
+    group = group_of(1, 1, 1, 2, 40, (2, 4, 8, 8, 8), rotation)
     rows, weights = torch.randn(1, 2, 1, SIZE).half(), torch.rand(1, 2, 1, 40).half()
     waves = rotation.tile_waves(OFFSET, 40)
     monkeypatch.delenv(triton_decode.INTERPRETED, raising=False)

@@ -19,13 +19,13 @@ extern "C" void attention(
     float* out,                  // [batch, query heads, size of a value]
     const void* const* tensors,  // entries, waves and offset waves of TileScores; basis, scale, mean, levels by width and
                                  // gains of keys and of values; keys and values of the first tokens, and of the recent
-    const int64_t* numbers,      // rows of bytes by width, of keys and of values; for first and recent tokens: how many,
+    const int64_t* numbers,      // counts of levels, of keys and of values; for first and recent tokens: how many,
                                  // steps between batch rows and heads, of keys and of values; and those below
     float factor) {
   constexpr int64_t SIDE = 4 + WIDTHS;
   const void *const *keys = tensors + 3, *const *values = keys + SIDE;
   const float* const* exact = (const float* const*)(values + SIDE);
-  const int64_t *counts = numbers, *exact_sizes = counts + 2 * WIDTHS, *rest = exact_sizes + 10;
+  const int64_t *counts = numbers, *exact_sizes = counts + 2 * COUNTS, *rest = exact_sizes + 10;
   const int64_t keys_pitch = rest[0], values_pitch = rest[1], batch = rest[2], groups = rest[3], key_bases = rest[4],
                 value_bases = rest[5], heads = rest[6], rows = rest[7], size = rest[8], value_size = rest[9],
                 pairs = rest[10], tokens = rest[11], tile = rest[12], least_gain = rest[13], threads = rest[14];
@@ -46,7 +46,7 @@ extern "C" void attention(
       stride, batch * groups, key_bases, heads, rows, size, pairs, tokens, tile, factor, factors};
   const Mixed<true> mixing = {
       scores, (const int8_t*)values[0], (const float*)values[1], (const float*)values[2],
-      Levels((const uint8_t* const*)values + 3, counts + WIDTHS, values_pitch), (const uint8_t*)values[3 + WIDTHS], out,
+      Levels((const uint8_t* const*)values + 3, counts + COUNTS, values_pitch), (const uint8_t*)values[3 + WIDTHS], out,
       stride, batch * groups, value_bases, heads, rows, value_size, tokens, threads, factors};
   Numbers sums(mixing.numbers()), best(batch * groups * scoring.chunks() * joint);
   const int64_t all_rows = batch * groups * joint, key_heads = groups * heads;

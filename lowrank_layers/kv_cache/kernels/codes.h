@@ -8,10 +8,12 @@
 struct Parts {
   uint8_t* of[WIDTHS];
   int64_t rows[WIDTHS];  // rows of bytes
+  int64_t threes;        // directions with 3 bits
   uint8_t* gains;
   int64_t stride;  // from one row of bytes to the next
 
-  Parts(uint8_t* const* parts, const int64_t* counts, int64_t group, int64_t pitch) : stride(pitch) {
+  Parts(uint8_t* const* parts, const int64_t* counts, int64_t group, int64_t pitch)
+      : threes(counts[WIDTHS]), stride(pitch) {
     std::copy_n(counts, WIDTHS, rows);
     for (int k = 0; k < WIDTHS; k++) of[k] = parts[k] + group * rows[k] * pitch;
     gains = parts[WIDTHS] + group * pitch;
@@ -44,12 +46,14 @@ struct Tokens {
 
   void errors(const Parts& parts, const Floats (&gains)[2], Floats (&found)[2]) const {
     const Floats zero = {}, inverse[2] = {1.0f / gains[0], 1.0f / gains[1]};
-    const int64_t counts[] = {parts.rows[0], 2 * parts.rows[1], 4 * parts.rows[2], 8 * parts.rows[3]};
+    const int64_t threes = parts.threes, four = 2 * parts.rows[1], two = 4 * parts.rows[2] - threes;
+    int64_t first = 0;
     found[0] = found[1] = zero;
-    add<8>(found, 0, counts[0], inverse);
-    add<4>(found, counts[0], counts[1], inverse);
-    add<2>(found, counts[0] + counts[1], counts[2], inverse);
-    add<1>(found, counts[0] + counts[1] + counts[2], counts[3], inverse);
+    add<8>(found, first, parts.rows[0], inverse);
+    add<4>(found, first += parts.rows[0], four, inverse);
+    add<3>(found, first += four, threes, inverse);
+    add<2>(found, first += threes, two, inverse);
+    add<1>(found, first += two, 8 * parts.rows[3] - threes, inverse);
     for (int half = 0; half < 2; half++) found[half] *= gains[half] * gains[half];
   }
 
@@ -86,21 +90,35 @@ struct Tokens {
     }
   }
 
-  // Writes the levels of the directions of one width, and leaves the coefficients that they stand for.
+  // The closest level of a coefficient, in whose place the one is left that it stands for.
   template <int width>
-  inline void pack(uint8_t* to, int64_t stride, int64_t first, int64_t count, const Floats (&gains)[2],
-                   int64_t tokens) const {
+  static inline Words coded(float* value, Floats gain, bool leave) {
     constexpr float middle = 0.5f * (1 << width) - 0.5f;
+    const Floats level = closest<width>(load(value) * (1.0f / gain) + middle);
+    if (leave) store(value, (level - ROUND - middle) * gain);
+    return (Words)level;
+  }
+
+  // Writes the levels of one plane, of which the first "threes" are parts of those of 3 bits: the last two bits, or the
+  // first one, which is written after them.
+  template <int width>
+  inline void pack(uint8_t* to, int64_t stride, int64_t first, int64_t count, int64_t threes, int64_t apart,
+                   const Floats (&gains)[2], int64_t tokens) const {
     for (int64_t j = 0; j < count; j++, to += stride) {
       uint8_t bytes[STEP];
       for (int half = 0; half < 2; half++) {
         Words whole = {};
 #pragma GCC unroll 8
         for (int field = 0; field < 8 / width; field++) {
-          float* value = values + (first + field * count + j) * STEP + half * LANES;
-          const Floats level = closest<width>(load(value) * (1.0f / gains[half]) + middle);
-          whole |= ((Words)level & 0xffu) << (field * width);
-          store(value, (level - ROUND - middle) * gains[half]);
+          const int64_t at = field * count + j;
+          const bool of_three = width < 3 && at < threes;
+          float* value = values + (first + at + (of_three ? 0 : apart)) * STEP + half * LANES;
+          Words level;
+          if (of_three)
+            level = coded<3>(value, gains[half], width == 1) >> (width == 1 ? 2 : 0);
+          else
+            level = coded<width>(value, gains[half], true);
+          whole |= (level & ((1u << width) - 1)) << (field * width);
         }
         const Bytes narrow = __builtin_convertvector(whole, Bytes);
         std::memcpy(bytes + half * LANES, &narrow, LANES);
@@ -116,11 +134,10 @@ struct Tokens {
     for (int64_t t = 0; t < STEP; t++) held[t] = factors.of[chosen[t]];
     for (int64_t t = 0; t < tokens; t++) parts.gains[start + t] = chosen[t];
     const Floats own[2] = {load(held), load(held + LANES)};
-    const int64_t* rows = parts.rows;
-    int64_t first = 0;
-    pack<8>(parts.of[0] + start, parts.stride, first, rows[0], own, tokens);
-    pack<4>(parts.of[1] + start, parts.stride, first += rows[0], rows[1], own, tokens);
-    pack<2>(parts.of[2] + start, parts.stride, first += 2 * rows[1], rows[2], own, tokens);
-    pack<1>(parts.of[3] + start, parts.stride, first += 4 * rows[2], rows[3], own, tokens);
+    const int64_t *rows = parts.rows, threes = parts.threes, low = rows[0] + 2 * rows[1], two = 4 * rows[2] - threes;
+    pack<8>(parts.of[0] + start, parts.stride, 0, rows[0], 0, 0, own, tokens);
+    pack<4>(parts.of[1] + start, parts.stride, rows[0], rows[1], 0, 0, own, tokens);
+    pack<2>(parts.of[2] + start, parts.stride, low, rows[2], threes, 0, own, tokens);
+    pack<1>(parts.of[3] + start, parts.stride, low, rows[3], threes, two, own, tokens);
   }
 };

@@ -120,14 +120,14 @@ extern "C" void compress_tokens(
     const float* metric,        // [groups, heads * size, heads * size], or null
     const float* weights,       // [weightings, groups, rank]
     uint8_t* const* parts,      // levels by width [batch, groups, rows of bytes, tokens], gains [batch, groups, tokens]
-    const int64_t* counts,      // rows of bytes by width
+    const int64_t* counts,      // rows of bytes by width, and directions with 3 bits
     double* energies,           // [batch, groups, 2]: what is lost, and all
     int64_t batch, int64_t groups, int64_t bases, int64_t weightings, int64_t heads, int64_t size, int64_t pairs,
     int64_t start, int64_t tokens, int64_t tile, int64_t pitch, int64_t steps, int64_t look_from, int64_t look_to,
     int64_t least_gain, int64_t gains, int64_t threads) {
   const Gains factors(least_gain);
   const Frame frame = {entries, pairs, size, offset_waves, tile};
-  const int64_t rank = Levels(parts, counts, pitch).rank(), width = heads * size;
+  const int64_t rank = Levels(parts, counts, pitch).directions(), width = heads * size;
   const int64_t stop = start + tokens, first = start / STEP, last = (stop + STEP - 1) / STEP;
   std::fill_n(energies, batch * groups * 2, 0.0);
 #pragma omp parallel num_threads(threads)

@@ -136,19 +136,26 @@ static inline Floats level(Words bytes, int field) {
 }
 
 constexpr int64_t WIDTHS = 4;  // of 8, 4, 2 and 1 bits
+constexpr int64_t COUNTS = WIDTHS + 1;  // rows of bytes of each, and directions with 3 bits
 
 struct Levels {
   const uint8_t* of[WIDTHS];
   int64_t rows[WIDTHS];  // rows of bytes
+  int64_t threes;        // directions with 3 bits, in two planes
   int64_t stride;        // from one row of bytes to the next
 
-  Levels(const uint8_t* const* parts, const int64_t* counts, int64_t tokens) : stride(tokens) {
+  Levels(const uint8_t* const* parts, const int64_t* counts, int64_t tokens)
+      : threes(counts[WIDTHS]), stride(tokens) {
     std::copy_n(parts, WIDTHS, of);
     std::copy_n(counts, WIDTHS, rows);
   }
 
   int64_t bytes() const { return rows[0] + rows[1] + rows[2] + rows[3]; }
+  // levels as they are read, of which a direction with 3 bits has two: in the plane of 2 bits, and of 1 bit
   int64_t rank() const { return rows[0] + 2 * rows[1] + 4 * rows[2] + 8 * rows[3]; }
+  int64_t directions() const { return rank() - threes; }
+  int64_t low() const { return rows[0] + 2 * rows[1]; }
+  int64_t high() const { return low() + 4 * rows[2]; }
 
   Levels from(int64_t token) const {
     Levels found = *this;

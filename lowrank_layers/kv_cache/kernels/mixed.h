@@ -82,8 +82,8 @@ struct Rebuilding {
 template <bool softmax>
 struct Mixed {
   const float* weights;     // [groups, heads * rows, tokens], rows "stride" apart
-  const int8_t* basis;      // [bases, heads * size, rank]
-  const float* scale;       // [bases, rank]
+  const int8_t* basis;      // [bases, heads * size, directions]
+  const float* scale;       // [bases, directions]
   const float* mean;        // [bases, heads * size]
   Levels levels;            // of all groups
   const uint8_t* gains;     // [groups, tokens], as far apart as levels
@@ -136,23 +136,26 @@ struct Mixed {
     }
   }
 
-  // The sums of all shares, in units of the basis and times what "factor" gives for a row and its sum of weights.
+  // The sums of all shares, a number per direction in units of the basis, times what "factor" gives for a row and its sum of weights.
   template <class Factor>
   void join(float* sums, const Factor& factor) const {
-    const int64_t rank = levels.rank();
+    const int64_t directions = levels.directions(), low = levels.low(), high = levels.high(), threes = levels.threes;
 #pragma omp for schedule(static)
     for (int64_t row = 0; row < groups * joint(); row++) {
       float* to = sums + (row / joint() * shares() * joint() + row % joint()) * wide();
       for (int64_t part = 1; part < shares(); part++)
         for (int64_t j = 0; j < wide(); j++) to[j] += to[part * joint() * wide() + j];
       const float times = factor(row, to[wide() - 1]);
-      for (int64_t j = 0; j < rank; j++) to[j] *= scale[row / joint() % bases * rank + j] * times;
+      for (int64_t j = 0; j < threes; j++) to[low + j] += 4 * to[high + j];
+      std::copy(to + high + threes, to + levels.rank(), to + high);
+      std::fill(to + directions, to + wide() - 1, 0.0f);
+      for (int64_t j = 0; j < directions; j++) to[j] *= scale[row / joint() % bases * directions + j] * times;
       to[wide() - 1] *= times;
     }
   }
 
   void rebuild(const float* sums) const {
-    const int64_t rank = levels.rank();
+    const int64_t rank = levels.directions();
 #pragma omp for collapse(2) schedule(static)
     for (int64_t head = 0; head < groups * heads; head++)
       for (int64_t entry = 0; entry < size; entry++) {

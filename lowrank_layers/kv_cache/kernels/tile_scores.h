@@ -11,8 +11,8 @@ struct TileScores {
   const int64_t* entries;     // [size], see Pairs
   const float* waves;         // [tiles, 2 pairs + 1], of the tiles' centres
   const float* offset_waves;  // [2 pairs + 1, tile], of the tokens about them
-  const int8_t* basis;        // [bases, heads * size, rank]
-  const float* scale;         // [bases, rank]
+  const int8_t* basis;        // [bases, heads * size, directions]
+  const float* scale;         // [bases, directions]
   const float* mean;          // [bases, heads * size]
   Levels levels;              // of all groups
   const uint8_t* gains;       // [groups, tokens], as far apart as levels
@@ -48,7 +48,7 @@ struct TileScores {
     for (int64_t chunk = 0; chunk < groups * chunks(); chunk++) {
       const int64_t group = chunk / chunks(), first = chunk % chunks() * at_once();
       const int64_t count = std::min(at_once(), tiles() - first);
-      maps.read(paired, heads, rank, group % bases, basis, scale, mean);
+      maps.read(paired, heads, levels, group % bases, basis, scale, mean);
       for (int64_t row = 0; row < joint && group != before; row++) {
         float* query = own.data() + row * size;
         paired.read(queries + (group * joint + row) * size, query);

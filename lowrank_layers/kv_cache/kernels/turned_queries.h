@@ -51,33 +51,43 @@ struct Pairs {
   }
 };
 
-// The basis and mean of a group of heads: the basis with two entries of a head in a number.
+// The basis and mean of a group of heads: the basis with two entries of a head in a number, and with a column per level.
+// That of a direction with 3 bits comes twice: its first bit counts four times as much as those that follow.
 struct Maps {
   Zeros<int32_t> pairs;  // [heads, halves, columns]
   Numbers scales, mean;  // of columns; of entries
   int64_t halves = 0, columns = 0, group = -1;
 
-  void read(const Pairs& paired, int64_t heads, int64_t rank, int64_t own, const int8_t* bases, const float* all_scales,
-            const float* means) {
+  void read(const Pairs& paired, int64_t heads, const Levels& levels, int64_t own, const int8_t* bases,
+            const float* all_scales, const float* means) {
     if (own == group) return;
-    const int64_t size = paired.size;
+    const int64_t size = paired.size, rank = levels.rank(), directions = levels.directions();
+    const int64_t low = levels.low(), high = levels.high(), threes = levels.threes;
     group = own;
     halves = whole(size) / 2;
     columns = whole(rank);
     pairs.assign(heads * halves * columns);
     scales.assign(columns);
     mean.assign(heads * size);
-    std::copy_n(all_scales + own * rank, rank, scales.data());
+    const float* own_scales = all_scales + own * directions;
+    std::copy_n(own_scales, high, scales.data());
+    for (int64_t i = 0; i < threes; i++) scales.data()[high + i] = 4 * own_scales[low + i];
+    std::copy(own_scales + high, own_scales + directions, scales.data() + high + threes);
     for (int64_t h = 0; h < heads; h++) {
       const int64_t head = (own * heads + h) * size;
       paired.read(means + head, mean.data() + h * size);
       for (int64_t k = 0; k < size; k++) {
-        const int8_t* from = bases + (head + paired.entries[k]) * rank;
+        const int8_t* from = bases + (head + paired.entries[k]) * directions;
         int32_t* to = pairs.data() + (h * halves + k / 2) * columns;
-        if (k % 2)
-          for (int64_t c = 0; c < rank; c++) to[c] |= int32_t(from[c]) << 16;
-        else
-          for (int64_t c = 0; c < rank; c++) to[c] = int32_t(from[c]) & 0xffff;
+        const auto add = [&](const int8_t* from, int64_t first, int64_t stop) {
+          if (k % 2)
+            for (int64_t c = first; c < stop; c++) to[c] |= int32_t(from[c - first]) << 16;
+          else
+            for (int64_t c = first; c < stop; c++) to[c] = int32_t(from[c - first]) & 0xffff;
+        };
+        add(from, 0, high);
+        add(from + low, high, high + threes);
+        add(from + high, high + threes, rank);
       }
     }
   }
