@@ -11,7 +11,6 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from ..checks import check_integer
 from ..errors import LowRankError
 from ..modules import Selector, check_model, opened_attentions, walk_layers
 from .batch_masks import MaskOf, check_mask
@@ -21,6 +20,7 @@ from .layer_recorder import LayerRecorder, Pass
 from .padding import Padding, in_backward
 from .result_checks import check_finite, check_gradients, check_seen, largest_gradient
 from .run import Loss, batch_loss, check_batches, forward, frozen, quiet_eval
+from .sketch import check_sketch_above
 from .staged_calibration import calibrate_in_stages
 from .statistics import Statistics
 from .watched import count_macs, count_samples, watched_layers
@@ -109,8 +109,7 @@ def calibrate(
     check_batches(batches, "calibrate")
     check_mask(mask, "calibrate")
     check_clip(clip)
-    if sketch_above is not None:
-        check_integer(sketch_above, "calibrate", "sketch_above", 0)
+    check_sketch_above(sketch_above, "calibrate")
     if folder is not None:
         settings: dict[str, Any] = {"target": target, "mask": mask, "clip": clip, "progress": progress}
         settings["sketch_above"] = sketch_above

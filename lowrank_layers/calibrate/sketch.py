@@ -14,6 +14,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from ..checks import check_integer
 from .moments import add_to_mean_, to_unit_scale
 
 COLUMNS = 256
@@ -57,6 +58,20 @@ class GradientSketch:
             if size is not None:
                 sums = sums.to(self.second).mul_(size.to(self.second).square())
         add_to_mean_(self.second, sums, count, self.rows)
+
+
+def check_sketch_above(outputs: int | None, caller: str) -> None:
+    """Raises if the width above which moments are sketched is no integer of 0 or more.
+
+    Args:
+        outputs: the number of outputs; ``None`` for never.
+        caller: who was given it.
+
+    Raises:
+        LowRankError: for another value.
+    """
+    if outputs is not None:
+        check_integer(outputs, caller, "sketch_above", 0)
 
 
 def is_sketched(outputs: int, widest: int | None) -> bool:

@@ -15,7 +15,7 @@ from torch import nn
 from ..calibrate import Loss, MaskOf, SampledCrossEntropy, check_batches, is_calibrated
 from ..calibrate.clipping import check_clip
 from ..calibrate.processes import Processes
-from ..calibrate.sketch import COLUMNS, is_sketched
+from ..calibrate.sketch import COLUMNS, check_sketch_above, is_sketched
 from ..calibrate.staged_calibration import calibrate_in_stages
 from ..calibrate.statistics import Statistics
 from ..compress import Damping, Method, Plan, make_plan
@@ -111,6 +111,7 @@ def compress_checkpoint(
     """
     check_batches(batches, "compress_checkpoint")
     check_clip(clip)
+    check_sketch_above(sketch_above, "compress_checkpoint")
     batches, processes = list(batches), Processes.all()
     if not all(processes.gather(len(batches))):
         raise LowRankError("compress_checkpoint: got no batches.")

@@ -120,3 +120,14 @@ def test_the_metric_of_a_sketch_is_that_of_its_matrix():
 def test_bad_limits_are_refused(value):
     with pytest.raises(lr.LowRankError, match="sketch_above"):
         lr.calibrate(Wide(), batches(), sketch_above=value)
+
+
+@pytest.mark.parametrize("sketch_above", ["all", -1, 1.5, True])
+def test_a_width_that_is_no_integer_is_refused_before_anything_is_read(sketch_above, tmp_path):
+    with pytest.raises(lr.LowRankError, match="sketch_above"):
+        lr.calibrate(Wide(), batches(), lr.SampledCrossEntropy(), sketch_above=sketch_above)
+    with pytest.raises(lr.LowRankError, match="sketch_above"):
+        lr.compress_checkpoint(
+            tmp_path, tmp_path / "small", lr.Budget(params=0.5), batches(), model=Wide(), sketch_above=sketch_above
+        )
+    assert not (tmp_path / "small").exists()
