@@ -49,6 +49,7 @@ from .compress import (
 )
 from .compress.methods import (
     CPMethod as CPMethod,
+    PivotMethod as PivotMethod,
     SpatialMethod as SpatialMethod,
     SVDMethod as SVDMethod,
     TensorizedLinearMethod as TensorizedLinearMethod,
@@ -104,6 +105,7 @@ from .layers import (
     LowRankLinear as LowRankLinear,
     LowRankMultiheadAttention as LowRankMultiheadAttention,
     LowRankTransposedLinear as LowRankTransposedLinear,
+    PivotLinear as PivotLinear,
     TensorizedEmbedding as TensorizedEmbedding,
     TensorizedLinear as TensorizedLinear,
     TuckerConv1d as TuckerConv1d,

@@ -59,5 +59,9 @@ class LayerStore:
             layer = FactoredSpec.from_json(header["factored"]).like(layer)
         for name in infos:
             owner, _, key = name.rpartition(".")
-            layer.get_submodule(owner)._parameters[key] = map_parameter(read_tensor(path, name))
+            module, tensor = layer.get_submodule(owner), read_tensor(path, name)
+            if key in module._buffers:
+                module._buffers[key] = tensor.clone()
+            else:
+                module._parameters[key] = map_parameter(tensor)
         return layer.requires_grad_(False).eval()

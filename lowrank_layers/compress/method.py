@@ -120,6 +120,30 @@ def factored_costs(method: Method, layer: Candidate, ranks: Sequence[Any]) -> li
     return [Cost(*row) for row in exact.tolist()]
 
 
+def quadratic_costs(method: Method, layer: Candidate, ranks: Sequence[int]) -> list[Cost]:
+    """:func:`factored_costs` of many integer ranks, where both sizes of a factor depend on the rank.
+
+    A cost that is affine in the sizes of factors is quadratic in such a rank, and known everywhere once it is known at
+    three ranks. These lie far apart, so that costs which were rounded to integers are right to one unit.
+    """
+    if not layer.cost_model.affine or len(ranks) <= 3:
+        return [factored_cost(method, layer, rank) for rank in ranks]
+    a, b, c = ranks[0], ranks[len(ranks) // 2], ranks[-1]
+    costs = [factored_cost(method, layer, rank) for rank in (a, b, c)]
+    prices = [(cost.params, cost.macs, cost.bytes) for cost in costs]
+    whole = (b - a) * (c - b) * (c - a)  # Lagrange's weights times this are integers
+    found = []
+    for rank in ranks:
+        weights = (
+            (rank - b) * (rank - c) * (c - b),
+            -(rank - a) * (rank - c) * (c - a),
+            (rank - a) * (rank - b) * (b - a),
+        )
+        sums = (sum(w * price for w, price in zip(weights, each, strict=True)) for each in zip(*prices, strict=True))
+        found.append(Cost(*((2 * total + whole) // (2 * whole) for total in sums)))
+    return found
+
+
 def smaller_ranks(method: Method, layer: Candidate, limit: int) -> range:
     """The ranks from 1 to ``limit`` at which the factored layer has fewer parameters than the dense one."""
     one, two = (factored_cost(method, layer, rank).params for rank in (1, 2))

@@ -39,6 +39,7 @@ from .matrix import (
     weight_from_matrices as weight_from_matrices,
 )
 from .pair_conv import PairConv as PairConv
+from .pivot_linear import PivotLinear as PivotLinear
 from .resized import is_resized as is_resized, mark_resized as mark_resized
 from .transposed_linear import LowRankTransposedLinear as LowRankTransposedLinear
 from .tt_embedding import TensorizedEmbedding as TensorizedEmbedding

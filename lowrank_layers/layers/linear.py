@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -63,9 +64,13 @@ class LowRankLinear(FactoredModule):
         self.in_features = in_features
         self.out_features = out_features
         rank = choose_rank(rank, pair_spectrum(out_features, in_features, None, type(self).__name__), self._limit)
-        self.down = nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
-        self.up = nn.Linear(rank, out_features, bias=bias, device=device, dtype=dtype)
+        self._build(rank, bias, {"device": device, "dtype": dtype})
         self.reset_parameters()
+
+    def _build(self, rank: int, bias: bool, factory: dict[str, Any]) -> None:
+        """Creates the children."""
+        self.down = nn.Linear(self.in_features, rank, bias=False, **factory)
+        self.up = nn.Linear(rank, self.out_features, bias=bias, **factory)
 
     @property
     def _limit(self) -> int:

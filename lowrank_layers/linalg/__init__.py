@@ -2,6 +2,7 @@
 
 from .check import check_tensor as check_tensor, narrowed as narrowed, working_dtype as working_dtype
 from .krylov import krylov_svd as krylov_svd
+from .pivots import pivot_rows as pivot_rows
 from .precision import full_precision as full_precision
 from .products import (
     fold as fold,

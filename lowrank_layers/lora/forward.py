@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import LowRankError
-from ..layers import LowRankEmbedding, LowRankEmbeddingBag, LowRankLinear
+from ..layers import LowRankEmbedding, LowRankEmbeddingBag, LowRankLinear, PivotLinear
 from ..layers.conv1d import is_conv1d_class
 from ..layers.conv_base import FactoredConv, TransposedConv
 from ..layers.patches import pad_input
@@ -38,7 +38,7 @@ def fast_call(module: nn.Module) -> Fast | None:
 
 def fast_forward(cls: type[nn.Module]) -> Fast | None:
     """The fast forward of a class, if there is one: only where its own forward is the known one."""
-    if cls.forward is nn.Linear.forward or cls.forward is LowRankLinear.forward or _has_forward_of_conv1d(cls):
+    if cls.forward in (nn.Linear.forward, LowRankLinear.forward, PivotLinear.forward) or _has_forward_of_conv1d(cls):
         return _linear
     if cls.forward is nn.Embedding.forward or cls.forward is LowRankEmbedding.forward:
         return _embedding

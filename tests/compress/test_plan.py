@@ -35,7 +35,7 @@ def test_the_table_names_every_layer_and_every_reason(model, stats):
     assert "2: left alone, no method for Own, a subclass of nn.Conv2d" in text
     assert "whole model" in text
     assert "% kept" in text
-    assert "svd" in text
+    assert "pivot" in text
 
 
 def test_json_round_trip(model, stats, tmp_path):

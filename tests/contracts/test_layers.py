@@ -135,7 +135,9 @@ def test_the_error_is_the_tail_of_the_singular_values(row):
 
 
 @pytest.mark.parametrize(
-    "row", [row for row in LAYERS if row.matrix is not None and not row.form], ids=lambda row: row.name
+    "row",
+    [row for row in LAYERS if row.matrix is not None and row.balanced and not row.form],
+    ids=lambda row: row.name,
 )
 def test_the_singular_values_stand_half_on_either_side(row):
     dense, layer = converted(row, dtype=torch.float64)

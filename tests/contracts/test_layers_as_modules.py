@@ -51,7 +51,8 @@ def test_children_are_plain_torch_modules_that_own_all_parameters(row):
     assert all(type(child).__module__.startswith("torch.nn") for child in children)
     assert sum(p.numel() for p in layer.parameters()) == sum(p.numel() for c in children for p in c.parameters())
     assert [c for c in children if getattr(c, "bias", None) is not None] in ([], children[-1:])
-    assert not list(layer.buffers())
+    assert tuple(name for name, _ in layer.named_buffers()) == row.buffers
+    assert not any(buffer.is_floating_point() for buffer in layer.buffers())
 
 
 @rows

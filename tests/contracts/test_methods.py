@@ -23,6 +23,8 @@ METHOD_ROWS = [
     pytest.param(lr.SVDMethod(), lambda: nn.Conv2d(6, 8, 3, groups=2, dilation=2), 4, id="svd-groups"),
     pytest.param(lr.SVDMethod(), lambda: nn.ConvTranspose2d(5, 8, 3, stride=2, padding=1), 5, id="svd-transposed"),
     pytest.param(lr.SVDMethod(), lambda: nn.ConvTranspose1d(6, 8, 3, groups=2), 3, id="svd-transposed-groups"),
+    pytest.param(lr.PivotMethod(), lambda: nn.Linear(12, 9), 9, id="pivot"),
+    pytest.param(lr.PivotMethod(), lambda: nn.Linear(12, 19, bias=False), 12, id="pivot-nobias"),
     pytest.param(lr.SpatialMethod(), lambda: nn.Conv2d(5, 8, 3, padding=1), 15, id="spatial"),
     pytest.param(lr.SpatialMethod(), lambda: nn.Conv2d(6, 8, (5, 3), groups=2), 12, id="spatial-groups"),
     pytest.param(lr.SpatialMethod(), lambda: nn.Conv2d(5, 5, 5, groups=5), 5, id="spatial-depthwise"),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ...layers import FactoredModule, LowRankLinear, bias_of, weight_of
+from ...layers import FactoredModule, LowRankLinear, PivotLinear, bias_of, is_resized, weight_of
 from ...layers.conv_base import FactoredConv, TransposedConv
 from ...modules import replace_, walk_layers
 
@@ -19,25 +19,43 @@ class Chained:
     Args:
         work: the copy, in eval mode.
         modules: the modules of the model, by their names in the copy.
-        factored: the low-rank layers of the model, by the names of the sequences in their place.
+        factored: the low-rank layers of the model, by the names of the sequences in their place; pairs that stand for
+            those in pivot form.
+        pivots: the layers in pivot form, by their names.
     """
 
     work: nn.Module
     modules: dict[str, nn.Module]
     factored: dict[str, FactoredModule]
+    pivots: dict[str, PivotLinear]
 
     @classmethod
     def of(cls, model: nn.Module) -> Chained:
         """Returns the two of them; the model is not changed."""
         modules = dict(walk_layers(model))
         found = {name: layer for name, layer in modules.items() if isinstance(layer, FactoredModule)}
-        factored = {name: layer for name, layer in found.items() if name and _is_chain(layer)}
-        work = copy.deepcopy(model).requires_grad_(False).eval()
+        pivots = {name: layer for name, layer in found.items() if name and isinstance(layer, PivotLinear)}
+        pairs = {name: layer.to_pair() for name, layer in pivots.items()}
+        factored = {name: pairs.get(name, layer) for name, layer in found.items() if name and _is_chain(layer)}
+        modules.update(pairs)
+        work = copy.deepcopy(model)
         copies = {name: layer for name, layer in walk_layers(work) if isinstance(layer, FactoredModule)}
+        copies.update(copy.deepcopy(pairs))
         replace_(work, {name: nn.Sequential(*copies[name].parts) for name in factored})
+        work.requires_grad_(False).eval()
         for name, layer in factored.items():
             modules.update({f"{name}.{k}": part for k, part in enumerate(layer.parts)})
-        return cls(work, modules, factored)
+        return cls(work, modules, factored, pivots)
+
+    def restore_pivots_(self, model: nn.Module) -> None:
+        """Gives the layers in pivot form the sizes and values of the pairs that stand for them, in place."""
+        new = {}
+        for name in self.pivots:
+            pair = self.factored[name]
+            assert isinstance(pair, LowRankLinear)
+            if is_resized(pair):
+                new[name] = PivotLinear.from_pair(pair.to_dense(), pair.up.weight, pair.down.weight, pair.up.bias)
+        replace_(model, dict(new))
 
     def owner(self, name: str) -> nn.Module:
         """Returns the layer of the model of which a layer of the copy is a factor, or which it is itself."""
@@ -56,7 +74,7 @@ class Chained:
 
 
 def _is_chain(layer: FactoredModule) -> bool:
-    """Whether a low-rank layer calls its factors one after the other, and does nothing else."""
+    """Whether a low-rank layer calls its factors one after the other and does nothing else, or a pair can."""
     return isinstance(layer, (LowRankLinear, FactoredConv)) and not isinstance(layer, TransposedConv)
 
 

@@ -117,6 +117,7 @@ def remove_units_(
         raise LowRankError(f"remove_units_: the model does not run with fewer units ({error}).") from error
     for group, units in kept.items():
         _remove_(chained, group, units, problems[group], matrices[group])
+    chained.restore_pivots_(model)
     return model
 
 

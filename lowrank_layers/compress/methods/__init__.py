@@ -2,6 +2,7 @@
 
 from ..registry import register_method
 from .cp import CPMethod as CPMethod
+from .pivot import PivotMethod as PivotMethod
 from .spatial import SpatialMethod as SpatialMethod
 from .svd import SVDMethod as SVDMethod
 from .tensorized import TensorizedMethod as TensorizedMethod
@@ -10,6 +11,7 @@ from .tucker import TuckerMethod as TuckerMethod
 
 for _method in (
     SVDMethod(),
+    PivotMethod(),
     SpatialMethod(),
     TuckerMethod(),
     CPMethod(),

@@ -7,7 +7,6 @@ from typing import Any, ClassVar
 
 import torch
 
-from ...decompose.pair import svd_refit
 from ...layers import (
     FactoredModule,
     LowRankConv1d,
@@ -24,9 +23,9 @@ from ...layers import (
     linear_shape,
 )
 from ...layers.conversion import fill
-from ...rank import choose_rank, pair_spectrum
 from ..candidates import Candidate
-from ..method import Option, factored_costs, factored_like, layer_for, smaller_ranks
+from ..method import Option, factored_costs, layer_for, smaller_ranks
+from ..pair_rank import pair_rank
 from ..regression import joint_bias
 
 
@@ -63,13 +62,7 @@ class SVDMethod:
 
     def choose(self, layer: Candidate, rank: Any) -> int:
         """Returns the rank that an integer or a rule means; a rule sees the weighted spectrum, or refits the matrix."""
-        _, rows, columns = linear_shape(layer.module)
-        values = None
-        if not isinstance(rank, int):
-            values = torch.stack([problem.singular_values for problem in layer.problems]).square().mean(0).sqrt()
-        owner = type(factored_like(self, layer.module, 1, bias=False)).__name__
-        refit = (lambda: svd_refit(layer.problems[0].symmetric_matrix)) if len(layer.problems) == 1 else None
-        return choose_rank(rank, pair_spectrum(rows, columns, values, owner, refit), min(rows, columns))
+        return pair_rank(self, layer, rank)
 
     def build(self, layer: Candidate, rank: int) -> FactoredModule:
         """Returns the factored layer; with statistics the one that minimises the weighted error."""

@@ -44,6 +44,8 @@ class LayerRow:
         unbatched: whether one sample without a batch is a valid input.
         again: whether ``from_dense`` of its dense form gives the layer back; not where the digits of a small embedding
             leave too few complete rows to recover the train from.
+        balanced: whether each factor of a pair has half of the singular values.
+        buffers: names of its buffers, of integers.
     """
 
     cls: type[lr.FactoredModule]
@@ -60,6 +62,8 @@ class LayerRow:
     form: Mapping[str, Any] = field(default_factory=dict)
     unbatched: bool = True
     again: bool = True
+    balanced: bool = True
+    buffers: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -176,6 +180,19 @@ LAYERS = [
         small=2,
         excess=1000,
         matrix=lambda weight: weight,
+    ),
+    LayerRow(
+        lr.PivotLinear,
+        LINEAR_VARIANTS,
+        wide=({"in_features": 64, "out_features": 96}, 24),
+        sample=lambda linear, lead: torch.randn(*lead, linear.in_features),
+        sample_shape=lambda linear: (linear.in_features,),
+        full=lambda linear: min(linear.weight.shape),
+        small=2,
+        excess=1000,
+        matrix=lambda weight: weight,
+        balanced=False,
+        buffers=("order",),
     ),
     LayerRow(
         lr.TensorizedLinear,

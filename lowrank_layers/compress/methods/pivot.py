@@ -1,0 +1,53 @@
+"""Truncated SVD in pivot form: fewer numbers for the same map."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from ...layers import FactoredModule, PivotLinear, linear_shape
+from ..candidates import Candidate
+from ..method import Option, layer_for, quadratic_costs
+from ..pair_rank import pair_rank
+from ..regression import joint_bias
+
+
+@dataclass(frozen=True)
+class PivotMethod:
+    """Replaces linear layers by what :class:`SVDMethod` builds, in ``r * r`` fewer numbers per layer.
+
+    At every rank it has the loss of the pair and costs less, in parameters, bytes and multiply-accumulates. A pair
+    copies nothing and may be faster, so that a plan under a limit on latency, which times both, may choose either.
+    """
+
+    name: ClassVar[str] = "pivot"
+    form: ClassVar[dict[str, Any]] = {}
+    layers: ClassVar[tuple[type[FactoredModule], ...]] = (PivotLinear,)
+
+    def matches(self, layer: Candidate) -> bool:
+        """Returns whether the method can factorize this layer."""
+        return layer_for(self, layer.module) is not None
+
+    def options(self, layer: Candidate) -> list[Option]:
+        """Returns every rank at which the layer is smaller than the dense one: all but the full one."""
+        ranks = range(1, min(linear_shape(layer.module)[1:]) + 1)
+        losses = torch.stack(layer.tails).sum(0)[1:].tolist()
+        offers = map(Option, ranks, quadratic_costs(self, layer, ranks), losses)
+        return [option for option in offers if option.cost.params < layer.before.params]
+
+    def choose(self, layer: Candidate, rank: Any) -> int:
+        """Returns the rank that an integer or a rule means; a rule sees the weighted spectrum, or refits the matrix."""
+        return pair_rank(self, layer, rank)
+
+    def build(self, layer: Candidate, rank: int) -> FactoredModule:
+        """Returns the factored layer; with statistics the one that minimises the weighted error."""
+        cls = layer_for(self, layer.module)
+        assert cls is not None
+        assert issubclass(cls, PivotLinear)
+        if layer.stats is None:
+            return cls.from_dense(layer.module, rank=rank)
+        (problem,) = layer.problems
+        up, down = problem.pair(rank)
+        return cls.from_pair(layer.module, up, down, joint_bias([problem], [up @ down]))
