@@ -71,6 +71,7 @@ def analyse(checkpoint: Checkpoint, names: Sequence[str]) -> Analysis:
         _, rows, columns = linear_shape(module)
         spectra[name] = MatrixSpectrum(layer.problems[0].singular_values, (rows, columns))
         offers[name] = offers_for(layer, [SVDMethod()])
+        layer.release()
         forget_values_(module)
         layers[name] = layer
     return Analysis(layers, offers, spectra, skipped_layers(checkpoint, names), total_cost(checkpoint))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 
 from ..cost import Cost
 from ..errors import BudgetError
@@ -37,7 +37,7 @@ class Offer:
 
 
 def offers_for(layer: Candidate, methods: Iterable[Method]) -> list[Offer]:
-    """Dense first, then everything that any method offers. Afterwards the layer holds no big matrices."""
+    """Dense first, then everything that any method offers; the layer's energy is known afterwards."""
     offers = [Offer(None, Option(None, layer.before, 0.0))]
     for method in methods:
         if method.matches(layer):
@@ -45,7 +45,6 @@ def offers_for(layer: Candidate, methods: Iterable[Method]) -> list[Offer]:
             rounded = [option for option in options if is_rounded(option.rank, layer.round_to)]
             offers += [Offer(method, option) for option in rounded or options]
     layer.tails  # noqa: B018 - the energy is asked for once all layers are known
-    layer.release()
     return offers
 
 
@@ -78,6 +77,7 @@ class Allocation:
         total: cost of the whole dense model.
         units: how the losses of different layers compare.
         alds: minimises the largest relative error of a layer in the spectral norm, not the sum of losses.
+        effects: measured over predicted loss of each layer, by which its options' losses have been scaled; 1 elsewhere.
     """
 
     layers: dict[str, Candidate]
@@ -86,6 +86,7 @@ class Allocation:
     total: Cost
     units: Units
     alds: bool = False
+    effects: Mapping[str, float] = field(default_factory=dict)
 
     def solve(self) -> dict[str, Offer]:
         """The choice with the least sum of losses, or largest error, under the budget; idle layers become smallest.
@@ -197,7 +198,7 @@ class Allocation:
         """The lines of the plan, with the estimated relative error of each layer's output."""
         entries = []
         for name, offer in picks.items():
-            energy = self.layers[name].energy
+            energy = self.layers[name].energy * self.effects.get(name, 1.0)
             error = (offer.option.loss_increase / energy) ** 0.5 if energy > 0 else 0.0
             loss = None if self.layers[name].idle else offer.option.loss_increase
             before = self.offers[name][0].option.cost

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from typing import Any, Literal
 
@@ -25,6 +26,7 @@ from .damping import Damping
 from .eligible import UNREACHED, eligible_layers
 from .entry import Entry
 from .latency import ExampleRun, LatencyTable, fit_latency
+from .measured import MeasuredEffects, measured_on, scaled
 from .method import Method, Option, factored_cost
 from .plan import Plan, model_cost
 from .request import Request, check_budget, check_stats, make_request, methods_of_alds
@@ -48,6 +50,7 @@ def make_plan(
     cost_model: CostModel | None = None,
     example: Any = None,
     round_to: int | None = None,
+    batches: Iterable[Any] | None = None,
     progress: bool = False,
 ) -> Plan:
     r"""Chooses a method and a rank for every layer, or leaves it dense, so that the loss grows least under a budget.
@@ -70,6 +73,11 @@ def make_plan(
       gradients of a loss: on ResNet-20 with channel SVD alone the three give 87.86 / 87.75 / 88.04 % at half the
       parameters and 74.66 / 75.89 / 76.34 % at 30 %; with all methods 91.24 / 91.19 / 91.06 % and 88.37 / 88.89 /
       88.85 %. It is also the default where nothing is known.
+    - ``"measured"`` measures instead of assuming, and is the default with ``batches``: each layer alone is replaced at
+      about half of its parameters, what comes after it in the model is run again on some batches, and the layer's
+      whole curve is scaled by measured over estimated growth of the loss. What is measured is how far the output moves:
+      the mean divergence of the predictions where the loss of the statistics is a cross-entropy or the output has
+      ``.logits``, its squared error over its variance otherwise. The losses of the plan are in these units then.
     - ``"trimmed"`` divides by the total without the largest 1 % of the layer's singular directions, and squares the
       quotient. It is the default where the inputs are known but no gradients. A few outlier channels own the inputs
       of a transformer's layers, so that by the other units these layers are cut to almost nothing; and errors of
@@ -87,8 +95,9 @@ def make_plan(
         skip: layers to leave alone: names, ends of names, parents, types or predicates.
         rank: instead of a budget: one rank or rule for every layer, by the first method that matches. A rule sees
             the weighted spectrum where there are statistics. A layer that would grow is left dense.
-        units: ``"absolute"``, ``"relative"``, ``"balanced"`` or ``"trimmed"``; by default ``"trimmed"``
-            with statistics without gradients, ``"balanced"`` otherwise.
+        units: ``"absolute"``, ``"relative"``, ``"balanced"``, ``"trimmed"`` or ``"measured"``; by default
+            ``"measured"`` with ``batches``, else ``"trimmed"`` with statistics without gradients, ``"balanced"``
+            otherwise.
         allocation: ``"knapsack"``, the least sum of losses, or ``"alds"``, the least of the largest relative error of a
             layer in the spectral norm, of pairs of factors (Liebenwein et al., 2021; without its subspaces). The second
             one looks at the worst input and not at the loss; it is there to compare with. It takes ``methods`` with
@@ -100,6 +109,8 @@ def make_plan(
             takes; ``None`` takes the first sample that it saw.
         round_to: ranks are multiples of it, or powers of two below it; ``None`` stands for 4 under a limit on latency,
             since processors compute several channels at a time, and for 1 otherwise.
+        batches: what layers are measured on: batches that the model was calibrated on, in the same form. About 1,024
+            positions of the output are looked at, of batches that are evenly spaced.
         progress: shows a progress bar over the layers.
 
     Returns:
@@ -128,6 +139,7 @@ def make_plan(
         round_to = ROUND_TO if timed else 1
     check_integer(round_to, "make_plan", "round_to", 1)
     request = make_request(methods, stats, damping, cost_model, round_to)
+    seen = measured_on(batches, units, planned=budget is not None and allocation == "knapsack")
     closed = list(walk_layers(model))
     with opened_attentions(model):
         skipped_names = select(model, skip, "skip", closed)
@@ -156,9 +168,10 @@ def make_plan(
             table = LatencyTable(model, run, layers)
             if len(budget.units) == 1:
                 competing = table.faster(request.methods)
-        offers = _offers(layers, competing, progress)
-        scales = units or default_units(layers.values())
-        problem = Allocation(layers, offers, budget, total, scales, alds=allocation == "alds")
+        with nullcontext() if seen is None else MeasuredEffects(model, seen, stats) as measuring:
+            offers, effects = _offers(layers, competing, measuring, progress)
+        scales = units or default_units(layers.values(), measured=seen is not None)
+        problem = Allocation(layers, offers, budget, total, scales, allocation == "alds", effects)
     measured: dict[str, float] = {}
     if timed:
         problem, picks, measured["measured"] = fit_latency(model, problem, table)
@@ -181,9 +194,18 @@ def make_plan(
 
 
 @full_precision
-def _offers(layers: dict[str, Candidate], methods: dict[str, list[Method]], progress: bool) -> dict[str, list[Offer]]:
-    bar = tqdm(layers.items(), desc="make_plan", disable=not progress)
-    return {name: offers_for(layer, methods[name]) for name, layer in bar}
+def _offers(
+    layers: dict[str, Candidate], methods: dict[str, list[Method]], measuring: MeasuredEffects | None, progress: bool
+) -> tuple[dict[str, list[Offer]], dict[str, float]]:
+    """The options of all layers, with measured losses where they are measured, and what scaled them."""
+    offers, effects = {}, {}
+    for name, layer in tqdm(layers.items(), desc="make_plan", disable=not progress):
+        offers[name] = offers_for(layer, methods[name])
+        if measuring is not None:
+            effects[name] = measuring.effect(name, layer, offers[name])
+            offers[name] = scaled(offers[name], effects[name])
+        layer.release()
+    return offers, effects
 
 
 @full_precision

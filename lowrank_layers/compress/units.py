@@ -8,8 +8,8 @@ from typing import Literal, get_args
 from ..errors import LowRankError
 from .candidates import Candidate
 
-Units = Literal["balanced", "absolute", "relative", "trimmed"]
-_EXPONENT = {"absolute": 0.0, "balanced": 0.5, "relative": 1.0}
+Units = Literal["balanced", "absolute", "relative", "trimmed", "measured"]
+_EXPONENT = {"absolute": 0.0, "balanced": 0.5, "relative": 1.0, "measured": 0.0}
 
 
 def check_units(units: object) -> None:
@@ -18,8 +18,15 @@ def check_units(units: object) -> None:
         raise LowRankError(f"make_plan: got units {units!r}, expected one of {list(get_args(Units))}.")
 
 
-def default_units(layers: Iterable[Candidate]) -> Units:
-    """``"trimmed"`` where the inputs are known but no gradients of a loss, ``"balanced"`` otherwise."""
+def default_units(layers: Iterable[Candidate], *, measured: bool = False) -> Units:
+    """``"measured"`` where layers are, ``"trimmed"`` where the inputs are known but no gradients, else ``"balanced"``.
+
+    Args:
+        layers: the layers of a plan.
+        measured: whether their effects on the output were measured.
+    """
+    if measured:
+        return "measured"
     known = [layer.stats for layer in layers if layer.stats is not None]
     return "trimmed" if known and all(stats.gradients is None for stats in known) else "balanced"
 

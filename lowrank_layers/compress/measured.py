@@ -1,0 +1,190 @@
+"""How far the model's output moves when one layer alone is replaced, over what its error predicts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..calibrate import check_batches, describe_output, main_output, quiet_eval
+from ..calibrate.example import map_tensors
+from ..calibrate.fisher import counted_positions
+from ..calibrate.overridden import overridden
+from ..calibrate.prefix_memo import KnownPass, PrefixMemo
+from ..calibrate.statistics import Statistics
+from ..errors import LowRankError
+from ..memory import release_mapped
+from .allocation import Offer
+from .candidates import Candidate
+from .recovery.distillation import divergence, single
+from .units import Units
+
+ROWS = 1024
+"""Positions of the output, at least, that are looked at where the batches have so many."""
+SHARE = 0.5
+"""Part of its parameters that a layer keeps while it is measured: pairs at about a third of the full rank."""
+VISIBLE = 1e-4
+"""Part of its energy that a layer has to lose for a measurement."""
+LEAST = 1e-10
+"""Where a layer changes nothing, its curve is not scaled to nothing."""
+CLASSIFIERS = ("SampledCrossEntropy", "CrossEntropyLoss", "cross_entropy")
+"""Losses whose outputs are logits over their last dimension."""
+
+
+class MeasuredEffects:
+    """Measures what layers do to the output of a model, one at a time; a context manager.
+
+    A layer is replaced at one cheap rank, and what comes after it is run again on a few batches. Distance is the mean
+    divergence KL(dense, compressed) of the predictions where the output is logits, and the squared error over the
+    output's variance elsewhere. A layer's whole curve is scaled by measured over predicted.
+
+    Args:
+        model: the dense model, its attentions opened.
+        batches: batches in the form that :func:`calibrate` takes.
+        stats: the statistics of the model, if there are any.
+    """
+
+    def __init__(self, model: nn.Module, batches: Sequence[Any], stats: Statistics | None) -> None:
+        self._model = model
+        self._is_classifier = stats is not None and stats.loss in CLASSIFIERS
+        with_target, mask = (False, None) if stats is None else (stats.with_target, stats.mask)
+        self._memo = PrefixMemo(model, with_target=with_target, mask=mask)
+        self._batches, self._known = batches, list[KnownPass]()
+        self._undo = ExitStack()
+
+    def __enter__(self) -> MeasuredEffects:
+        with ExitStack() as undo:
+            undo.enter_context(quiet_eval(self._model))
+            undo.enter_context(self._memo)
+            first = self._memo.add(self._batches[0])
+            rows = max(1, len(_rows(first, first.output)))
+            shorter = _cut(first, rows)
+            self._known = [first if shorter is None else self._memo.add(shorter)]
+            count = -(-ROWS // rows)
+            step = max(1, len(self._batches) // count)
+            self._known += map(self._memo.add, self._batches[step::step][: count - 1])
+            self._undo = undo.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._undo.close()
+
+    def effect(self, name: str, layer: Candidate, offers: Sequence[Offer]) -> float:
+        """Returns measured over predicted loss of a layer.
+
+        Args:
+            name: the layer.
+            layer: what planning knows of it.
+            offers: its options, dense first.
+        """
+        chosen = tried(layer, offers)
+        if chosen is None or layer.idle:
+            return 1.0
+        assert chosen.method is not None
+        with self._memo.own_forward(name):
+            built = chosen.method.build(layer, chosen.option.rank).eval()
+        with overridden(layer.module, built.forward):
+            distances = [self._distance(known, self._memo.rerun(known, name)) for known in self._known]
+        release_mapped(self._model.parameters())
+        return max(sum(distances) / len(distances), LEAST) / chosen.option.loss_increase
+
+    def _distance(self, known: KnownPass, output: Any) -> float:
+        ours, dense = _rows(known, output), _rows(known, known.output)
+        main = main_output(known.output)
+        has_classes = (
+            main is not None and main.ndim in (2, 3) and main.shape[-1] > 1
+        )  # not those of pixels, [N, C, H, W]
+        if has_classes and (self._is_classifier or hasattr(known.output, "logits")):
+            return float(divergence(ours, dense, 1.0))
+        spread = (dense - dense.mean(0)).square().sum()
+        return float((ours - dense).square().sum() / spread.clamp_min(1e-30))
+
+
+def _rows(known: KnownPass, output: Any) -> Tensor:
+    """The rows of an output that are data, ``[count, features]``."""
+    main = main_output(output)
+    if main is None or main.ndim == 0:
+        raise LowRankError(
+            f"make_plan: the model returned {describe_output(output)}, expected a tensor of 2 dimensions or more among"
+            " it to measure; leave batches= out."
+        )
+    main = main[:, None] if main.ndim == 1 else main
+    chosen = counted_positions(tuple(main.shape[:-1]), known.target, known.mask)
+    rows = main.flatten(0, -2) if chosen is None else main[chosen.to(main.device)]
+    return single(rows)
+
+
+def _cut(known: KnownPass, rows: int) -> Any:
+    """The first samples of a batch that has far more than it takes; ``None`` for the whole of it."""
+    main = main_output(known.output)
+    assert main is not None
+    wanted = -(-ROWS * len(main) // rows)
+    lengths: list[int] = []
+
+    def look(tensor: Tensor) -> Tensor:
+        lengths.append(len(tensor) if tensor.ndim else 0)
+        return tensor
+
+    map_tensors(look, known.batch)
+    if 2 * wanted > len(main) or any(length != len(main) for length in lengths):
+        return None
+    return map_tensors(lambda tensor: tensor[:wanted], known.batch)
+
+
+def tried(layer: Candidate, offers: Sequence[Offer]) -> Offer | None:
+    """Returns the option that a layer is measured at: the best that keeps at most half of its parameters.
+
+    Args:
+        layer: what planning knows of it.
+        offers: its options, dense first.
+    """
+    seen = [offer for offer in offers[1:] if offer.option.loss_increase > VISIBLE * layer.energy]
+    if not seen:
+        return None
+    small = [offer for offer in seen if offer.option.cost.params <= SHARE * layer.before.params]
+    if small:
+        return min(small, key=lambda offer: offer.option.loss_increase)
+    return min(seen, key=lambda offer: offer.option.cost.params)
+
+
+def scaled(offers: Sequence[Offer], effect: float) -> list[Offer]:
+    """Returns the options with their losses scaled.
+
+    Args:
+        offers: the options of a layer.
+        effect: measured over predicted loss.
+    """
+    return [
+        replace(offer, option=replace(offer.option, loss_increase=effect * offer.option.loss_increase))
+        for offer in offers
+    ]
+
+
+def measured_on(batches: Any, units: Units | None, *, planned: bool) -> list[Any] | None:
+    """Returns the batches that layers are measured on; ``None`` where they are not measured.
+
+    Args:
+        batches: what :func:`make_plan` was given.
+        units: likewise.
+        planned: whether losses of layers are compared.
+    """
+    if batches is None:
+        if units == "measured":
+            raise LowRankError(
+                "make_plan: got units='measured' without batches, expected batches= of those that the model was"
+                " calibrated on."
+            )
+        return None
+    if units not in (None, "measured") or not planned:
+        raise LowRankError(
+            f"make_plan: got batches with units={units!r}, a rank or another allocation, expected units='measured' or"
+            " None and a budget; leave batches out."
+        )
+    check_batches(batches, "make_plan")
+    known = list(batches)
+    if not known:
+        raise LowRankError("make_plan: got no batches; give some of those that the model was calibrated on, or None.")
+    return known
