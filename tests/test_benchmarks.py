@@ -27,6 +27,7 @@ RESULTS = {
     "kv_memory": "kv_memory",
     "kv_quality": "kv_quality",
     "kv_real": "kv_real",
+    "language": "language",
     "large": "large",
     "latency": "latency",
     "layers": "layers",
@@ -50,7 +51,7 @@ IN_FULL = {
 }
 DATA = {"recovery": "lenet_mnist", "sequence": "cifar_resnet"}
 """The shared data that a benchmark reads when it runs small."""
-NEEDS = {"large": "transformers", "vla": "minigrid"}
+NEEDS = {"language": "transformers", "large": "transformers", "vla": "minigrid"}
 """The packages of extras that a benchmark cannot run without."""
 
 

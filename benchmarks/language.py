@@ -1,0 +1,223 @@
+"""A language model with 80, 60 and 40 % of the parameters of its blocks, beside other ways to choose ranks and factors.
+
+SmolLM2-135M-Instruct from its package (``benchmarks/smollm2.py``), or the model of transformers in ``--model``. The
+embeddings stay as they are. Every row is a setting of the same pipeline, calibrated on the same tokens of WikiText-2
+(valid), without recovery: plain SVD; whitening by the inputs with one ratio for all layers (the idea of SVD-LLM) or
+with ranks by relative errors (that of BALF); weighting by inputs and gradients, in one shot and in sequence; measured
+allocation; and the default. Perplexity of windows of 512 tokens of WikiText-2 (test), code and stories, each text from
+its beginning on; LAMBADA's last words where ``--lambada`` says how many.
+
+Rows that are done are kept in ``--work`` and not measured again; the result file is written after each of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import re
+import resource
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import lowrank_layers as lr
+from benchmarks.common import arguments, machine, markdown_table, write_result
+from benchmarks.language_scores import measured
+from benchmarks.language_texts import Case, case, small
+from lowrank_layers.files import replacing
+
+SKIP = ("lm_head", "embed_tokens")
+PAIRS = [lr.SVDMethod()]
+BARS = {0.8: {"WikiText": 43.5, "code": 21.7}, 0.6: {"WikiText": 83.5, "code": 120.0}}
+"""What the default has to reach on SmolLM2 with 8,192 tokens of calibration and six windows."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One row of the tables.
+
+    Args:
+        knows: what the plan and the factors are told of the data.
+        units: how layers are compared; ``"uniform"`` gives all one ratio, ``None`` is the default, which measures.
+        sequential: whether layers are fitted one after the other.
+        methods: ``None`` for all.
+    """
+
+    knows: str
+    units: Any
+    sequential: bool = False
+    methods: Any = None
+
+
+SETTINGS = {
+    "plain SVD, uniform": Setting("nothing", "uniform", methods=PAIRS),
+    "whitened, uniform": Setting("inputs", "uniform", methods=PAIRS),
+    "whitened, relative": Setting("inputs", "relative", methods=PAIRS),
+    "two-sided, uniform": Setting("gradients", "uniform", methods=PAIRS),
+    "two-sided, balanced": Setting("gradients", "balanced", methods=PAIRS),
+    "two-sided, balanced, sequential": Setting("gradients", "balanced", sequential=True, methods=PAIRS),
+    "two-sided, absolute": Setting("gradients", "absolute", methods=PAIRS),
+    "two-sided, measured": Setting("gradients", None, methods=PAIRS),
+    "two-sided, balanced, all methods": Setting("gradients", "balanced"),
+    "two-sided, measured, all methods": Setting("gradients", None),
+    "**default: two-sided, measured, sequential, all methods**": Setting("gradients", None, sequential=True),
+}
+
+
+def uniform_plan(model: Any, stats: lr.Statistics | None, fraction: float) -> lr.Plan:
+    """The plan that gives every layer the largest rank whose factors, and bias, keep the fraction of its parameters."""
+    plan = lr.make_plan(model, rank=1, stats=stats, methods=PAIRS, skip=SKIP)
+    for entry in list(plan):
+        out, into = model.get_submodule(entry.name).weight.shape
+        bias = entry.after.params - out - into
+        plan.set_rank(entry.name, max(1, int((fraction * entry.before.params - bias) / (out + into))))
+    return plan
+
+
+def compressed(model: Any, setting: Setting, stats: lr.Statistics, batches: list[Any], fraction: float) -> Any:
+    """A copy of the model at a size, by one setting."""
+    known = {
+        "nothing": lambda: None,
+        "inputs": lambda: replace(stats, layers={k: each.changed(gradients=None) for k, each in stats.items()}),
+        "gradients": lambda: stats,
+    }[setting.knows]()
+    if setting.units == "uniform":
+        plan = uniform_plan(model, known, fraction)
+    else:
+        budget = lr.Budget(params=fraction, of="planned")
+        seen = batches if setting.units is None else None
+        plan = lr.make_plan(model, budget, known, setting.methods, SKIP, units=setting.units, batches=seen)
+    data = batches if setting.sequential else None
+    return lr.factorize_(copy.deepcopy(model), plan, stats=known, data=data)
+
+
+def peak(device: str) -> float:
+    """GiB at most so far: of the device, or of the whole process on a CPU."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def block_parameters(model: Any) -> int:
+    """Parameters of the model without those of its embeddings."""
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    own = {id(parameter) for end in ends for parameter in end.parameters()}
+    return sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in own)
+
+
+def rows(subject: Case, args: argparse.Namespace, known: dict[str, dict[str, float]]) -> Iterator[str]:
+    """Measures the rows that are not known yet, adds them, and says which."""
+    whole = block_parameters(subject.model)
+
+    def wanted(label: str, size: float | None) -> str | None:
+        key = label if size is None else f"{size:g} {label}"
+        return key if key not in known and (size is None or re.search(args.only, label)) else None
+
+    if (key := wanted("dense", None)) is not None:
+        known[key] = {"kept, %": 100.0} | measured(subject.model, subject, args.rounds)
+        yield key
+    left = {(size, label): key for size in args.sizes for label in SETTINGS if (key := wanted(label, size)) is not None}
+    if not left:
+        return
+    batches = [{"input_ids": x, "use_cache": False} for x in subject.calibration.split(args.batch)]
+    start = time.perf_counter()
+    planned: list[Callable[[str, Any], bool]] = [lambda name, _: not set(name.split(".")) & set(SKIP)]
+    stats = lr.calibrate(subject.model, batches, loss=lr.SampledCrossEntropy(), target=planned)
+    print(f"calibrated in {time.perf_counter() - start:.0f} s, {peak(args.device):.1f} GiB", flush=True)
+    for (size, label), key in left.items():
+        if args.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        start = time.perf_counter()
+        model = compressed(subject.model, SETTINGS[label], stats, batches, size)
+        spent = {"seconds": time.perf_counter() - start, "peak GiB": peak(args.device)}
+        kept = {"kept, %": 100 * block_parameters(model) / whole}
+        known[key] = kept | measured(model, subject, args.rounds) | spent
+        yield key
+
+
+def table(known: dict[str, dict[str, float]], prefix: str) -> str:
+    """The rows of one size in order, the dense model first."""
+    chosen = {label: known[f"{prefix}{label}"] for label in SETTINGS if f"{prefix}{label}" in known}
+    head = list(dict.fromkeys(name for row in chosen.values() for name in row))
+    lines = []
+    for label, row in {"dense": known["dense"], **chosen}.items():
+        lines.append([label, *(f"{row[name]:.{digits(row[name])}f}" if name in row else "" for name in head)])
+    return markdown_table(["setting", *head], lines)
+
+
+def digits(value: float) -> int:
+    """How many decimals are shown."""
+    return 0 if value >= 1000 else 1 if value >= 100 else 2
+
+
+def misses(known: dict[str, dict[str, float]]) -> list[str]:
+    """Where the default is above a baseline's perplexity, or above a bar."""
+    found, default = [], list(SETTINGS)[-1]
+    sizes = {key.split(" ", 1)[0] for key in known if key != "dense"}
+    for size in sorted(sizes, reverse=True):
+        ours = known.get(f"{size} {default}")
+        if ours is None:
+            continue
+        for text in (name for name in ("WikiText", "code", "stories") if name in ours):
+            best = min((row[text], key.split(" ", 1)[1]) for key, row in known.items() if key.startswith(f"{size} "))
+            if ours[text] > best[0]:
+                found.append(f"{float(size):.0%}, {text}: {ours[text]:.1f}, {best[1]} has {best[0]:.1f}")
+            bar = BARS.get(float(size), {}).get(text)
+            if bar is not None and ours[text] > bar:
+                found.append(f"{float(size):.0%}, {text}: {ours[text]:.1f} > {bar}")
+    return found
+
+
+def report(name: str, line: str, args: argparse.Namespace, known: dict[str, dict[str, float]]) -> str:
+    """The whole result file."""
+    text = [
+        f"# Language models, no recovery\n\n{line}\n\n{name}; {args.calibration:,} tokens of WikiText-2 (valid) for"
+        f" calibration, {args.windows} windows of WikiText-2 (test) scored.\n"
+    ]
+    sizes = sorted({float(key.split(" ", 1)[0]) for key in known if key != "dense"}, reverse=True)
+    text += [f"## {size:.0%} of the parameters of the layers\n\n{table(known, f'{size:g} ')}\n" for size in sizes]
+    missed = misses(known)
+    text.append("Not met: " + "; ".join(missed) if missed else "The default is nowhere above a row of the same size.")
+    return "\n".join(text)
+
+
+def main() -> None:
+    parser = arguments(__doc__ or "", threads=1)
+    parser.add_argument("--model", type=Path, help="a folder of transformers to read in the place of SmolLM2")
+    parser.add_argument("--sizes", type=float, nargs="+", default=[0.8, 0.6, 0.4], help="parts that are kept")
+    parser.add_argument("--only", default="", help="a regular expression for the rows to measure; kept ones are shown")
+    parser.add_argument("--calibration", type=int, default=8192, metavar="TOKENS", help="tokens to calibrate on")
+    parser.add_argument("--batch", type=int, default=2, help="windows in a batch of the calibration")
+    parser.add_argument("--windows", type=int, default=6, help="windows of WikiText to score, a third of other texts")
+    parser.add_argument("--lambada", type=int, default=0, help="passages of LAMBADA to score")
+    parser.add_argument("--rounds", type=int, default=3, help="times that tokens per second are measured; 0 for none")
+    parser.add_argument("--work", type=Path, help="folder for finished rows; by default a temporary one")
+    parser.add_argument("--smoke", action="store_true", help="a random model and one size, no claims")
+    args = parser.parse_args()
+    line = machine(args, "transformers")
+    if args.smoke:
+        args.sizes, args.rounds, subject = [0.6], 1, small(args.device)
+    else:
+        subject = case(args.model, args.device, args.calibration, args.windows, args.lambada)
+    with tempfile.TemporaryDirectory() as temporary:
+        work = args.work or Path(temporary)
+        work.mkdir(parents=True, exist_ok=True)
+        path = work / f"language-{subject.calibration.numel()}.json"
+        known: dict[str, dict[str, float]] = json.loads(path.read_text()) if path.exists() else {}
+        for key in rows(subject, args, known):
+            print(key, *(f"{name} {value:.2f}" for name, value in known[key].items()), sep=" | ", flush=True)
+            with replacing(path) as kept:
+                kept.write_text(json.dumps(known))
+            write_result(args, "language", report(subject.name, line, args, known))
+        text = report(subject.name, line, args, known)
+    print(f"{text.splitlines()[-1]}\nwritten to {write_result(args, 'language', text)}")
+
+
+if __name__ == "__main__":
+    main()
