@@ -75,11 +75,11 @@ def build_in_sequence(
         progress: shows a progress bar.
         keep: what is done with each new layer.
         processes: those that have a part of the batches each, and all call this; ``None`` for this one alone.
-        folder: where large moments wait while a layer is fitted; ``None`` keeps them in memory.
+        folder: where large tensors wait that are not needed while a layer is fitted; ``None`` keeps them in memory.
     """
     built: dict[str, nn.Module] = {}
     names = [entry.name for entry in plan if entry.name in stats]
-    passes = SideBySide(model, names, batches, stats.with_target, stats.mask, stats.example)
+    passes = SideBySide(model, names, batches, stats.with_target, stats.mask, stats.example, folder)
     with quiet_eval(model), passes:
         order = [*passes.calls, *(entry.name for entry in plan if entry.name not in passes.calls)]
         paired = _Paired(passes, len(batches), stats.clip, processes or Processes(), folder)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from ..calibrate import DataRows, MaskOf, Padding, as_batch, forward, layer_input, target_of
 from ..calibrate.overridden import overridden
 from ..calibrate.paused_run import PausedRun, in_resuming_thread, pause
-from ..memory import release_mapped
+from ..memory import release_mapped, spilled
 
 HELD = 4 << 30
 """Bytes of activations that paused passes may hold, by a rough estimate: six times the largest input of a layer."""
@@ -69,6 +70,7 @@ class SideBySide:
         with_target: whether the last item of a tuple batch is the target.
         mask: how the padding of a batch is found.
         example: a small batch, to try with whether passes can pause; ``None`` takes the first one.
+        folder: where large inputs wait while that is tried; ``None`` keeps them in memory.
 
     Attributes:
         calls: how often each layer is called for the first batch, in the order of their first calls.
@@ -84,11 +86,13 @@ class SideBySide:
         with_target: bool,
         mask: MaskOf | None,
         example: Any,
+        folder: Path | None = None,
     ) -> None:
         self.calls: dict[str, int] = {}
         self.decided: dict[str, nn.Module | None] = {}
         self._model, self._batches, self._with_target = model, batches, with_target
         self._example = batches[0] if example is None else example
+        self._folder = folder
         self._layers = {name: model.get_submodule(name) for name in names}
         self._own = {name: vars(layer).get("forward") for name, layer in self._layers.items()}
         self._padding = Padding(model, mask)
@@ -162,7 +166,8 @@ class SideBySide:
 
         def look(name: str) -> Callable[..., None]:
             def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                straight.append((name, layer_input(args, kwargs)))
+                x = layer_input(args, kwargs)
+                straight.append((name, x.clone() if self._folder is None else spilled(x, self._folder)))
 
             return hook
 
@@ -188,21 +193,21 @@ class SideBySide:
         """Whether a pass by turns with one of other values is the same as one that runs straight on.
 
         Args:
-            straight: the layers and their inputs in the second one.
+            straight: the layers and their inputs in the second one; they are taken out of it, and let go of.
         """
         own, other = (self._pausing(self._example, kind) for kind in ("dense", "disturbed"))
-        seen: list[tuple[str, Tensor]] = []
+        left = straight[::-1]
+        straight.clear()
         try:
             while (name := own[0].resume()) is not None:
-                seen.append((str(name), own[1].seen[0][0]))
+                expected, y = left.pop() if left else (None, own[1].seen[0][0])
+                if name != expected or not _are_close(own[1].seen[0][0], y):
+                    return False
                 other[0].resume()
         finally:
             own[0].close()
             other[0].close()
-        return [name for name, _ in seen] == [name for name, _ in straight] and all(
-            torch.allclose(x.view_as(y).double(), y.double(), rtol=0, atol=1e-3 * float(y.abs().max()), equal_nan=True)
-            for (_, x), (_, y) in zip(seen, straight, strict=True)
-        )
+        return not left
 
     def _pausing(self, batch: Any, kind: Kind) -> tuple[PausedRun, _Pass]:
         new = _Pass(kind)
@@ -224,7 +229,9 @@ class SideBySide:
         def ahead(*args: Any, **kwargs: Any) -> Any:
             running: _Pass | None = getattr(self._thread, "running", None)
             if running is None:
-                return own(*args, **kwargs)
+                output = own(*args, **kwargs)
+                release_mapped(layer.parameters())
+                return output
             if running.wanted == name:
                 running.seen.append(self._input(layer, args, kwargs))
                 if len(running.seen) == running.calls:
@@ -259,3 +266,8 @@ class SideBySide:
         for passes in self._paused:
             for run, _ in passes.values():
                 run.close()
+
+
+def _are_close(x: Tensor, y: Tensor) -> bool:
+    bound = 1e-3 * float(y.abs().max())
+    return torch.allclose(x.view_as(y).double(), y.double(), rtol=0, atol=bound, equal_nan=True)

@@ -108,6 +108,50 @@ def test_a_block_is_run_once_per_model_and_batch_whatever_the_depth():
     assert passes_per_batch(2) == passes_per_batch(8) == 2 + 4 / 4  # and four times to look ahead
 
 
+def test_a_model_that_changes_a_layers_input_in_place_is_run_once_too():
+    class Changing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.third = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x).tanh()
+            total = self.second(x)
+            x += 1
+            return self.third(total + x)
+
+    model, batches, calls = Changing(), data(), []
+    stats = lr.calibrate(model, batches)
+    plan = lr.make_plan(model, rank=3, stats=stats)
+    model.register_forward_pre_hook(lambda *_: calls.append(1))
+    lr.factorize_(model, plan, stats, batches)
+    assert len(calls) == 2 * 4 + 4
+
+
+@pytest.mark.parametrize("kept_in_files", [False, True])
+def test_the_passes_that_look_ahead_hold_one_layer_of_a_mapped_model(kept_in_files, tmp_path, monkeypatch):
+    monkeypatch.setattr("lowrank_layers.memory.SPILLED", 1)
+    model, batches, held, most = blocks(3).eval(), data(), set(), []
+    names = [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear)]
+
+    def release(tensors: object) -> None:
+        held.difference_update(map(id, tensors))
+
+    monkeypatch.setattr(side_by_side, "release_mapped", release)
+    for name in names:
+        weight = model.get_submodule(name).weight
+        model.get_submodule(name).register_forward_pre_hook(
+            lambda *_, weight=weight: held.add(id(weight)) or most.append(len(held))
+        )
+    folder = tmp_path if kept_in_files else None
+    passes = side_by_side.SideBySide(model, names, batches, False, None, batches[0][:1], folder)
+    with passes:
+        assert list(passes.calls) == names
+        assert len(passes._paused) == len(batches)
+    assert most == [1] * len(most)
+    assert not list(tmp_path.iterdir())
+
+
 def test_layers_that_read_one_tensor_share_its_moments(monkeypatch):
     rows = []
     own = lr.compress.sequential.sums
