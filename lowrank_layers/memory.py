@@ -15,6 +15,8 @@ _MAPPED = "_lowrank_mapped"
 """The attribute of tensors whose values are those of a file."""
 SPILLED = 1 << 20
 """Least bytes of a tensor for which a file of its own is worth its time."""
+_PART = 1 << 22
+"""Entries that are copied between memory and a file at once."""
 _LIBC = ctypes.CDLL(None) if hasattr(mmap, "MADV_DONTNEED") else None
 _MADVISE, _MALLOC_TRIM = getattr(_LIBC, "madvise", None), getattr(_LIBC, "malloc_trim", None)
 
@@ -47,10 +49,28 @@ def spilled(tensor: Tensor, folder: Path) -> Tensor:
     finally:
         path.unlink(missing_ok=True)
     copy: Tensor = torch.empty(0, dtype=tensor.dtype).set_(storage, 0, tensor.shape)  # type: ignore[call-overload]
-    copy.copy_(tensor)
     setattr(copy, _MAPPED, True)
-    release_mapped([copy])
+    _copy_in_parts_(copy, tensor, copy)
     return copy
+
+
+def in_memory(tensor: Tensor) -> Tensor:
+    """Returns a copy of what :func:`spilled` returned; less than both are in memory at any time.
+
+    Args:
+        tensor: the tensor, which is in its file again afterwards.
+    """
+    if not getattr(tensor, _MAPPED, False):
+        return tensor.clone()
+    copy = torch.empty_like(tensor)
+    _copy_in_parts_(copy, tensor, tensor)
+    return copy
+
+
+def _copy_in_parts_(copy: Tensor, tensor: Tensor, mapped: Tensor) -> None:
+    for own, part in zip(copy.view(-1).split(_PART), tensor.view(-1).split(_PART), strict=True):
+        own.copy_(part)
+        release_mapped([mapped])
 
 
 def release_mapped(tensors: Iterable[Tensor]) -> None:

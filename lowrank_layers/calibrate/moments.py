@@ -9,6 +9,9 @@ from torch import Tensor
 
 from .readable import Readable
 
+_PART = 1024
+"""Rows of a moment that are added at once."""
+
 
 @dataclass
 class Moments:
@@ -77,7 +80,9 @@ class Moments:
 
 def add_to_mean_(mean: Tensor, total: Tensor, count: int, rows: int) -> None:
     """Adds the sum of ``count`` items to a running mean, in place, after which it is that of ``rows`` items."""
-    mean.mul_(1 - count / rows).add_(total.to(mean.device), alpha=1 / rows)
+    mean.mul_(1 - count / rows)
+    for own, new in zip(mean.split(_PART), total.to(mean.device).split(_PART), strict=True):
+        own.add_(new, alpha=1 / rows)  # in parts, since torch copies what has another dtype
 
 
 def sums(rows: Tensor, others: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import LowRankError
+from ..linalg import is_finite
 from .fisher import SampledCrossEntropy, main_output
 from .layer_stats import LayerStats
 from .run import Loss, call_loss, check_loss, forward, with_main
@@ -43,7 +44,7 @@ def check_finite(name: str, stats: LayerStats) -> None:
         LowRankError: if there are any.
     """
     for moment in (stats.inputs.second, stats.gradients):
-        if moment is not None and not bool(torch.isfinite(moment).all()):
+        if moment is not None and not is_finite(moment):
             raise LowRankError(
                 f"calibrate: layer {name!r} has NaN or Inf in its inputs or gradients; look at the batches."
             )
@@ -56,7 +57,7 @@ def largest_gradient(stats: LayerStats) -> float:
         stats: the layer's statistics.
     """
     moment = stats.gradients
-    return 0.0 if moment is None else float(moment.abs().max()) ** 0.5
+    return 0.0 if moment is None else max(abs(float(end)) for end in moment.aminmax()) ** 0.5
 
 
 def check_gradients(model: nn.Module, batch: Any, loss: Loss, largest: float) -> None:

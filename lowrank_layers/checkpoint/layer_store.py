@@ -48,6 +48,7 @@ class LayerStore:
         if not self._processes.from_first(path.is_file):
             release_freed()
             seen = look()
+            release_freed()
             self._processes.from_first(write)
             release_mapped(dense.parameters())
         return self._read(path)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..calibrate.readable import Unread
 from ..calibrate.statistics import LayerStats
 from ..cost import Cost
 from ..errors import LowRankError
@@ -128,15 +129,21 @@ class Candidate:
                 f"got statistics of {len(stats.inputs.mean)} inputs for a layer of {columns};"
                 " calibrate this model, not another one."
             )
-        mean, second = stats.inputs.mean.to(device), stats.inputs.second.to(device)
+        mean = stats.inputs.mean.to(device)
         target = mean if stats.target_mean is None else stats.target_mean.to(device)
         centred = takes_bias(self.module) and self.has_bias
-        moment = torch.addr(second, mean, mean, alpha=-1) if centred else second.clone()
+        cross = stats.cross
+        moved = None if cross is None else weight @ cross.to(device)
+        del cross  # before the next large moment is read
+        moment = stats.inputs.second.to(device)
+        if not isinstance(vars(stats.inputs)["second"], Unread):  # which others look at too
+            moment = moment.clone()
+        if centred:
+            moment.addr_(mean, mean, alpha=-1)
         variance = diagonal_of(moment).mean()
         ridge = self.damping.inputs * variance if variance > 0 else torch.ones_like(variance)
-        moved = None
-        if (cross := stats.cross) is not None:
-            moved = torch.add(weight @ cross.to(device), weight, alpha=float(ridge))
+        if moved is not None:
+            moved.add_(weight, alpha=float(ridge))
             moved = moved if centred else moved.addr_(weight @ target, mean)
         outputs = Metric.identity(rows, device)
         gradients = stats.gradients

@@ -22,7 +22,8 @@ from ..calibrate.readable import Unread
 from ..calibrate.statistics import LayerStats, Statistics
 from ..errors import LowRankError
 from ..layers import ConvNd, is_embedding, matrices_of, takes_bias
-from ..memory import release_freed, release_mapped, spilled
+from ..linalg import is_finite
+from ..memory import in_memory, release_freed, spilled
 from .build import build_layer, refit, write_
 from .planned_layers import PlannedLayers
 from .rectified import ENTRIES, ROWS, Rectifier, build_rectified, rectifier_of
@@ -186,7 +187,7 @@ class _Paired:
                 kept.clear()
             return stats
         inputs.rows = self._processes.average_((inputs.mean, inputs.second, target_mean, cross), inputs.rows)
-        if not bool(torch.isfinite(cross).all() & torch.isfinite(inputs.second).all()):
+        if not (is_finite(cross) and is_finite(inputs.second)):
             raise LowRankError(f"{name!r}: got NaN or Inf in its inputs; look at the batches in data.")
         cross.addcmul_(target_mean[..., :, None], inputs.mean[..., None, :], value=-1)
         large = cross.nbytes > LARGE
@@ -204,14 +205,7 @@ class _Paired:
 
 def _in_file(moment: Tensor, folder: Path) -> Unread:
     """A moment that is in a file until somebody asks for it."""
-    kept = spilled(moment, folder)
-
-    def read() -> Tensor:
-        values = kept.clone()
-        release_mapped([kept])
-        return values
-
-    return Unread(tuple(moment.shape), read)
+    return Unread(tuple(moment.shape), partial(in_memory, spilled(moment, folder)))
 
 
 def _products(

@@ -1,6 +1,11 @@
 """Pure tensor functions on which the factorizations build, in fp64 where precision decides the result."""
 
-from .check import check_tensor as check_tensor, narrowed as narrowed, working_dtype as working_dtype
+from .check import (
+    check_tensor as check_tensor,
+    is_finite as is_finite,
+    narrowed as narrowed,
+    working_dtype as working_dtype,
+)
 from .krylov import krylov_svd as krylov_svd
 from .pivots import pivot_rows as pivot_rows
 from .precision import full_precision as full_precision

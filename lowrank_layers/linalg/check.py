@@ -68,3 +68,12 @@ def narrowed(tensor: Tensor, dtype: torch.dtype, who: str) -> Tensor:
             " input, cannot hold; convert the input with .float(), or scale it down."
         )
     return narrow
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Returns whether a tensor has neither NaN nor Inf, without another tensor of its size.
+
+    Args:
+        tensor: a tensor with entries.
+    """
+    return bool(torch.isfinite(torch.stack(tensor.aminmax())).all())
