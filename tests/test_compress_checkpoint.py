@@ -20,6 +20,7 @@ import lowrank_layers as lr
 from benchmarks.vision import import_torchvision
 from lowrank_layers import files
 from lowrank_layers.checkpoint import compress as module, run_folder, write_model
+from lowrank_layers.linalg import in_fp32
 
 with contextlib.suppress(ImportError):
     import_torchvision()  # transformers imports it where it is installed
@@ -73,6 +74,27 @@ def test_the_folder_holds_what_the_functions_in_memory_give(folder, tmp_path):
     torch.testing.assert_close(loaded(x).logits, expected(x).logits, rtol=1e-3, atol=1e-4)
     assert not (tmp_path / "small" / run_folder.WORK).exists()
     assert json.loads((tmp_path / "small" / "config.json").read_text())["model_type"] == "llama"
+
+
+@pytest.mark.parametrize("slow", [False, True])
+def test_products_are_those_of_fp32_in_all_passes_where_half_precision_is_slow(slow, tmp_path, monkeypatch):
+    seen = []
+
+    class Looks(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append(in_fp32())
+            return x.tanh()
+
+    def make() -> nn.Module:
+        return nn.Sequential(nn.Linear(24, 24), Looks(), nn.Linear(24, 8)).bfloat16()
+
+    lr.save(make(), tmp_path / "dense.safetensors")
+    monkeypatch.setattr(module, "halves_are_slow", lambda: slow)
+    batches = [torch.randn(40, 24, generator=torch.Generator().manual_seed(0)).bfloat16()]
+    lr.compress_checkpoint(tmp_path / "dense.safetensors", tmp_path / "small", BUDGET, batches, model=make().to("meta"))
+    assert seen == [slow] * len(seen)
+    assert len(seen) > 3
+    assert not in_fp32()
 
 
 def test_layers_that_stay_dense_are_refitted_in_the_folder_too(folder, tmp_path, monkeypatch):

@@ -9,6 +9,8 @@ from typing import TypeVar
 
 import torch
 
+from ..linalg import half_products_in_fp32, in_fp32
+
 T = TypeVar("T")
 _current = threading.local()
 
@@ -172,12 +174,14 @@ def thread_state(*, gradients: bool) -> Callable[[], AbstractContextManager[None
         for device in devices & {"cpu", "cuda", "xpu", "mps"}
     }
     default = torch.get_default_device()
+    wide = in_fp32()
     cuda = torch.cuda.current_device() if torch.cuda.is_initialized() else None
 
     @contextmanager
     def entered() -> Iterator[None]:
         with ExitStack() as stack:
             stack.enter_context(torch.set_grad_enabled(gradients))
+            stack.enter_context(half_products_in_fp32(wide))
             if cuda is not None:
                 stack.enter_context(torch.cuda.device(cuda))
             if default.type != "cpu":

@@ -23,6 +23,7 @@ from ..compress.sequential import build_in_sequence
 from ..compress.units import Units
 from ..errors import LowRankError
 from ..layers import is_embedding, linear_shape
+from ..linalg import half_products_in_fp32, halves_are_slow
 from ..memory import release_freed, release_mapped
 from ..modules import Selector, opened_attentions, reasons_to_keep, select, walk_layers
 from ..rank import Budget
@@ -130,20 +131,22 @@ def compress_checkpoint(
     moments, planned = work / "stats.safetensors", work / "plan.json"
     parts = [work / f"stats-{rank}.safetensors" for rank in range(processes.count)]
     own, stages = parts[processes.rank], work / f"stages-{processes.rank}"
+    slow = halves_are_slow()
     if not processes.from_first(moments.is_file) and not own.is_file():
-        stats = calibrate_in_stages(
-            model,
-            batches,
-            SampledCrossEntropy(seed=processes.rank) if loss is None else loss,
-            folder=stages,
-            target=[lambda name, _: name in sizes],
-            mask=mask,
-            clip=clip,
-            progress=progress,
-            dtype=torch.float32,
-            sketch_above=sketch_above,
-            after_stage=lambda name: _release(model.get_submodule(name)),
-        )
+        with half_products_in_fp32(slow):
+            stats = calibrate_in_stages(
+                model,
+                batches,
+                SampledCrossEntropy(seed=processes.rank) if loss is None else loss,
+                folder=stages,
+                target=[lambda name, _: name in sizes],
+                mask=mask,
+                clip=clip,
+                progress=progress,
+                dtype=torch.float32,
+                sketch_above=sketch_above,
+                after_stage=lambda name: _release(model.get_submodule(name)),
+            )
         stats.mask = None
         stats.save(own, dtype=torch.float32)
     shutil.rmtree(stages, ignore_errors=True)
@@ -170,7 +173,7 @@ def compress_checkpoint(
     layers = work / "layers"
     layers.mkdir(exist_ok=True)
     store = LayerStore(layers, model, processes)
-    with opened_attentions(model):
+    with opened_attentions(model), half_products_in_fp32(slow):
         built = build_in_sequence(model, plan, stats, batches, False, progress, store.keep, processes, layers)
     put_in_place_(model, built)
 

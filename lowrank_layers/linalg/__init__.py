@@ -6,6 +6,11 @@ from .check import (
     narrowed as narrowed,
     working_dtype as working_dtype,
 )
+from .half_products import (
+    half_products_in_fp32 as half_products_in_fp32,
+    halves_are_slow as halves_are_slow,
+    in_fp32 as in_fp32,
+)
 from .krylov import krylov_svd as krylov_svd
 from .pivots import pivot_rows as pivot_rows
 from .precision import full_precision as full_precision
