@@ -1,8 +1,8 @@
 """Models larger than memory: ``compress_checkpoint`` on random Llamas of 0.3, 0.6 and 1.1 B and on SmolLM2.
 
 The random ones are written by this script, in bfloat16 and in shards, and compressed to 60 % on 8 x 512 random tokens,
-each in a process of its own, whose peak memory (resident, with what is mapped from files) and processor seconds per
-block are printed. Three of them are equally wide and differ in depth: time is linear in depth, and in the width it
+each in a process of its own, whose peak memory (resident, with what is mapped from files) by part and processor seconds
+per block are printed. Three of them are equally wide and differ in depth: time is linear in depth, and in the width it
 grows with the cube, as that of a singular value decomposition does, which a narrow model of the same size shows.
 SmolLM2 (benchmarks/smollm2.py) takes 32 x 256 tokens of WikiText in fp32; its time is also given in passes forward and
 backward over these tokens, measured in another process of the same run. The estimate on paper
@@ -44,19 +44,20 @@ PARTS = ("calibrate", "plan", "factorize", "write")
 
 
 def compress(source: str, target: str, tokens: str, threads: int) -> dict[str, Any]:
-    """Compresses, in a process of its own, and returns processor seconds by part and block, and the peak of memory."""
+    """Compresses, in a process of its own, and returns processor seconds and peaks of memory by part and block."""
     import_torchvision()
     import transformers  # noqa: F401 - its memory is part of what the process takes from the beginning
 
     from lowrank_layers.checkpoint import compress as module
 
     torch.set_num_threads(threads)
-    marks: list[tuple[str, float]] = [("", time.process_time())]
+    before = peak_since_last()
+    marks: list[tuple[str, float, float]] = [("", time.process_time(), before)]
 
     def marked(name: str, part: Any) -> Any:
         def run(*args: Any, **settings: Any) -> Any:
             found = part(*args, **settings)
-            marks.append((name or str(args[1]), time.process_time()))
+            marks.append((name or str(args[1]), time.process_time(), peak_since_last()))
             return found
 
         return run
@@ -67,24 +68,33 @@ def compress(source: str, target: str, tokens: str, threads: int) -> dict[str, A
     own.build_in_sequence = marked("factorize", own.build_in_sequence)
     own.write_model = marked("write", own.write_model)
     own.LayerStore.keep = marked("", own.LayerStore.keep)
-    before = _peak()
     plan = lr.compress_checkpoint(source, target, lr.Budget(params=0.6), list(torch.load(tokens)))
-    ends = dict(marks)
-    parts = {}
-    last = marks[0][1]
-    for part in PARTS:
-        parts[part], last = ends[part] - last, ends[part]
+    parts: dict[str, float] = {}
     blocks: dict[str, float] = {}
-    for (_, start), (name, end) in itertools.pairwise(marks):
-        if name not in PARTS and ".layers." in name:
+    peaks: dict[str, float] = {}
+    block_peaks: dict[str, float] = {}
+    last, highest = marks[0][1], 0.0
+    for (_, start, _), (name, end, peak) in itertools.pairwise(marks):
+        highest = max(highest, peak)
+        if name in PARTS:
+            parts[name], peaks[name], last, highest = end - last, highest, end, 0.0
+        elif ".layers." in name:
             block = name.split(".layers.")[1].split(".")[0]
             blocks[block] = blocks.get(block, 0.0) + end - start
-    return {"parts": parts, "blocks": blocks, "peak": _peak(), "before": before, "kept": plan.after.params}
+            block_peaks[block] = max(block_peaks.get(block, 0.0), peak)
+    found = {"parts": parts, "blocks": blocks, "peaks": peaks, "block peaks": block_peaks}
+    return found | {"peak": max(peaks.values()), "before": before, "kept": plan.after.params}
 
 
-def _peak() -> float:
-    """Peak resident memory so far, in GB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+def peak_since_last() -> float:
+    """Peak of resident memory since the last call, in GB; since the start where the system does not forget it."""
+    try:
+        status = Path("/proc/self/status").read_text()
+        peak = float(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e9
+        Path("/proc/self/clear_refs").write_text("5")
+    except (OSError, IndexError):
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    return peak
 
 
 def passes(source: str, tokens: str, threads: int) -> float:
@@ -152,10 +162,12 @@ def row(name: str, found: dict[str, Any]) -> list[str]:
     parts = [f"{found['parts'][part]:.0f}" for part in PARTS]
     spread = [f"{blocks[k]:.1f}" for k in (0, len(blocks) // 2, -1)]
     memory = f"{found['peak']:.2f} ({found['before']:.2f})"
+    peaks = " / ".join(f"{found['peaks'][part]:.2f}" for part in PARTS)
     return [
         name,
         f"{found['params']:,}",
         memory,
+        peaks,
         f"{total:.0f}",
         *parts,
         f"{1e8 * total / found['params']:.1f}",
@@ -225,7 +237,7 @@ def main() -> None:
             args.known.write_text(json.dumps(known))
         rows.append(row(name, found[name]))
         print(" | ".join(rows[-1]), flush=True)
-    head = ["model", "parameters", "peak memory, GB (before)", "CPU seconds", *PARTS, "s per 100 M"]
+    head = ["model", "parameters", "peak memory, GB (before)", "by part", "CPU seconds", *PARTS, "s per 100 M"]
     head += ["a block: second", "middle", "last"]
     text = [f"# Models larger than memory\n\n{line}", markdown_table(head, rows)]
     failed = []
