@@ -1,4 +1,4 @@
-"""Runs the tests of the key/value cache with several versions of transformers; for development only.
+"""Runs the tests of what uses transformers with several versions of it; for development only.
 
     python -m benchmarks.transformers_versions 5.2.0 5.23.0
 
@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 VERSIONS = ("5.2.0", "5.9.0", "5.14.1", "5.20.2", "5.23.0")
-TESTS = "tests/kv_cache"
+TESTS = ("tests/kv_cache", "tests/interop/transformers")
 
 
 def needs(version: str) -> list[str]:
@@ -48,7 +48,7 @@ def run(version: str, paths: list[str], more: list[str]) -> tuple[str, float]:
     if found.stdout.strip() != version:
         return f"not importable: {(found.stdout + found.stderr).strip().splitlines()[-1:]}", 0.0
     start = time.perf_counter()
-    command = [sys.executable, "-m", "pytest", "-q", "--no-header", "--tb=line", "-p", "no:logging", TESTS, *more]
+    command = [sys.executable, "-m", "pytest", "-q", "--no-header", "--tb=line", "-p", "no:logging", *TESTS, *more]
     out = subprocess.run(command, env=environment, capture_output=True, text=True)
     lines = out.stdout.strip().splitlines()
     failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]

@@ -9,7 +9,7 @@ import typing
 
 import torch.distributed
 
-from . import kv_cache
+from . import interop, kv_cache
 from .calibrate import (
     Calibration as Calibration,
     LeaveOut as LeaveOut,
@@ -202,15 +202,19 @@ if torch.distributed.is_available():  # torch may be built without it
 __version__ = "0.1.0"
 
 if typing.TYPE_CHECKING:
+    from .interop.transformers import LowRankConfig as LowRankConfig
     from .kv_cache import LowRankCache as LowRankCache
 else:
-    __all__ = ["LowRankCache"]
+    __all__ = ["LowRankCache", "LowRankConfig"]
     __all__ += [key for key, value in globals().items() if key[0] != "_" and not isinstance(value, types.ModuleType)]
     __all__.sort()
 
     def __getattr__(name: str) -> object:
-        if name == "LowRankCache":  # it needs transformers, which importing this library must not
+        # these two need transformers, which importing this library must not
+        if name == "LowRankCache":
             return kv_cache.LowRankCache
+        if name == "LowRankConfig":
+            return interop.transformers.LowRankConfig
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
     def __dir__() -> list[str]:

@@ -38,6 +38,7 @@ class ComputedWeight(Tensor):
     """
 
     _remedy: str
+    _is_hf_initialized = True  # transformers draws no new values for it when it loads a model
 
     @classmethod
     def __torch_function__(

@@ -27,6 +27,11 @@ from .optimizer import (
     check_optimizer as check_optimizer,
     remap_optimizer_ as remap_optimizer_,
 )
+from .quantization_config import (
+    QUANT_METHOD as QUANT_METHOD,
+    from_quantization_config as from_quantization_config,
+    to_quantization_config as to_quantization_config,
+)
 from .reasons import reason_to_keep as reason_to_keep, reasons_to_keep as reasons_to_keep
 from .replace import replace_ as replace_
 from .select import Selector as Selector, matches_name as matches_name, select as select

@@ -1,0 +1,73 @@
+"""``save_pretrained`` of transformers for models with low-rank layers."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from ...errors import LowRankError
+from ...modules import QUANT_METHOD, ModelDescription, check_factors
+from .quantization_config import LowRankConfig
+from .quantizer import LowRankQuantizer
+
+_KEY = "quantization_config"
+
+
+def describing(save_pretrained: Callable[..., Any]) -> Callable[..., Any]:
+    """Wraps the method so that ``config.json`` describes the low-rank layers that the model has at that moment.
+
+    Args:
+        save_pretrained: transformers' method.
+    """
+
+    @functools.wraps(save_pretrained)
+    def save(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        with _described(self):
+            return save_pretrained(self, save_directory, *args, **kwargs)
+
+    return save
+
+
+@contextmanager
+def _described(model: Any) -> Iterator[None]:
+    """Gives the configuration of a factored model its description, and takes that of another one away.
+
+    transformers asks the quantizer of a model for the tensors to write, and then ignores the ``state_dict=`` that
+    Trainer passes; it is out of the way meanwhile.
+    """
+    config, own = model.config, vars(model)
+    description = ModelDescription.of(model)
+    before = getattr(config, _KEY, None)
+    factored = bool(description.layers or description.opened or description.resized)
+    if not factored and _method(before) != QUANT_METHOD:
+        yield
+        return
+    if factored and before is not None and _method(before) != QUANT_METHOD:
+        raise LowRankError(
+            f"save_pretrained: the model has low-rank layers and is quantized with {_method(before)!r}, which a"
+            " config.json cannot both describe; factorize and save it first, and quantize it when it is loaded."
+        )
+    check_factors(model)
+    quantizer = own.pop("hf_quantizer", None) if isinstance(own.get("hf_quantizer"), LowRankQuantizer) else None
+    if factored:
+        setattr(config, _KEY, LowRankConfig(description=description))
+    else:
+        delattr(config, _KEY)
+    try:
+        yield
+    finally:
+        if before is not None:
+            setattr(config, _KEY, before)
+        else:
+            delattr(config, _KEY)
+        if quantizer is not None:
+            own["hf_quantizer"] = quantizer
+
+
+def _method(quantization_config: Any) -> str | None:
+    """The name of the method of a configuration, which is an object or, after reading it, a dict."""
+    if isinstance(quantization_config, dict):
+        return quantization_config.get("quant_method")
+    return getattr(quantization_config, "quant_method", None)
