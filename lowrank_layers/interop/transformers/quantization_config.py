@@ -105,6 +105,12 @@ class LowRankConfig(QuantizationConfigMixin):
         factorize_(model, plan)
         self.description = ModelDescription.of(model)
 
+    def __repr__(self) -> str:
+        if self.description is not None:
+            return f"LowRankConfig({len(self.description.layers)} layers)"
+        ways = {"budget": self.budget, "rank": self.rank, "plan": self.plan and f"{len(self.plan)} layers"}
+        return f"LowRankConfig({', '.join(f'{name}={way}' for name, way in ways.items() if way is not None)})"
+
     def to_dict(self) -> dict[str, Any]:
         """Returns what ``config.json`` holds: the low-rank layers, as soon as they are known."""
         if self.description is None:

@@ -37,6 +37,10 @@ def _described(model: Any) -> Iterator[None]:
     transformers asks the quantizer of a model for the tensors to write, and then ignores the ``state_dict=`` that
     Trainer passes; it is out of the way meanwhile.
     """
+    if getattr(model, "_hf_peft_config_loaded", False):  # only the adapter is written
+        yield
+        return
+    check_factors(model)
     config, own = model.config, vars(model)
     description = ModelDescription.of(model)
     before = getattr(config, _KEY, None)
@@ -44,13 +48,13 @@ def _described(model: Any) -> Iterator[None]:
     if not factored and _method(before) != QUANT_METHOD:
         yield
         return
-    if factored and before is not None and _method(before) != QUANT_METHOD:
+    quantizer = own.get("hf_quantizer")
+    if quantizer is not None and not isinstance(quantizer, LowRankQuantizer):
         raise LowRankError(
             f"save_pretrained: the model has low-rank layers and is quantized with {_method(before)!r}, which a"
             " config.json cannot both describe; factorize and save it first, and quantize it when it is loaded."
         )
-    check_factors(model)
-    quantizer = own.pop("hf_quantizer", None) if isinstance(own.get("hf_quantizer"), LowRankQuantizer) else None
+    own.pop("hf_quantizer", None)
     if factored:
         setattr(config, _KEY, LowRankConfig(description=description))
     else:
@@ -70,4 +74,5 @@ def _method(quantization_config: Any) -> str | None:
     """The name of the method of a configuration, which is an object or, after reading it, a dict."""
     if isinstance(quantization_config, dict):
         return quantization_config.get("quant_method")
-    return getattr(quantization_config, "quant_method", None)
+    method = getattr(quantization_config, "quant_method", None)
+    return getattr(method, "value", method)

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 import lowrank_layers as lr
@@ -59,9 +60,10 @@ def test_in_half_precision_on_a_device(dense, tmp_path):
 
 def test_the_configuration_prints_before_and_after(dense):
     config = lr.LowRankConfig(rank=8)
-    assert "lowrank" in repr(config)
+    assert repr(config) == "LowRankConfig(rank=8)"
     model = KINDS["llama"].load(dense / "llama", quantization_config=config)
-    assert '"rank": 8' in repr(model.config.quantization_config)
+    assert repr(model.config.quantization_config) == f"LowRankConfig({len(lr.Plan.from_model(model))} layers)"
+    assert '"rank": 8' in repr(model.config)
 
 
 def test_what_cannot_be_done_is_refused(dense, tmp_path):
@@ -100,8 +102,11 @@ def test_without_transformers_the_extra_is_named(monkeypatch):
 
 
 def test_a_model_that_is_quantized_otherwise_is_not_described(tmp_path):
-    model = KINDS["llama"].factored()
-    model.config.quantization_config = {"quant_method": "gptq"}
-    with pytest.raises(lr.LowRankError, match="quantized with 'gptq'"):
-        model.save_pretrained(tmp_path)
-    assert not (tmp_path / "config.json").exists()
+    torchao = pytest.importorskip("torchao.quantization")
+    KINDS["llama"].dense().save_pretrained(tmp_path / "dense")
+    config = transformers.TorchAoConfig(torchao.Int8WeightOnlyConfig())
+    model = KINDS["llama"].load(tmp_path / "dense", quantization_config=config)
+    model.model.layers[0].mlp.up_proj = lr.LowRankLinear(64, 96, bias=False, rank=3)
+    with pytest.raises(lr.LowRankError, match="quantized with 'torchao'"):
+        model.save_pretrained(tmp_path / "small")
+    assert not (tmp_path / "small").exists()
