@@ -10,6 +10,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ..errors import LowRankError
+
 T = TypeVar("T")
 
 
@@ -44,6 +46,20 @@ class Processes:
         there = dist.is_available() and dist.is_initialized()
         return cls(dist.group.WORLD if there else None)
 
+    @classmethod
+    def within(cls, group: dist.ProcessGroup | None) -> Processes:
+        """Returns those of a group.
+
+        Args:
+            group: the processes; ``None`` is all.
+
+        Raises:
+            LowRankError: if there is no process group.
+        """
+        if not (dist.is_available() and dist.is_initialized()):
+            raise LowRankError("all_reduce: there is no process group yet; call dist.init_process_group first.")
+        return cls(dist.group.WORLD if group is None else group)
+
     def sums(self, values: Sequence[float], device: torch.device) -> list[float]:
         """Returns the sums over processes.
 
@@ -54,7 +70,7 @@ class Processes:
         if self._group is None:
             return list(values)
         tensor = torch.tensor(values, dtype=torch.float64, device=device)
-        summed: list[float] = self._summed(tensor).tolist()
+        summed: list[float] = self.summed(tensor).tolist()
         return summed
 
     def gather(self, value: T) -> list[T]:
@@ -81,7 +97,7 @@ class Processes:
             return count
         total = sum(self.gather(count))
         for mean in means:
-            mean.copy_(self._summed(mean * (count / max(1, total))))
+            mean.copy_(self.summed(mean * (count / max(1, total))))
         return total
 
     @torch.no_grad()
@@ -111,7 +127,14 @@ class Processes:
         result: T = found[0]
         return result
 
-    def _summed(self, tensor: Tensor) -> Tensor:
+    def summed(self, tensor: Tensor) -> Tensor:
+        """Returns the sum over processes, on the same device.
+
+        Args:
+            tensor: what this process adds; it may be written to.
+        """
+        if self._group is None:
+            return tensor
         shared = tensor.cuda() if dist.get_backend(self._group) == "nccl" else tensor  # NCCL takes none on the CPU
         dist.all_reduce(shared, group=self._group)
         return shared.to(tensor.device)

@@ -14,12 +14,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..errors import LowRankError
-from .all_reduce import gather, outline, reduced_sum
+from .all_reduce import outline, reduced_sum
 from .batch_masks import MaskOf
 from .example import map_tensors
 from .isotropic import isotropic_layers
 from .layer_stats import LayerStats as LayerStats
 from .merge import Add, merge_layers, weighted_sum
+from .processes import Processes
 from .statistics_file import FACTS, read_statistics, write_statistics
 
 
@@ -168,10 +169,11 @@ class Statistics(Mapping[str, LayerStats]):
         """
         on_cpu = map_tensors(Tensor.cpu, self.example)
         shown = replace(self, layers=outline(self.layers), mask=None, example=on_cpu)
-        parts, rank = gather(shown, group)
-        parts[rank] = replace(self, example=on_cpu)
+        processes = Processes.within(group)
+        parts = processes.gather(shown)
+        parts[processes.rank] = replace(self, example=on_cpu)
         device = next((layer.inputs.mean.device for layer in self.values()), torch.device("cpu"))
-        found = _merged(parts, partial(reduced_sum, group=group, device=device))
+        found = _merged(parts, partial(reduced_sum, processes=processes, device=device))
         return replace(found, mask=self.mask, example=map_tensors(lambda tensor: tensor.to(device), found.example))
 
 
