@@ -90,7 +90,7 @@ def test_coefficients_of_finite_keys_are_finite(stored, refresh):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_scores_of_keys_in_the_frames_of_their_tiles(dtype):
     rotation = ROTATIONS["halves"]
-    group = group_of(1, 1, 1, 2, 77, (3, 6, 8, 16), rotation)
+    group = group_of(1, 1, 1, 2, 77, (3, 6, 8, 8, 16), rotation)
     rows = torch.randn(1, 2, 3, SIZE, dtype=dtype)
     found = group.tile_scores(rows, rotation.tile_waves(OFFSET, 77))
     assert found.dtype == dtype
@@ -102,7 +102,7 @@ def test_scores_of_keys_in_the_frames_of_their_tiles(dtype):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_weighted_sums_over_levels_are_as_exact_as_over_values(dtype):
     tokens = 2000
-    group = group_of(1, 1, 1, 2, tokens, (16, 0, 0, 0), None)
+    group = group_of(1, 1, 1, 2, tokens, (16, 0, 0, 0, 0), None)
     weights, values = torch.randn(1, 2, 3, tokens).softmax(-1).to(dtype), group.rebuilt(0, tokens, torch.float64)
     exact = weights.double() @ values
     # bases and coefficients are rounded in place of values
