@@ -40,7 +40,7 @@ from .matrix import (
 )
 from .pair_conv import PairConv as PairConv
 from .pivot_linear import PivotLinear as PivotLinear
-from .resized import is_resized as is_resized, mark_resized as mark_resized
+from .resized import is_resized as is_resized, mark_resized as mark_resized, unmark_resized as unmark_resized
 from .transposed_linear import LowRankTransposedLinear as LowRankTransposedLinear
 from .tt_embedding import TensorizedEmbedding as TensorizedEmbedding
 from .tt_linear import TensorizedLinear as TensorizedLinear

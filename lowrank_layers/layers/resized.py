@@ -13,6 +13,11 @@ def mark_resized(layer: nn.Module) -> None:
     vars(layer)[RESIZED] = True
 
 
+def unmark_resized(layer: nn.Module) -> None:
+    """Takes the mark off a layer whose sizes are those that the model would be built with."""
+    vars(layer).pop(RESIZED, None)
+
+
 def is_resized(layer: nn.Module) -> bool:
     """Returns whether a layer is marked."""
     return RESIZED in vars(layer)

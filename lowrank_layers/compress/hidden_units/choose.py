@@ -20,6 +20,8 @@ def choose_units(
     orders: Mapping[HiddenUnits, Elimination],
     least: Mapping[HiddenUnits, int],
     excess: int,
+    *,
+    uniform: bool = False,
 ) -> dict[HiddenUnits, list[int]]:
     """Returns the units that stay, of the groups from which some go.
 
@@ -30,23 +32,30 @@ def choose_units(
         orders: in which order the units of each group go.
         least: how many of them have to stay.
         excess: how many parameters have to be saved.
+        uniform: whether groups beside layers of the same sizes lose as many units, one of each at a time.
 
     Raises:
         BudgetError: if they cannot be.
     """
     costs = _Costs(modules, orders)
     gone = dict.fromkeys(orders, 0)
+    bundles = _alike(modules, orders) if uniform else [[group] for group in orders]
+
+    def price(bundle: list[HiddenUnits]) -> float:
+        growth = sum(orders[group].growth[gone[group]] for group in bundle)
+        return growth / sum(map(costs.of_unit, bundle))
+
     while excess > 0:
-        left = [group for group in orders if group.count - gone[group] > least[group]]
+        left = [bundle for bundle in bundles if all(group.count - gone[group] > least[group] for group in bundle)]
         if not left:
             raise BudgetError(
                 f"remove_units_: {excess:,} parameters too many are left without all hidden units that can go, expected"
                 " a larger budget; factorize the model to fewer parameters first."
             )
-        best = min(left, key=lambda group: orders[group].growth[gone[group]] / costs.of_unit(group))
-        excess -= costs.of_unit(best)
-        costs.remove(best)
-        gone[best] += 1
+        for group in min(left, key=price):
+            excess -= costs.of_unit(group)
+            costs.remove(group)
+            gone[group] += 1
     stay = {group: {*range(group.count)} - {*orders[group].units[:number]} for group, number in gone.items()}
     return {group: sorted(units) for group, units in stay.items() if gone[group]}
 
@@ -68,6 +77,16 @@ def least_units(layer: FactoredModule, side: str, count: int) -> int:
         return bool(smaller.like(blank(smaller.dense)).rank == layer.rank)
 
     return 1 + bisect_left(range(1, count), True, key=keeps_rank)
+
+
+def _alike(modules: Mapping[str, nn.Module], groups: Iterable[HiddenUnits]) -> list[list[HiddenUnits]]:
+    """Groups by the kinds and sizes of the layers beside them."""
+    found: dict[tuple[object, ...], list[HiddenUnits]] = {}
+    for group in groups:
+        layers = [modules[name] for name in group.layers]
+        shapes = [tuple(tuple(p.shape) for p in layer.parameters()) for layer in layers]
+        found.setdefault((group.count, *zip(map(type, layers), shapes, strict=True)), []).append(group)
+    return list(found.values())
 
 
 class _Costs:

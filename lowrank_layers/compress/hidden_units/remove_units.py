@@ -14,7 +14,7 @@ from ...calibrate.example import first_sample
 from ...calibrate.statistics import LayerStats
 from ...cost import Cost
 from ...errors import BudgetError, LowRankError
-from ...layers import FactoredModule, mark_resized, matrices_of, weight_of
+from ...layers import FactoredModule, mark_resized, matrices_of, unmark_resized, weight_of
 from ...modules import check_model
 from ...rank import Budget
 from ..candidates import Candidate
@@ -26,6 +26,7 @@ from .choose import choose_units, least_units
 from .cut import columns_of
 from .eliminate import eliminate, map_from
 from .find import HiddenUnits, find_hidden_units
+from .model_config import adopt_config_
 
 ROUNDINGS = 64
 """Rounding errors of a second moment, in units of the last place of its mean."""
@@ -39,6 +40,7 @@ def remove_units_(
     *,
     damping: Damping | None = None,
     mask: MaskOf | None = None,
+    uniform: bool = False,
     progress: bool = False,
 ) -> nn.Module:
     """Removes hidden units, in place, and lets the layers that read them make up for those that are gone.
@@ -62,6 +64,9 @@ def remove_units_(
             Without it all outputs of the layers count the same.
         damping: ridges on the moments, by default ``Damping()``.
         mask: what is padding in a batch, as in :func:`calibrate`.
+        uniform: whether hidden layers of one size keep one size. A model of transformers stays what its configuration
+            says then, with a smaller ``intermediate_size``: ``save_pretrained`` writes a folder that
+            ``from_pretrained`` and other engines read without this library.
         progress: shows a progress bar.
 
     Returns:
@@ -102,7 +107,7 @@ def remove_units_(
     problems = {group: _problem(chained, group, stats[group.consumer], damping or Damping()) for group in groups}
     orders = {group: eliminate(problem, group.count) for group, problem in problems.items()}
     least = {group: _least(chained, group) for group in groups}
-    chosen = choose_units(chained.modules, orders, least, excess)
+    chosen = choose_units(chained.modules, orders, least, excess, uniform=uniform)
     kept = {group: torch.tensor(units, device=problems[group].weight.device) for group, units in chosen.items()}
     matrices = {
         group: map_from(problems[group], columns_of(chained.modules[group.consumer], units, group.count))
@@ -118,6 +123,9 @@ def remove_units_(
     for group, units in kept.items():
         _remove_(chained, group, units, problems[group], matrices[group])
     chained.restore_pivots_(model)
+    if uniform and adopt_config_(model, {group.count: len(units) for group, units in kept.items()}):
+        for name in {name for group in kept for name in group.layers}:
+            unmark_resized(chained.owner(name))
     return model
 
 

@@ -1,6 +1,9 @@
 """Removing hidden units: budgets, exactness where units are redundant, and models that stay usable."""
 
 import copy
+import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -8,6 +11,7 @@ from torch import nn
 
 import lowrank_layers as lr
 from benchmarks.data import LeNet
+from benchmarks.vision import import_torchvision
 from lowrank_layers.modules import ModelDescription
 
 LOSS = lr.SampledCrossEntropy()
@@ -146,3 +150,64 @@ def test_what_cannot_be_done_is_refused_and_nothing_changes():
     with pytest.raises(lr.LowRankError, match="found no hidden units"):
         lr.remove_units_(nn.Sequential(nn.Linear(4, 4)), [torch.randn(5, 4)], lr.Budget(params=0.5))
     assert all(torch.equal(model.state_dict()[key], value) for key, value in before.items())
+
+
+@pytest.mark.parametrize("kind", ["llama", "t5", "bert"])
+def test_uniform_sizes_are_what_the_configuration_says(kind, tmp_path):
+    """The folder is read without this library, and the model gives the same outputs."""
+    import_torchvision()
+    transformers = pytest.importorskip("transformers")
+    config, cls = {
+        "llama": (
+            transformers.LlamaConfig(
+                vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2
+            ),
+            transformers.LlamaForCausalLM,
+        ),
+        "t5": (
+            transformers.T5Config(
+                vocab_size=60, d_model=32, d_kv=16, d_ff=48, num_layers=2, num_heads=2, feed_forward_proj="gated-gelu"
+            ),
+            transformers.T5ForConditionalGeneration,
+        ),
+        "bert": (
+            transformers.BertConfig(
+                vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2
+            ),
+            transformers.BertForMaskedLM,
+        ),
+    }[kind]
+    model = cls(config).eval()
+    tokens = torch.randint(2, 60, (4, 24))
+    batch = {"input_ids": tokens} | ({"decoder_input_ids": tokens[:, :9]} if kind == "t5" else {})
+    whole = params(model)
+    lr.remove_units_(model, [batch], lr.Budget(params=0.9), loss=LOSS, uniform=True)
+    assert params(model) <= 0.9 * whole
+    size = model.config.d_ff if kind == "t5" else model.config.intermediate_size
+    assert size < 48
+    model.save_pretrained(tmp_path)
+    assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
+    expected = model(**batch).logits
+    torch.save((batch, expected), tmp_path / "expected.pt")
+    script = (
+        "import sys, torch; sys.modules.update(lowrank_layers=None, torchvision=None)\n"
+        "import transformers\n"
+        f"model = transformers.{cls.__name__}.from_pretrained(sys.argv[1]).eval()\n"
+        "batch, expected = torch.load(sys.argv[1] + '/expected.pt')\n"
+        "assert torch.equal(model(**batch).logits, expected)\n"
+    )
+    subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True)
+
+
+def test_uniform_sizes_of_layers_that_are_alike():
+    model = nn.Sequential(*(layer for _ in range(3) for layer in (nn.Linear(8, 30), nn.ReLU(), nn.Linear(30, 8))))
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for each in (model, other):
+            each[0].weight.mul_(0.1)
+    x = [torch.randn(200, 8)]
+    lr.remove_units_(model, x, lr.Budget(params=0.5), loss=LOSS)
+    lr.remove_units_(other, x, lr.Budget(params=0.5), loss=LOSS, uniform=True)
+    assert len({model[k].out_features for k in (0, 3, 6)}) > 1
+    assert len({other[k].out_features for k in (0, 3, 6)}) == len({other[k].out_features for k in (2, 5)}) == 1
+    assert params(other) <= 0.5 * 3 * (8 * 30 + 30 + 30 * 8 + 8)
