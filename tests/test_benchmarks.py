@@ -40,6 +40,7 @@ RESULTS = {
     "robust_statistics": "robust_statistics",
     "sequence": "sequence",
     "spectrum_monitor": "spectrum_monitor",
+    "transformers_folder": "transformers_folder",
     "vla": "vla",
 }
 """The benchmarks that run small, and the theme that their result file is named after."""
@@ -51,7 +52,12 @@ IN_FULL = {
 }
 DATA = {"recovery": "lenet_mnist", "sequence": "cifar_resnet"}
 """The shared data that a benchmark reads when it runs small."""
-NEEDS = {"language": "transformers", "large": "transformers", "vla": "minigrid"}
+NEEDS = {
+    "language": "transformers",
+    "large": "transformers",
+    "transformers_folder": "accelerate",
+    "vla": "minigrid",
+}
 """The packages of extras that a benchmark cannot run without."""
 
 

@@ -74,6 +74,9 @@ def test_the_folder_holds_what_the_functions_in_memory_give(folder, tmp_path):
     torch.testing.assert_close(loaded(x).logits, expected(x).logits, rtol=1e-3, atol=1e-4)
     assert not (tmp_path / "small" / run_folder.WORK).exists()
     assert json.loads((tmp_path / "small" / "config.json").read_text())["model_type"] == "llama"
+    by_transformers = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "small")
+    assert torch.equal(by_transformers(x).logits, loaded(x).logits)
+    assert by_transformers.lm_head.weight is by_transformers.model.embed_tokens.weight
 
 
 @pytest.mark.parametrize("slow", [False, True])

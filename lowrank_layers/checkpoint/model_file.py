@@ -88,7 +88,8 @@ def load(path: str | os.PathLike[str], into: nn.Module) -> nn.Module:
     one tensor in the model or were one in the saved model are one again.
 
     Args:
-        path: the file that :func:`save` wrote, or the folder that :func:`compress_checkpoint` wrote.
+        path: the file that :func:`save` wrote, or the folder that :func:`compress_checkpoint` wrote. What
+            ``save_pretrained`` of transformers wrote is read by its ``from_pretrained``.
         into: a model with the structure that the saved one had before it was factorized (or the factored one itself).
 
     Returns:
@@ -129,7 +130,7 @@ def _may_be_stored(tensor: Tensor) -> bool:
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     foreign = (
         f"was not written by lowrank_layers.save (no {KEY!r} in its metadata);"
-        " load it with safetensors.torch.load_model."
+        " load it with safetensors.torch.load_model, or with from_pretrained if transformers wrote it."
     )
     if path.is_dir() or path.name.endswith(".index.json"):
         files = Checkpoint(path)

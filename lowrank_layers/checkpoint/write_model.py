@@ -1,4 +1,4 @@
-"""A compressed model, with its parameters in files, as the folder that :func:`load` reads."""
+"""A compressed model, with its parameters in files, as the folder that :func:`load` and transformers read."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..compress.build import write_
 from ..files import TensorInfo, replacing, write_sharded
 from ..layers import bias_of, is_factored, weight_of
 from ..memory import release_mapped
-from ..modules import ModelDescription, opened_attentions, replace_, shared_names
+from ..modules import ModelDescription, opened_attentions, replace_, shared_names, to_quantization_config
 from .model_file import KEY, VERSION
 
 SHARD = 5 << 30
@@ -50,7 +50,8 @@ def write_model(model: nn.Module, target: Path, source: Path, plan: Plan) -> Non
     """
     state: dict[str, Tensor] = model.state_dict(keep_vars=True)
     shared = shared_names(state)
-    header = {"version": VERSION, **ModelDescription.of(model).to_json(), "shared": shared}
+    description = ModelDescription.of(model)
+    header = {"version": VERSION, **description.to_json(), "shared": shared}
     infos = {name: TensorInfo(tuple(t.shape), t.dtype) for name, t in state.items() if name not in shared}
     last: list[Tensor] = []
 
@@ -64,5 +65,15 @@ def write_model(model: nn.Module, target: Path, source: Path, plan: Plan) -> Non
             if file.is_file() and file.suffix in (".json", ".txt", ".model", ".jinja") and ".index." not in file.name:
                 with replacing(target / file.name) as temporary:
                     shutil.copyfile(file, temporary)
+                    if file.name == "config.json":
+                        _describe(temporary, description)
     plan.save(target / "plan.json")
     write_sharded(target, infos, tensor_of, {KEY: json.dumps(header)}, SHARD)
+
+
+def _describe(path: Path, description: ModelDescription) -> None:
+    """Adds to a ``config.json`` what transformers needs to build the low-rank layers."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if description.layers or description.resized:
+        config["quantization_config"] = to_quantization_config(description)
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from ...errors import CheckpointError
 from ...layers import PROJECTIONS
@@ -16,8 +18,8 @@ def fitted_to(model: Any, description: ModelDescription) -> ModelDescription:
     """Returns the description with the names and dtypes of a model.
 
     As transformers does with weights, the prefix of the model without a head (``"model."``) is added or left out where
-    that finds the layer. Layers of another head than the model has are left out, if the model is of another class than
-    the one that was saved.
+    that finds the layer, and names of older versions of transformers are replaced by those of this one. Layers of
+    another head than the model has are left out, if the model is of another class than the one that was saved.
 
     Args:
         model: a dense model of transformers; not changed.
@@ -36,7 +38,8 @@ def fitted_to(model: Any, description: ModelDescription) -> ModelDescription:
         for each in (name, prefix + name, name.removeprefix(prefix)):
             if each in modules or (child in PROJECTIONS and parent in opened and each.rpartition(".")[0] in modules):
                 return each
-        return name if same else None
+        renamed = newer_name(model, name)
+        return renamed if renamed in modules or same else None
 
     layers = {new: spec for name, spec in description.layers.items() if (new := find(name)) is not None}
     resized = {new: spec for name, spec in description.resized.items() if (new := find(name)) is not None}
@@ -49,6 +52,18 @@ def fitted_to(model: Any, description: ModelDescription) -> ModelDescription:
     return ModelDescription(
         layers, places, {name: _with_dtype(spec, modules.get(name)) for name, spec in resized.items()}
     )
+
+
+def newer_name(model: Any, name: str) -> str:
+    """Returns the name that this version of transformers has for a layer that an older one may have saved.
+
+    Args:
+        model: a model of transformers.
+        name: the name of a layer.
+    """
+    renamings = [each for each in get_model_conversion_mapping(model) if isinstance(each, WeightRenaming)]
+    weight, _ = rename_source_key(f"{name}.weight", renamings, [], model.base_model_prefix, model.state_dict())
+    return str(weight).removesuffix(".weight")
 
 
 def _with_dtype(spec: Spec, module: nn.Module | None) -> Spec:

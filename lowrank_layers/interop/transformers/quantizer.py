@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from transformers.quantizers.base import HfQuantizer
 
@@ -45,7 +46,7 @@ class LowRankQuantizer(HfQuantizer):
         except CheckpointError:
             raise
         except LowRankError as error:
-            raise CheckpointError(f"config.json: quantization_config: {error}") from None
+            raise CheckpointError(f"config.json: quantization_config: {error}{_versions(model)}") from None
         for _, module in walk_layers(model):
             if is_factored(module):
                 module._is_hf_initialized = True  # type: ignore[assignment]
@@ -89,6 +90,14 @@ class LowRankQuantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         """Low-rank layers compile as their children do."""
         return True
+
+
+def _versions(model: Any) -> str:
+    """What to say of the version that saved the folder, if it is another one: names of layers may differ then."""
+    saved = getattr(model.config, "transformers_version", None)
+    if saved in (None, transformers.__version__):
+        return ""
+    return f" (It was saved by transformers {saved}, and read by {transformers.__version__}.)"
 
 
 def _keep_ties_of_parameters(model: Any) -> None:

@@ -49,7 +49,7 @@ def _described(model: Any) -> Iterator[None]:
         yield
         return
     quantizer = own.get("hf_quantizer")
-    if quantizer is not None and not isinstance(quantizer, LowRankQuantizer):
+    if quantizer is not None and not isinstance(quantizer, LowRankQuantizer) and not _has_dequantized(quantizer):
         raise LowRankError(
             f"save_pretrained: the model has low-rank layers and is quantized with {_method(before)!r}, which a"
             " config.json cannot both describe; factorize and save it first, and quantize it when it is loaded."
@@ -68,6 +68,11 @@ def _described(model: Any) -> Iterator[None]:
             delattr(config, _KEY)
         if quantizer is not None:
             own["hf_quantizer"] = quantizer
+
+
+def _has_dequantized(quantizer: Any) -> bool:
+    """Whether the weights were quantized in the file only, as those of GGUF are without a kernel for them."""
+    return bool(getattr(quantizer.quantization_config, "dequantize", False))
 
 
 def _method(quantization_config: Any) -> str | None:

@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 from safetensors.torch import load_file, save_file
 
 import lowrank_layers as lr
 
 from .models import KINDS
+
+VERSION = transformers.__version__
 
 
 @pytest.fixture
@@ -69,6 +72,13 @@ def test_the_plan_of_another_model(folder):
     plan = {"model.layers.9.mlp.up_proj": {"type": "LowRankLinear", "rank": 3, "bias": False}}
     edit(folder, lambda config: config["layers"].update(plan))
     refused(folder, r"'model.layers.9.mlp.up_proj': the model has no such layer; it is for another model")
+
+
+def test_the_versions_are_named_where_another_one_saved_the_folder(folder):
+    edit(folder, lambda config: config["layers"].update(other=config["layers"]["lm_head"]))
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "transformers_version": "6.1.0"}))
+    refused(folder, f"'other': the model has no such layer.*saved by transformers 6.1.0, and read by {VERSION}")
 
 
 def test_a_layer_of_another_kind(folder):

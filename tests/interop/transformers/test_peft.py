@@ -92,7 +92,7 @@ def test_without_registering_it_is_refused(folder, tmp_path):
 
 def test_an_adapter_in_the_folder_of_the_model(folder):
     model = load(folder)
-    model.add_adapter(peft.LoraConfig(r=2, target_modules=["down", "up"], init_lora_weights=False))
+    model.add_adapter(peft.LoraConfig(r=2, target_modules=r".*mlp\..*\.(down|up)", init_lora_weights=False))
     expected = output(model, tokens())
     model.save_pretrained(folder / "own_adapter")
     again = load(folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import transformers
 from safetensors import safe_open
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
+from transformers.quantizers.auto import AutoHfQuantizer
 
 import lowrank_layers as lr
 
@@ -160,6 +162,17 @@ def test_saving_leaves_the_configuration_of_the_model_alone(tmp_path):
     assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
 
 
+def test_a_model_that_was_quantized_in_its_file_only(tmp_path):
+    model = KINDS["llama"].factored()
+    config = transformers.FineGrainedFP8Config(dequantize=True)  # as GGUF's where there is no kernel for it
+    model.config.quantization_config = config
+    model.hf_quantizer = quantizer = AutoHfQuantizer.from_config(config, pre_quantized=True)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(output(KINDS["llama"].load(tmp_path), tokens()), output(model, tokens()))
+    assert model.config.quantization_config is config
+    assert model.hf_quantizer is quantizer
+
+
 def test_a_state_dict_that_is_passed_is_the_one_that_is_written(saved, tmp_path):
     model = KINDS["llama"].load(saved / "llama")
     model.save_pretrained(tmp_path, state_dict={name: 2 * value for name, value in model.state_dict().items()})
@@ -182,6 +195,24 @@ def test_a_new_head_on_a_saved_body(saved):
 def test_another_head_than_the_saved_one(saved):
     model = transformers.LlamaForSequenceClassification.from_pretrained(saved / "llama", num_labels=3)
     assert torch.equal(output(model.model, tokens()), output(KINDS["llama"].factored().model, tokens()))
+
+
+def test_names_of_an_older_version_of_transformers(saved, tmp_path):
+    shutil.copytree(saved / "vit", tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    layers, written = config["quantization_config"]["layers"], tensors(tmp_path)
+    # weights are written under the names of old, so that these stand for a folder of old
+    old = {
+        name.removesuffix(".up.weight"): {"type": "LowRankLinear", "rank": shape[1], "bias": True}
+        for name, shape in written.items()
+        if name.endswith(".up.weight")
+    }
+    kept = {name: layer for name, layer in layers.items() if layer["type"] != "LowRankLinear"}
+    assert len(old) + len(kept) == len(layers)
+    config["quantization_config"]["layers"] = old | kept
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    kind = KINDS["vit"]
+    assert torch.equal(output(kind.load(tmp_path), kind.inputs()), output(kind.factored(), kind.inputs()))
 
 
 def test_a_low_rank_head_of_a_model_whose_configuration_ties_it(tmp_path):
