@@ -20,7 +20,7 @@ README = ROOT / "README.md"
 
 def dense_of(cls: type[lr.FactoredModule]) -> nn.Module:
     """A small layer that ``cls`` stands in for."""
-    if cls is lr.LowRankTransposedLinear:
+    if issubclass(cls, lr.LowRankTransposedLinear):
         return cls.blank(8, 8, "meta", torch.float32)
     sizes = (8, 8, 3) if "Conv" in cls.dense_type.__name__ else (8, 8)
     return cls.dense_type(*sizes, device="meta")

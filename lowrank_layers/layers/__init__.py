@@ -39,7 +39,14 @@ from .matrix import (
     weight_from_matrices as weight_from_matrices,
 )
 from .pair_conv import PairConv as PairConv
+from .pivot_conv import (
+    PivotConv as PivotConv,
+    PivotConv1d as PivotConv1d,
+    PivotConv2d as PivotConv2d,
+    PivotConv3d as PivotConv3d,
+)
 from .pivot_linear import PivotLinear as PivotLinear
+from .pivot_transposed_linear import PivotTransposedLinear as PivotTransposedLinear
 from .resized import is_resized as is_resized, mark_resized as mark_resized, unmark_resized as unmark_resized
 from .transposed_linear import LowRankTransposedLinear as LowRankTransposedLinear
 from .tt_embedding import TensorizedEmbedding as TensorizedEmbedding

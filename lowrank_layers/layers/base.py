@@ -128,6 +128,10 @@ class FactoredModule(nn.Module):
         """Multiply-accumulates per sample that happen between the children, not in them."""
         return 0
 
+    def own_writes(self, input_shape: tuple[int, ...]) -> int:
+        """Values written per sample besides the outputs that the children are built with."""
+        return 0
+
     def dense_twin(self) -> nn.Module:
         """The dense layer on the meta device: the settings of :meth:`to_dense` without values."""
         return meta_twin(self).to_dense()

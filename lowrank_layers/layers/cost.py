@@ -38,7 +38,7 @@ def layer_writes(module: nn.Module, input_shape: tuple[int, ...]) -> int:
         module: a linear layer, convolution, embedding or embedding bag of torch, or a layer of this library.
         input_shape: shape of one sample without the batch dimension.
     """
-    total, shape = 0, input_shape
+    total, shape = module.own_writes(input_shape) if isinstance(module, FactoredModule) else 0, input_shape
     for child in module.parts if isinstance(module, FactoredModule) else [module]:
         following = _forward(child, shape)[1]
         if following is None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -34,6 +37,14 @@ def reset_chain(layer: FactoredModule, fan_in: int) -> None:
     bias = bias_of(last)
     if bias is not None:
         nn.init.uniform_(bias, -1 / math.sqrt(max(1, fan_in)), 1 / math.sqrt(max(1, fan_in)))
+
+
+@contextmanager
+def allowing_empty() -> Iterator[None]:
+    """Keeps torch from warning of children without weights, such as the coefficients of a pivot form at full rank."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Initializing zero-element tensors")
+        yield
 
 
 def _fan_in(child: nn.Module) -> int:

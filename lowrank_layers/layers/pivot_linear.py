@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-import warnings
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +14,7 @@ from ..errors import LowRankError
 from ..factors import SVD
 from ..rank import Rank
 from .conversion import fill
+from .initialization import allowing_empty
 from .instance_checks import check_dense
 from .linear import LowRankLinear
 from .weights import bias_of
@@ -57,12 +57,13 @@ class PivotLinear(LowRankLinear):
     """
 
     dense_type = nn.Linear
+    pair_type: ClassVar[type[LowRankLinear]] = LowRankLinear
+    """The layer of the same map as a pair."""
 
     order: Tensor
 
     def _build(self, rank: int, bias: bool, factory: dict[str, Any]) -> None:
-        with warnings.catch_warnings():  # at full rank there are no other inputs
-            warnings.filterwarnings("ignore", "Initializing zero-element tensors")
+        with allowing_empty():
             self.down = nn.Linear(self.in_features - rank, rank, bias=False, **factory)
         self.up = nn.Linear(rank, self.out_features, bias=bias, **factory)
         self.register_buffer("order", torch.arange(self.in_features, device=factory["device"]))
@@ -135,13 +136,6 @@ class PivotLinear(LowRankLinear):
 
         Raises:
             LowRankError: for factors that are not of these shapes, or of a rank above both sizes.
-
-        Examples:
-            >>> pair = lr.LowRankLinear(64, 32, rank=8)
-            >>> pivot = lr.PivotLinear.from_pair(pair.to_dense(), pair.up.weight, pair.down.weight, pair.bias)
-            >>> x = torch.randn(5, 64)
-            >>> torch.allclose(pivot(x), pair(x), atol=1e-5)
-            True
         """
         layer = cls.like(linear, rank=max(1, len(down)), bias=bias is not None)
         shapes = (layer.out_features, layer.rank), (layer.rank, layer.in_features)
@@ -163,8 +157,23 @@ class PivotLinear(LowRankLinear):
             >>> torch.allclose(pivot.to_pair()(x), pivot(x), atol=1e-5)
             True
         """
-        layer = LowRankLinear.like(self.to_dense(), rank=self.rank)
+        layer = self.pair_type.like(self.to_dense(), rank=self.rank)
         return fill(layer, [self.basis, self.up.weight], self.up.bias)
+
+    @classmethod
+    def of_pair(cls, pair: LowRankLinear) -> PivotLinear:
+        """Returns the pivot form of a pair.
+
+        Args:
+            pair: the layer; it stays as it is.
+
+        Examples:
+            >>> pair = lr.LowRankLinear(64, 32, rank=8)
+            >>> x = torch.randn(5, 64)
+            >>> torch.allclose(lr.PivotLinear.of_pair(pair)(x), pair(x), atol=1e-5)
+            True
+        """
+        return cls.from_pair(pair.to_dense(), pair.up.weight, pair.down.weight, pair.up.bias)
 
     def factors(self) -> SVD:
         """The weight ``[out_features, in_features]`` as an SVD."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..layers import ConvNd, FactoredModule, PivotLinear, TensorizedLinear, weight_of
+from ..layers import ConvNd, FactoredModule, PivotConv, PivotLinear, TensorizedLinear, weight_of
 
 Convert = Callable[[list[Tensor]], list[Tensor]]
 
@@ -31,7 +31,7 @@ def factor_moments(old: nn.Module, new: nn.Module) -> tuple[Convert, Convert] | 
     """
     if type(old) is not type(new) or not isinstance(old, FactoredModule) or not isinstance(new, FactoredModule):
         return None
-    if old.form != new.form or isinstance(old, (TensorizedLinear, PivotLinear)):
+    if old.form != new.form or isinstance(old, (TensorizedLinear, PivotLinear, PivotConv)):
         return None
     sides = [_inner_last(layer) for layer in (old, new)]
     if sides[0] is None or sides[1] is None:

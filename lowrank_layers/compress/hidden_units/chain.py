@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ...layers import FactoredModule, LowRankLinear, PivotLinear, bias_of, is_resized, weight_of
+from ...layers import FactoredModule, LowRankLinear, PairConv, PivotConv, PivotLinear, bias_of, is_resized, weight_of
 from ...layers.conv_base import FactoredConv, TransposedConv
 from ...modules import replace_, walk_layers
 
@@ -27,14 +27,14 @@ class Chained:
     work: nn.Module
     modules: dict[str, nn.Module]
     factored: dict[str, FactoredModule]
-    pivots: dict[str, PivotLinear]
+    pivots: dict[str, PivotLinear | PivotConv]
 
     @classmethod
     def of(cls, model: nn.Module) -> Chained:
         """Returns the two of them; the model is not changed."""
         modules = dict(walk_layers(model))
         found = {name: layer for name, layer in modules.items() if isinstance(layer, FactoredModule)}
-        pivots = {name: layer for name, layer in found.items() if name and isinstance(layer, PivotLinear)}
+        pivots = {name: layer for name, layer in found.items() if name and isinstance(layer, (PivotLinear, PivotConv))}
         pairs = {name: layer.to_pair() for name, layer in pivots.items()}
         factored = {name: pairs.get(name, layer) for name, layer in found.items() if name and _is_chain(layer)}
         modules.update(pairs)
@@ -49,13 +49,17 @@ class Chained:
 
     def restore_pivots_(self, model: nn.Module) -> None:
         """Gives the layers in pivot form the sizes and values of the pairs that stand for them, in place."""
-        new = {}
-        for name in self.pivots:
+        new: dict[str, nn.Module] = {}
+        for name, pivot in self.pivots.items():
             pair = self.factored[name]
-            assert isinstance(pair, LowRankLinear)
-            if is_resized(pair):
-                new[name] = PivotLinear.from_pair(pair.to_dense(), pair.up.weight, pair.down.weight, pair.up.bias)
-        replace_(model, dict(new))
+            if is_resized(pair) and isinstance(pivot, PivotConv):
+                assert isinstance(pair, PairConv)
+                new[name] = pivot.of_pair(pair)
+            elif is_resized(pair):
+                assert isinstance(pair, LowRankLinear)
+                assert isinstance(pivot, PivotLinear)
+                new[name] = pivot.of_pair(pair)
+        replace_(model, new)
 
     def owner(self, name: str) -> nn.Module:
         """Returns the layer of the model of which a layer of the copy is a factor, or which it is itself."""

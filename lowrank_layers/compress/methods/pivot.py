@@ -7,7 +7,16 @@ from typing import Any, ClassVar
 
 import torch
 
-from ...layers import FactoredModule, PivotLinear, linear_shape
+from ...layers import (
+    FactoredModule,
+    PivotConv,
+    PivotConv1d,
+    PivotConv2d,
+    PivotConv3d,
+    PivotLinear,
+    PivotTransposedLinear,
+    linear_shape,
+)
 from ..candidates import Candidate
 from ..method import Option, layer_for, quadratic_costs
 from ..pair_rank import pair_rank
@@ -16,15 +25,22 @@ from ..regression import joint_bias
 
 @dataclass(frozen=True)
 class PivotMethod:
-    """Replaces linear layers by what :class:`SVDMethod` builds, in ``r * r`` fewer numbers per layer.
+    """Replaces linear layers and convolutions by what :class:`SVDMethod` builds, in ``r * r`` fewer numbers.
 
-    At every rank it has the loss of the pair and costs less, in parameters, bytes and multiply-accumulates. A pair
-    copies nothing and may be faster, so that a plan under a limit on latency, which times both, may choose either.
+    At every rank it has the loss of the pair and costs less: in parameters and bytes, and linear layers in
+    multiply-accumulates. A pair copies nothing and may be faster, so that a plan under a limit on latency, which times
+    both, may choose either.
     """
 
     name: ClassVar[str] = "pivot"
     form: ClassVar[dict[str, Any]] = {}
-    layers: ClassVar[tuple[type[FactoredModule], ...]] = (PivotLinear,)
+    layers: ClassVar[tuple[type[FactoredModule], ...]] = (
+        PivotLinear,
+        PivotTransposedLinear,
+        PivotConv1d,
+        PivotConv2d,
+        PivotConv3d,
+    )
 
     def matches(self, layer: Candidate) -> bool:
         """Returns whether the method can factorize this layer."""
@@ -45,9 +61,11 @@ class PivotMethod:
         """Returns the factored layer; with statistics the one that minimises the weighted error."""
         cls = layer_for(self, layer.module)
         assert cls is not None
-        assert issubclass(cls, PivotLinear)
         if layer.stats is None:
             return cls.from_dense(layer.module, rank=rank)
-        (problem,) = layer.problems
-        up, down = problem.pair(rank)
-        return cls.from_pair(layer.module, up, down, joint_bias([problem], [up @ down]))
+        ups, downs = zip(*(problem.pair(rank) for problem in layer.problems), strict=True)
+        bias = joint_bias(layer.problems, [up @ down for up, down in zip(ups, downs, strict=True)])
+        if issubclass(cls, PivotConv):
+            return cls.from_pairs(layer.module, torch.stack(ups), torch.stack(downs), bias)
+        assert issubclass(cls, PivotLinear)
+        return cls.from_pair(layer.module, ups[0], downs[0], bias)

@@ -127,7 +127,7 @@ def _cp_limit(conv: nn.Module) -> int:
 
 
 def _conv_rows(dims: int, *, transposed: bool) -> list[LayerRow]:
-    """Channel SVD, Tucker and CP of one kind of convolution."""
+    """Channel SVD, its pivot form, Tucker and CP of one kind of convolution."""
     kind = f"Conv{'Transpose' if transposed else ''}{dims}d"
     variants = {1: CONV1D_VARIANTS, 2: CONV_VARIANTS, 3: CONV3D_VARIANTS}[dims]
     channels = {1: (40, 48), 2: (24, 32), 3: (24, 32)}[dims]
@@ -141,7 +141,22 @@ def _conv_rows(dims: int, *, transposed: bool) -> list[LayerRow]:
         "excess": 1000,
     }
     pair, tucker, cp = (getattr(lr, f"{family}{kind}") for family in ("LowRank", "Tucker", "CP"))
+    pivots = [] if transposed else [getattr(lr, f"Pivot{kind}")]
     return [
+        *(
+            LayerRow(
+                pivot,
+                wide=(wide, 12),
+                full=_channel_limit,
+                small=2,
+                matrix=lambda weight: weight.flatten(1),
+                balanced=False,
+                buffers=("position",),
+                # at rank 2 nothing is left for ``up`` in the groups of "everything"
+                **{**common, "smoke": ("plain", "no bias", *(["same, circular"] if kind == "Conv2d" else []))},
+            )
+            for pivot in pivots
+        ),
         LayerRow(
             pair,
             wide=(wide, 12),
