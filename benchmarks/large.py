@@ -2,11 +2,11 @@
 
 The random ones are written by this script, in bfloat16 and in shards, and compressed to 60 % on 8 x 512 random tokens,
 each in a process of its own, whose peak memory (resident, with what is mapped from files) by part and processor seconds
-per block are printed. Three of them are equally wide and differ in depth: time is linear in depth, and in the width it
-grows with the cube, as that of a singular value decomposition does, which a narrow model of the same size shows.
-SmolLM2 (benchmarks/smollm2.py) takes 32 x 256 tokens of WikiText in fp32; its time is also given in passes forward and
-backward over these tokens, measured in another process of the same run. The estimate on paper
-(``large_models.work_of``) takes its speed from the smallest model and is compared with the others.
+per block are printed; a layer that the plan leaves dense takes less. Three of them are equally wide and differ in
+depth: time is linear in depth, and in the width it grows with the cube, as that of a singular value decomposition does,
+which a narrow model of the same size shows. SmolLM2 (benchmarks/smollm2.py) takes 32 x 256 tokens of WikiText in fp32;
+its time is also given in passes forward and backward over these tokens, measured in another process of the same run.
+The estimate on paper (``large_models.work_of``) takes its speed from the smallest model; the others test it.
 
 It takes about an hour of one core and 30 GB of disk for the largest model; ``--models`` chooses, and results of the
 models in ``--known``, a file that the script writes, are taken from there.
@@ -82,7 +82,8 @@ def compress(source: str, target: str, tokens: str, threads: int) -> dict[str, A
             block = name.split(".layers.")[1].split(".")[0]
             blocks[block] = blocks.get(block, 0.0) + end - start
             block_peaks[block] = max(block_peaks.get(block, 0.0), peak)
-    found = {"parts": parts, "blocks": blocks, "peaks": peaks, "block peaks": block_peaks}
+    factorized = {block: sum(f".layers.{block}." in entry.name for entry in plan if entry.rank) for block in blocks}
+    found = {"parts": parts, "blocks": blocks, "peaks": peaks, "block peaks": block_peaks, "factorized": factorized}
     return found | {"peak": max(peaks.values()), "before": before, "kept": plan.after.params}
 
 
@@ -158,9 +159,10 @@ def smollm2_model(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 def row(name: str, found: dict[str, Any]) -> list[str]:
     """One line of the table."""
-    total, blocks = sum(found["parts"].values()), list(found["blocks"].values())[1:]  # the first waits for the plan
+    total, blocks = sum(found["parts"].values()), list(found["blocks"])[1:]  # the first waits for the plan
     parts = [f"{found['parts'][part]:.0f}" for part in PARTS]
-    spread = [f"{blocks[k]:.1f}" for k in (0, len(blocks) // 2, -1)]
+    shown = [blocks[k] for k in (0, len(blocks) // 2, -1)]
+    spread = [f"{found['blocks'][block]:.1f} ({found['factorized'][block]})" for block in shown]
     memory = f"{found['peak']:.2f} ({found['before']:.2f})"
     peaks = " / ".join(f"{found['peaks'][part]:.2f}" for part in PARTS)
     return [
@@ -238,7 +240,7 @@ def main() -> None:
         rows.append(row(name, found[name]))
         print(" | ".join(rows[-1]), flush=True)
     head = ["model", "parameters", "peak memory, GB (before)", "by part", "CPU seconds", *PARTS, "s per 100 M"]
-    head += ["a block: second", "middle", "last"]
+    head += ["a block (layers factorized): second", "middle", "last"]
     text = [f"# Models larger than memory\n\n{line}", markdown_table(head, rows)]
     failed = []
     sized = {name: found[name] for name in found if name in SHAPES}
