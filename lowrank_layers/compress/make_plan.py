@@ -76,8 +76,8 @@ def make_plan(
     - ``"measured"`` measures instead of assuming, and is the default with ``batches``: each layer alone is replaced at
       about half of its parameters, what comes after it in the model is run again on some batches, and the layer's
       whole curve is scaled by measured over estimated growth of the loss. What is measured is how far the output moves:
-      the mean divergence of the predictions where the loss of the statistics is a cross-entropy or the output has
-      ``.logits``, its squared error over its variance otherwise. The losses of the plan are in these units then.
+      the mean divergence of the softened predictions where the loss of the statistics is a cross-entropy or the output
+      has ``.logits``, its squared error over its variance otherwise. The losses of the plan are in these units then.
     - ``"trimmed"`` divides by the total without the largest 1 % of the layer's singular directions, and squares the
       quotient. It is the default where the inputs are known but no gradients. A few outlier channels own the inputs
       of a transformer's layers, so that by the other units these layers are cut to almost nothing; and errors of

@@ -30,6 +30,8 @@ VISIBLE = 1e-4
 """Part of its energy that a layer has to lose for a measurement."""
 LEAST = 1e-10
 """Where a layer changes nothing, its curve is not scaled to nothing."""
+TEMPERATURE = 4.0
+"""Of the divergence, as of :class:`SampledCrossEntropy`: at 1 it saturates where a layer alone breaks the model."""
 CLASSIFIERS = ("SampledCrossEntropy", "CrossEntropyLoss", "cross_entropy")
 """Losses whose outputs are logits over their last dimension."""
 
@@ -98,7 +100,7 @@ class MeasuredEffects:
             main is not None and main.ndim in (2, 3) and main.shape[-1] > 1
         )  # not those of pixels, [N, C, H, W]
         if has_classes and (self._is_classifier or hasattr(known.output, "logits")):
-            return float(divergence(ours, dense, 1.0))
+            return float(divergence(ours, dense, TEMPERATURE))
         spread = (dense - dense.mean(0)).square().sum()
         return float((ours - dense).square().sum() / spread.clamp_min(1e-30))
 

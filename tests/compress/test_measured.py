@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lowrank_layers as lr
-from lowrank_layers.compress.measured import SHARE, VISIBLE
+from lowrank_layers.compress.measured import SHARE, TEMPERATURE, VISIBLE
 
 SVD = [lr.SVDMethod()]
 
@@ -32,10 +32,10 @@ def alone(model: nn.Module, stats: lr.Statistics | None, name: str, rank: int) -
 
 
 def kl(model: nn.Module, small: nn.Module, batches: list[Tensor]) -> float:
-    """The mean divergence of the predictions over all rows."""
+    """The mean divergence of the softened predictions over all rows, times the squared temperature."""
     x = torch.cat(batches)
-    ours, dense = (net(x).log_softmax(-1) for net in (small, model))
-    return float(F.kl_div(ours, dense, reduction="batchmean", log_target=True))
+    ours, dense = ((net(x) / TEMPERATURE).log_softmax(-1) for net in (small, model))
+    return TEMPERATURE**2 * float(F.kl_div(ours, dense, reduction="batchmean", log_target=True))
 
 
 @torch.no_grad()
