@@ -35,7 +35,9 @@ def factorize_(
     """Replaces the layers of a model as the plan says, in place; all is checked and built before anything changes.
 
     With ``data`` the layers are regressed in sequence: in forward order, each one is fitted to give, on what the
-    compressed layers before it deliver, the outputs of the dense model; layers that stay dense are refitted too.
+    compressed layers before it deliver, the outputs of the dense model; layers that stay dense are refitted too. How
+    far it follows the dense model is chosen on a quarter of the batches that is held out, or of the rows of a single
+    batch, so that a layer with few rows per column keeps near its own outputs, or to its fit in one shot.
 
     Args:
         model: a trained model.

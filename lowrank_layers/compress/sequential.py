@@ -9,27 +9,29 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..calibrate import DataRows, masked_input_rows, quiet_eval
 from ..calibrate.clipping import clipped
-from ..calibrate.moments import add_to_mean_, sums
+from ..calibrate.moments import sums
 from ..calibrate.patch_moments import patch_sums
 from ..calibrate.processes import Processes
 from ..calibrate.readable import Unread
 from ..calibrate.statistics import LayerStats, Statistics
 from ..errors import LowRankError
-from ..layers import ConvNd, is_embedding, matrices_of, takes_bias
-from ..linalg import is_finite
+from ..layers import ConvNd, bias_of, is_embedding, matrices_of, takes_bias
 from ..memory import in_memory, release_freed, spilled
+from .anchoring import anchored
 from .build import build_layer, refit, write_
+from .paired_moments import PairedMoments, Sums
 from .planned_layers import PlannedLayers
 from .rectified import ENTRIES, ROWS, Rectifier, build_rectified, rectifier_of
 from .registry import DENSE
 from .side_by_side import SideBySide
 
+HELD_OUT = 4
+"""One batch out of so many is held out, to choose how far layers follow the dense model."""
 LARGE = 1 << 26
 """Bytes of a moment from which on memory that the passes have freed is given back before the fit."""
 
@@ -91,7 +93,11 @@ def build_in_sequence(
                 seen.rectifier = _rectifier(model, name, batches[0], stats.with_target)
             if seen.stats is not None and (prefix_changed or seen.rectifier is not None):
                 rows = None if seen.rectifier is None else seen.rows
-                seen.stats = paired.stats(name, model.get_submodule(name), seen.stats, rows)
+                layer, bias = model.get_submodule(name), plan[name].bias and plan[name].method != DENSE
+                seen.stats, held_out = paired.stats(name, layer, seen.stats, rows)
+                if held_out is not None and not rows:
+                    has_bias = bias_of(layer) is not None or bias
+                    seen.stats = anchored(layer, seen.stats, held_out, plan.damping, has_bias=has_bias) or stats[name]
             return seen
 
         def factored(name: str, seen: Seen) -> nn.Module:
@@ -141,11 +147,11 @@ class _Paired:
         self, passes: SideBySide, count: int, clip: float | None, processes: Processes, folder: Path | None
     ) -> None:
         self._passes, self._count, self._clip, self._processes, self._folder = passes, count, clip, processes, folder
-        self._last: tuple[str, LayerStats] | None = None
+        self._last: tuple[str, LayerStats, PairedMoments | None] | None = None
 
     def stats(
         self, name: str, layer: nn.Module, stats: LayerStats, kept: list[tuple[Tensor, Tensor]] | None
-    ) -> LayerStats:
+    ) -> tuple[LayerStats, PairedMoments | None]:
         """Returns ``E[x' x'^T]`` and ``E[x x'^T]`` of a layer: ``x`` in the dense model, ``x'`` in the compressed one.
 
         Padding is left out, as :func:`calibrate` does. Where the two models route rows differently, so that they cannot
@@ -159,12 +165,10 @@ class _Paired:
         """
         is_linear = not isinstance(layer, ConvNd) and not is_embedding(layer)
         if is_linear and kept is None and self._last and self._passes.have_same_inputs(name, self._last[0]):
-            same = self._last[1]
-            return stats.changed(inputs=same.inputs, cross=vars(same)["cross"], target_mean=same.target_mean)
+            _, same, held_out = self._last
+            return stats.changed(inputs=same.inputs, cross=vars(same)["cross"], target_mean=same.target_mean), held_out
         self._last = None
-        inputs = stats.inputs.before_any()
-        target_mean = torch.zeros_like(inputs.mean)
-        cross = torch.zeros_like(inputs.second)
+        both, held_out = (PairedMoments.before_any(stats.inputs) for _ in range(2))
 
         def keep_some(rows: Tensor, rows_dense: Tensor) -> None:
             assert kept is not None
@@ -178,29 +182,37 @@ class _Paired:
             if apart:
                 break
             for (x, found), (x_dense, _) in zip(ours, theirs, strict=True):
-                for own_sums, (total, products), count in _products(layer, x, x_dense, found, self._clip, keep):
-                    inputs.add(*own_sums, count)
-                    add_to_mean_(target_mean, total, count, inputs.rows)
-                    add_to_mean_(cross, products, count, inputs.rows)
+                out = None if self._count == 1 else index % HELD_OUT == min(HELD_OUT, self._count) - 1
+                for own_sums, across, count, is_out in _products(layer, x, x_dense, found, self._clip, keep, out):
+                    both.add(own_sums, across, count)
+                    if is_out:
+                        held_out.add(own_sums, across, count)
         if any(self._processes.gather(apart)):
             if kept is not None:
                 kept.clear()
-            return stats
-        inputs.rows = self._processes.average_((inputs.mean, inputs.second, target_mean, cross), inputs.rows)
-        if not (is_finite(cross) and is_finite(inputs.second)):
+            return stats, None
+        for each in (both, held_out):
+            each.average_(self._processes)
+        if not both.is_finite:
             raise LowRankError(f"{name!r}: got NaN or Inf in its inputs; look at the batches in data.")
-        cross.addcmul_(target_mean[..., :, None], inputs.mean[..., None, :], value=-1)
+        inputs, target_mean = both.inputs, both.target_mean
+        cross = both.cross.addcmul_(target_mean[..., :, None], inputs.mean[..., None, :], value=-1)
+        known = held_out if 0 < held_out.inputs.rows < inputs.rows else None
         large = cross.nbytes > LARGE
+        own = stats.changed(inputs=inputs, cross=cross, target_mean=target_mean)
         if large and self._folder is not None:
-            inputs.second = _in_file(inputs.second, self._folder)
-            own = stats.changed(inputs=inputs, cross=_in_file(cross, self._folder), target_mean=target_mean)
-        else:
-            own = stats.changed(inputs=inputs, cross=cross, target_mean=target_mean)
-        self._last = (name, own) if is_linear else None
-        del cross
+            for moments, field in (
+                (inputs, "second"),
+                (own, "cross"),
+                (held_out.inputs, "second"),
+                (held_out, "cross"),
+            ):
+                setattr(moments, field, _in_file(vars(moments)[field], self._folder))
+        self._last = (name, own, known) if is_linear else None
+        del cross, both
         if large:
             release_freed()
-        return own
+        return own, known
 
 
 def _in_file(moment: Tensor, folder: Path) -> Unread:
@@ -215,8 +227,9 @@ def _products(
     found: DataRows | None,
     clip: float | None,
     keep: Callable[[Tensor, Tensor], None] | None,
-) -> Iterator[tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], int]]:
-    """Yields sums over rows ``x'`` and ``x`` of a layer's inputs, and the number of rows.
+    out: bool | None,
+) -> Iterator[tuple[Sums, Sums, int, bool]]:
+    """Yields sums over rows ``x'`` and ``x`` of a layer's inputs, the number of rows, and whether they are held out.
 
     Sums of ``x'`` and of ``x' x'^T``, and sums of ``x`` and of ``x x'^T``.
 
@@ -228,11 +241,12 @@ def _products(
         clip: how long rows ``x`` may be, over the median of their lengths; longer ones are scaled down, with their
             ``x'`` by the same factor.
         keep: called with the rows.
+        out: whether they are held out; ``None`` holds out the last ones alone.
     """
-    if keep is None and found is None:
+    if keep is None and found is None and out is not None:
         own, across = patch_sums(layer, x), patch_sums(layer, x_dense, x)
         if own is not None and across is not None:
-            yield own[:2], across[:2], own[2]
+            yield own[:2], across[:2], own[2], out
             return
     pairs = zip(masked_input_rows(layer, x, found), masked_input_rows(layer, x_dense, found), strict=True)
     for rows, rows_dense in pairs:
@@ -240,4 +254,8 @@ def _products(
             rows_dense, rows = clipped(layer, clip, rows_dense, rows)
             if keep is not None:
                 keep(rows, rows_dense)
-            yield sums(rows), sums(rows, rows_dense), rows.shape[-2]
+            last = rows.shape[-2] // HELD_OUT if out is None else 0
+            for part, is_out in ((slice(rows.shape[-2] - last), bool(out)), (slice(rows.shape[-2] - last, None), True)):
+                some, others = rows[..., part, :], rows_dense[..., part, :]
+                if some.shape[-2]:
+                    yield sums(some), sums(some, others), some.shape[-2], is_out

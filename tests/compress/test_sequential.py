@@ -13,7 +13,7 @@ UNDAMPED = lr.Damping(inputs=0.0, outputs=0.0)
 
 @pytest.fixture
 def rows() -> Tensor:
-    return (torch.randn(400, 12) @ torch.randn(12, 12) + 0.5).double()
+    return (torch.randn(6000, 12) @ torch.randn(12, 12) + 0.5).double()
 
 
 def network(bias: bool = True) -> nn.Sequential:
@@ -23,11 +23,11 @@ def network(bias: bool = True) -> nn.Sequential:
 def factorized(model: nn.Module, rows: Tensor, ranks: dict[str, int]) -> nn.Module:
     """One-sided, so that the optimum is that of ordinary least squares."""
     small = copy.deepcopy(model)
-    stats = lr.calibrate(model, list(rows.split(150)))
+    stats = lr.calibrate(model, list(rows.split(1000)))
     plan = lr.make_plan(model, rank=1, stats=stats, damping=UNDAMPED)
     for entry in list(plan):
         plan.set_rank(entry.name, ranks[entry.name]) if entry.name in ranks else plan.drop(entry.name)
-    return lr.factorize_(small, plan, stats=stats, data=list(rows.split(150)))
+    return lr.factorize_(small, plan, stats=stats, data=list(rows.split(1000)))
 
 
 def least_squares(inputs: Tensor, outputs: Tensor) -> Tensor:

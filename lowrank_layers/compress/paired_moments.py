@@ -1,0 +1,94 @@
+"""Moments of a layer's inputs in two models, taken together row by row."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..calibrate.moments import Moments, add_to_mean_
+from ..calibrate.processes import Processes
+from ..calibrate.readable import Readable
+from ..linalg import is_finite
+
+Sums = tuple[Tensor, Tensor]
+"""The sums of rows and of their products."""
+
+
+@dataclass
+class PairedMoments:
+    """Running moments of inputs ``x'`` behind the compressed prefix and of ``x`` in the dense model.
+
+    Args:
+        inputs: ``E[x']`` and ``E[x' x'^T]``.
+        cross: ``E[x x'^T]``.
+        target_mean: ``E[x]``.
+    """
+
+    inputs: Moments
+    cross: Readable[Tensor] = Readable()
+    target_mean: Readable[Tensor] = Readable()
+
+    @classmethod
+    def before_any(cls, inputs: Moments) -> PairedMoments:
+        """Returns moments of the sizes of others, before any row was seen.
+
+        Args:
+            inputs: the others.
+        """
+        own = inputs.before_any()
+        return cls(own, torch.zeros_like(own.second), torch.zeros_like(own.mean))
+
+    def add(self, ours: Sums, across: Sums, count: int) -> None:
+        """Adds rows.
+
+        Args:
+            ours: the sums of ``x'`` and of ``x' x'^T``.
+            across: the sums of ``x`` and of ``x x'^T``.
+            count: how many rows.
+        """
+        self.inputs.add(*ours, count)
+        if count:
+            add_to_mean_(self.target_mean, across[0], count, self.inputs.rows)
+            add_to_mean_(self.cross, across[1], count, self.inputs.rows)
+
+    def average_(self, processes: Processes) -> None:
+        """Makes them the moments of the rows of all processes.
+
+        Args:
+            processes: the processes, which all call this.
+        """
+        means = (self.inputs.mean, self.inputs.second, self.target_mean, self.cross)
+        self.inputs.rows = processes.average_(means, self.inputs.rows)
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether no product is NaN or infinite."""
+        return is_finite(self.cross) and is_finite(self.inputs.second)
+
+    def about(self, mean: Tensor, target_mean: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns ``E[(x' - m)(x' - m)^T]`` and ``E[(x - t)(x' - m)^T]``.
+
+        Args:
+            mean: ``m``.
+            target_mean: ``t``.
+        """
+        own, target = self.inputs.mean, self.target_mean
+        second = self.inputs.second - _outer(own, mean) - _outer(mean, own) + _outer(mean, mean)
+        cross = self.cross - _outer(target, mean) - _outer(target_mean, own) + _outer(target_mean, mean)
+        return second, cross
+
+    def group(self, index: int) -> PairedMoments:
+        """Returns those of one group of a grouped convolution.
+
+        Args:
+            index: the group.
+        """
+        if self.target_mean.ndim == 1:
+            return self
+        return PairedMoments(self.inputs.group(index), self.cross[index], self.target_mean[index])
+
+
+def _outer(left: Tensor, right: Tensor) -> Tensor:
+    return left[..., :, None] * right[..., None, :]
