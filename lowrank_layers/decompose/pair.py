@@ -11,16 +11,23 @@ from ..rank import Rank, Refit, choose_rank, pair_spectrum
 from .svd import svd
 
 
-def truncated_pair(matrix: Tensor, rank: Rank, owner: str) -> tuple[Tensor, Tensor]:
-    """Returns the balanced pair ``(U sqrt(S), sqrt(S) V^T)`` of a matrix, at an integer rank or by a rule."""
-    limit = min(matrix.shape)
+def truncated_pair(matrix: Tensor, rank: Rank, owner: str, *, pivot: bool = False) -> tuple[Tensor, Tensor]:
+    """Returns the balanced pair ``(U sqrt(S), sqrt(S) V^T)`` of a matrix, at an integer rank or by a rule.
+
+    Args:
+        matrix: what is factorized.
+        rank: an integer or a rank rule.
+        owner: who asks, for messages.
+        pivot: whether rules count the numbers of the pivot form.
+    """
+    rows, columns = matrix.shape
     known = isinstance(rank, int)
     # singular values may overflow in half precision where their square roots do not
     wide = matrix.to(working_dtype(matrix))
     full = None if known else svd(wide)
     values = None if full is None else full.s
-    spectrum = pair_spectrum(matrix.shape[0], matrix.shape[1], values, owner, lambda: svd_refit(wide))
-    chosen = choose_rank(rank, spectrum, limit)
+    spectrum = pair_spectrum(rows, columns, values, owner, lambda: svd_refit(wide), pivot=pivot)
+    chosen = choose_rank(rank, spectrum, min(rows, columns))
     up, down = (svd(wide, chosen) if full is None else full.truncate(chosen)).pair()
     return up.to(matrix.dtype), down.to(matrix.dtype)
 
@@ -38,11 +45,18 @@ def pair_factors(up: Tensor, down: Tensor) -> SVD:
     return SVD((left.Q @ u).to(dtype), s.to(dtype), (vh @ right.Q.mT).to(dtype))
 
 
-def grouped_pairs(matrix: Tensor, rank: Rank, owner: str) -> tuple[Tensor, Tensor]:
-    """Factorizes a stack of matrices ``[groups, rows, columns]`` into pairs of the same rank."""
+def grouped_pairs(matrix: Tensor, rank: Rank, owner: str, *, pivot: bool = False) -> tuple[Tensor, Tensor]:
+    """Factorizes a stack of matrices ``[groups, rows, columns]`` into pairs of the same rank, as one is.
+
+    Args:
+        matrix: the stack.
+        rank: an integer or a rank rule.
+        owner: who asks, for messages.
+        pivot: whether rules count the numbers of the pivot form.
+    """
     if len(matrix) > 1 and not isinstance(rank, int):
         values = torch.linalg.svdvals(matrix.double()).square().mean(0).sqrt()
         rows, columns = matrix.shape[1:]
-        rank = choose_rank(rank, pair_spectrum(rows, columns, values, owner), min(rows, columns))
-    lasts, firsts = zip(*(truncated_pair(each, rank, owner) for each in matrix), strict=True)
+        rank = choose_rank(rank, pair_spectrum(rows, columns, values, owner, pivot=pivot), min(rows, columns))
+    lasts, firsts = zip(*(truncated_pair(each, rank, owner, pivot=pivot) for each in matrix), strict=True)
     return torch.stack(lasts), torch.stack(firsts)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +49,7 @@ class LowRankLinear(FactoredModule):
     """
 
     dense_type = nn.Linear
+    _pivot: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -63,7 +64,8 @@ class LowRankLinear(FactoredModule):
         super().__init__()
         self.in_features = in_features
         self.out_features = out_features
-        rank = choose_rank(rank, pair_spectrum(out_features, in_features, None, type(self).__name__), self._limit)
+        spectrum = pair_spectrum(out_features, in_features, None, type(self).__name__, pivot=self._pivot)
+        rank = choose_rank(rank, spectrum, self._limit)
         self._build(rank, bias, {"device": device, "dtype": dtype})
         self.reset_parameters()
 

@@ -41,7 +41,7 @@ class PivotConv(PairConv):
     def _build(self, rank: Any, bias: bool, factory: dict[str, Any]) -> None:
         self.first_axes = self._first_axes()
         rows, columns = self._matrix_shape()
-        spectrum = pair_spectrum(rows, columns, None, type(self).__name__)
+        spectrum = pair_spectrum(rows, columns, None, type(self).__name__, pivot=True)
         inner = self.groups * choose_rank(rank, spectrum, min(rows, columns))
         self.down = self._spatial(self.in_channels, inner, axes=self.first_axes, **factory)
         with allowing_empty():
@@ -104,7 +104,7 @@ class PivotConv(PairConv):
         """
         check_dense(cls, conv)
         matrix = matrix_of(kernel_of(conv).detach().double(), linear_axes(conv))
-        return cls.from_pairs(conv, *grouped_pairs(matrix, rank, cls.__name__), bias_of(conv), **form)
+        return cls.from_pairs(conv, *grouped_pairs(matrix, rank, cls.__name__, pivot=True), bias_of(conv), **form)
 
     @classmethod
     @full_precision

@@ -57,6 +57,7 @@ class PivotLinear(LowRankLinear):
     """
 
     dense_type = nn.Linear
+    _pivot = True
     pair_type: ClassVar[type[LowRankLinear]] = LowRankLinear
     """The layer of the same map as a pair."""
 
@@ -122,7 +123,7 @@ class PivotLinear(LowRankLinear):
             True
         """
         weight = check_dense(cls, linear)
-        return cls.from_pair(linear, *truncated_pair(weight.double(), rank, cls.__name__), bias_of(linear))
+        return cls.from_pair(linear, *truncated_pair(weight.double(), rank, cls.__name__, pivot=True), bias_of(linear))
 
     @classmethod
     def from_pair(cls, linear: nn.Module, up: Tensor, down: Tensor, bias: Tensor | None) -> PivotLinear:

@@ -55,7 +55,8 @@ class PivotTransposedLinear(PivotLinear, LowRankTransposedLinear):
             rank: an integer or a rank rule.
         """
         weight = check_dense(cls, linear)
-        layer = cls.from_pair(linear, *truncated_pair(weight.mT.double(), rank, cls.__name__), bias_of(linear))
+        up, down = truncated_pair(weight.mT.double(), rank, cls.__name__, pivot=True)
+        layer = cls.from_pair(linear, up, down, bias_of(linear))
         assert isinstance(layer, PivotTransposedLinear)
         return layer
 

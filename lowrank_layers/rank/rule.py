@@ -101,10 +101,25 @@ def choose_rank(rank: Rank, spectrum: Spectrum, limit: int) -> int:
 
 
 def pair_spectrum(
-    rows: int, columns: int, values: Tensor | None, owner: str, refit: Callable[[], Refit] | None = None
+    rows: int,
+    columns: int,
+    values: Tensor | None,
+    owner: str,
+    refit: Callable[[], Refit] | None = None,
+    *,
+    pivot: bool = False,
 ) -> Spectrum:
-    """The spectrum of a matrix that becomes a pair of factors, for a rank rule."""
-    sizes = range(rows + columns, (rows + columns) * min(rows, columns) + 1, rows + columns)
+    """The spectrum of a matrix that becomes a pair of factors, for a rank rule.
+
+    Args:
+        rows: of the matrix.
+        columns: of the matrix.
+        values: its singular values, where they are known.
+        owner: who asks, for messages.
+        refit: what rules are given that look at several ranks.
+        pivot: whether the pair takes its pivot form, which has ``r * r`` fewer numbers.
+    """
+    sizes = [rank * (rows + columns - pivot * rank) for rank in range(1, min(rows, columns) + 1)]
     return Spectrum(values, (rows, columns), sizes, rows * columns, owner, refit)
 
 

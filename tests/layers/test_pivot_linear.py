@@ -45,6 +45,22 @@ def test_it_has_a_square_of_numbers_less_than_the_pair_and_fewer_than_the_dense_
         assert (costs[1].params < m * n + m) == (rank < min(sizes))
 
 
+@pytest.mark.parametrize("fraction", [0.1, 0.5, 0.75, 0.99, 1.0])
+def test_a_fraction_of_the_parameters_is_one_of_the_pivot_form(fraction):
+    linear = nn.Linear(24, 40, bias=False)
+    plan = lr.make_plan(nn.Sequential(linear), rank=lr.ParameterFraction(fraction), methods=[lr.PivotMethod()])
+    layers = [
+        lr.PivotLinear(24, 40, bias=False, rank=lr.ParameterFraction(fraction)),
+        lr.PivotLinear.from_dense(linear, rank=lr.ParameterFraction(fraction)),
+        lr.PivotConv1d(24, 40, 1, bias=False, rank=lr.ParameterFraction(fraction)),
+        lr.PivotConv1d.from_dense(nn.Conv1d(24, 40, 1, bias=False), rank=lr.ParameterFraction(fraction)),
+    ]
+    assert {layer.rank for layer in layers} == {plan["0"].rank}
+    rank = layers[0].rank
+    assert rank * (64 - rank) <= fraction * 24 * 40
+    assert rank == 24 or (rank + 1) * (63 - rank) > fraction * 24 * 40
+
+
 def test_the_pivots_are_columns_of_the_weight():
     _, pivot = both((12, 9), 4)
     assert torch.equal(pivot.weight[:, pivot.order[:4]], pivot.up.weight)

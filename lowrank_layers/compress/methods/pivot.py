@@ -55,7 +55,7 @@ class PivotMethod:
 
     def choose(self, layer: Candidate, rank: Any) -> int:
         """Returns the rank that an integer or a rule means; a rule sees the weighted spectrum, or refits the matrix."""
-        return pair_rank(self, layer, rank)
+        return pair_rank(self, layer, rank, pivot=True)
 
     def build(self, layer: Candidate, rank: int) -> FactoredModule:
         """Returns the factored layer; with statistics the one that minimises the weighted error."""
