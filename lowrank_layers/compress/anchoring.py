@@ -26,6 +26,8 @@ RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """Ridges that are tried after that of the damping, relative to the mean variance of the inputs."""
 BLENDS = (1.0, 0.75, 0.5, 0.25)
 """Parts ``beta`` of the way to the dense model's outputs."""
+OUTPUTS = 128
+"""Random sums of outputs whose error is compared, of layers with more than twice as many."""
 CLEARLY = 1.02
 """How much more than the plain regression (``beta = 1``, the ridge of the damping) another one has to gain."""
 
@@ -71,6 +73,9 @@ def _choose(
         return damping.inputs, 1.0
     weight, root = weight.double(), _root(stats, damping)
     weighted = weight if root is None else root.times(weight)
+    if len(weighted) > 2 * OUTPUTS:  # as good to compare by: squared norms of random sums of rows are theirs on average
+        signs = torch.randn(OUTPUTS, len(weighted), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        weighted = signs.to(weighted) @ weighted
     fitted, seen = weighted @ difference, weighted @ held_difference
     del difference, held_difference
     best, choice, before = 0.0, (damping.inputs, 0.0), -float("inf")

@@ -31,13 +31,16 @@ class PairedMoments:
     target_mean: Readable[Tensor] = Readable()
 
     @classmethod
-    def before_any(cls, inputs: Moments) -> PairedMoments:
+    def before_any(cls, inputs: Moments, dtype: torch.dtype | None = None) -> PairedMoments:
         """Returns moments of the sizes of others, before any row was seen.
 
         Args:
             inputs: the others.
+            dtype: their dtype; ``None`` is that of the others.
         """
         own = inputs.before_any()
+        if dtype is not None:
+            own = Moments(own.mean.to(dtype), own.second.to(dtype))
         return cls(own, torch.zeros_like(own.second), torch.zeros_like(own.mean))
 
     def add(self, ours: Sums, across: Sums, count: int) -> None:
@@ -68,15 +71,16 @@ class PairedMoments:
         return is_finite(self.cross) and is_finite(self.inputs.second)
 
     def about(self, mean: Tensor, target_mean: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns ``E[(x' - m)(x' - m)^T]`` and ``E[(x - t)(x' - m)^T]``.
+        """Returns ``E[(x' - m)(x' - m)^T]`` and ``E[(x - t)(x' - m)^T]`` of one group, new, in the dtype of ``m``.
 
         Args:
             mean: ``m``.
             target_mean: ``t``.
         """
-        own, target = self.inputs.mean, self.target_mean
-        second = self.inputs.second - _outer(own, mean) - _outer(mean, own) + _outer(mean, mean)
-        cross = self.cross - _outer(target, mean) - _outer(target_mean, own) + _outer(target_mean, mean)
+        own, target = self.inputs.mean.to(mean), self.target_mean.to(mean)
+        second, cross = self.inputs.second.to(mean, copy=True), self.cross.to(mean, copy=True)
+        second.addr_(own - mean, mean, alpha=-1).addr_(mean, own, alpha=-1)
+        cross.addr_(target - target_mean, mean, alpha=-1).addr_(target_mean, own, alpha=-1)
         return second, cross
 
     def group(self, index: int) -> PairedMoments:
@@ -88,7 +92,3 @@ class PairedMoments:
         if self.target_mean.ndim == 1:
             return self
         return PairedMoments(self.inputs.group(index), self.cross[index], self.target_mean[index])
-
-
-def _outer(left: Tensor, right: Tensor) -> Tensor:
-    return left[..., :, None] * right[..., None, :]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -168,7 +170,10 @@ class _Paired:
             _, same, held_out = self._last
             return stats.changed(inputs=same.inputs, cross=vars(same)["cross"], target_mean=same.target_mean), held_out
         self._last = None
-        both, held_out = (PairedMoments.before_any(stats.inputs) for _ in range(2))
+        is_large = math.prod(vars(stats.inputs)["second"].shape) * 8 > LARGE
+        both = PairedMoments.before_any(stats.inputs)
+        # only a choice hangs on these, for which fp32 is enough
+        held_out = PairedMoments.before_any(stats.inputs, torch.float32 if is_large else None)
 
         def keep_some(rows: Tensor, rows_dense: Tensor) -> None:
             assert kept is not None
