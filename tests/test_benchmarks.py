@@ -22,6 +22,7 @@ RESULTS = {
     "cp": "cp",
     "ddp_convergence": "ddp_convergence_small",
     "decompose": "decompose",
+    "dense_adapters": "dense_adapters",
     "import_time": "import_time",
     "kv_decode": "kv_decode",
     "kv_memory": "kv_memory",
@@ -53,6 +54,7 @@ IN_FULL = {
 DATA = {"recovery": "lenet_mnist", "sequence": "cifar_resnet"}
 """The shared data that a benchmark reads when it runs small."""
 NEEDS = {
+    "dense_adapters": "transformers",
     "language": "transformers",
     "large": "transformers",
     "transformers_folder": "accelerate",

@@ -26,7 +26,16 @@ from .promises import CALLABLES, PROMISES, ROOT, Promise, modules, parameters, p
 
 FORMULAS = {"U", "tanh", "P", "E"}
 """Names that stand before a parenthesis in a formula and are no functions of torch or this library."""
-FOREIGN = {"is_causal", "lora_unet_", "lora_te_", "weight_decay", "n_layers", "device_map"}
+FOREIGN = {
+    "is_causal",
+    "lora_unet_",
+    "lora_te_",
+    "weight_decay",
+    "n_layers",
+    "device_map",
+    "push_to_hub",
+    "remote_code",
+}
 """Keywords of transformers, torch and tensorly-torch, and prefixes in kohya's files."""
 KNOWN = {name for value in CALLABLES.values() for name in parameters(value)}
 """Every parameter of the package."""

@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from ...errors import LowRankError
 from ...modules import QUANT_METHOD, ModelDescription, check_factors
 from .quantization_config import LowRankConfig
 from .quantizer import LowRankQuantizer
+from .remote_code import check_remote_code, write_remote_code
 
 _KEY = "quantization_config"
 
@@ -18,14 +20,27 @@ _KEY = "quantization_config"
 def describing(save_pretrained: Callable[..., Any]) -> Callable[..., Any]:
     """Wraps the method so that ``config.json`` describes the low-rank layers that the model has at that moment.
 
+    Its new argument ``remote_code`` adds the code of the layers, so that the folder is read without this library.
+
     Args:
         save_pretrained: transformers' method.
     """
 
     @functools.wraps(save_pretrained)
-    def save(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+    def save(self: Any, save_directory: Any, *args: Any, remote_code: bool = False, **kwargs: Any) -> Any:
+        if remote_code:
+            check_remote_code(self)
+            if kwargs.get("push_to_hub"):
+                raise LowRankError(
+                    "save_pretrained: got remote_code=True and push_to_hub=True, but files are uploaded before the code"
+                    " is written; save the folder, and upload it as it is then."
+                )
+            kwargs["save_original_format"] = False  # which is looked up by the type of the model
         with _described(self):
-            return save_pretrained(self, save_directory, *args, **kwargs)
+            result = save_pretrained(self, save_directory, *args, **kwargs)
+        if remote_code and kwargs.get("is_main_process", True):
+            write_remote_code(self, Path(save_directory))
+        return result
 
     return save
 
