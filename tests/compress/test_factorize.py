@@ -74,16 +74,17 @@ def test_full_rank_in_sequence_is_the_model(model, data):
 
 
 def test_the_sequence_brings_the_outputs_closer(model, data):
+    """Those of unseen data, although the last layer has more columns than there are samples."""
     stats = lr.calibrate(model, data, loss=lr.SampledCrossEntropy())
     plan = lr.make_plan(model, lr.Budget(params=0.3), stats=stats)
-    expected = torch.cat([model(x) for x in data])
+    unseen = torch.randint(0, 50, (256, 10))
+    expected = model(unseen)
 
     def error(**kwargs):
-        small = lr.factorize_(copy.deepcopy(model), plan, **kwargs)
-        return torch.dist(torch.cat([small(x) for x in data]), expected)
+        return torch.dist(lr.factorize_(copy.deepcopy(model), plan, **kwargs)(unseen), expected)
 
     one_shot = error(stats=stats)
-    assert error(stats=stats, data=data) < 0.9 * one_shot
+    assert error(stats=stats, data=data) < 0.95 * one_shot
     assert one_shot < error()
 
 
