@@ -149,6 +149,7 @@ class _Paired:
         self, passes: SideBySide, count: int, clip: float | None, processes: Processes, folder: Path | None
     ) -> None:
         self._passes, self._count, self._clip, self._processes, self._folder = passes, count, clip, processes, folder
+        self._whole = sum(processes.gather(count))
         self._last: tuple[str, LayerStats, PairedMoments | None] | None = None
 
     def stats(
@@ -187,7 +188,7 @@ class _Paired:
             if apart:
                 break
             for (x, found), (x_dense, _) in zip(ours, theirs, strict=True):
-                out = None if self._count == 1 else index % HELD_OUT == min(HELD_OUT, self._count) - 1
+                out = self._is_held_out(index)
                 for own_sums, across, count, is_out in _products(layer, x, x_dense, found, self._clip, keep, out):
                     both.add(own_sums, across, count)
                     if is_out:
@@ -218,6 +219,13 @@ class _Paired:
         if large:
             release_freed()
         return own, known
+
+    def _is_held_out(self, index: int) -> bool | None:
+        """Whether a batch is held out; ``None`` where it is the only one. Processes have batches by turns."""
+        if self._whole == 1:
+            return None
+        place = index * self._processes.count + self._processes.rank
+        return place % HELD_OUT == min(HELD_OUT, self._whole) - 1
 
 
 def _in_file(moment: Tensor, folder: Path) -> Unread:
