@@ -100,6 +100,18 @@ def test_products_are_those_of_fp32_in_all_passes_where_half_precision_is_slow(s
     assert not in_fp32()
 
 
+def test_layers_of_a_folder_can_be_measured(folder, tmp_path):
+    plan = lr.compress_checkpoint(folder, tmp_path / "small", BUDGET, tokens(), units="measured")
+    model = tiny_llama()
+    stats = lr.calibrate(model, tokens(), lr.SampledCrossEntropy())
+    expected = lr.make_plan(model, BUDGET, stats, skip=["lm_head"], batches=tokens())
+    assert plan.settings["units"] == "measured"
+    assert plan.loss == pytest.approx(expected.loss, rel=1e-2)
+    assert all(
+        abs((entry.rank or 0) - (expected[entry.name].rank or 0)) <= 1 for entry in plan
+    )  # moments in float32 break ties
+
+
 def test_layers_that_stay_dense_are_refitted_in_the_folder_too(folder, tmp_path, monkeypatch):
     def keeps_some(model: nn.Module, *args: object, **settings: object) -> lr.Plan:
         plan = lr.make_plan(model, *args, **settings)

@@ -81,7 +81,7 @@ def compress_checkpoint(
         loss: as in :func:`calibrate`; ``None`` is ``SampledCrossEntropy()``, which needs no targets.
         methods: as in :func:`make_plan`.
         skip: layers to leave alone, as in :func:`make_plan`.
-        units: as in :func:`make_plan`.
+        units: as in :func:`make_plan`. ``"measured"`` runs the model from each layer on, with weights from the files.
         damping: as in :func:`make_plan`.
         mask: how the padding of a batch is found, as in :func:`calibrate`.
         sketch_above: as in :func:`calibrate`.
@@ -164,6 +164,7 @@ def compress_checkpoint(
         if not planned.is_file():
             known = Statistics.load(moments)
             settings: Any = {"units": units, "damping": damping, "progress": progress}
+            settings["batches"] = batches if units == "measured" else None
             make_plan(model, budget, known, methods, left, **settings).save(planned)
 
     processes.gather(None)  # all have written their part
