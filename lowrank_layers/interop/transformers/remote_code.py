@@ -16,6 +16,7 @@ from . import remote_layers
 
 _FILE = "modeling_lowrank"
 _PAIRS = ("LowRankLinear", "LowRankTransposedLinear", "LowRankEmbedding")
+_PIVOTS = ("PivotLinear", "PivotTransposedLinear")
 _CLASSES = '''
 
 class LowRank{config}(transformers.{config}):
@@ -36,7 +37,7 @@ class LowRank{model}(transformers.{model}):
 
 
 def check_remote_code(model: Any) -> None:
-    """Raises if the code of the model cannot be written: it is not transformers' own, or has other layers than pairs.
+    """Raises if the code of the model cannot be written: it is not transformers' own, or has layers of other kinds.
 
     Args:
         model: a factored model.
@@ -53,12 +54,14 @@ def check_remote_code(model: Any) -> None:
             )
     description = ModelDescription.of(model)
     odd = [
-        f"{name!r} ({spec.type})" for name, spec in description.layers.items() if spec.type not in _PAIRS or spec.form
+        f"{name!r} ({spec.type})"
+        for name, spec in description.layers.items()
+        if spec.type not in (*_PAIRS, *_PIVOTS) or spec.form
     ]
     odd += [repr(name) for name in (*description.opened, *description.resized)]
     if odd:
         raise LowRankError(
-            f"save_pretrained(remote_code=True): writes pairs of linear layers and of embeddings, and the model has"
+            f"save_pretrained(remote_code=True): writes low-rank linear layers and embeddings, and the model has"
             f" others: {', '.join(odd[:5])}; skip them in make_plan, or leave remote_code out."
         )
 
@@ -77,7 +80,10 @@ def write_remote_code(model: Any, folder: Path) -> None:
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     layers = config.pop("quantization_config")["layers"]
-    config["low_rank_layers"] = {name: {"rank": each["rank"], "bias": each["bias"]} for name, each in layers.items()}
+    config["low_rank_layers"] = {
+        name: {"rank": each["rank"], "bias": each["bias"], "pivot": each["type"] in _PIVOTS}
+        for name, each in layers.items()
+    }
     config["model_type"] = f"{QUANT_METHOD}_{config['model_type']}"
     config["architectures"] = [f"LowRank{names['model']}"]
     config["auto_map"] = {"AutoConfig": f"{_FILE}.LowRank{names['config']}"}

@@ -58,17 +58,60 @@ class LowRankPair(nn.Module):
         return out
 
 
+class LowRankPivot(nn.Module):
+    """A linear layer, or transformers' ``Conv1D``, in pivot form: ``up(x_p + down(x_o))``.
+
+    Args:
+        dense: the layer to imitate: its sizes, device and dtype.
+        rank: the number of inputs that are pivots.
+        bias: whether the last layer has a bias.
+    """
+
+    order: torch.Tensor
+
+    def __init__(self, dense: nn.Module, rank: int, bias: bool) -> None:
+        super().__init__()
+        weight: torch.Tensor = dense.weight  # type: ignore[assignment]
+        place: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
+        self.stored_as_inputs_times_outputs = not isinstance(dense, nn.Linear)
+        inputs, outputs = weight.shape if self.stored_as_inputs_times_outputs else (weight.shape[1], weight.shape[0])
+        self.down = nn.Linear(inputs - rank, rank, bias=False, **place)
+        self.up = nn.Linear(rank, outputs, bias=bias, **place)
+        self.register_buffer("order", torch.arange(inputs, device=weight.device))
+        self.__dict__.update({name: getattr(dense, name) for name in _SIZES if hasattr(dense, name)})
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The dense weight, multiplied out."""
+        identity = torch.eye(self.up.in_features, dtype=self.down.weight.dtype, device=self.down.weight.device)
+        columns = torch.cat([identity, self.down.weight], 1).index_select(1, self.order.argsort())
+        product = self.up.weight @ columns
+        return product.mT if self.stored_as_inputs_times_outputs else product
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """The bias."""
+        return self.up.bias
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Computes what the dense layer would."""
+        rank = self.up.in_features
+        pivots, others = input.index_select(-1, self.order).split([rank, input.shape[-1] - rank], -1)
+        out: torch.Tensor = self.up(pivots + self.down(others))
+        return out
+
+
 def make_low_rank_(model: transformers.PreTrainedModel, layers: Mapping[str, Mapping[str, Any]]) -> None:
     """Puts uninitialized low-rank layers into a dense model, in place.
 
     Args:
         model: a dense model.
-        layers: rank and bias, by the name of the layer.
+        layers: rank, bias and whether it is in pivot form, by the name of the layer.
     """
     for name, layer in layers.items():
         parent, _, child = name.rpartition(".")
-        pair = LowRankPair(model.get_submodule(name), layer["rank"], layer["bias"])
-        setattr(model.get_submodule(parent), child, pair)
+        kind = LowRankPivot if layer["pivot"] else LowRankPair
+        setattr(model.get_submodule(parent), child, kind(model.get_submodule(name), layer["rank"], layer["bias"]))
     parameters = dict(model.named_parameters(remove_duplicate=False))
     tied = model.all_tied_weights_keys
     model.all_tied_weights_keys = {a: b for a, b in tied.items() if a in parameters and b in parameters}

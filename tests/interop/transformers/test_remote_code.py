@@ -44,13 +44,22 @@ def pairs(kind: Kind) -> nn.Module:
     return lr.factorize_(model, lr.make_plan(model, rank=9))
 
 
+def pivots(kind: Kind) -> nn.Module:
+    """The model with linear layers in pivot form."""
+    model = kind.dense()
+    return lr.factorize_(model, lr.make_plan(model, rank=9, methods=[lr.PivotMethod()]))
+
+
+MODELS = {name: (name, pairs) for name in READ} | {f"{name}, pivots": (name, pivots) for name in ("llama", "gpt2")}
+
+
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory) -> Path:
     """A folder per kind, each loaded and run in a process without lowrank_layers."""
     root = tmp_path_factory.mktemp("remote")
-    for name in READ:
-        kind = KINDS[name]
-        pairs(kind).save_pretrained(root / name, remote_code=True, max_shard_size="60KB")
+    for name, (of, make) in MODELS.items():
+        kind = KINDS[of]
+        make(kind).save_pretrained(root / name, remote_code=True, max_shard_size="60KB")
         (root / name / "auto").write_text(kind.auto)
         torch.save(kind.inputs(), root / name / "inputs.pt")
     environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path_factory.mktemp("cache"))}
@@ -59,11 +68,12 @@ def saved(tmp_path_factory) -> Path:
     return root
 
 
-@pytest.mark.parametrize("name", READ)
+@pytest.mark.parametrize("name", MODELS)
 def test_a_process_without_the_library_computes_the_same_bits(saved, name):
-    model = pairs(KINDS[name])
+    of, make = MODELS[name]
+    model = make(KINDS[of])
     assert sum(isinstance(module, lr.FactoredModule) for module in model.modules()) >= 5
-    assert torch.equal(torch.load(saved / name / "output.pt"), output(model, KINDS[name].inputs()))
+    assert torch.equal(torch.load(saved / name / "output.pt"), output(model, KINDS[of].inputs()))
 
 
 def test_who_does_not_allow_the_code_gets_an_error(saved):
