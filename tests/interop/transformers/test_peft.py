@@ -19,12 +19,21 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be remo
 DENSE_ADAPTER = ["q_proj", "up_proj", "down_proj"]
 
 
+METHODS = {"pairs": lr.SVDMethod(), "pivots": lr.PivotMethod()}
+
+
+def saved(path: Path, form: str) -> Path:
+    """A factored model, saved."""
+    model = KINDS["llama"].dense()
+    plan = lr.make_plan(model, lr.Budget(params=0.6, of="planned"), methods=[METHODS[form]])
+    lr.factorize_(model, plan).save_pretrained(path / "model")
+    return path
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A factored model, saved."""
-    path = tmp_path_factory.mktemp("peft")
-    KINDS["llama"].factored().save_pretrained(path / "model")
-    return path
+    """A model with pairs of factors."""
+    return saved(tmp_path_factory.mktemp("peft"), "pairs")
 
 
 def load(folder: Path) -> Any:
@@ -37,8 +46,19 @@ def adapted(model: Any, target: Any) -> Any:
     return peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=target, init_lora_weights=False)).eval()
 
 
-@pytest.mark.parametrize("target", [["up_proj.down", "up_proj.up"], "all-linear", ["q_proj", "down"]], ids=str)
-def test_factors_are_targets_that_train_save_and_merge(folder, tmp_path, target):
+@pytest.mark.parametrize(
+    ("form", "target"),
+    [
+        ("pairs", ["up_proj.down", "up_proj.up"]),
+        ("pairs", "all-linear"),
+        ("pairs", ["q_proj", "down"]),
+        ("pivots", ["up_proj.down", "up_proj.up"]),
+        ("pivots", "all-linear"),
+    ],
+    ids=str,
+)
+def test_factors_are_targets_that_train_save_and_merge(tmp_path, form, target):
+    folder = saved(tmp_path, form)
     model = adapted(load(folder), target)
     model(**tokens()).logits.square().mean().backward()
     learn = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
