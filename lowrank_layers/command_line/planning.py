@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from ..checkpoint import KEY, Checkpoint
 from ..compress import Candidate, Entry, Plan, make_plan
 from ..compress.allocation import Allocation, Offer, offers_for
-from ..compress.methods import PivotMethod, SVDMethod
+from ..compress.methods import SVDMethod
 from ..compress.units import default_units
 from ..cost import Cost
 from ..errors import LowRankError
@@ -70,7 +70,7 @@ def analyse(checkpoint: Checkpoint, names: Sequence[str]) -> Analysis:
         layer = Candidate(module)
         _, rows, columns = linear_shape(module)
         spectra[name] = MatrixSpectrum(layer.problems[0].singular_values, (rows, columns))
-        offers[name] = offers_for(layer, [SVDMethod(), PivotMethod()])
+        offers[name] = offers_for(layer, [SVDMethod()])
         layer.release()
         forget_values_(module)
         layers[name] = layer
