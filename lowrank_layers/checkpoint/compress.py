@@ -108,7 +108,7 @@ def compress_checkpoint(
         >>> plan = lr.compress_checkpoint(folder / "dense.safetensors", folder / "small", budget, batches, model=model)
         >>> dense = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 10))
         >>> type(lr.load(folder / "small", into=dense)[0]).__name__
-        'LowRankLinear'
+        'PivotLinear'
     """
     check_batches(batches, "compress_checkpoint")
     check_clip(clip)

@@ -65,7 +65,7 @@ def factorize_(
         >>> stats = lr.calibrate(model, batches, loss=lr.SampledCrossEntropy())
         >>> plan = lr.make_plan(model, lr.Budget(params=0.5), stats=stats)
         >>> type(lr.factorize_(model, plan, stats=stats, data=batches)[0]).__name__
-        'LowRankLinear'
+        'PivotLinear'
     """
     check_model(model)
     check_optimizer(optimizer, "factorize_")

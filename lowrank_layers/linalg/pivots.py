@@ -22,9 +22,9 @@ def pivot_rows(matrix: Tensor) -> tuple[Tensor, Tensor]:
         the others, in fp64. ``matrix[order[r:]]`` is their product with ``matrix[order[:r]]``.
 
     Examples:
-        >>> order, coefficients = pivot_rows(torch.tensor([[1.0, 0.0], [2.0, 0.0], [0.0, 3.0]]))
-        >>> order.tolist(), coefficients.tolist()
-        ([1, 2, 0], [[0.5, 0.0]])
+        >>> order, coefficients = pivot_rows(torch.tensor([[1.0, 1.0], [2.0, 0.0], [0.0, 2.0]]))
+        >>> order.tolist(), coefficients.round(decimals=6).tolist()
+        ([1, 2, 0], [[0.5, 0.5]])
     """
     rows, rank = matrix.shape
     basis = torch.linalg.qr(matrix.double()).Q

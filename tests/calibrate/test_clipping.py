@@ -72,9 +72,10 @@ def test_convolutions_and_embeddings_see_their_inputs_as_they_are():
 
 
 def test_layers_are_fitted_in_sequence_to_rows_that_are_scaled_likewise():
+    """With enough rows that the plain regression is chosen."""
     torch.manual_seed(3)
     dense = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 6))
-    x = rows(64)
+    x = rows(4096)
     stats = lr.calibrate(dense, [x], clip=1)
     plan = lr.make_plan(dense, rank=2, stats=stats)
     built = lr.factorize_(copy.deepcopy(dense), plan, stats=stats, data=[x])
@@ -84,8 +85,8 @@ def test_layers_are_fitted_in_sequence_to_rows_that_are_scaled_likewise():
     assert int((factor < 0.99).sum()) > 10
     before, behind = before * factor, behind * factor
     means = before.mean(0), behind.mean(0)
-    inputs = Moments(means[1], behind.mT @ behind / 64, 64)
-    cross = before.mT @ behind / 64 - torch.outer(*means)
+    inputs = Moments(means[1], behind.mT @ behind / len(x), len(x))
+    cross = before.mT @ behind / len(x) - torch.outer(*means)
     known = stats["2"].changed(inputs=inputs, cross=cross, target_mean=means[0])
     expected = build_layer(dense[2], plan["2"], known, plan.damping)
     assert torch.allclose(built[2].weight, expected.weight, atol=1e-4)

@@ -64,8 +64,13 @@ def test_under_autocast_the_output_has_the_dtype_that_the_base_has(name, dora, b
     model, x = make(name)
     model.to(base)
     x = x.to(base) if x.is_floating_point() else x
-    with torch.autocast("cpu", torch.bfloat16):
-        plain = run(model, x)
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            plain = run(model, x)
+    except RuntimeError as error:
+        if "could not create a primitive" not in str(error):
+            raise
+        pytest.skip("oneDNN has no such layer in bfloat16 on this processor")
     lr.add_lora_(model, everything, rank=1, alpha=1.3, dora=dora)
     scramble(model)
     expected = run(copy.deepcopy(model).float(), x.float() if x.is_floating_point() else x)

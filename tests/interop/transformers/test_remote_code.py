@@ -62,7 +62,7 @@ def saved(tmp_path_factory) -> Path:
         make(kind).save_pretrained(root / name, remote_code=True, max_shard_size="60KB")
         (root / name / "auto").write_text(kind.auto)
         torch.save(kind.inputs(), root / name / "inputs.pt")
-    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path_factory.mktemp("cache"))}
+    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path_factory.mktemp("cache")), "OMP_NUM_THREADS": "1"}
     run = subprocess.run([sys.executable, "-c", LOADS, str(root)], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
     return root

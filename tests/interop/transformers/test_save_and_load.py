@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -40,7 +41,12 @@ def saved(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("saved")
     for name, kind in KINDS.items():
         kind.factored().save_pretrained(root / name)
-    subprocess.run([sys.executable, "-c", LOADS, str(root)], check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, "-c", LOADS, str(root)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        check=True,
+        capture_output=True,
+    )
     return root
 
 
