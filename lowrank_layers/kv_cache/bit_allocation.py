@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .quantizers import DISTORTIONS, SCARCE, STEPS, WIDTHS, Directions
+from .quantizers import DISTORTIONS, SCARCE, STEPS, WIDTHS, Directions, Widths
 from .whole_bytes import in_whole_bytes
 
 
-def allocate_bits(groups: Sequence[Directions], limit: float) -> list[tuple[int, ...]]:
+def allocate_bits(groups: Sequence[Directions], limit: float) -> list[Widths]:
     r"""The bits of every direction, so that the sum of all errors is least under a limit of the cost.
 
     For a Gaussian the best bits are :math:`\max(0, \tfrac12 \log_2(\sigma_i^2 / \theta))` with one water level

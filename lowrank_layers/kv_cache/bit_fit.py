@@ -11,10 +11,10 @@ from torch import Tensor
 
 from .bit_allocation import allocate_bits, distortion
 from .bit_coefficients import BitCoefficients
-from .bit_subspace import Widths, bit_subspaces
+from .bit_subspace import bit_subspaces
 from .compressed_tokens import CompressedTokens, HeadGroups, Heads, grouped
 from .leaving_tokens import LeavingTokens
-from .quantizers import Directions
+from .quantizers import Directions, Widths
 from .subspace import Scatter, Subspace
 from .tile_frame import TileFrame
 from .transform import Transform

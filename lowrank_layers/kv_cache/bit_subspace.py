@@ -8,12 +8,10 @@ import torch
 
 from .bit_allocation import steps_of
 from .bit_coefficients import BitCoefficients
+from .quantizers import Widths
 from .subspace import Subspace
 from .tile_frame import TileFrame
 from .transform import Transform
-
-Widths = tuple[int, ...]
-"""Numbers of directions with each of ``WIDTHS`` bits."""
 
 
 def bit_subspaces(

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+Widths = tuple[int, ...]
+"""Numbers of directions with each of ``WIDTHS`` bits."""
 WIDTHS = (8, 4, 3, 2, 1)
 """Bits that a direction can have, other than none, in the order in which directions are stored."""
 STEPS = {8: 0.0308, 4: 0.3352, 3: 0.5860, 2: 0.9957, 1: 1.5958}

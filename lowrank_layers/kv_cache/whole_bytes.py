@@ -10,9 +10,7 @@ import heapq
 from collections.abc import Sequence
 from itertools import accumulate
 
-from .quantizers import DISTORTIONS, WIDTHS, Directions
-
-Widths = tuple[int, ...]
+from .quantizers import DISTORTIONS, WIDTHS, Directions, Widths
 
 MOVES: tuple[Widths, ...] = (
     *((1, 0, 0, 0, 0), (0, 2, 0, 0, 0), (0, 0, 4, 0, 4), (0, 0, 0, 4, 0), (0, 0, 0, 0, 8)),

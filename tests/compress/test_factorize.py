@@ -84,7 +84,7 @@ def test_the_sequence_brings_the_outputs_closer(model, data):
         return torch.dist(lr.factorize_(copy.deepcopy(model), plan, **kwargs)(unseen), expected)
 
     one_shot = error(stats=stats)
-    assert error(stats=stats, data=data) < 0.95 * one_shot
+    assert error(stats=stats, data=data) < 0.9 * one_shot
     assert one_shot < error()
 
 

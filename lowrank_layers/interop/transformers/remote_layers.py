@@ -58,7 +58,7 @@ class LowRankPair(nn.Module):
         return out
 
 
-class LowRankPivot(nn.Module):
+class LowRankPivot(LowRankPair):
     """A linear layer, or transformers' ``Conv1D``, in pivot form: ``up(x_p + down(x_o))``.
 
     Args:
@@ -70,28 +70,19 @@ class LowRankPivot(nn.Module):
     order: torch.Tensor
 
     def __init__(self, dense: nn.Module, rank: int, bias: bool) -> None:
-        super().__init__()
-        weight: torch.Tensor = dense.weight  # type: ignore[assignment]
-        place: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
-        self.stored_as_inputs_times_outputs = not isinstance(dense, nn.Linear)
-        inputs, outputs = weight.shape if self.stored_as_inputs_times_outputs else (weight.shape[1], weight.shape[0])
+        super().__init__(dense, rank, bias)
+        factor: torch.Tensor = self.down.weight  # type: ignore[assignment]
+        inputs, place = factor.shape[1], {"device": factor.device, "dtype": factor.dtype}
         self.down = nn.Linear(inputs - rank, rank, bias=False, **place)
-        self.up = nn.Linear(rank, outputs, bias=bias, **place)
-        self.register_buffer("order", torch.arange(inputs, device=weight.device))
-        self.__dict__.update({name: getattr(dense, name) for name in _SIZES if hasattr(dense, name)})
+        self.register_buffer("order", torch.arange(inputs, device=factor.device))
 
     @property
     def weight(self) -> torch.Tensor:
         """The dense weight, multiplied out."""
-        identity = torch.eye(self.up.in_features, dtype=self.down.weight.dtype, device=self.down.weight.device)
-        columns = torch.cat([identity, self.down.weight], 1).index_select(1, self.order.argsort())
-        product = self.up.weight @ columns
+        others: torch.Tensor = self.down.weight  # type: ignore[assignment]
+        identity = torch.eye(self.up.in_features, dtype=others.dtype, device=others.device)
+        product = self.up.weight @ torch.cat([identity, others], 1).index_select(1, self.order.argsort())
         return product.mT if self.stored_as_inputs_times_outputs else product
-
-    @property
-    def bias(self) -> torch.Tensor | None:
-        """The bias."""
-        return self.up.bias
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Computes what the dense layer would."""
