@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test lint type bench-smoke docs
+.PHONY: quickstart test lint type bench-smoke docs dist
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -40,3 +40,7 @@ bench-smoke: .venv/installed
 # The site, in build/docs. Any warning is an error. The variable silences the theme's notice of the end of MkDocs 1.
 docs: .venv/installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
+
+# The source distribution, and the wheel that is built from it, in dist/.
+dist: .venv/installed
+	$(BIN)/python -m build
