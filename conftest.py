@@ -14,7 +14,7 @@ collect_ignore = [] if importlib.util.find_spec("triton") else ["lowrank_layers/
 
 def pytest_collect_file(file_path):
     """Transformers imports torchvision where it is installed, also for doctests."""
-    if "transformers" in file_path.parts and importlib.util.find_spec("torchvision"):
+    if "transformers" in f"{file_path.parent.name} {file_path.name}" and importlib.util.find_spec("torchvision"):
         import_torchvision()
 
 

@@ -128,6 +128,7 @@ from .lora import (
     extract_lora as extract_lora,
     load_lora as load_lora,
     loftq_ as loftq_,
+    lora_checkpoints as lora_checkpoints,
     lora_disabled as lora_disabled,
     lora_parameters as lora_parameters,
     lora_rows as lora_rows,

@@ -17,3 +17,4 @@ from .switching import (
     lora_rows as lora_rows,
     use_adapter as use_adapter,
 )
+from .transformers_checkpoints import lora_checkpoints as lora_checkpoints

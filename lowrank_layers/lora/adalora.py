@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..checks import check_integer, is_number
 from ..errors import LowRankError
+from ..files import read_tensors, write_tensors
 from ..modules import Succession, check_model, remap_optimizer_
+from ..trainer_callbacks import hf_callback
 from .adapted_weight import adapted_weights
 from .attach import adapting, choose_name
 from .cutting import check_optimizer
@@ -18,6 +22,9 @@ from .importance import TrackedAdapter
 from .trainable_tokens import TokenRows
 
 _STEP = "step"
+KEY = "lowrank_layers.lora_rank_allocator"
+FILE = "lora_rank_allocator.safetensors"
+"""The file in a checkpoint of transformers' Trainer."""
 
 
 class LoraRankAllocator:
@@ -207,6 +214,23 @@ class LoraRankAllocator:
             each.kept = state[f"{label}.kept"].detach().to("cpu", torch.bool, copy=True)
             for key, value in each.averages.items():
                 each.averages[key] = state[f"{label}.{key}"].detach().to(value.device, torch.float32, copy=True)
+
+    def to_hf_callback(self) -> Any:
+        """Returns a callback for the ``Trainer`` of transformers, which calls :meth:`step` in the place of a loop.
+
+        Every checkpoint holds the state too, and a run that is resumed from one goes on with it. Call :meth:`finish`
+        after the training.
+
+        Raises:
+            MissingExtraError: if transformers is not installed.
+        """
+        return hf_callback(step=self.step, save=self._save, resume=self._resume)
+
+    def _save(self, folder: Path) -> None:
+        write_tensors(folder / FILE, self.state_dict(), KEY, {})
+
+    def _resume(self, folder: Path) -> None:
+        self.load_state_dict(read_tensors(folder / FILE, KEY, "was not written by LoraRankAllocator.")[1])
 
     def _finite(self) -> Tensor:
         """A flag on the device, for which nothing waits: all gradients are finite."""
