@@ -1,10 +1,11 @@
 """Factored models in other runtimes: outputs equal to torch's, size of the file, and latency beside the dense export.
 
-all-MiniLM-L6-v2 and ResNet-20 with half of the parameters in the layers that a plan may change, in pairs, pivot form
-and Tucker, by their weights alone: what that costs in quality is the subject of other benchmarks. Each model is
-exported dense and factored, by ``torch.onnx.export`` for ONNX Runtime, by ``torch.export`` for AOTInductor (which needs
-a C++ compiler) and for ExecuTorch with XNNPACK. Both exports of a runtime take turns; milliseconds are medians. "Error"
-is the greatest difference from torch's outputs over their greatest value. A runtime that is not installed is left out.
+all-MiniLM-L6-v2 and ResNet-20 with half of the parameters in the layers that a plan may change, as pairs and Tucker,
+and with the pivot form as well, by their weights alone: what that costs in quality is the subject of other benchmarks.
+Each model is exported dense and factored, by ``torch.onnx.export`` for ONNX Runtime, by ``torch.export`` for
+AOTInductor (which needs a C++ compiler) and for ExecuTorch with XNNPACK. Both exports of a runtime take turns;
+milliseconds are medians. "Error" is the greatest difference from torch's outputs over their greatest value. A runtime
+that is not installed is left out.
 
 The last table is about GGUF, which knows no low-rank layers: a language model with fewer hidden units
 (``remove_units_(uniform=True)``) has an ordinary configuration. It is written by the package gguf, and transformers
@@ -119,14 +120,17 @@ FORMATS = {
 }
 
 
-METHODS = [lr.SVDMethod(), lr.PivotMethod(), lr.TuckerMethod()]
-"""Without CP, whose chains of small convolutions take longer than dense ones."""
+FORMS = {
+    "pairs": (lr.SVDMethod(), lr.TuckerMethod()),
+    "pivot form": (lr.SVDMethod(), lr.PivotMethod(), lr.TuckerMethod()),
+}
+"""The methods of a plan, without CP, whose chains of small convolutions take longer than dense ones."""
 
 
-def factored(model: nn.Module) -> nn.Module:
+def factored(model: nn.Module, form: str) -> nn.Module:
     """A copy with half of the parameters in the layers that may change."""
     small = copy.deepcopy(model)
-    return lr.factorize_(small, lr.make_plan(small, lr.Budget(params=0.5, of="planned"), methods=METHODS))
+    return lr.factorize_(small, lr.make_plan(small, lr.Budget(params=0.5, of="planned"), methods=FORMS[form]))
 
 
 def subjects(smoke: bool) -> dict[str, tuple[nn.Module, tuple[Tensor, ...]]]:
@@ -223,7 +227,9 @@ def main() -> None:
     about = machine(args, "transformers", *sorted(found))
     rows: list[list[object]] = []
     for name, (model, inputs) in subjects(args.smoke).items():
-        rows += measure(name, (model, factored(model)), inputs, args, rounds=1 if args.smoke else 30)
+        for form in list(FORMS)[args.smoke :]:
+            models = (model, factored(model, form))
+            rows += measure(f"{name}, {form}", models, inputs, args, rounds=1 if args.smoke else 30)
     text = f"# Factored models in other runtimes\n\n{about}\n\n{__doc__}\n{markdown_table(HEAD, rows)}\n"
     if importlib.util.find_spec("gguf"):
         text += f"\n## GGUF\n\n{markdown_table(GGUF_HEAD, in_gguf(args.smoke))}\n"
