@@ -12,7 +12,7 @@ class Cost:
     Args:
         params: number of parameters.
         macs: multiply-accumulate operations per sample (half of the FLOPs that counters report).
-        bytes: size of the parameters in memory, in bytes.
+        bytes: size of the parameters in memory, and of the buffers that are saved with them, in bytes.
         latency: measured seconds of a forward pass; 0 where nothing was measured.
 
     Examples:

@@ -16,7 +16,7 @@ from ..calibrate.statistics import Statistics
 from ..cost import Cost
 from ..errors import LowRankError
 from ..files import replacing
-from ..layers import FactoredModule, layer_cost
+from ..layers import FactoredModule, buffer_bytes, layer_cost
 from ..layers.config import blank
 from ..modules import ModelDescription, check_factors, check_model
 from .candidates import Candidate
@@ -230,6 +230,7 @@ def method_of(module: FactoredModule) -> Method:
 
 
 def model_cost(model: nn.Module) -> Cost:
-    """Returns parameters and bytes of a model, shared ones once."""
+    """Returns parameters and bytes of a model, shared ones once; of buffers those of factored layers count."""
     parameters = list(model.parameters())
-    return Cost(sum(p.numel() for p in parameters), 0, sum(p.numel() * p.element_size() for p in parameters))
+    buffers = sum(buffer_bytes(module) for module in model.modules() if isinstance(module, FactoredModule))
+    return Cost(sum(p.numel() for p in parameters), 0, sum(p.numel() * p.element_size() for p in parameters) + buffers)

@@ -7,7 +7,7 @@ from .base import (
     is_derived as is_derived,
     is_factored as is_factored,
 )
-from .cost import layer_cost as layer_cost, layer_writes as layer_writes
+from .cost import buffer_bytes as buffer_bytes, layer_cost as layer_cost, layer_writes as layer_writes
 from .cp_conv import (
     CPConv as CPConv,
     CPConv1d as CPConv1d,

@@ -2,7 +2,7 @@
 
 import math
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..cost import Cost
 from .base import FactoredModule
@@ -13,6 +13,8 @@ from .weights import weight_of
 def layer_cost(module: nn.Module, input_shape: tuple[int, ...] | None = None) -> Cost:
     """Counts parameters, bytes and multiply-accumulates of a dense or factored layer.
 
+    Bytes are those of its parameters and of the buffers that are saved with them, such as the order of pivots.
+
     Args:
         module: a linear layer, convolution, embedding or embedding bag of torch, or a layer of this library.
         input_shape: shape of one sample without the batch dimension; by default MACs are counted as 0.
@@ -22,13 +24,25 @@ def layer_cost(module: nn.Module, input_shape: tuple[int, ...] | None = None) ->
         Cost(params=216, macs=13824, bytes=864)
     """
     total = Cost()
-    if isinstance(module, FactoredModule) and input_shape is not None:
-        total += Cost(macs=module.own_macs(input_shape))
+    if isinstance(module, FactoredModule):
+        total += Cost(bytes=buffer_bytes(module))
+        if input_shape is not None:
+            total += Cost(macs=module.own_macs(input_shape))
     for child in module.parts if isinstance(module, FactoredModule) else [module]:
         macs, input_shape = _forward(child, input_shape)
         parameters = list(child.parameters())
-        total += Cost(sum(p.numel() for p in parameters), macs, sum(p.numel() * p.element_size() for p in parameters))
+        total += Cost(sum(p.numel() for p in parameters), macs, sum(map(_bytes, parameters)))
     return total
+
+
+def buffer_bytes(module: FactoredModule) -> int:
+    """Returns the bytes of the buffers of a factored layer that are saved with its parameters.
+
+    Args:
+        module: the layer.
+    """
+    state = module.state_dict(keep_vars=True).values()
+    return sum(_bytes(tensor) for tensor in state if not isinstance(tensor, nn.Parameter))
 
 
 def layer_writes(module: nn.Module, input_shape: tuple[int, ...]) -> int:
@@ -46,6 +60,10 @@ def layer_writes(module: nn.Module, input_shape: tuple[int, ...]) -> int:
         shape = following
         total += math.prod(shape)
     return total
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
 
 
 def _forward(module: nn.Module, shape: tuple[int, ...] | None) -> tuple[int, tuple[int, ...] | None]:

@@ -27,9 +27,9 @@ from ..regression import joint_bias
 class PivotMethod:
     """Replaces linear layers and convolutions by what :class:`SVDMethod` builds, in ``r * r`` fewer numbers.
 
-    At every rank it has the loss of the pair and costs less: in parameters and bytes, and linear layers in
-    multiply-accumulates. A pair copies nothing and may be faster, so that a plan under a limit on latency, which times
-    both, may choose either.
+    At every rank it has the loss of the pair and costs less: in parameters, and linear layers in multiply-accumulates;
+    in bytes too, but for the lowest ranks, where ``r * r`` numbers take no more than the order of the inputs. A pair
+    copies nothing and may be faster, so that a plan under a limit on latency, which times both, may choose either.
     """
 
     name: ClassVar[str] = "pivot"
@@ -47,11 +47,12 @@ class PivotMethod:
         return layer_for(self, layer.module) is not None
 
     def options(self, layer: Candidate) -> list[Option]:
-        """Returns every rank at which the layer is smaller than the dense one: all but the full one."""
+        """Returns every rank at which the layer has fewer parameters than the dense one and takes no more bytes."""
         ranks = range(1, min(linear_shape(layer.module)[1:]) + 1)
         losses = torch.stack(layer.tails).sum(0)[1:].tolist()
         offers = map(Option, ranks, quadratic_costs(self, layer, ranks), losses)
-        return [option for option in offers if option.cost.params < layer.before.params]
+        before = layer.before
+        return [each for each in offers if each.cost.params < before.params and each.cost.bytes <= before.bytes]
 
     def choose(self, layer: Candidate, rank: Any) -> int:
         """Returns the rank that an integer or a rule means; a rule sees the weighted spectrum, or refits the matrix."""
