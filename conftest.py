@@ -9,7 +9,8 @@ import torch
 import lowrank_layers
 from benchmarks.vision import import_torchvision
 
-collect_ignore = [] if importlib.util.find_spec("triton") else ["lowrank_layers/kv_cache/triton_kernels.py"]
+NEEDS = {"triton": "lowrank_layers/kv_cache/triton_kernels.py", "vllm": "lowrank_layers/interop/vllm"}
+collect_ignore = [path for package, path in NEEDS.items() if not importlib.util.find_spec(package)]
 
 
 def pytest_collect_file(file_path):

@@ -46,12 +46,17 @@ class Promise:
         return f"{self.where}: {self.code}"
 
 
+NEEDS = {"lowrank_layers.kv_cache.triton_kernels": "triton", "lowrank_layers.interop.vllm.": "vllm"}
+"""Packages without which modules cannot be imported, by the beginning of their names."""
+
+
 def modules() -> Iterator[ModuleType]:
     """Every module of the package, imported."""
     with contextlib.suppress(ImportError):
         import_torchvision()  # transformers imports it where it is installed
     for info in pkgutil.walk_packages(lr.__path__, "lowrank_layers."):
-        if info.name.endswith(".triton_kernels") and importlib.util.find_spec("triton") is None:
+        needs = next((package for module, package in NEEDS.items() if info.name.startswith(module)), None)
+        if needs is not None and importlib.util.find_spec(needs) is None:
             continue
         yield importlib.import_module(info.name)
 

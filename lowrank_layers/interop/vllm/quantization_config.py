@@ -1,0 +1,113 @@
+"""The entry ``quantization_config`` of a ``config.json`` as vLLM reads it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.model_executor.layers.linear import LinearBase, QKVParallelLinear, UnquantizedLinearMethod
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+
+from ...errors import CheckpointError
+from ...modules import QUANT_METHOD, ModelDescription, from_quantization_config
+from .linear_method import LowRankLinearMethod
+from .shards import Shard
+
+TYPES = ("LowRankLinear", "PivotLinear")
+"""Classes of the layers that vLLM's linear layers can stand for."""
+
+
+class VLLMLowRankConfig(QuantizationConfig):
+    """Tells vLLM which of its linear layers are low-rank, in whole or in part.
+
+    Where vLLM computes several layers of the model as one, such as query, key and value, each has its own factors, or
+    its dense weight.
+
+    Args:
+        description: of the model that was saved.
+
+    Raises:
+        CheckpointError: if it has low-rank layers of other kinds, or layers of other sizes than its configuration says.
+    """
+
+    def __init__(self, description: ModelDescription) -> None:
+        super().__init__()
+        for name, spec in description.layers.items():
+            if spec.type not in TYPES:
+                raise CheckpointError(
+                    f"config.json: vLLM cannot serve {name!r}, a {spec.type}, expected {' or '.join(TYPES)}; plan with"
+                    " skip= for layers of other kinds."
+                )
+        if description.opened or description.resized:
+            name = next(iter([*description.opened, *description.resized]))
+            raise CheckpointError(
+                f"config.json: vLLM cannot serve {name!r}, which has other sizes or parts than the model's"
+                " configuration says; remove units with remove_units_(uniform=True)."
+            )
+        self.layers = dict(description.layers)
+
+    @classmethod
+    def get_name(cls) -> str:
+        """Returns the name of the format."""
+        return QUANT_METHOD
+
+    @classmethod
+    def get_supported_act_dtypes(cls) -> list[torch.dtype]:
+        """Returns the dtypes in which a model can be served."""
+        return [torch.bfloat16, torch.float16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        """Returns the least compute capability of a GPU: any, since there are only products of matrices."""
+        return 0
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        """Returns the files of the configuration beside ``config.json``: none."""
+        return []
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> VLLMLowRankConfig:
+        """Reads the values of the entry.
+
+        Args:
+            config: the values.
+
+        Raises:
+            CheckpointError: for another version of the format, damaged values, and what vLLM cannot serve.
+        """
+        return cls(from_quantization_config(config))
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
+        """Takes on the names that vLLM has for modules.
+
+        Args:
+            hf_to_vllm_mapper: vLLM's mapping of names.
+        """
+        self.layers = hf_to_vllm_mapper.apply_dict(self.layers)
+
+    def get_quant_method(self, layer: nn.Module, prefix: str) -> Any:
+        """Returns how a layer is computed; ``None`` for what is no linear layer.
+
+        Args:
+            layer: a layer of vLLM.
+            prefix: its name.
+
+        Raises:
+            CheckpointError: if a layer is low-rank that is no linear one for vLLM, such as an embedding.
+        """
+        parent, dot, own = prefix.rpartition(".")
+        parts = [f"{parent}{dot}{part}" for part in self.packed_modules_mapping.get(own, [own])]
+        if not any(part in self.layers for part in parts):
+            return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
+        if not isinstance(layer, LinearBase):
+            raise CheckpointError(
+                f"config.json: {prefix!r} is low-rank, but vLLM has no low-rank {type(layer).__name__}; plan with"
+                f" skip=[{own!r}]."
+            )
+        ids: list[Any] = [None]
+        if len(parts) > 1:
+            ids = ["q", "k", "v"] if isinstance(layer, QKVParallelLinear) else list(range(len(parts)))
+        shards = [Shard(part, key, self.layers.get(part)) for part, key in zip(parts, ids, strict=True)]
+        return LowRankLinearMethod(shards)
