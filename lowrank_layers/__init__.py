@@ -44,6 +44,7 @@ from .compress import (
     plan_by_validation as plan_by_validation,
     progressive_ as progressive_,
     recover_ as recover_,
+    reduce_head_dim_ as reduce_head_dim_,
     register_method as register_method,
     remove_units_ as remove_units_,
 )

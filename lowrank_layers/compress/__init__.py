@@ -1,6 +1,7 @@
 """Compression of a trained model to a budget: methods, allocation, plan, factorization, recovery, evaluation."""
 
 from . import methods as methods
+from .attention_heads import reduce_head_dim_ as reduce_head_dim_
 from .candidates import Candidate as Candidate
 from .cost_model import CostModel as CostModel, CountedCost as CountedCost
 from .damping import Damping as Damping
