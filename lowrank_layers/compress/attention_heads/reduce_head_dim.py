@@ -37,9 +37,10 @@ def reduce_head_dim_(
 
     The result is an ordinary model of the same class with another ``head_dim`` in its configuration:
     ``save_pretrained`` writes a folder that ``from_pretrained`` reads without this library. Its cache and its attention
-    become smaller with the heads, which low-rank projections do not bring; these have the lower loss at the same
-    number of parameters where only that matters. Attentions have to be as in a Llama: so they are in Mistral and
-    Qwen2, and what is otherwise is refused.
+    become smaller with the heads, which low-rank projections do not bring. With three quarters of the parameters of
+    SmolLM2's values and output projections perplexity is 36.8 so and 44.8 by layers in pivot form (dense: 34.9), with
+    three quarters of those of queries and keys 42.5 and 35.0: where only parameters matter, these are better low-rank.
+    Attentions have to be as in a Llama: so they are in Mistral and Qwen2, and what is otherwise is refused.
 
     Values keep the entries of which the output projection says most, and a regression on ``data`` makes up for the
     others, as for the units of :func:`remove_units_`. Of queries and keys RoPE turns pairs of entries, each at its own
@@ -53,7 +54,8 @@ def reduce_head_dim_(
         data: the batches that :func:`calibrate` takes.
         head_dim: how many entries a head has then; an even number.
         context: the largest distance of two tokens that counts in the choice of frequencies. With a short one more
-            pairs turn together, and the loss is smaller on texts of that length and larger on longer ones.
+            pairs turn together, and more is left of them. SmolLM2 with 56 of 64 entries has perplexity 37.5 in windows
+            of 512 tokens and 23.7 in one of 2,048 with 1024 (dense: 34.9 and 19.6), and 49.0 and 37.5 with 8192.
         damping: a ridge on the moments, by default ``Damping()``; that of gradients is not used.
         mask: what is padding in a batch, as in :func:`calibrate`.
         progress: shows a progress bar.
