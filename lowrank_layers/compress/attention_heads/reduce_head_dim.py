@@ -37,10 +37,13 @@ def reduce_head_dim_(
 
     The result is an ordinary model of the same class with another ``head_dim`` in its configuration:
     ``save_pretrained`` writes a folder that ``from_pretrained`` reads without this library. Its cache and its attention
-    become smaller with the heads, which low-rank projections do not bring. With three quarters of the parameters of
-    SmolLM2's values and output projections perplexity is 36.8 so and 44.8 by layers in pivot form (dense: 34.9), with
-    three quarters of those of queries and keys 42.5 and 35.0: where only parameters matter, these are better low-rank.
-    Attentions have to be as in a Llama: so they are in Mistral and Qwen2, and what is otherwise is refused.
+    become smaller with the heads, which low-rank projections do not bring. Attentions have to be those of a Llama, as
+    in Mistral and Qwen2; others are refused.
+
+    Where only parameters matter, low-rank layers are better for queries and keys, and this is better for values. With
+    three quarters of the parameters of its value and output projections SmolLM2 has the perplexity 36.8 with smaller
+    heads and 44.8 with layers in pivot form (dense: 34.9); with three quarters of those of queries and keys 42.5 and
+    35.0.
 
     Values keep the entries of which the output projection says most, and a regression on ``data`` makes up for the
     others, as for the units of :func:`remove_units_`. Of queries and keys RoPE turns pairs of entries, each at its own
