@@ -22,8 +22,9 @@ Key = tuple[str, int]
 class LowRankLinearMethod(LinearMethodBase):
     r"""Computes :math:`U (V x) + b` for each shard of a layer, in pivot form :math:`U (x_p + C x_o) + b`.
 
-    Parameters have the names of the files: ``down.weight`` (:math:`V` or :math:`C`), ``up.weight``, ``up.bias`` and
-    ``order``; ``weight`` holds shards that are dense. Each is one flat tensor with the values of all shards.
+    Parameters have the names of the files: ``down.weight`` (:math:`V` or :math:`C`), ``up.weight`` and ``order``;
+    ``weight`` holds shards that are dense. Each is one flat tensor with the values of all shards. The bias is that of
+    the layer of vLLM, or ``up.bias`` where that has none.
 
     In tensor parallelism a layer that is split along its outputs holds all of ``down`` and its rows of ``up``; one that
     is split along its inputs holds its columns of ``down`` and all of ``up``, and vLLM adds up what the processes
@@ -31,6 +32,9 @@ class LowRankLinearMethod(LinearMethodBase):
 
     Args:
         shards: the layers of the model that the layer stands for.
+
+    Attributes:
+        has_own_bias: whether biases are parameters of its own.
     """
 
     def __init__(self, shards: Sequence[Shard]) -> None:
@@ -39,6 +43,7 @@ class LowRankLinearMethod(LinearMethodBase):
         self._places: dict[Key, tuple[int, tuple[int, ...]]] = {}
         self._loaded: set[Key] = set()
         self._pairs = [not shard.has_pivots for shard in self.shards]
+        self.has_own_bias = False
 
     def create_weights(
         self,
@@ -64,6 +69,7 @@ class LowRankLinearMethod(LinearMethodBase):
         count = len(self.shards)
         sizes = Sizes.of(layer, count, input_size_per_partition, output_partition_sizes, input_size, output_size)
         self._sizes = sizes
+        self.has_own_bias = not getattr(layer, "has_bias", False)
         shapes: dict[str, dict[int, tuple[int, ...]]] = {}
         for index, (shard, outputs) in enumerate(zip(self.shards, sizes.outputs, strict=True)):
             if shard.spec is None:
@@ -73,7 +79,7 @@ class LowRankLinearMethod(LinearMethodBase):
             columns = sizes.inputs - rank if shard.has_pivots else sizes.local_inputs
             shapes.setdefault("down.weight", {})[index] = (rank, columns)
             shapes.setdefault("up.weight", {})[index] = (outputs, rank)
-            if shard.spec.bias:
+            if shard.spec.bias and self.has_own_bias:
                 shapes.setdefault("up.bias", {})[index] = (outputs,)
             if shard.has_pivots:
                 shapes.setdefault("order", {})[index] = (sizes.inputs,)
@@ -97,12 +103,6 @@ class LowRankLinearMethod(LinearMethodBase):
             own = basis[:, self._sizes.own_columns(_rank(layer))].contiguous()
             self._register(layer, "down.weight", {0: tuple(own.shape)}, own.dtype, own.flatten())
             self._pairs[0] = True
-        bias = getattr(layer, "bias", None)
-        if bias is not None:  # vLLM's own: of the dense shards
-            parts = bias.data.split(self._sizes.outputs)
-            for part, shard in zip(parts, self.shards, strict=True):
-                if shard.spec is not None:
-                    part.zero_()
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Computes the outputs of all shards side by side.
@@ -110,7 +110,7 @@ class LowRankLinearMethod(LinearMethodBase):
         Args:
             layer: the layer of vLLM.
             x: its input.
-            bias: the bias of its dense shards, 0 at the others.
+            bias: vLLM's own bias.
         """
         outputs = [self._output(layer, index, x) for index in range(len(self.shards))]
         output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
@@ -126,7 +126,8 @@ class LowRankLinearMethod(LinearMethodBase):
         else:
             pivots, others = x.index_select(-1, values("order")).split([spec.rank, self._sizes.inputs - spec.rank], -1)
             hidden = pivots + F.linear(others, values("down.weight"))
-        return F.linear(hidden, values("up.weight"), values("up.bias") if spec.bias else None)
+        bias = values("up.bias") if spec.bias and self.has_own_bias else None
+        return F.linear(hidden, values("up.weight"), bias)
 
     def _register(
         self,

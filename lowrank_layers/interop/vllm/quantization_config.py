@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
 from torch import nn
 from vllm.model_executor.layers.linear import LinearBase, QKVParallelLinear, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+from vllm.model_executor.models.utils import WeightsMapper
 
 from ...errors import CheckpointError
 from ...modules import QUANT_METHOD, ModelDescription, from_quantization_config
@@ -46,6 +48,8 @@ class VLLMLowRankConfig(QuantizationConfig):
                 " configuration says; remove units with remove_units_(uniform=True)."
             )
         self.layers = dict(description.layers)
+        self._saved_names = {name: name for name in self.layers}
+        self._methods: list[LowRankLinearMethod] = []
 
     @classmethod
     def get_name(cls) -> str:
@@ -86,6 +90,7 @@ class VLLMLowRankConfig(QuantizationConfig):
             hf_to_vllm_mapper: vLLM's mapping of names.
         """
         self.layers = hf_to_vllm_mapper.apply_dict(self.layers)
+        self._saved_names = hf_to_vllm_mapper.apply_dict(self._saved_names)
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> Any:
         """Returns how a layer is computed; ``None`` for what is no linear layer.
@@ -110,4 +115,12 @@ class VLLMLowRankConfig(QuantizationConfig):
         if len(parts) > 1:
             ids = ["q", "k", "v"] if isinstance(layer, QKVParallelLinear) else list(range(len(parts)))
         shards = [Shard(part, key, self.layers.get(part)) for part, key in zip(parts, ids, strict=True)]
-        return LowRankLinearMethod(shards)
+        self._methods.append(LowRankLinearMethod(shards))
+        return self._methods[-1]
+
+    def get_checkpoint_weight_mapper(self) -> Any:
+        """Returns the names of biases that vLLM's layers have themselves: those of the factors ``up`` in the files."""
+        shards = [shard for method in self._methods if not method.has_own_bias for shard in method.shards]
+        names = [re.escape(self._saved_names[shard.name]) for shard in shards if shard.spec is not None]
+        pattern = re.compile(rf"^({'|'.join(names)})\.up\.bias$")
+        return WeightsMapper(orig_to_new_regex={pattern: r"\1.bias"} if names else {})

@@ -13,6 +13,16 @@ from torch import nn
 REGISTERED = {}
 
 
+class WeightsMapper:
+    def __init__(self, orig_to_new_regex):
+        self.orig_to_new_regex = orig_to_new_regex
+
+    def map_name(self, key):
+        for pattern, new in self.orig_to_new_regex.items():
+            key = pattern.sub(new, key)
+        return key
+
+
 class QuantizationConfig:
     def __init__(self):
         self.packed_modules_mapping = {}
@@ -48,7 +58,7 @@ class LinearBase(nn.Module):
 
     def __init__(self, inputs, outputs, local_inputs, local_outputs, bias, config, prefix, rank, size):
         super().__init__()
-        self.tp_rank, self.tp_size = rank, size
+        self.tp_rank, self.tp_size, self.has_bias = rank, size, bias
         self.quant_method = config.get_quant_method(self, prefix)
         self.local_outputs = local_outputs
         self.quant_method.create_weights(
@@ -123,8 +133,10 @@ def modules():
     base.QuantizationConfig = QuantizationConfig
     quantization = types.ModuleType("vllm.model_executor.layers.quantization")
     quantization.register_quantization_config = register_quantization_config
-    found = {each.__name__: each for each in (linear, base, quantization)}
-    for name in ("vllm", "vllm.model_executor", "vllm.model_executor.layers"):
+    utils = types.ModuleType("vllm.model_executor.models.utils")
+    utils.WeightsMapper = WeightsMapper
+    found = {each.__name__: each for each in (linear, base, quantization, utils)}
+    for name in ("vllm", "vllm.model_executor", "vllm.model_executor.layers", "vllm.model_executor.models"):
         found[name] = types.ModuleType(name)
     return found
 

@@ -1,6 +1,7 @@
 """Folders of transformers in the linear layers of vLLM, by a stand-in for it: the outputs are those of the model."""
 
 import copy
+import dataclasses
 import json
 from importlib import import_module
 from pathlib import Path
@@ -73,13 +74,15 @@ def config_of(vllm, path):
     return config
 
 
-def fill(layer, prefix, path):
+def fill(layer, prefix, path, config):
     """Loads a layer as vLLM does: names of parts become that of the whole, and tensors carry the part's key."""
     parent, _, own = prefix.rpartition(".")
     parts = PACKED.get(own, [own])
     keys = ["q", "k", "v"] if own == "qkv_proj" else range(len(parts)) if len(parts) > 1 else [None]
     parameters = dict(layer.named_parameters())
-    for name, tensor in load_file(path / "model.safetensors").items():
+    mapper = config.get_checkpoint_weight_mapper()
+    for saved_name, tensor in load_file(path / "model.safetensors").items():
+        name = mapper.map_name(saved_name)
         for part, key in zip(parts, keys, strict=True):
             if not name.startswith(f"{parent}.{part}."):
                 continue
@@ -121,7 +124,7 @@ def test_layers_compute_what_the_model_does(vllm, folder, kind, size):
     parts = [getattr(getattr(folder.layer, CASES[kind]), part) for part in PACKED.get(kind, [kind])]
     x = torch.randn(7, parts[0].in_features)
     expected = [part(x) for part in parts]
-    processes = [fill(built(kind, prefix, config, rank, size), prefix, folder.path) for rank in range(size)]
+    processes = [fill(built(kind, prefix, config, rank, size), prefix, folder.path, config) for rank in range(size)]
     if kind in PACKED:
         outputs = [layer(x).split(layer.local_outputs, -1) for layer in processes]
         replicas = [max(1, size // KV_HEADS) if kind == "qkv_proj" and k else 1 for k in range(len(parts))]
@@ -141,7 +144,8 @@ def test_parameters_are_as_many_as_in_the_file(vllm, folder):
     saved = load_file(folder.path / "model.safetensors")
     for kind, place in CASES.items():
         prefix = f"model.layers.0.{place}.{kind}"
-        layer = fill(built(kind, prefix, config_of(vllm, folder.path)), prefix, folder.path)
+        config = config_of(vllm, folder.path)
+        layer = fill(built(kind, prefix, config), prefix, folder.path, config)
         stems = [f"model.layers.0.{place}.{part}." for part in PACKED.get(kind, [kind])]
         expected = sum(t.numel() for n, t in saved.items() if n.startswith(tuple(stems)) and not n.endswith("bias"))
         assert sum(p.numel() for n, p in layer.named_parameters() if not n.endswith("bias")) == expected
@@ -162,6 +166,9 @@ def test_names_follow_vllms_mapping(vllm, folder):
     mapper = SimpleNamespace(apply_dict=lambda values: {f"language_model.{k}": v for k, v in values.items()})
     config.apply_vllm_mapper(mapper)
     assert set(config.layers) == {f"language_model.{name}" for name in names}
+    built("qkv_proj", "language_model.model.layers.0.self_attn.qkv_proj", config)
+    saved = "model.layers.0.self_attn.k_proj"  # files have the names of before
+    assert config.get_checkpoint_weight_mapper().map_name(f"{saved}.up.bias") == f"{saved}.bias"
 
 
 def test_a_tensor_that_is_missing_or_of_another_shape_is_an_error(vllm, folder):
@@ -215,3 +222,21 @@ def test_one_weight_for_several_projections_is_served_in_one_process(vllm, folde
     torch.testing.assert_close(layer(x), expected(x), rtol=1e-5, atol=1e-5)
     with pytest.raises(LowRankError, match="got tensor parallelism over 2 processes"):
         built("qkv_proj", "qkv_proj", config, size=2)
+
+
+@torch.no_grad()
+def test_biases_that_only_the_low_rank_layers_have(vllm, folder):
+    """In several processes that add up their outputs they are added once."""
+    config, prefix = config_of(vllm, folder.path), "model.layers.0.mlp.down_proj"
+    spec = config.layers[prefix]
+    config.layers[prefix] = dataclasses.replace(spec, bias=True)
+    expected = getattr(lr, spec.type).from_dense(torch.nn.Linear(INNER, HIDDEN), rank=5)
+    x, found = torch.randn(3, INNER), 0.0
+    for rank, part in enumerate(x.chunk(2, -1)):
+        layer = built("down_proj", prefix, config, rank, 2)
+        for name, tensor in expected.state_dict().items():
+            layer.get_parameter(name).weight_loader(layer.get_parameter(name), tensor)
+        layer.quant_method.process_weights_after_loading(layer)
+        found = found + layer(part)
+    assert config.get_checkpoint_weight_mapper().map_name(f"{prefix}.up.bias") == f"{prefix}.up.bias"
+    torch.testing.assert_close(found, expected(x), rtol=1e-5, atol=1e-5)
