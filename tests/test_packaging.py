@@ -126,10 +126,11 @@ def test_the_installed_wheel_runs_readmes_first_block_and_the_program(wheel, tmp
     assert "extract-lora" in shown
 
 
-def test_the_entry_points_are_the_program(wheel):
+def test_the_entry_points_are_the_program_and_the_plugin_of_vllm(wheel):
     points = ConfigParser()
     with zipfile.ZipFile(wheel) as archive:
         points.read_string(archive.read(DIST_INFO + "entry_points.txt").decode())
     assert {section: dict(points[section]) for section in points.sections()} == {
-        "console_scripts": {"lowrank": "lowrank_layers.command_line:main"}
+        "console_scripts": {"lowrank": "lowrank_layers.command_line:main"},
+        "vllm.general_plugins": {"lowrank_layers": "lowrank_layers.interop.vllm:register"},
     }

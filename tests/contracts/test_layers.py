@@ -243,4 +243,4 @@ def test_two_flops_a_mac_is_what_torch_counts(row):
             cost = lr.layer_cost(layer, row.sample_shape(dense))
             assert 2 * 3 * cost.macs == counter.get_total_flops(), variant
             assert cost.params == sum(p.numel() for p in layer.parameters())
-            assert cost.bytes == sum(p.numel() * p.element_size() for p in layer.parameters())
+            assert cost.bytes == sum(t.numel() * t.element_size() for t in layer.state_dict().values())

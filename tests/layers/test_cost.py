@@ -55,8 +55,9 @@ def test_a_cost_is_a_frozen_value():
         (nn.Linear(6, 4, dtype=torch.bfloat16), (6,), Cost(28, 24, 56)),
         (lr.LowRankLinear(6, 4, rank=2), (6,), Cost(24, 20, 96)),
         (lr.LowRankConv2d(3, 8, 3, rank=2, bias=False), (3, 5, 5), Cost(54 + 16, 70 * 9, 280)),
-        (lr.PivotLinear(6, 4, rank=2), (6,), Cost(20, 16, 80)),
-        (lr.PivotConv2d(3, 8, 3, rank=2, bias=False), (3, 5, 5), Cost(54 + 12, 70 * 9, 264)),
+        # and the order of inputs or outputs, in int64
+        (lr.PivotLinear(6, 4, rank=2), (6,), Cost(20, 16, 80 + 6 * 8)),
+        (lr.PivotConv2d(3, 8, 3, rank=2, bias=False), (3, 5, 5), Cost(54 + 12, 70 * 9, 264 + 8 * 8)),
         # 1 x 1 on 25 positions, 3 x 3 and 1 x 1 on 9
         (lr.TuckerConv2d(4, 8, 3, rank=(3, 2), bias=False), (4, 5, 5), Cost(86, 8 * 25 + 54 * 9 + 24 * 9, 344)),
         # 1 x 1 on 25, 3 x 1 on 15, 1 x 3 and 1 x 1 on 9
