@@ -72,8 +72,7 @@ class PivotLinear(LowRankLinear):
     @property
     def basis(self) -> Tensor:
         """The matrix ``[rank, in_features]`` between the inputs and ``up``: ``[I, C]`` with its columns in place."""
-        identity = torch.eye(self.rank, dtype=self.down.weight.dtype, device=self.down.weight.device)
-        return torch.cat([identity, self.down.weight], 1).index_select(1, self.order.argsort())
+        return pivot_basis(self.down.weight, self.order)
 
     def product(self) -> Tensor:
         """Multiplies out the dense weight ``[out_features, in_features]``, differentiably."""
@@ -179,3 +178,14 @@ class PivotLinear(LowRankLinear):
     def factors(self) -> SVD:
         """The weight ``[out_features, in_features]`` as an SVD."""
         return pair_factors(self.up.weight, self.basis)
+
+
+def pivot_basis(coefficients: Tensor, order: Tensor) -> Tensor:
+    """Returns ``[I, C]`` with its columns in the order of the inputs, ``[rank, in_features]``.
+
+    Args:
+        coefficients: the matrix ``C``, ``[rank, in_features - rank]``.
+        order: the indices of the inputs: the pivots, then the others.
+    """
+    identity = torch.eye(len(coefficients), dtype=coefficients.dtype, device=coefficients.device)
+    return torch.cat([identity, coefficients], 1).index_select(1, order.argsort())

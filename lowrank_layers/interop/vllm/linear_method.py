@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from vllm.model_executor.layers.linear import LinearMethodBase
 
 from ...errors import CheckpointError
-from .shards import Shard, Sizes, pivot_basis
+from ...layers.pivot_linear import pivot_basis
+from .shards import Shard, Sizes
 
 Key = tuple[str, int]
 """The name of a parameter in a file (``"down.weight"``) and the index of its shard."""

@@ -5,9 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from ...errors import LowRankError
 from ...layers.config import FactoredSpec
 
@@ -111,14 +108,3 @@ class Sizes:
         """
         start = rank * self.local_inputs if self.splits_inputs else 0
         return slice(start, start + self.local_inputs)
-
-
-def pivot_basis(coefficients: Tensor, order: Tensor) -> Tensor:
-    """Returns ``[I, C]`` with its columns in the order of the inputs.
-
-    Args:
-        coefficients: the matrix ``C``, ``[rank, inputs - rank]``.
-        order: the inputs: the pivots, then the others.
-    """
-    identity = torch.eye(len(coefficients), dtype=coefficients.dtype, device=coefficients.device)
-    return torch.cat([identity, coefficients], 1).index_select(1, order.argsort())
