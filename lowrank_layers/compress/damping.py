@@ -5,8 +5,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields
 
+import torch
+
 from ..checks import is_number
 from ..errors import LowRankError
+
+ROUNDINGS = 64
+"""Rounding errors of a second moment, in units of the last place of its mean."""
 
 
 @dataclass(frozen=True)
@@ -49,3 +54,12 @@ class Damping:
                     f"Damping: got {field.name}={value!r}, expected a finite number that is not negative, such as"
                     f" {field.default}."
                 )
+
+
+def rounding_of(dtype: torch.dtype) -> float:
+    """Returns how much of a second moment's mean is the rounding of its products, from which nothing is predicted.
+
+    Args:
+        dtype: the dtype of the weights; products are taken in fp32 at least.
+    """
+    return ROUNDINGS * torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps

@@ -9,12 +9,10 @@ from torch import Tensor
 
 from ...calibrate.statistics import LayerStats
 from ...linalg import damp
+from ..damping import rounding_of
 from .entries import maps_to, refit
 from .find import Attention, Weights
 from .rotary_pairs import Band, from_pairs, pair_moment, to_pairs
-
-ROUNDINGS = 64
-"""Rounding errors of a second moment, in units of the last place of its mean."""
 
 
 @dataclass(frozen=True)
@@ -49,9 +47,7 @@ class HeadProblem:
         """
         mean, second = keys.inputs.mean, keys.inputs.second
         size, dtype = attention.size, attention.module.o_proj.weight.dtype
-        # what varies less than products are rounded says nothing
-        digits = torch.float64 if dtype == torch.float64 else torch.float32
-        damping = max(damping, ROUNDINGS * torch.finfo(digits).eps)
+        damping = max(damping, rounding_of(dtype))
         spread = damp(second - mean.outer(mean), damping)
 
         def moments(key: str) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ from ...layers import FactoredModule, mark_resized, matrices_of, unmark_resized,
 from ...modules import check_model
 from ...rank import Budget
 from ..candidates import Candidate
-from ..damping import Damping
+from ..damping import Damping, rounding_of
 from ..recovery.scoring import samples_of
 from ..regression import Metric, Regression, add_ridge_
 from .chain import Chained, adopt_sizes_
@@ -27,9 +27,6 @@ from .cut import columns_of
 from .eliminate import eliminate, map_from
 from .find import HiddenUnits, find_hidden_units
 from .model_config import adopt_config_
-
-ROUNDINGS = 64
-"""Rounding errors of a second moment, in units of the last place of its mean."""
 
 
 def remove_units_(
@@ -145,8 +142,7 @@ def _problem(chained: Chained, group: HiddenUnits, stats: LayerStats, damping: D
     layer = chained.modules[group.consumer]
     problem = Candidate(layer, stats, damping=damping).problems[0]
     # the variance of nearly constant units is the rounding of their products, which nothing may be predicted from
-    digits = torch.float64 if weight_of(layer).dtype == torch.float64 else torch.float32
-    rounding = ROUNDINGS * torch.finfo(digits).eps * stats.inputs.second.diagonal().mean()
+    rounding = rounding_of(weight_of(layer).dtype) * stats.inputs.second.diagonal().mean()
     return replace(problem, inputs=Metric(add_ridge_(problem.inputs.matrix.clone(), rounding)))
 
 

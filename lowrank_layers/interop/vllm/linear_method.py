@@ -99,7 +99,7 @@ class LowRankLinearMethod(LinearMethodBase):
         for name, index in self._places:
             if (name, index) not in self._loaded:
                 raise CheckpointError(f"the files have no {self.shards[index].name}.{name}; save the model again.")
-        if self._sizes.splits_inputs and self.shards[0].has_pivots:
+        if self._sizes.splits_inputs and not self._pairs[0]:
             basis = pivot_basis(self._values(layer, "down.weight", 0), self._values(layer, "order", 0))
             own = basis[:, self._sizes.own_columns(_rank(layer))].contiguous()
             self._register(layer, "down.weight", {0: tuple(own.shape)}, own.dtype, own.flatten())
