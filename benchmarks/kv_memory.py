@@ -63,21 +63,23 @@ def fill(label: str, layers: int, batch: int, length: int) -> dict[str, int]:
     """Appends a prompt in chunks, then single tokens, to the cache of each layer, and returns the bytes."""
     settings = CACHES[label]
 
-    def cache() -> Dense | lr.LowRankKV:
+    def cache(rotation: lr.Rotation) -> Dense | lr.LowRankKV:
         if settings is None:
             return Dense(batch, length)
-        return lr.LowRankKV(lr.KVSettings(refresh=None, **settings), lr.Rotation.of(SIZE))
+        return lr.LowRankKV(lr.KVSettings(refresh=None, **settings), rotation)
 
     def append(to: Dense | lr.LowRankKV, count: int) -> None:
         to.append(*torch.randn(2, batch, HEADS, count, SIZE))
         to.compress()
 
     # libraries load and threads start with the first layer, which does not count
-    warm = cache()
+    warm = cache(lr.Rotation.of(SIZE))
     for count in (CHUNK, CHUNK, 1):
         append(warm, count)
     del warm
-    before, caches = resident(), [cache() for _ in range(layers)]
+    before = resident()
+    rotation = lr.Rotation.of(SIZE)
+    caches = [cache(rotation) for _ in range(layers)]
     prompt = length - min(STEPS, length // 2)
     for start in range(0, prompt, CHUNK):
         for each in caches:
@@ -85,7 +87,8 @@ def fill(label: str, layers: int, batch: int, length: int) -> dict[str, int]:
     for _ in range(length - prompt):
         for each in caches:
             append(each, 1)
-    return {"resident": resident() - before, "nbytes": sum(each.nbytes() for each in caches)}
+    shared = 0 if settings is None else rotation.nbytes()
+    return {"resident": resident() - before, "nbytes": sum(each.nbytes() for each in caches) + shared}
 
 
 def measured(label: str, args: argparse.Namespace) -> dict[str, int]:

@@ -187,5 +187,5 @@ def pivot_basis(coefficients: Tensor, order: Tensor) -> Tensor:
         coefficients: the matrix ``C``, ``[rank, in_features - rank]``.
         order: the indices of the inputs: the pivots, then the others.
     """
-    identity = torch.eye(len(coefficients), dtype=coefficients.dtype, device=coefficients.device)
+    identity = torch.eye(coefficients.shape[0], dtype=coefficients.dtype, device=coefficients.device)
     return torch.cat([identity, coefficients], 1).index_select(1, order.argsort())
