@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 VERSIONS = ("5.2.0", "5.9.0", "5.14.1", "5.20.2", "5.23.0")
-TRAINERS = tuple(f"tests/{folder}/test_trainer.py" for folder in ("lora", "spectrum"))
+TRAINERS = tuple(f"tests/{folder}/test_trainer.py" for folder in ("compress/recovery", "lora", "spectrum"))
 TESTS = ("tests/kv_cache", "tests/interop/transformers", *TRAINERS)
 
 
