@@ -11,7 +11,7 @@ The last table is about GGUF, which knows no low-rank layers: a language model w
 (``remove_units_(uniform=True)``) has an ordinary configuration. It is written by the package gguf, and transformers
 reads it back.
 
-``--smoke`` takes small models with random weights.
+``--smoke`` takes a perceptron and a tiny Llama with random weights.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from torch import Tensor, nn
 import lowrank_layers as lr
 
 from .common import arguments, machine, markdown_table, paired_times, write_result
-from .data import LeNet, resnet20
+from .data import resnet20
 from .gguf_file import write_gguf
 from .smollm2 import gguf_of_smollm2, smollm2
 from .vision import import_torchvision
@@ -136,7 +136,8 @@ def factored(model: nn.Module, form: str) -> nn.Module:
 def subjects(smoke: bool) -> dict[str, tuple[nn.Module, tuple[Tensor, ...]]]:
     """Dense models and their inputs."""
     if smoke:
-        return {"LeNet with random weights": (LeNet().eval(), (torch.randn(2, 1, 28, 28),))}
+        perceptron = nn.Sequential(nn.Linear(40, 60), nn.Tanh(), nn.Linear(60, 40)).eval()
+        return {"a perceptron with random weights": (perceptron, (torch.randn(2, 40),))}
     words = torch.randint(1000, 30000, (8, 128))
     mask = torch.ones_like(words)
     mask[0, 64:] = 0
@@ -217,7 +218,7 @@ GGUF_HEAD = ["model", "hidden units", "parameters", "MB of GGUF, fp32", "logits 
 @torch.no_grad()
 def main() -> None:
     parser = arguments(__doc__ or "", threads=1)
-    parser.add_argument("--smoke", action="store_true", help="small models with random weights")
+    parser.add_argument("--smoke", action="store_true", help="a perceptron and a tiny Llama with random weights")
     args = parser.parse_args()
     import_torchvision()
     # by torch's own exporters

@@ -64,7 +64,7 @@ def kill_after_a_checkpoint(process, folder, victim):
 
 MODELS = {
     "small": (60, ["--images=480", "--model=small", "--rank=2"]),
-    "resnet20": (30, ["--images=240", "--model=resnet20", "--wire=int8"]),
+    "resnet20": (20, ["--images=160", "--model=resnet20", "--wire=int8"]),
 }
 
 

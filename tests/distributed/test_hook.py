@@ -19,7 +19,7 @@ from .cases import FULL, batches, difference, flat, layers, made, train, wrap
 from .models import Checkpointed, Experts, Net, Picture, Scaled, SparseWords, Words
 
 EXACT, TIGHT = 0.0, 1e-5
-STEPS = 50
+STEPS = 24
 REPEATED = 20
 
 
@@ -43,7 +43,7 @@ def unused(rank: int, settings: dict[str, Any] | None) -> Tensor:
 def joined(rank: int, settings: dict[str, Any] | None) -> Tensor:
     wrapped, _ = wrap(made(), settings)
     with Join([wrapped]):
-        train(wrapped, batches(rank, STEPS - 20 * rank))
+        train(wrapped, batches(rank, STEPS - 8 * rank))
     return flat(wrapped)
 
 

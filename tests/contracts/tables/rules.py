@@ -183,7 +183,7 @@ def _clusters(noise: float) -> Callable[[int, int], Tensor]:
 REFIT_RULES = [
     RefitRow(lr.CrossValidation(ranks=range(1, 7)), lr.svd, _matrix(0.3), (1, 2, 4)),
     RefitRow(lr.CrossValidation(ranks=range(1, 7)), lr.svd, _matrix(0.0), (1, 3)),
-    RefitRow(lr.CrossValidation(folds=3, ranks=range(1, 6)), lr.cp, _kernel(0.1), (2, 3)),
+    RefitRow(lr.CrossValidation(folds=3, ranks=range(1, 5)), lr.cp, _kernel(0.1), (2, 3)),
     RefitRow(lr.CrossValidation(folds=3, ranks=range(1, 4)), lr.nmf, _clusters(0.1), (2,)),
     RefitRow(lr.FactorMatch(ranks=range(1, 6)), lr.cp, _kernel(0.2), (2, 3), lr.svd),
     RefitRow(lr.FactorMatch(ranks=range(1, 5), restarts=5), lr.nmf, _clusters(0.1), (2, 3), lr.svd),
