@@ -35,6 +35,9 @@ from .compress import (
     Progression as Progression,
     Recovery as Recovery,
     RecoverySettings as RecoverySettings,
+    RefinedStage as RefinedStage,
+    Refinement as Refinement,
+    RefinementSettings as RefinementSettings,
     Stage as Stage,
     compare as compare,
     densify_ as densify_,
@@ -45,6 +48,7 @@ from .compress import (
     progressive_ as progressive_,
     recover_ as recover_,
     reduce_head_dim_ as reduce_head_dim_,
+    refine_ as refine_,
     register_method as register_method,
     remove_units_ as remove_units_,
 )

@@ -90,7 +90,7 @@ def calibrate_in_stages(
     path.mkdir(exist_ok=True)
     with ExitStack() as stack:
         stack.enter_context(quiet_eval(model))
-        stack.enter_context(_without_cache(model))
+        stack.enter_context(without_cache(model))
         closed = list(walk_layers(model))
         stack.enter_context(opened_attentions(model))
         stack.enter_context(frozen(model))
@@ -148,7 +148,7 @@ def _facts(loss: Loss | None, mask: MaskOf | None) -> dict[str, Any]:
 
 
 @contextmanager
-def _without_cache(model: nn.Module) -> Iterator[None]:
+def without_cache(model: nn.Module) -> Iterator[None]:
     """Lets no model of transformers keep keys and values inside, which a stage that is run again would add twice."""
     configs: dict[int, Any] = {
         id(config): config for module in model.modules() if (config := vars(module).get("config"))

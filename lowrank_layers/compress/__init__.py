@@ -26,5 +26,11 @@ from .recovery import (
     RecoverySettings as RecoverySettings,
     recover_ as recover_,
 )
+from .refinement import (
+    RefinedStage as RefinedStage,
+    Refinement as Refinement,
+    RefinementSettings as RefinementSettings,
+    refine_ as refine_,
+)
 from .registry import METHODS as METHODS, register_method as register_method
 from .validation_plan import plan_by_validation as plan_by_validation
