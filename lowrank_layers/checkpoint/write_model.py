@@ -61,14 +61,25 @@ def write_model(model: nn.Module, target: Path, source: Path, plan: Plan) -> Non
         return state[name]
 
     if source.is_dir():
-        for file in source.iterdir():
-            if file.is_file() and file.suffix in (".json", ".txt", ".model", ".jinja") and ".index." not in file.name:
-                with replacing(target / file.name) as temporary:
-                    shutil.copyfile(file, temporary)
-                    if file.name == "config.json":
-                        _describe(temporary, description)
+        copy_small_files(source, target, description)
     plan.save(target / "plan.json")
     write_sharded(target, infos, tensor_of, {KEY: json.dumps(header)}, SHARD)
+
+
+def copy_small_files(source: Path, target: Path, description: ModelDescription) -> None:
+    """Copies what lies beside the weights: configuration, tokenizer. The configuration describes the low-rank layers.
+
+    Args:
+        source: the folder of the dense model.
+        target: the folder to write to.
+        description: the layers of the new model.
+    """
+    for file in source.iterdir():
+        if file.is_file() and file.suffix in (".json", ".txt", ".model", ".jinja") and ".index." not in file.name:
+            with replacing(target / file.name) as temporary:
+                shutil.copyfile(file, temporary)
+                if file.name == "config.json":
+                    _describe(temporary, description)
 
 
 def _describe(path: Path, description: ModelDescription) -> None:

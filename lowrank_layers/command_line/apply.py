@@ -1,4 +1,4 @@
-"""``lowrank apply``: a checkpoint with the factors of a plan, which lr.load reads into the dense class."""
+"""``lowrank apply``: a checkpoint with the factors of a plan, as a file for lr.load or a folder for transformers."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from pathlib import Path
 from torch import Tensor
 
 from ..checkpoint import KEY, VERSION, Checkpoint
+from ..checkpoint.write_model import copy_small_files
 from ..compress import Plan
 from ..compress.build import build_layer
 from ..compress.method import factored_like
 from ..compress.registry import DENSE
 from ..errors import LowRankError
-from ..files import TensorInfo, check_writable
+from ..files import TensorInfo, check_folder, check_writable
+from ..layers import FactoredModule
 from ..layers.config import FactoredSpec, blank
 from ..modules import ModelDescription
 from .apply_with_text import add_text, apply_with_text
@@ -28,9 +30,11 @@ from .streamed_file import write_streamed
 EXAMPLES = """examples:
   lowrank apply model.safetensors small.safetensors --budget 0.5
   lowrank apply model.safetensors small.safetensors --plan plan.json
+  lowrank apply FOLDER SMALL_FOLDER --budget 0.5
   lowrank apply FOLDER SMALL_FOLDER --budget 0.8 --text calibration.txt
 then, in Python:
   model = lr.load("small.safetensors", into=build_dense_model())
+  model = AutoModel.from_pretrained("SMALL_FOLDER")  # after import lowrank_layers
 Without --text the weights alone decide, which loses more at the same size."""
 
 
@@ -41,7 +45,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser: its parser.
     """
     parser.add_argument("checkpoint", type=Path, help="file or folder of weights")
-    parser.add_argument("out", type=Path, help="the .safetensors file to write, or with --text the folder")
+    parser.add_argument(
+        "out", type=Path, help="the .safetensors file to write, or a new folder, of transformers"
+    )
     size = add_size(parser, "the checkpoint")
     size.add_argument("--plan", type=Path, help="plan that lowrank plan, or Plan.save, wrote")
     add_names(parser)
@@ -61,14 +67,39 @@ def run(args: argparse.Namespace) -> None:
             raise LowRankError("got --plan beside --text, which makes a plan of its own.")
         print_plan(apply_with_text(args), args)
         return
-    check_writable(args.out)
+    as_folder = (args.checkpoint / "config.json").is_file() and args.out.suffix != ".safetensors"
+    if as_folder:
+        check_folder(args.out)
+        if args.out.is_dir() and any(args.out.iterdir()):
+            raise LowRankError(f"{args.out}: is not empty; give a new folder.")
+    else:
+        check_writable(args.out)
     checkpoint = Checkpoint(args.checkpoint)
     shared = dict(_tied(text, checkpoint) for text in args.tied)
     if args.plan is not None and (args.include or args.exclude):
         raise LowRankError("got --plan beside --include or --exclude; give these to lowrank plan.")
     plan = make_plan_of_file(checkpoint, args) if args.plan is None else Plan.load(args.plan)
-    write_planned(checkpoint, plan, args.out, shared)
+    if as_folder:
+        write_folder(checkpoint, plan, args.out, shared)
+    else:
+        write_planned(checkpoint, plan, args.out, shared)
     print_plan(plan, args)
+
+
+def write_folder(checkpoint: Checkpoint, plan: Plan, out: Path, shared: dict[str, str]) -> None:
+    """Writes a folder of transformers with the factorized model, the plan, and the small files beside the weights.
+
+    Args:
+        checkpoint: the dense one, in a folder of transformers.
+        plan: what its layers become.
+        out: the folder, which holds ``model.safetensors`` once it is complete.
+        shared: names that are to be tied to others, with these.
+    """
+    description = ModelDescription({name: FactoredSpec.of(layer) for name, layer in _blanks(checkpoint, plan).items()})
+    out.mkdir(exist_ok=True)
+    copy_small_files(checkpoint.path, out, description)
+    plan.save(out / "plan.json")
+    write_planned(checkpoint, plan, out / "model.safetensors", shared)
 
 
 def write_planned(checkpoint: Checkpoint, plan: Plan, out: Path, shared: dict[str, str]) -> None:
@@ -80,26 +111,17 @@ def write_planned(checkpoint: Checkpoint, plan: Plan, out: Path, shared: dict[st
         out: the file.
         shared: names that are to be tied to others, with these.
     """
-    specs = plannable(checkpoint)
-    entries = {entry.name: entry for entry in plan if entry.method != DENSE}
-    unknown = [name for name in entries if name not in specs]
-    if unknown:
-        raise LowRankError(f"the plan has {unknown[0]!r}, which is no linear layer of {checkpoint.path}.")
-    infos = {name: info for name, info in checkpoint.items() if name.rpartition(".")[0] not in entries}
-    layers: dict[str, FactoredSpec] = {}
+    blanks, specs = _blanks(checkpoint, plan), plannable(checkpoint)
+    infos = {name: info for name, info in checkpoint.items() if name.rpartition(".")[0] not in blanks}
     owner_of: dict[str, tuple[str, str]] = {}
-    for name, entry in entries.items():
-        if specs[name] != entry.layer:
-            raise LowRankError(f"{name!r}: the plan was made for {entry.layer}, the file has {specs[name]}; plan anew.")
-        blank_layer = factored_like(entry.built_by(), blank(entry.layer), entry.rank, entry.bias)
-        layers[name] = FactoredSpec.of(blank_layer)
-        for key, tensor in blank_layer.state_dict().items():
+    for name, layer in blanks.items():
+        for key, tensor in layer.state_dict().items():
             infos[f"{name}.{key}"] = TensorInfo(tuple(tensor.shape), tensor.dtype)
             owner_of[f"{name}.{key}"] = name, key
 
     @lru_cache(maxsize=1)
     def built(name: str) -> dict[str, Tensor]:
-        return build_layer(read_linear(checkpoint, name, specs[name]), entries[name], None, plan.damping).state_dict()
+        return build_layer(read_linear(checkpoint, name, specs[name]), plan[name], None, plan.damping).state_dict()
 
     def tensor_of(name: str) -> Tensor:
         if name in owner_of:
@@ -107,8 +129,26 @@ def write_planned(checkpoint: Checkpoint, plan: Plan, out: Path, shared: dict[st
             return built(owner)[key]
         return checkpoint.read(name)
 
+    layers = {name: FactoredSpec.of(layer) for name, layer in blanks.items()}
     header = {"version": VERSION, **ModelDescription(layers).to_json(), "shared": shared}
     write_streamed(out, infos, tensor_of, {KEY: json.dumps(header)})
+
+
+def _blanks(checkpoint: Checkpoint, plan: Plan) -> dict[str, FactoredModule]:
+    """The factored layers of a plan without values, by name; raises if the plan is for another checkpoint."""
+    specs = plannable(checkpoint)
+    blanks = {}
+    for entry in plan:
+        if entry.method == DENSE:
+            continue
+        if entry.name not in specs:
+            raise LowRankError(f"the plan has {entry.name!r}, which is no linear layer of {checkpoint.path}.")
+        if specs[entry.name] != entry.layer:
+            raise LowRankError(
+                f"{entry.name!r}: the plan was made for {entry.layer}, the file has {specs[entry.name]}; plan anew."
+            )
+        blanks[entry.name] = factored_like(entry.built_by(), blank(entry.layer), entry.rank, entry.bias)
+    return blanks
 
 
 def _tied(text: str, checkpoint: Checkpoint) -> tuple[str, str]:

@@ -59,6 +59,23 @@ def test_a_compressed_folder_is_loaded_into_the_dense_class(kind, tied, tmp_path
     torch.testing.assert_close(loaded(TOKENS).logits, model(TOKENS).logits)
 
 
+@pytest.mark.parametrize("kind", SMALL)
+def test_a_folder_becomes_a_folder_that_from_pretrained_reads(kind, tmp_path, capsys):
+    model = build(kind)
+    model.save_pretrained(tmp_path / "model", max_shard_size="10KB")
+    options = ["--rank=4", *(["--exclude=lm_head"] if kind == "llama" else [])]
+    assert main(["apply", str(tmp_path / "model"), str(tmp_path / "small"), *options]) == 0
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "small").eval()
+    skip = ["lm_head", nn.Embedding]
+    lr.factorize_(model, lr.make_plan(model, rank=4, methods=[lr.SVDMethod()], skip=skip))
+    assert sum(isinstance(module, lr.LowRankLinear) for module in loaded.modules()) > 2
+    assert torch.equal(loaded(TOKENS).logits, model(TOKENS).logits)
+    assert lr.Plan.load(tmp_path / "small" / "plan.json").after.params == model.num_parameters()
+    capsys.readouterr()
+    assert main(["apply", str(tmp_path / "model"), str(tmp_path / "small"), *options]) == 2
+    assert "is not empty; give a new folder" in capsys.readouterr().err
+
+
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "the", "dog", "ran", "to", "it", "while", "rain", "fell"]
 
 
