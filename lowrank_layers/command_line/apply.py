@@ -45,9 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser: its parser.
     """
     parser.add_argument("checkpoint", type=Path, help="file or folder of weights")
-    parser.add_argument(
-        "out", type=Path, help="the .safetensors file to write, or a new folder, of transformers"
-    )
+    parser.add_argument("out", type=Path, help="the .safetensors file to write, or a new folder, of transformers")
     size = add_size(parser, "the checkpoint")
     size.add_argument("--plan", type=Path, help="plan that lowrank plan, or Plan.save, wrote")
     add_names(parser)

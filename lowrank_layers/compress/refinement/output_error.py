@@ -16,6 +16,10 @@ from ...layers import ConvNd
 
 PLAIN = 0.1
 """Part of the error in which every channel counts by its own variance."""
+LEAST = 1e-3
+"""Least variance of a channel there, relative to the mean of all."""
+ROUNDING = 1e-6
+"""Rounding errors of variances, which are differences of sums in fp32, relative to these."""
 
 
 @dataclass
@@ -44,12 +48,15 @@ class OutputMoments:
         """
         mean = self.total / self.rows
         covariance = self.second / self.rows - mean[:, None] * mean
-        variances = covariance.diagonal().clamp_min(torch.finfo(torch.float32).eps * covariance.diagonal().max())
-        weight = torch.diag(1 / variances) / max(1, int((variances > 0).sum()))
+        variances = covariance.diagonal().clamp_min(0)
+        if variances.sum() <= ROUNDING * self.second.diagonal().sum() / self.rows:  # outputs that never change
+            return OutputError(self.channel_dim, torch.eye(len(variances)).to(variances))
+        weight = 1 / variances.clamp_min(LEAST * variances.mean())
+        weight = torch.diag(weight / (weight @ variances))
         felt = (self.gradients * covariance).sum()
         if felt > 0:
             weight = PLAIN * weight + (1 - PLAIN) * self.gradients / felt
-        return OutputError(self.channel_dim, torch.linalg.cholesky(weight.nan_to_num(posinf=0.0)).mT)
+        return OutputError(self.channel_dim, torch.linalg.cholesky(weight).mT)
 
 
 @dataclass

@@ -74,7 +74,13 @@ def test_a_channel_that_never_changes_does_not_break_it():
         model[0].weight[2] = 0
     error = output_moments(model, ["0"], [X], nothing_felt, None)["0"].error()
     outputs = model[0](X).detach()
-    assert torch.isfinite(error(outputs + 1, outputs, None))
+    off = torch.zeros(5)
+    off[2] = outputs.std(0).mean()
+    assert 1 < float(error(outputs + off, outputs, None)) < 1e3
+    with torch.no_grad():
+        model[0].weight.zero_()
+    constant = output_moments(model, ["0"], [X], nothing_felt, None)["0"].error()
+    assert float(constant(outputs + 1, outputs, None)) == pytest.approx(5)
 
 
 def test_rows_that_are_no_data_count_nowhere():
