@@ -111,6 +111,7 @@ def refine_(
     places = [k % chosen.held_out == min(chosen.held_out, len(batches)) - 1 for k in range(len(batches))]
     held_out = [batch for batch, out in zip(batches, places, strict=True) if out]
     before = {name: parameter.detach().clone() for name, parameter in trained.items()}
+    gradients = {name: parameter.grad for name, parameter in trained.items()}
     kept = False
     try:
         with ExitStack() as stack:
@@ -123,9 +124,10 @@ def refine_(
             end = _distance(model, teacher, held_out, chosen, mask)
         kept = end <= start
     finally:
-        if not kept:
-            with torch.no_grad():
-                for name, parameter in trained.items():
+        with torch.no_grad():
+            for name, parameter in trained.items():
+                parameter.grad = gradients[name]
+                if not kept:
                     parameter.copy_(before[name])
     return Refinement(tuple(found), start, end, kept)
 

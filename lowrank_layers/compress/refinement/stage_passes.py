@@ -30,9 +30,8 @@ class StagePass:
         self._passes = passes
         self._run = PausedRun(partial(passes._run, self, batch))
         self._given: Any = None
-        self._call: Callable[[], Any] | None = None
+        self._call: Callable[[], tuple[Tensor | None, Tensor | None]] | None = None
         self._tensors: list[Tensor] = []
-        self._inside = False
 
     def advance_to(self, stage: str) -> None:
         """Goes on to a stage.
@@ -57,17 +56,29 @@ class StagePass:
         Raises:
             LowRankError: for an output without a tensor, and for a stage that changes its input.
         """
-        assert self._call is not None
-        return self._passes._computed(self, self._call, self._tensors)
+        main, rows = self._computed()
+        if main is None:
+            raise LowRankError("refine_: a stage returned no tensor, expected one; name other stages.")
+        return main, rows
 
     def give(self) -> None:
-        """Runs the stage as it is now, and lets the pass go on with its output, up to the next one."""
+        """Runs the stage as it is now, for the pass to go on with its output."""
         with torch.no_grad():
-            self.compute()
+            self._computed()
 
     def close(self) -> None:
         """Ends the pass where it is."""
         self._run.close()
+
+    def _computed(self) -> tuple[Tensor | None, Tensor | None]:
+        assert self._call is not None
+        versions = [tensor._version for tensor in self._tensors]
+        found = self._call()
+        if [tensor._version for tensor in self._tensors] != versions:
+            raise LowRankError(
+                "refine_: a stage changes its input in place, so that it cannot be run again; name larger stages."
+            )
+        return found
 
 
 class StagePasses:
@@ -137,7 +148,7 @@ class StagePasses:
         running._tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         snapshot = self._padding.snapshot(running._tensors)
 
-        def call() -> Any:
+        def call() -> tuple[Tensor | None, Tensor | None]:
             with self._padding.resumed(snapshot, running._tensors):
                 output = own(*args, **kwargs)
                 tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
@@ -152,16 +163,3 @@ class StagePasses:
         self._padding.tag(tensors, tags)
         running._call, running._given, running._tensors = None, None, []
         return output
-
-    def _computed(
-        self, running: StagePass, call: Callable[[], Any], given: Sequence[Tensor]
-    ) -> tuple[Tensor, Tensor | None]:
-        versions = [tensor._version for tensor in given]
-        main, rows = call()
-        if main is None:
-            raise LowRankError("refine_: a stage returned no tensor, expected one; name other stages.")
-        if [tensor._version for tensor in given] != versions:
-            raise LowRankError(
-                "refine_: a stage changes its input in place, so that it cannot be run again; name larger stages."
-            )
-        return main, rows

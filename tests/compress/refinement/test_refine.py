@@ -205,6 +205,7 @@ def test_a_stage_that_is_called_twice_stays_as_it_is():
 def test_factors_alone():
     dense = blocks(2)
     model = compressed(dense)
+    gradient = model[0][0].down.weight.grad = torch.ones(4, 16)
     model[0].append(nn.LayerNorm(16))
     dense[0].append(nn.LayerNorm(16))
     before = state(model)
@@ -212,6 +213,7 @@ def test_factors_alone():
     changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
     assert changed
     assert not [name for name in changed if name.startswith("0.2")]
+    assert model[0][0].down.weight.grad is gradient
 
 
 class Branching(nn.Module):
