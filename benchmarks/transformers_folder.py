@@ -31,6 +31,7 @@ KEPT = 0.6
 
 
 AUTO = {"causal": "AutoModelForCausalLM", "encoder": "AutoModel"}
+TRAINED = {"causal": "AutoModelForCausalLM", "encoder": "AutoModelForSequenceClassification"}
 PROMPT = torch.tensor([[1, 2, 3, 5, 8, 13, 21, 34]])
 
 GENERATE: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
@@ -40,6 +41,13 @@ def load(kind: str, folder: Path, **options: Any) -> Any:
     import transformers
 
     return getattr(transformers, AUTO[kind]).from_pretrained(folder, **options)
+
+
+def load_to_train(kind: str, folder: Path) -> Any:
+    """The model with a loss: an encoder gets a new head that classifies."""
+    import transformers
+
+    return getattr(transformers, TRAINED[kind]).from_pretrained(folder)
 
 
 @torch.no_grad()
@@ -92,14 +100,16 @@ def weights(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
-def trainer(model: Any, folder: Path) -> Any:
+def trainer(kind: str, model: Any, folder: Path) -> Any:
     import transformers
+
+    rows = [{"input_ids": PROMPT[0], "labels": PROMPT[0] if kind == "causal" else 1}]
 
     settings = transformers.TrainingArguments(
         output_dir=str(folder), max_steps=2, per_device_train_batch_size=1, learning_rate=1e-4, logging_steps=1,
         report_to=[], use_cpu=True, save_strategy="no", disable_tqdm=True,
     )  # fmt: skip
-    return transformers.Trainer(model, settings, train_dataset=[{"input_ids": PROMPT[0], "labels": PROMPT[0]}])
+    return transformers.Trainer(model, settings, train_dataset=rows)
 
 
 def second_process(kind: str, folder: Path) -> dict[str, Any]:
@@ -110,17 +120,17 @@ def second_process(kind: str, folder: Path) -> dict[str, Any]:
     found["equal"] = torch.equal(output(model), torch.load(folder / "output.pt"))
     if (folder / "tokenizer.json").is_file():
         found["piped"] = piped(kind, str(folder))
-    if kind == "encoder":
-        return found
-    found["generated"] = model.generate(PROMPT, **GENERATE).tolist()
+    if kind == "causal":
+        found["generated"] = model.generate(PROMPT, **GENERATE).tolist()
+    model = load_to_train(kind, folder)
     before = [parameter.detach().clone() for parameter in model.parameters()]
-    trainer(model, folder / "run").train()
+    trainer(kind, model, folder / "run").train()
     found["trained"] = sum(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     if importlib.util.find_spec("peft"):
         import peft
 
-        adapted = peft.get_peft_model(load(kind, folder), peft.LoraConfig(r=4, target_modules=["down", "up"]))
-        trainer(adapted, folder / "run").train()
+        adapted = peft.get_peft_model(load_to_train(kind, folder), peft.LoraConfig(r=4, target_modules="all-linear"))
+        trainer(kind, adapted, folder / "run").train()
         found["adapters"] = sum(bool(b.any()) for name, b in adapted.named_parameters() if ".lora_B." in name)
     return found
 
