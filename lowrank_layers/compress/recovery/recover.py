@@ -108,7 +108,7 @@ def recover_(
     scoring = Scoring(validation, metric, score)
     if chosen.patience is not None and not scoring:
         raise LowRankError("recover_: got patience= and nothing to score, expected validation= or score= too.")
-    trained = trained_parameters(model, chosen, optimizer)
+    trained = trained_parameters(model, chosen, optimizer, "recover_")
     distillation = None if teacher is None else Distillation(inner, teacher, chosen)
     padding = Padding(inner) if distillation is None else distillation.padding
     objective = Objective(loss, distillation, chosen.class_dim)

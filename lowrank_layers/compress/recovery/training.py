@@ -141,7 +141,7 @@ class Training:
 
 
 def trained_parameters(
-    model: nn.Module, settings: RecoverySettings, optimizer: torch.optim.Optimizer | None
+    model: nn.Module, settings: RecoverySettings, optimizer: torch.optim.Optimizer | None, owner: str
 ) -> dict[str, nn.Parameter]:
     """Returns the parameters that are trained, by name.
 
@@ -149,6 +149,7 @@ def trained_parameters(
         model: the model, possibly wrapped.
         settings: which parameters these are, where there is no optimizer.
         optimizer: the optimizer, whose parameters these are.
+        owner: the function that errors name.
 
     Raises:
         LowRankError: if there are none, or the optimizer has others.
@@ -164,16 +165,16 @@ def trained_parameters(
         named = {name: p for name, p in named.items() if id(p) in own}
         if own - {id(p) for p in inner.parameters()}:
             raise LowRankError(
-                "recover_: the optimizer has parameters that are not the model's; give factorize_ the optimizer too, or"
+                f"{owner}: the optimizer has parameters that are not the model's; give factorize_ the optimizer too, or"
                 " make it afterwards."
             )
     if not named:
         hint = "; trainable='factors' needs a factored model" if settings.trainable == "factors" else ""
-        raise LowRankError(f"recover_: got no parameter to train, expected one that requires gradients{hint}.")
+        raise LowRankError(f"{owner}: got no parameter to train, expected one that requires gradients{hint}.")
     half = [name for name, p in named.items() if p.dtype == torch.float16]
     if half:
         raise LowRankError(
-            f"recover_: the parameter {half[0]!r} is torch.float16, in which small updates are lost; call model.float()"
+            f"{owner}: the parameter {half[0]!r} is torch.float16, in which small updates are lost; call model.float()"
             " and give dtype=torch.float16 for autocast."
         )
     return named

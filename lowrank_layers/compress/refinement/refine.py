@@ -107,7 +107,7 @@ def refine_(
     if len(batches) < 2:
         raise LowRankError(f"refine_: got {len(batches)} batches, expected at least 2, one of them to be held out.")
     Distillation(model, teacher, chosen.as_recovery(1))  # checks that the teacher is one
-    trained = trained_parameters(model, chosen.as_recovery(1), None)
+    trained = trained_parameters(model, chosen.as_recovery(1), None, "refine_")
     places = [k % chosen.held_out == min(chosen.held_out, len(batches)) - 1 for k in range(len(batches))]
     held_out = [batch for batch, out in zip(batches, places, strict=True) if out]
     before = {name: parameter.detach().clone() for name, parameter in trained.items()}

@@ -76,7 +76,7 @@ def fit_stage_(
             optimizer.step()
             optimizer.zero_grad()
         errors.append(_mean_error(name, held_out, error))
-        if errors[-1] == min(errors):
+        if errors[-1] < min(errors[:-1]):
             best = [parameter.detach().clone() for parameter in parameters]
     with torch.no_grad():
         for parameter, kept in zip(parameters, best, strict=True):

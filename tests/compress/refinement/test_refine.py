@@ -98,11 +98,13 @@ def test_each_stage_sees_the_refined_prefix_and_the_dense_model_s_outputs(monkey
     assert seen == ["0", "1", "2"]
 
 
-def test_stages_that_do_not_gain_keep_their_bits():
+def test_stages_that_do_not_gain_keep_their_bits(monkeypatch):
     dense = blocks(3)
     model = compressed(dense)
     before = state(model)
+    monkeypatch.setattr(refine, "_distance", lambda *_: 1.0)  # so that not all is undone in the end
     refinement = lr.refine_(model, dense, data(), lr=1e3, clip=None)
+    assert refinement.kept
     assert [stage.epoch for stage in refinement.stages] == [0, 0, 0]
     assert same(state(model), before)
 
@@ -267,6 +269,8 @@ def test_bad_arguments():
         lr.refine_(copy.deepcopy(dense), dense, data())
     with pytest.raises(lr.LowRankError, match=r"shares .* with the model"):
         lr.refine_(model, model, data())
+    with pytest.raises(lr.LowRankError, match=r"^refine_: got no parameter to train"):
+        lr.refine_(copy.deepcopy(model).requires_grad_(False), dense, data())
     with pytest.raises(lr.LowRankError, match="did you mean epochs="):
         lr.refine_(model, dense, data(), epoch=3)
     for bad in ({"epochs": 0}, {"held_out": 1}, {"lr": -1.0}, {"trainable": "none"}, {"distance": "cosine"}):
