@@ -94,6 +94,9 @@ def tile_scores(rows: Tensor, waves: Tensor, subspace: Subspace, coefficients: C
 def mixed(weights: Tensor, subspace: Subspace, coefficients: Coefficients) -> Tensor:
     """Weighted sums of values, ``[batch, heads, q, size]``.
 
+    Weights, times the gains of their tokens, are rounded to integers of 16 bits in units of the greatest of a run of
+    tokens, and what is rounded off one is added to the next: far below what the levels of values are rounded by.
+
     Args:
         weights: ``[batch, heads, q, tokens]``.
         subspace: the values' subspace.

@@ -59,11 +59,12 @@ def attention(
         return None
     query = query.contiguous()
     out = query.new_empty(*query.shape[:3], step.value_size)
-    runs = [*exact, *[(out[:, :0], out[:, :0])] * (2 - len(exact))]
-    for index, (k, v) in enumerate(runs):
-        step.tensors[EXACT + 2 * index : EXACT + 2 * index + 2] = [k.data_ptr(), v.data_ptr()]
-        tokens = k.shape[2] if k.shape[1] else 0
-        sizes: list[int | ctypes.c_int64] = [tokens, k.stride(0), k.stride(1), v.stride(0), v.stride(1)]
+    for index in range(2):
+        sizes: list[int | ctypes.c_int64] = [0] * 5
+        if index < len(exact):
+            k, v = exact[index]
+            step.tensors[EXACT + 2 * index : EXACT + 2 * index + 2] = [k.data_ptr(), v.data_ptr()]
+            sizes = [k.shape[2], *k.stride()[:2], *v.stride()[:2]]
         step.numbers[SIZES + 5 * index : SIZES + 5 * index + 5] = sizes
     step.numbers[THREADS] = torch.get_num_threads()
     step.function(query.data_ptr(), out.data_ptr(), step.tensors, step.numbers, scale)

@@ -17,7 +17,9 @@ struct Product {
 
   template <int64_t M>
   void at(int64_t start) const {
-    Floats sums[M][vectors] = {};
+    Floats sums[M][vectors];
+    for (int64_t m = 0; m < M; m++)
+      for (int64_t v = 0; v < vectors; v++) sums[m][v] = Floats{};
     for (int64_t k = 0; k < inner; k++)
       for (int64_t v = 0; v < vectors; v++) {
         const Floats x = load(from + k * STEP + v * LANES);
@@ -31,9 +33,9 @@ struct Product {
 void multiply(const float* matrix, int64_t row, int64_t column, int64_t rows, int64_t inner, const float* from, float* to,
               int64_t tokens) {
   if (tokens > LANES)
-    in_blocks<ROWS>(rows, Product<2>{matrix, row, column, inner, from, to});
+    in_blocks<ROWS_OF_TWO>(rows, Product<2>{matrix, row, column, inner, from, to});
   else
-    in_blocks<ROWS>(rows, Product<1>{matrix, row, column, inner, from, to});
+    in_blocks<ROWS_OF_TWO>(rows, Product<1>{matrix, row, column, inner, from, to});
 }
 
 void scaled(const int8_t* x, const float* factors, int64_t count, float* __restrict to) {

@@ -33,6 +33,8 @@ static inline Integers load(const int32_t* x) {
   return found;
 }
 
+static inline void store(int32_t* x, Integers value) { std::memcpy(x, &value, sizeof value); }
+
 static inline Floats as_floats(Integers x) { return __builtin_convertvector(x, Floats); }
 
 static inline int32_t total(Integers x) {
@@ -67,21 +69,24 @@ struct Product {
 
   template <int64_t M>
   void at(int64_t start) const {
+    constexpr int64_t vectors = vectors_of(M);
     int64_t c = 0;
-    for (; c + STEP <= columns; c += STEP) part<M, 2>(start, c);
+    for (; c + vectors * LANES <= columns; c += vectors * LANES) part<M, vectors>(start, c);
     if (c < columns) part<M, 1>(start, c);
   }
 
-  template <int64_t M, int vectors>
+  template <int64_t M, int64_t vectors>
   void part(int64_t start, int64_t c) const {
-    decltype(load(matrix)) sums[M][vectors] = {};
+    typedef decltype(load(matrix)) Vector;
+    Vector sums[M][vectors];
+    for (int64_t m = 0; m < M; m++)
+      for (int64_t v = 0; v < vectors; v++) sums[m][v] = Vector{};  // "= {}" of them all would write to memory
     for (int64_t k = 0; k < inner; k++)
-      for (int v = 0; v < vectors; v++) {
-        const auto column = load(matrix + k * columns + c + v * LANES);
+      for (int64_t v = 0; v < vectors; v++) {
+        const Vector column = load(matrix + k * columns + c + v * LANES);
         for (int64_t m = 0; m < M; m++) sums[m][v] = add_products(sums[m][v], from[(start + m) * inner + k], column);
       }
     for (int64_t m = 0; m < M; m++)
-      for (int v = 0; v < vectors; v++)
-        std::memcpy(to + places[start + m] * columns + c + v * LANES, &sums[m][v], sizeof sums[m][v]);
+      for (int64_t v = 0; v < vectors; v++) store(to + places[start + m] * columns + c + v * LANES, sums[m][v]);
   }
 };

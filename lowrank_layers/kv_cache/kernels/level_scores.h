@@ -4,7 +4,7 @@
 
 #include "turned_queries.h"
 
-constexpr int64_t AHEAD = 256;  // tokens whose levels are called for before they are needed
+constexpr int64_t AHEAD = 128;  // tokens whose levels are called for before they are needed
 
 // Directions two at a time: those of two bit fields of a byte, or of a row of bytes and one of the second half of the
 // rows where a byte is one level.
@@ -79,48 +79,54 @@ struct Scoring {
 
   template <int64_t M>
   void at(int64_t start) const {
-    Integers sums[M][2];
+    constexpr int64_t vectors = vectors_of(M);
+    for (int64_t t = 0; t < STEP; t += vectors * LANES) part<M, vectors>(start, t);
+  }
+
+  template <int64_t M, int64_t vectors>
+  inline void part(int64_t start, int64_t first) const {
+    Integers sums[M][vectors];
     const int32_t* from[M];
     for (int64_t m = 0; m < M; m++) {
-      sums[m][0] = sums[m][1] = Integers{} - rows[start + m].middle;
+      for (int64_t v = 0; v < vectors; v++) sums[m][v] = Integers{} - rows[start + m].middle;
       from[m] = rows[start + m].pairs;
     }
-    add<8>(sums, levels.of[0], levels.rows[0], from);
-    add<4>(sums, levels.of[1], levels.rows[1], from);
-    add<2>(sums, levels.of[2], levels.rows[2], from);
-    add<1>(sums, levels.of[3], levels.rows[3], from);
+    add<8>(sums, levels.of[0] + first, levels.rows[0], from);
+    add<4>(sums, levels.of[1] + first, levels.rows[1], from);
+    add<2>(sums, levels.of[2] + first, levels.rows[2], from);
+    add<1>(sums, levels.of[3] + first, levels.rows[3], from);
     for (int64_t m = 0; m < M; m++)
-      for (int64_t half = 0; half < 2; half++) {
-        const int64_t t = half * LANES;
-        store(scores + (start + m) * stride + t, as_floats(sums[m][half]) * (load(gains + t) * rows[start + m].unit) +
+      for (int64_t v = 0; v < vectors; v++) {
+        const int64_t t = first + v * LANES;
+        store(scores + (start + m) * stride + t, as_floats(sums[m][v]) * (load(gains + t) * rows[start + m].unit) +
                                                      load(shifts + (start + m) * tile + t));
       }
   }
 
-  template <int width, int64_t M>
-  inline void add(Integers (&sums)[M][2], const uint8_t* bytes, int64_t count, const int32_t* (&from)[M]) const {
+  template <int width, int64_t M, int64_t vectors>
+  inline void add(Integers (&sums)[M][vectors], const uint8_t* bytes, int64_t count, const int32_t* (&from)[M]) const {
     constexpr int pairs = width == 8 ? 1 : 4 / width;
     constexpr uint32_t mask = ((1u << width) - 1) * 0x10001u;
     const int64_t rows = width == 8 ? (count + 1) / 2 : count;
     for (int64_t j = 0; j < rows; j++, bytes += levels.stride) {
-      Words wide[2];
+      Words wide[vectors];
       __builtin_prefetch(bytes + AHEAD);
-      for (int half = 0; half < 2; half++) wide[half] = widened(bytes + half * LANES);
+      for (int64_t v = 0; v < vectors; v++) wide[v] = widened(bytes + v * LANES);
       if (width == 8 && rows + j < count) {
         const uint8_t* second = bytes + rows * levels.stride;
         __builtin_prefetch(second + AHEAD);
-        for (int half = 0; half < 2; half++) wide[half] |= widened(second + half * LANES) << 16;
+        for (int64_t v = 0; v < vectors; v++) wide[v] |= widened(second + v * LANES) << 16;
       }
 #pragma GCC unroll 4
       for (int pair = 0; pair < pairs; pair++) {
-        Integers level[2];
-        for (int half = 0; half < 2; half++) {
-          const Words x = wide[half] >> (2 * width * pair % 32);
-          level[half] = (Integers)(width == 8 ? x : (x | x << (16 - width)) & mask);
+        Integers level[vectors];
+        for (int64_t v = 0; v < vectors; v++) {
+          const Words x = wide[v] >> (2 * width * pair % 32);
+          level[v] = (Integers)(width == 8 ? x : (x | x << (16 - width)) & mask);
         }
         for (int64_t m = 0; m < M; m++) {
           const int32_t factors = from[m][pair * rows + j];
-          for (int half = 0; half < 2; half++) sums[m][half] = add_products(sums[m][half], factors, level[half]);
+          for (int64_t v = 0; v < vectors; v++) sums[m][v] = add_products(sums[m][v], factors, level[v]);
         }
       }
     }

@@ -1,5 +1,4 @@
-// Packed levels as vectors of fp32 in registers, used there for several rows of products: they never go to memory
-// unpacked.
+// Packed levels, and the vectors in which they are unpacked for several rows of products: they never go to memory so.
 //
 // Levels of w bits lie 8 / w to a byte: bit field p of byte row j holds direction p * rows + j. Tokens come last. A
 // level u stands for u - (2^w - 1) / 2, times the gain of its token.
@@ -16,17 +15,20 @@
 #include <immintrin.h>
 #endif
 
-// numbers in a vector, and rows of products at a time: two accumulators for each stay in registers
+// numbers in a vector, and vectors that the processor holds
 #if defined(__AVX512F__)
-constexpr int64_t LANES = 16, ROWS = 9;
+constexpr int64_t LANES = 16, REGISTERS = 32;
 #elif defined(__AVX2__)
-constexpr int64_t LANES = 8, ROWS = 5;
+constexpr int64_t LANES = 8, REGISTERS = 16;
 #elif defined(__aarch64__)
-constexpr int64_t LANES = 4, ROWS = 9;
+constexpr int64_t LANES = 4, REGISTERS = 32;
 #else
-constexpr int64_t LANES = 4, ROWS = 5;
+constexpr int64_t LANES = 4, REGISTERS = 16;
 #endif
 constexpr int64_t STEP = 2 * LANES;  // tokens at a time
+// rows of products at a time, at most; and those of which two vectors of sums each stay in registers
+constexpr int64_t ROWS = 9, ROWS_OF_TWO = REGISTERS == 32 ? ROWS : 5;
+constexpr int64_t vectors_of(int64_t rows) { return rows <= ROWS_OF_TWO ? 2 : 1; }
 
 typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
@@ -127,14 +129,6 @@ class Zeros {
 
 using Numbers = Zeros<float>;
 
-// The bits of a level u as the leading bits of a mantissa make 2^w + u without a conversion.
-template <int width>
-static inline Floats level(Words bytes, int field) {
-  constexpr uint32_t mask = ((1u << width) - 1) << (23 - width), exponent = (127u + width) << 23;
-  constexpr float middle = 1.5f * (1 << width) - 0.5f;
-  return (Floats)(((bytes << (23 - width - width * field)) & mask) | exponent) - middle;
-}
-
 constexpr int64_t WIDTHS = 4;  // of 8, 4, 2 and 1 bits
 constexpr int64_t COUNTS = WIDTHS + 1;  // rows of bytes of each, and directions with 3 bits
 
@@ -194,9 +188,20 @@ struct Gains {
   }
 };
 
-// Calls function.at<M>(start) for runs of M rows, M at most that given and as large as the rows allow.
 template <int64_t M, class Function>
-static inline void in_blocks(int64_t rows, const Function& function, int64_t start = 0) {
-  for (; rows - start >= M; start += M) function.template at<M>(start);
-  if constexpr (M > 1) in_blocks<(M + 1) / 2>(rows, function, start);
+static inline void call_with(int64_t rows, const Function& function, int64_t start) {
+  if constexpr (M > 1)
+    if (rows < M) return call_with<M - 1>(rows, function, start);
+  function.template at<M>(start);
+}
+
+// Calls function.at<M>(start) for runs of rows, as few and as equal as M at most that given allows.
+template <int64_t most, class Function>
+static inline void in_blocks(int64_t rows, const Function& function) {
+  const int64_t blocks = (rows + most - 1) / most;
+  for (int64_t start = 0, left = blocks; left > 0; left--) {
+    const int64_t here = (rows - start + left - 1) / left;
+    call_with<most>(here, function, start);
+    start += here;
+  }
 }

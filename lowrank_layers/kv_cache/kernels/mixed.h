@@ -1,21 +1,64 @@
 // Weighted sums of values: of the levels first, and of those the values. HeadGroups.mixed says the same in operations
 // of torch.
+//
+// Weights, times the gains of their tokens, are 16-bit integers in units of the greatest of a run of tokens. What
+// rounding takes off one is added to the next, so that many small ones are not lost.
 
 #pragma once
 
 #include "integer_products.h"
 
-constexpr int64_t RUN = 1024;             // tokens whose weights stay in the L1 cache
-constexpr int64_t WEIGHTS = RUN + LANES;  // not a power of two, so that rows of weights do not share cache sets
+constexpr int64_t RUN = 1024;         // tokens whose weights stay in the L1 cache, and whose sums do not overflow
+constexpr int64_t HELD = RUN + STEP;  // not a power of two, so that rows of weights do not share cache sets
+static_assert(RUN / STEP * (2 * 255 * MOST) <= MOST_SUM);
+
+typedef uint16_t Halfwords __attribute__((vector_size(4 * LANES)));
+
+// The levels of STEP tokens, 16 bits each.
+static inline Halfwords halfwords(const uint8_t* x) {
+#if defined(__AVX512BW__)
+  return (Halfwords)_mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)x));
+#elif defined(__AVX2__)
+  return (Halfwords)_mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)x));
+#else
+  uint8_t found __attribute__((vector_size(STEP)));
+  std::memcpy(&found, x, sizeof found);
+  return __builtin_convertvector(found, Halfwords);
+#endif
+}
 
 static inline Floats signed_floats(const int8_t* x) {
   return __builtin_convertvector((Integers)(widened((const uint8_t*)x) << 24) >> 24, Floats);
 }
 
-// Weighted sums over a run of tokens, added to what is there.
+// The weights of a run of tokens for one row, as integers.
+struct Weights {
+  int32_t* pairs;  // of tokens that follow each other
+  float unit = 0;
+  float sum = 0;   // of the integers, times the unit
+
+  // Whole vectors of numbers, which are read; the greatest of them is "most".
+  void round(const float* x, int64_t count, float most) {
+    constexpr float highest = MOST - 1;  // what is left of the last one may be added to it
+    const float times = most > 0 ? highest / most : 0;
+    Floats left = {};
+    Integers total_of = {};
+    unit = most / highest;
+    for (int64_t i = 0; i < count; i += LANES) {
+      const Floats wanted = load(x + i) * times + left;
+      const Integers found = rounded(wanted);
+      left = wanted - as_floats(found);
+      total_of += found;
+      store_shorts(pairs + i / 2, found);
+    }
+    sum = total(as_floats(total_of)) * unit;
+  }
+};
+
+// Weighted sums over a run of tokens, a number of whole steps, added to what is there.
 struct Mixing {
   const Levels& levels;
-  const float* weights;
+  const Weights* weights;
   int64_t tokens;
   float* sums;
   int64_t rank;
@@ -31,23 +74,32 @@ struct Mixing {
 
   template <int width, int64_t M>
   inline void add(const uint8_t* bytes, int64_t count, int64_t start, float* to) const {
-    constexpr int fields = 8 / width, together = std::min(fields, 2);
+    constexpr int fields = 8 / width, together = std::min<int>(fields, vectors_of(M));
+    constexpr float middle = 0.5f * (1 << width) - 0.5f;
+    constexpr uint16_t mask = (1 << width) - 1;
+    const int32_t* from[M];
+    for (int64_t m = 0; m < M; m++) from[m] = weights[start + m].pairs;
     for (int64_t j = 0; j < count; j++, bytes += levels.stride) {
       for (int64_t t = 0; t < tokens; t += 64) __builtin_prefetch(bytes + levels.stride + t);
 #pragma GCC unroll 2
       for (int field = 0; field < fields; field += together) {
-        Floats found[together][M] = {};
-        for (int64_t t = 0; t < tokens; t += LANES) {
-          const Words wide = widened(bytes + t);
-          Floats u[together];
-          for (int f = 0; f < together; f++) u[f] = level<width>(wide, field + f);
+        Integers found[together][M];
+        for (int f = 0; f < together; f++)
+          for (int64_t m = 0; m < M; m++) found[f][m] = Integers{};
+        for (int64_t t = 0; t < tokens; t += STEP) {
+          const Halfwords wide = halfwords(bytes + t);
+          Integers u[together];
+          for (int f = 0; f < together; f++) u[f] = (Integers)((wide >> (field + f) * width) & mask);
           for (int64_t m = 0; m < M; m++) {
-            const Floats weight = load(weights + (start + m) * WEIGHTS + t);
-            for (int f = 0; f < together; f++) found[f][m] += u[f] * weight;
+            const Integers weight = load(from[m] + t / 2);
+            for (int f = 0; f < together; f++) found[f][m] = add_products(found[f][m], weight, u[f]);
           }
         }
         for (int f = 0; f < together; f++)
-          for (int64_t m = 0; m < M; m++) to[m * rank + (field + f) * count + j] += total(found[f][m]);
+          for (int64_t m = 0; m < M; m++) {
+            const Weights& own = weights[start + m];
+            to[m * rank + (field + f) * count + j] += total(as_floats(found[f][m])) * own.unit - middle * own.sum;
+          }
       }
     }
   }
@@ -66,7 +118,8 @@ struct Rebuilding {
   template <int64_t M>
   void at(int64_t start) const {
     const float* from = sums + start * wide;
-    Floats found[M] = {};
+    Floats found[M];
+    for (Floats& sum : found) sum = Floats{};
     for (int64_t j = 0; j < rank; j += LANES) {
       int8_t last[LANES] = {};
       if (rank - j < LANES) std::copy(basis + j, basis + rank, last);
@@ -101,37 +154,44 @@ struct Mixed {
   // Sums of levels times gains and weights, for every share of the tokens.
   void add(const float* greatest, float* sums) const {
     const int64_t share = ((tokens + shares() - 1) / shares() + 63) / 64 * 64;
-    Numbers scaled(joint() * WEIGHTS);
+    Numbers scaled(RUN + STEP);
+    Zeros<int32_t> pairs(joint() * HELD / 2);
+    std::vector<Weights> rounded_weights(joint());
+    for (int64_t m = 0; m < joint(); m++) rounded_weights[m].pairs = pairs.data() + m * HELD / 2;
     std::vector<uint8_t> held;
 #pragma omp for schedule(static)
     for (int64_t part = 0; part < groups * shares(); part++) {
       const int64_t group = part / shares(), stop = std::min(tokens, (part % shares() + 1) * share);
       float* to = sums + part * joint() * wide();
       for (int64_t t = part % shares() * share, count; t < stop; t += count) {
-        const bool full = stop - t >= LANES;
-        count = full ? std::min(RUN, (stop - t) / LANES * LANES) : stop - t;
+        const bool full = stop - t >= STEP;
+        count = full ? std::min(RUN, (stop - t) / STEP * STEP) : stop - t;
+        const int64_t steps = full ? count : STEP;
         float gain[RUN] = {};
         for (int64_t i = 0; i < count; i++) gain[i] = factors.of[gains[group * levels.stride + t + i]];
         for (int64_t m = 0; m < joint(); m++) {
           const float* from = weights + (group * joint() + m) * stride + t;
-          float* into = scaled.data() + m * WEIGHTS;
-          float few[LANES] = {};
+          float few[STEP];
           if (!full) {
-            std::fill_n(few, LANES, softmax ? -INFINITY : 0.0f);
+            std::fill_n(few, STEP, softmax ? -INFINITY : 0.0f);
             from = std::copy_n(from, count, few) - count;
           }
-          Floats sum = {};
-          for (int64_t i = 0; i < count; i += LANES) {
+          Floats sum = {}, most = {};
+          for (int64_t i = 0; i < steps; i += LANES) {
             Floats weight = load(from + i);
             if constexpr (softmax) weight = exponential(weight - greatest[group * joint() + m]);
             sum += weight;
-            store(into + i, weight * load(gain + i));
+            weight *= load(gain + i);
+            const Floats size = weight > -weight ? weight : -weight;
+            most = size > most ? size : most;
+            store(scaled.data() + i, weight);
           }
           to[m * wide() + wide() - 1] += total(sum);
+          rounded_weights[m].round(scaled.data(), steps, greatest_of(most));
         }
         Levels these = levels.of_group(group).from(t);
-        if (!full) these = these.filled(count, LANES, held);
-        in_blocks<ROWS>(joint(), Mixing{these, scaled.data(), full ? count : LANES, to, wide()});
+        if (!full) these = these.filled(count, STEP, held);
+        in_blocks<ROWS>(joint(), Mixing{these, rounded_weights.data(), steps, to, wide()});
       }
     }
   }

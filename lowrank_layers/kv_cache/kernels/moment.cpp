@@ -15,7 +15,8 @@ struct Sums {
   template <int64_t M>
   void at(int64_t start) const {
     for (int64_t c = start / STEP * STEP; c < width; c += STEP) {
-      Floats sums[M][2] = {};
+      Floats sums[M][2];
+      for (int64_t m = 0; m < M; m++) sums[m][0] = sums[m][1] = Floats{};
       for (int64_t t = 0; t < tokens; t++) {
         const float* row = rows + t * stride;
         const Floats left = load(row + c), right = load(row + c + LANES);
@@ -48,7 +49,7 @@ extern "C" int64_t second_moment(
 #pragma omp for schedule(static)
       for (int64_t t = 0; t < tokens; t += RUN) {
         const int64_t here = std::min(RUN, tokens - t);
-        in_blocks<ROWS>(width, Sums{rows + (group * tokens + t) * stride, here, width, stride, own.data()});
+        in_blocks<ROWS_OF_TWO>(width, Sums{rows + (group * tokens + t) * stride, here, width, stride, own.data()});
       }
 #pragma omp critical
       for (int64_t i = 0; i < width; i++)
