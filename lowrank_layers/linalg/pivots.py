@@ -28,10 +28,12 @@ def pivot_rows(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """
     rows, rank = matrix.shape
     basis = torch.linalg.qr(matrix.double()).Q
-    permutation, lower, upper = torch.linalg.lu(basis)
-    pivots = permutation.argmax(0)[:rank]
-    solved = torch.linalg.solve_triangular(upper, basis, upper=True, left=False)
-    solved = torch.linalg.solve_triangular(lower[:rank], solved, upper=False, left=False, unitriangular=True)
+    lower_upper, swaps = torch.linalg.lu_factor(basis)
+    pivots = _swapped(rows, swaps)[:rank].to(matrix.device)
+    square = lower_upper[:rank]
+    solved = torch.linalg.solve_triangular(square, basis, upper=True, left=False)
+    solved = torch.linalg.solve_triangular(square, solved, upper=False, left=False, unitriangular=True)
+    del lower_upper, square
     while solved.numel():
         row, pivot = divmod(int(solved.abs().argmax()), rank)
         largest = float(solved[row, pivot])
@@ -48,3 +50,11 @@ def pivot_rows(matrix: Tensor) -> tuple[Tensor, Tensor]:
     # solved anew, without the rounding errors of the exchanges
     coefficients = torch.linalg.solve(basis[pivots], basis[others], left=False)
     return torch.cat([pivots, others]), coefficients
+
+
+def _swapped(count: int, swaps: Tensor) -> Tensor:
+    """The order of rows after LAPACK's swaps, which count from one."""
+    order = list(range(count))
+    for row, other in enumerate(swaps.tolist()):
+        order[row], order[other - 1] = order[other - 1], order[row]
+    return torch.tensor(order)

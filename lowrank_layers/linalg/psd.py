@@ -5,6 +5,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+_BLOCK = 512
+"""Rows and columns of a block of a triangular matrix."""
+
 
 class Root(NamedTuple):
     """A root ``L`` of a matrix ``A = L^T L``; ``||L M||`` is the same for all roots of ``A``.
@@ -17,7 +20,10 @@ class Root(NamedTuple):
 
     def times(self, matrix: Tensor) -> Tensor:
         """Computes ``L @ matrix``."""
-        return self.factor[:, None] * matrix if self.factor.ndim == 1 else self.factor @ matrix
+        if self.factor.ndim == 1:
+            return self.factor[:, None] * matrix
+        parts = enumerate(self.factor.split(_BLOCK))
+        return torch.cat([rows[:, i * _BLOCK :] @ matrix[i * _BLOCK :] for i, rows in parts])  # without the zeros
 
     def divide(self, matrix: Tensor) -> Tensor:
         """Computes ``L^-1 @ matrix``."""
@@ -38,6 +44,22 @@ class Root(NamedTuple):
         if self.factor.ndim == 1:
             return matrix / self.factor.square()[:, None]
         return torch.cholesky_solve(matrix, self.factor, upper=True)
+
+    def after(self, rows: Tensor) -> Tensor:
+        """Computes ``rows @ L``."""
+        if self.factor.ndim == 1:
+            return rows * self.factor
+        parts = self.factor.split(_BLOCK, 1)
+        ends = [min((i + 1) * _BLOCK, len(self.factor)) for i in range(len(parts))]
+        return torch.cat([rows[:, :end] @ part[:end] for end, part in zip(ends, parts, strict=True)], 1)
+
+    def solve_rows_(self, rows: Tensor) -> Tensor:
+        """Computes ``rows @ A^-1`` in place, without a copy of the root, and returns it."""
+        if self.factor.ndim == 1:
+            return rows.div_(self.factor.square())
+        torch.linalg.solve_triangular(self.factor, rows, upper=True, left=False, out=rows)
+        torch.linalg.solve_triangular(self.factor.mT, rows, upper=False, left=False, out=rows)
+        return rows
 
 
 class LowRankRoot(NamedTuple):
@@ -92,8 +114,8 @@ def low_rank_root(diagonal: Tensor, factor: Tensor, *, floor: float = 1e-12) -> 
     return LowRankRoot(scale, q @ u, (1 + s.square()).sqrt())
 
 
-def psd_root(moment: Tensor, *, floor: float = 1e-12) -> Root:
-    """Computes a root of a second moment in fp64.
+def psd_root(moment: Tensor, *, floor: float = 1e-12, ridge: float | Tensor = 0.0) -> Root:
+    """Computes a root of a second moment in fp64, in the memory of one matrix beside the moment.
 
     Moments of real activations are often singular (dead units, fewer samples than features), so a small multiple of the
     identity is always added. Where rounding makes even that indefinite, eigenvalues are clamped instead.
@@ -101,21 +123,35 @@ def psd_root(moment: Tensor, *, floor: float = 1e-12) -> Root:
     Args:
         moment: symmetric matrix ``[n, n]``, or ``[n]`` for a diagonal one; zero is treated as the identity.
         floor: value added to the diagonal, relative to its largest entry.
+        ridge: value added to the diagonal before that.
     """
-    moment = moment.double()
-    diagonal = moment if moment.ndim == 1 else moment.diagonal()
+    diagonal = (moment if moment.ndim == 1 else moment.diagonal()).double() + ridge
     largest = diagonal.max()
     if not largest > 0:
         return Root(torch.ones_like(diagonal))
     if moment.ndim == 1:
-        return Root(moment.clamp_min(largest * floor).sqrt())
-    lifted = (moment + moment.mT).div_(2)
-    lifted.diagonal().add_(largest * floor)
-    lower, failed = torch.linalg.cholesky_ex(lifted)
+        return Root(diagonal.clamp_min(largest * floor).sqrt())
+    shift = ridge + largest * floor
+    lifted = _upper(moment, shift)
+    # LAPACK reads columns first, to which the upper triangle is the lower one, and overwrites it
+    failed = torch.empty((), dtype=torch.int32, device=moment.device)
+    torch.linalg.cholesky_ex(lifted.mT, out=(lifted.mT, failed))
     if not bool(failed):
-        return Root(lower.mT)
-    values, vectors = torch.linalg.eigh(lifted)
+        return Root(lifted)
+    values, vectors = torch.linalg.eigh(_upper(moment, shift), UPLO="U")
     return Root(torch.linalg.qr((vectors * values.clamp_min(largest * floor).sqrt()).mT).R)
+
+
+def _upper(moment: Tensor, shift: float | Tensor) -> Tensor:
+    """The upper triangle of ``(A + A^T) / 2 + shift * I`` in fp64, new; nothing is said of the blocks below it."""
+    upper = torch.empty(moment.shape, dtype=torch.float64, device=moment.device).copy_(moment)
+    starts = range(0, len(upper), _BLOCK)
+    for row in starts:
+        for column in range(row, len(upper), _BLOCK):
+            one, other = slice(row, row + _BLOCK), slice(column, column + _BLOCK)
+            upper[one, other] = (upper[one, other] + upper[other, one].mT).div_(2)
+    upper.diagonal().add_(shift)
+    return upper
 
 
 def damp(moment: Tensor, amount: float) -> Tensor:

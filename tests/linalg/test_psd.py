@@ -25,6 +25,31 @@ def test_root_of_a_regular_moment():
     assert torch.allclose(a @ root.solve(m), m, atol=1e-9)
 
 
+@pytest.mark.parametrize("n", [6, 1030], ids=["one block", "several blocks"])
+def test_a_ridge_is_added_and_rounding_off_symmetry_is_evened_out(n):
+    a = moment(2 * n, n)
+    given = a + 1e-9 * torch.randn(n, n, dtype=torch.float64)
+    before = given.clone()
+    root = psd_root(given, ridge=0.5)
+    assert torch.equal(given, before)
+    even = (given + given.mT) / 2 + 0.5 * torch.eye(n, dtype=torch.float64)
+    assert torch.allclose(root.factor.mT @ root.factor, even, rtol=0, atol=1e-11)
+    assert torch.equal(root.factor, root.factor.triu())
+    vector = torch.rand(6, dtype=torch.float64)
+    assert torch.allclose(psd_root(vector, ridge=0.5).factor.square(), vector + 0.5)
+
+
+@pytest.mark.parametrize("given", [moment(50), moment(50).diagonal().clone()], ids=["matrix", "diagonal"])
+def test_rows_are_multiplied_and_solved_for_in_place(given):
+    root, rows = psd_root(given), torch.randn(4, 6, dtype=torch.float64)
+    dense = given if given.ndim == 2 else torch.diag(given)
+    factor = root.factor if given.ndim == 2 else torch.diag(root.factor)
+    assert torch.allclose(root.after(rows), rows @ factor)
+    solved = rows.clone()
+    assert root.solve_rows_(solved) is solved
+    assert torch.allclose(solved @ dense, rows, atol=1e-9)
+
+
 def test_it_works_in_fp64_whatever_comes_in():
     assert psd_root(moment(50).float()).factor.dtype == torch.float64
 
