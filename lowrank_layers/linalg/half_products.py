@@ -19,6 +19,11 @@ _PRODUCTS = {
     torch.ops.aten.bmm.default,
     torch.ops.aten.baddbmm.default,
 }
+_ATTENTIONS = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default: 1,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default: 3,
+}
+"""How many of their results, the first ones, have the dtype of the operands."""
 _thread = threading.local()
 
 
@@ -32,7 +37,7 @@ def halves_are_slow() -> bool:
 
 @contextmanager
 def half_products_in_fp32(enabled: bool) -> Iterator[None]:
-    """Computes matrix products of half-precision tensors on the CPU in fp32 inside, and rounds them once.
+    """Computes matrix products and attention of half-precision tensors on the CPU in fp32 inside, and rounds them once.
 
     The results are those of sums in fp32, which is how processors with instructions for them compute. Operands are
     widened one product at a time.
@@ -63,8 +68,16 @@ class _InSinglePrecision(TorchDispatchMode):
         return False  # for which torch would import its compiler, which takes a second and 75 MB
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        first = args[0] if args else None
-        if func not in _PRODUCTS or not isinstance(first, Tensor) or first.dtype not in _HALVES or not first.is_cpu:
-            return func(*args, **kwargs or {})
-        wide = [arg.float() if isinstance(arg, Tensor) else arg for arg in args]
-        return func(*wide, **kwargs or {}).to(first.dtype)
+        first, count, kwargs = args[0] if args else None, _ATTENTIONS.get(func, 0), kwargs or {}
+        if not isinstance(first, Tensor) or first.dtype not in _HALVES or not first.is_cpu:
+            return func(*args, **kwargs)
+        if func not in _PRODUCTS and not count:
+            return func(*args, **kwargs)
+        found = func(*map(_wide, args), **{name: _wide(value) for name, value in kwargs.items()})
+        if not count:
+            return found.to(first.dtype)
+        return *(each.to(first.dtype) for each in found[:count]), *found[count:]
+
+
+def _wide(value: Any) -> Any:
+    return value.float() if isinstance(value, Tensor) and value.dtype in _HALVES else value

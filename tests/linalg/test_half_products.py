@@ -1,4 +1,4 @@
-"""Products of half-precision matrices that are computed in fp32, forward and back."""
+"""Products of half-precision matrices, and attention, that are computed in fp32, forward and back."""
 
 import pytest
 import torch
@@ -45,6 +45,30 @@ def test_so_are_gradients(dtype):
         F.linear(own, matrix).backward(gradient)
     assert torch.equal(own.grad, (gradient.float() @ weight.float()).to(dtype))
     assert torch.equal(matrix.grad, (gradient.float().mT @ x.float()).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("setting", ["causal", "mask", "plain"])
+def test_so_is_attention(setting, dtype):
+    """Its output and its gradients, against torch's own in fp32."""
+    settings = {"causal": {"is_causal": True}, "mask": {"attn_mask": rand(40, 40).to(dtype)}, "plain": {}}[setting]
+    given = [part.to(dtype) for part in rand(4, 2, 3, 40, 16)]
+
+    def attend(settings: dict[str, object], *tensors: Tensor) -> list[Tensor]:
+        leaves = [tensor.clone().requires_grad_() for tensor in tensors[:3]]
+        output = F.scaled_dot_product_attention(*leaves, **settings)
+        output.backward(tensors[3])
+        return [output.detach(), *(leaf.grad for leaf in leaves)]
+
+    wide = {name: value.float() if isinstance(value, Tensor) else value for name, value in settings.items()}
+    expected = attend(wide, *(part.float() for part in given))
+    with half_products_in_fp32(True):
+        found = attend(settings, *given)
+    assert {each.dtype for each in found} == {dtype}
+    assert torch.equal(found[0], expected[0].to(dtype))
+    for own, other in zip(found[1:], expected[1:], strict=True):
+        # they are computed of the rounded output
+        assert torch.allclose(own.float(), other, rtol=0, atol=2 * torch.finfo(dtype).eps * float(other.abs().max()))
 
 
 def test_other_dtypes_stay_as_they_are():
