@@ -37,6 +37,17 @@ def read(value: Value) -> Tensor:
     return value.read() if isinstance(value, Unread) else value
 
 
+def own_copy(instance: object, name: str) -> Tensor:
+    """Returns the tensor of a :class:`Readable` field, for the caller to change: a copy unless it was just read.
+
+    Args:
+        instance: the object that has the field.
+        name: the field.
+    """
+    value = vars(instance)[name]
+    return value.read() if isinstance(value, Unread) else value.clone()
+
+
 class Readable(Generic[T]):
     """A field of a dataclass that may be given as an :class:`Unread`; who asks for it gets the tensor.
 

@@ -12,15 +12,18 @@ the error ``E || G^(1/2) W (x - P x') ||^2`` of rows that were held out, and the
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
+from ..calibrate.readable import own_copy
 from ..calibrate.statistics import LayerStats
 from ..layers import matrices_of
-from ..linalg import LowRankRoot, Root, full_precision, psd_root
+from ..linalg import Root, full_precision, psd_root
 from .damping import Damping
 from .paired_moments import PairedMoments
-from .regression import Metric, add_ridge_
+from .regression import Metric
 
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """Ridges that are tried after that of the damping, relative to the mean variance of the inputs."""
@@ -28,13 +31,21 @@ BLENDS = (1.0, 0.75, 0.5, 0.25)
 """Parts ``beta`` of the way to the dense model's outputs."""
 OUTPUTS = 128
 """Random sums of outputs whose error is compared, of layers with more than twice as many."""
+_ROWS = 512
+"""Rows of a moment that are solved for at once."""
 CLEARLY = 1.02
 """How much more than the plain regression (``beta = 1``, the ridge of the damping) another one has to gain."""
 
 
 @full_precision
 def anchored(
-    dense: nn.Module, stats: LayerStats, held_out: PairedMoments, damping: Damping, *, has_bias: bool
+    dense: nn.Module,
+    stats: LayerStats,
+    held_out: PairedMoments,
+    damping: Damping,
+    outputs: Sequence[Metric | None] | None = None,
+    *,
+    has_bias: bool,
 ) -> LayerStats | None:
     """Returns a layer's statistics with the cross moment of ``P x'`` in the place of that of ``x``.
 
@@ -45,11 +56,17 @@ def anchored(
         stats: its statistics, with all rows behind the compressed prefix, and ``cross``.
         held_out: the moments of those rows that are held out.
         damping: ridges on the moments.
+        outputs: the metric of each group's outputs, where it is computed already.
         has_bias: whether the layer that is fitted has a bias, which takes care of the means.
     """
     weights = matrices_of(dense)
     groups = [(stats.group(k), held_out.group(k)) for k in range(len(weights))]
-    chosen = [_choose(weight, *group, damping, has_bias) for weight, group in zip(weights, groups, strict=True)]
+    if outputs is None:
+        outputs = [Metric.of_outputs(own, damping.outputs, weights.device) for own, _ in groups]
+    chosen = [
+        _choose(_weighted(weight, metric), *group, damping, has_bias)
+        for weight, metric, group in zip(weights, outputs, groups, strict=True)
+    ]
     if not any(blend for _, blend in chosen):
         return None
     if all(choice == (damping.inputs, 1.0) for choice in chosen):
@@ -59,29 +76,24 @@ def anchored(
 
 
 def _choose(
-    weight: Tensor, stats: LayerStats, held_out: PairedMoments, damping: Damping, has_bias: bool
+    weighted: Tensor, stats: LayerStats, held_out: PairedMoments, damping: Damping, has_bias: bool
 ) -> tuple[float, float]:
     """The ridge, relative to the mean variance, and the blend with the least error on the rows held out."""
-    second, difference = _moments(stats, has_bias)
-    held_second, held_difference = held_out.about(*_centres(stats, has_bias))
-    held_difference -= held_second
+    second = _second(stats, has_bias)
+    fitted = _after(weighted, stats, has_bias) - weighted @ second
+    held_second, held_cross = held_out.about(*_centres(stats, has_bias))
+    seen = held_cross.after(weighted).sub_(held_second.after(weighted))
+    del held_cross
     share = held_out.inputs.rows / stats.inputs.rows
-    for whole, part in ((second, held_second), (difference, held_difference)):
-        whole.sub_(part, alpha=share).div_(1 - share)
+    held_second.add_to_(second, -share).div_(1 - share)
+    fitted.sub_(seen, alpha=share).div_(1 - share)
     unit = second.diagonal().mean()
     if not unit > 0:
         return damping.inputs, 1.0
-    weight, root = weight.double(), _root(stats, damping)
-    weighted = weight if root is None else root.times(weight)
-    if len(weighted) > 2 * OUTPUTS:  # as good to compare by: squared norms of random sums of rows are theirs on average
-        signs = torch.randn(OUTPUTS, len(weighted), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-        weighted = signs.to(weighted) @ weighted
-    fitted, seen = weighted @ difference, weighted @ held_difference
-    del difference, held_difference
     best, choice, before = 0.0, (damping.inputs, 0.0), -float("inf")
     for ridge in (damping.inputs, *(ridge for ridge in RIDGES if ridge > damping.inputs)):
-        solved = psd_root(add_ridge_(second.clone(), ridge * unit)).solve(fitted.mT).mT
-        gain, cost = float((solved * seen).sum()), float(((solved @ held_second) * solved).sum())
+        solved = psd_root(second, ridge=ridge * unit).solve_rows_(fitted.clone())
+        gain, cost = float((solved * seen).sum()), float((held_second.after(solved) * solved).sum())
         gains = [2 * blend * gain - blend**2 * cost for blend in BLENDS]
         top = max(gains)
         if ridge == damping.inputs and gains[0] > 0 and CLEARLY * gains[0] >= top:
@@ -94,31 +106,66 @@ def _choose(
     return choice
 
 
+def _weighted(weight: Tensor, outputs: Metric | None) -> Tensor:
+    """``G^(1/2) W``, whose errors are compared, or random sums of its rows where they are many.
+
+    Squared norms of random sums of rows are theirs on average, and so as good to compare by.
+    """
+    weight, root, rows = weight.double(), None if outputs is None else outputs.root, len(weight)
+    if rows <= 2 * OUTPUTS:
+        return weight if root is None else root.times(weight)
+    signs = torch.randn(OUTPUTS, rows, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(weight)
+    if isinstance(root, Root):
+        return root.after(signs) @ weight
+    return signs @ (weight if root is None else root.times(weight))
+
+
 def _cross(stats: LayerStats, ridge: float, blend: float, own_ridge: float, has_bias: bool) -> Tensor:
     """``P (S + own I) - own I``, to which the regression adds its own ridge again, centred."""
-    second, difference = _moments(stats, has_bias)
+    second = _second(stats, has_bias)
+    if not blend:
+        return _centred(second, stats, has_bias)
     unit = second.diagonal().mean()
-    moved = blend * difference
-    if ridge != own_ridge and blend > 0:
-        root = psd_root(add_ridge_(second.clone(), ridge * unit))
-        moved.add_(root.solve(difference.mT).mT, alpha=float(blend * (own_ridge - ridge) * unit))
-    moved += second
+    moved = own_copy(stats, "cross")
     if not has_bias:
-        assert stats.target_mean is not None
-        moved.addr_(stats.target_mean, stats.inputs.mean, alpha=-1)
-    return moved
+        moved.addr_(*_means(stats))
+    moved -= second
+    root = psd_root(second, ridge=ridge * unit) if ridge != own_ridge else None
+    for own, part in zip(moved.split(_ROWS), second.split(_ROWS), strict=True):
+        solved = None if root is None else root.solve_rows_(own.clone())
+        own.mul_(blend).add_(part)
+        if solved is not None:
+            own.add_(solved, alpha=float(blend * (own_ridge - ridge) * unit))
+    return _centred(moved, stats, has_bias)
 
 
-def _moments(stats: LayerStats, has_bias: bool) -> tuple[Tensor, Tensor]:
-    """``S`` and ``D`` of all rows, new."""
-    mean, target, cross = stats.inputs.mean, stats.target_mean, stats.cross
-    assert target is not None
+def _centred(moved: Tensor, stats: LayerStats, has_bias: bool) -> Tensor:
+    """A moment from which the means are taken where that is not done, in place."""
+    return moved if has_bias else moved.addr_(*_means(stats), alpha=-1)
+
+
+def _second(stats: LayerStats, has_bias: bool) -> Tensor:
+    """``S`` of all rows, new."""
+    second, mean = own_copy(stats.inputs, "second"), stats.inputs.mean
+    return second.addr_(mean, mean, alpha=-1) if has_bias else second
+
+
+def _after(rows: Tensor, stats: LayerStats, has_bias: bool) -> Tensor:
+    """``rows (D + S)`` of all rows of inputs."""
+    cross = stats.cross
     assert cross is not None
+    product = rows @ cross
     if has_bias:
-        second = stats.inputs.covariance()
-        return second, cross - second
-    second = stats.inputs.second.clone()
-    return second, torch.addr(cross, target, mean).sub_(second)
+        return product
+    target, mean = _means(stats)
+    return product.addr_(rows @ target, mean)
+
+
+def _means(stats: LayerStats) -> tuple[Tensor, Tensor]:
+    """``E[x]`` and ``E[x']``."""
+    target = stats.target_mean
+    assert target is not None
+    return target, stats.inputs.mean
 
 
 def _centres(stats: LayerStats, has_bias: bool) -> tuple[Tensor, Tensor]:
@@ -126,10 +173,3 @@ def _centres(stats: LayerStats, has_bias: bool) -> tuple[Tensor, Tensor]:
     mean, target = stats.inputs.mean, stats.target_mean
     assert target is not None
     return (mean, target) if has_bias else (torch.zeros_like(mean), torch.zeros_like(target))
-
-
-def _root(stats: LayerStats, damping: Damping) -> Root | LowRankRoot | None:
-    gradients = stats.gradients
-    if gradients is None or not bool(gradients.count_nonzero()):
-        return None
-    return Metric.of_gradients(gradients, damping.outputs).root

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -12,16 +14,30 @@ from ..linalg import full_precision
 from .candidates import Candidate
 from .damping import Damping
 from .entry import Entry
-from .regression import joint_bias
+from .regression import Metric, joint_bias
 
 
 @full_precision
-def build_layer(dense: nn.Module, entry: Entry, stats: LayerStats | None, damping: Damping) -> FactoredModule:
-    """Returns the factored layer of an entry; with statistics the one that minimises the weighted error."""
+def build_layer(
+    dense: nn.Module,
+    entry: Entry,
+    stats: LayerStats | None,
+    damping: Damping,
+    outputs: Sequence[Metric | None] | None = None,
+) -> FactoredModule:
+    """Returns the factored layer of an entry; with statistics the one that minimises the weighted error.
+
+    Args:
+        dense: the dense layer.
+        entry: its line of the plan.
+        stats: its statistics.
+        damping: ridges on the moments.
+        outputs: as in :class:`Candidate`.
+    """
     if stats is not None:
         stats = stats.changed(free_bias=entry.bias)  # a plan made without statistics counts no new biases
     try:
-        return entry.built_by().build(Candidate(dense, stats, damping=damping), entry.rank)
+        return entry.built_by().build(Candidate(dense, stats, damping=damping, outputs=outputs), entry.rank)
     except LowRankError as error:
         raise type(error)(f"{entry.name!r}: {error}") from None
 

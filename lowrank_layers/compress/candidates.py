@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..calibrate.readable import Unread
+from ..calibrate.readable import own_copy
 from ..calibrate.statistics import LayerStats
 from ..cost import Cost
 from ..errors import LowRankError
@@ -39,6 +40,7 @@ class Candidate:
         cost_model: prices the layer and its options.
         idle: True if the loss does not depend on this layer, although it depends on others.
         round_to: ranks are multiples of it, where a method does not offer all ranks anyway.
+        outputs: the metric of each group's outputs, where it is computed already; by default it is that of ``stats``.
 
     Examples:
         >>> layer = lr.Candidate(nn.Linear(64, 32))
@@ -53,6 +55,7 @@ class Candidate:
     cost_model: CostModel = field(default=CountedCost(), kw_only=True)
     idle: bool = field(default=False, kw_only=True)
     round_to: int = field(default=1, kw_only=True)
+    outputs: Sequence[Metric | None] | None = field(default=None, kw_only=True, repr=False)
 
     @cached_property
     def before(self) -> Cost:
@@ -118,9 +121,12 @@ class Candidate:
         pairs = zip(matrices.double(), biases, strict=True)
         if self.stats is None:
             return tuple(Regression.plain(weight, bias) for weight, bias in pairs)
-        return tuple(self._weighted(weight, bias, self.stats.group(k)) for k, (weight, bias) in enumerate(pairs))
+        outputs = self.outputs or [None] * len(matrices)
+        return tuple(
+            self._weighted(weight, bias, self.stats.group(k), outputs[k]) for k, (weight, bias) in enumerate(pairs)
+        )
 
-    def _weighted(self, weight: Tensor, bias: Tensor | None, stats: LayerStats) -> Regression:
+    def _weighted(self, weight: Tensor, bias: Tensor | None, stats: LayerStats, outputs: Metric | None) -> Regression:
         """The problem of one matrix; its map goes through the origin where the layer cannot have a bias."""
         rows, columns = weight.shape
         device = weight.device
@@ -135,9 +141,7 @@ class Candidate:
         cross = stats.cross
         moved = None if cross is None else weight @ cross.to(device)
         del cross  # before the next large moment is read
-        moment = stats.inputs.second.to(device)
-        if not isinstance(vars(stats.inputs)["second"], Unread):  # which others look at too
-            moment = moment.clone()
+        moment = own_copy(stats.inputs, "second").to(device)
         if centred:
             moment.addr_(mean, mean, alpha=-1)
         variance = diagonal_of(moment).mean()
@@ -145,14 +149,10 @@ class Candidate:
         if moved is not None:
             moved.add_(weight, alpha=float(ridge))
             moved = moved if centred else moved.addr_(weight @ target, mean)
-        outputs = Metric.identity(rows, device)
-        gradients = stats.gradients
-        if gradients is not None and bool(gradients.count_nonzero()):
-            outputs = Metric.of_gradients(gradients.to(device), self.damping.outputs)
         return Regression(
             weight,
             bias,
-            outputs,
+            outputs or Metric.of_outputs(stats, self.damping.outputs, device) or Metric.identity(rows, device),
             Metric(add_ridge_(moment, ridge)),
             moved,
             mean if centred else None,

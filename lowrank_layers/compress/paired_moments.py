@@ -14,6 +14,45 @@ from ..linalg import is_finite
 
 Sums = tuple[Tensor, Tensor]
 """The sums of rows and of their products."""
+_PART = 1024
+"""Rows of a moment that are brought into another dtype at once."""
+
+
+@dataclass(frozen=True)
+class Recentred:
+    """A moment about other centres, ``A - left^T right``, which is never formed.
+
+    Args:
+        moment: ``A``, ``[n, n]``, in any dtype.
+        left: ``[2, n]``.
+        right: ``[2, n]``.
+    """
+
+    moment: Tensor
+    left: Tensor
+    right: Tensor
+
+    def after(self, rows: Tensor) -> Tensor:
+        """Returns the rows times it.
+
+        Args:
+            rows: ``[k, n]``, in the dtype of ``left``.
+        """
+        product = (rows @ self.left.mT).neg_() @ self.right
+        for part, own in zip(rows.split(_PART, 1), self.moment.split(_PART), strict=True):
+            product.addmm_(part, own.to(rows))
+        return product
+
+    def add_to_(self, other: Tensor, alpha: float) -> Tensor:
+        """Adds a multiple of it to a matrix, in place, and returns that.
+
+        Args:
+            other: the matrix.
+            alpha: the factor.
+        """
+        for own, part in zip(other.split(_PART), self.moment.split(_PART), strict=True):
+            own.add_(part, alpha=alpha)
+        return other.addmm_(self.left.mT, self.right, alpha=-alpha)
 
 
 @dataclass
@@ -70,18 +109,18 @@ class PairedMoments:
         """Whether no product is NaN or infinite."""
         return is_finite(self.cross) and is_finite(self.inputs.second)
 
-    def about(self, mean: Tensor, target_mean: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns ``E[(x' - m)(x' - m)^T]`` and ``E[(x - t)(x' - m)^T]`` of one group, new, in the dtype of ``m``.
+    def about(self, mean: Tensor, target_mean: Tensor) -> tuple[Recentred, Recentred]:
+        """Returns ``E[(x' - m)(x' - m)^T]`` and ``E[(x - t)(x' - m)^T]`` of one group, in the dtype of ``m``.
 
         Args:
             mean: ``m``.
             target_mean: ``t``.
         """
         own, target = self.inputs.mean.to(mean), self.target_mean.to(mean)
-        second, cross = self.inputs.second.to(mean, copy=True), self.cross.to(mean, copy=True)
-        second.addr_(own - mean, mean, alpha=-1).addr_(mean, own, alpha=-1)
-        cross.addr_(target - target_mean, mean, alpha=-1).addr_(target_mean, own, alpha=-1)
-        return second, cross
+        return (
+            Recentred(self.inputs.second, torch.stack([own - mean, mean]), torch.stack([mean, own])),
+            Recentred(self.cross, torch.stack([target - target_mean, target_mean]), torch.stack([mean, own])),
+        )
 
     def group(self, index: int) -> PairedMoments:
         """Returns those of one group of a grouped convolution.

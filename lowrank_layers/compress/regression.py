@@ -21,6 +21,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from ..calibrate.layer_stats import LayerStats
+from ..calibrate.readable import own_copy
 from ..calibrate.sketch import diagonal_plus_low_rank
 from ..linalg import LowRankRoot, Root, damp, exact_svd, gram_svd, low_rank_root, psd_root
 
@@ -57,6 +59,24 @@ class Metric:
             diagonal, factor = diagonal_plus_low_rank(moment)
             return cls(diagonal + damping * moment[:, 0].double().mean(), factor)
         return cls(damp(moment, damping))
+
+    @classmethod
+    def of_outputs(cls, stats: LayerStats, damping: float, device: torch.device) -> Metric | None:
+        """The form of one group's gradients in statistics; ``None`` where they are unknown, or all zero.
+
+        Args:
+            stats: the statistics.
+            damping: the ridge, relative to the mean of the diagonal.
+            device: where it is computed.
+        """
+        if vars(stats)["gradients"] is None:
+            return None
+        moment = own_copy(stats, "gradients").to(device)
+        if not bool(moment.count_nonzero()):
+            return None
+        if moment.ndim == 1 or moment.shape[0] != moment.shape[1]:
+            return cls.of_gradients(moment, damping)
+        return cls(add_ridge_(moment, damping * moment.diagonal().mean()))
 
     @cached_property
     def root(self) -> Root | LowRankRoot:

@@ -22,7 +22,7 @@ from ..calibrate.processes import Processes
 from ..calibrate.readable import Unread
 from ..calibrate.statistics import LayerStats, Statistics
 from ..errors import LowRankError
-from ..layers import ConvNd, bias_of, is_embedding, matrices_of, takes_bias
+from ..layers import ConvNd, bias_of, is_embedding, matrices_of, takes_bias, weight_of
 from ..memory import in_memory, release_freed, spilled
 from .anchoring import anchored
 from .build import build_layer, refit, write_
@@ -30,6 +30,7 @@ from .paired_moments import PairedMoments, Sums
 from .planned_layers import PlannedLayers
 from .rectified import ENTRIES, ROWS, Rectifier, build_rectified, rectifier_of
 from .registry import DENSE
+from .regression import Metric
 from .side_by_side import SideBySide
 
 HELD_OUT = 4
@@ -46,11 +47,13 @@ class Seen:
         stats: its statistics, behind the compressed prefix.
         rectifier: what cuts off its outputs, where it is fitted behind that.
         rows: rows of its inputs in both models, for that.
+        outputs: the metrics of its outputs, group by group, where they were needed already.
     """
 
     stats: LayerStats | None
     rectifier: Rectifier | None = None
     rows: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    outputs: list[Metric | None] | None = None
 
 
 Keep = Callable[[str, Callable[[], Seen], Callable[[Seen], nn.Module]], nn.Module]
@@ -98,15 +101,26 @@ def build_in_sequence(
                 layer, bias = model.get_submodule(name), plan[name].bias and plan[name].method != DENSE
                 seen.stats, held_out = paired.stats(name, layer, seen.stats, rows)
                 if held_out is not None and not rows:
-                    has_bias = bias_of(layer) is not None or bias
-                    seen.stats = anchored(layer, seen.stats, held_out, plan.damping, has_bias=has_bias) or stats[name]
+                    seen.stats = anchor(layer, seen, held_out, bias_of(layer) is not None or bias) or stats[name]
             return seen
+
+        def anchor(layer: nn.Module, seen: Seen, held_out: PairedMoments, has_bias: bool) -> LayerStats | None:
+            assert seen.stats is not None
+            weight, damping = weight_of(layer), plan.damping
+            groups = [seen.stats.group(k) for k in range(len(matrices_of(layer)))]
+            seen.outputs = [Metric.of_outputs(group, damping.outputs, weight.device) for group in groups]
+            found = anchored(layer, seen.stats, held_out, damping, seen.outputs, has_bias=has_bias)
+            cross = None if found is None else vars(found)["cross"]
+            if folder is not None and isinstance(cross, Tensor) and cross.nbytes > LARGE:
+                assert found is not None
+                found.cross = _in_file(cross, folder)
+            return found
 
         def factored(name: str, seen: Seen) -> nn.Module:
             entry, dense = plan[name], model.get_submodule(name)
             with passes.own_forward(name):
                 if seen.stats is None or seen.rectifier is None or not seen.rows:
-                    return build_layer(dense, entry, seen.stats, plan.damping).eval()
+                    return build_layer(dense, entry, seen.stats, plan.damping, seen.outputs).eval()
                 return build_rectified(dense, entry, seen.stats, plan.damping, seen.rectifier, seen.rows).eval()
 
         def refitted(name: str, seen: Seen) -> nn.Module:
@@ -193,6 +207,7 @@ class _Paired:
                     both.add(own_sums, across, count)
                     if is_out:
                         held_out.add(own_sums, across, count)
+                    del own_sums, across  # before the next ones are taken
         if any(self._processes.gather(apart)):
             if kept is not None:
                 kept.clear()
