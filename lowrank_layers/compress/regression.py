@@ -24,7 +24,7 @@ from torch import Tensor
 from ..calibrate.layer_stats import LayerStats
 from ..calibrate.readable import own_copy
 from ..calibrate.sketch import diagonal_plus_low_rank
-from ..linalg import LowRankRoot, Root, damp, exact_svd, gram_svd, low_rank_root, psd_root
+from ..linalg import LowRankRoot, Root, damp, exact_svd, leading_svd, low_rank_root, psd_root
 
 _COLUMNS = 8192
 """How many rows of an embedding are compared at once."""
@@ -204,12 +204,9 @@ class Regression:
 
     def pair(self, rank: int) -> tuple[Tensor, Tensor]:
         """``up [m, r]`` and ``down [r, n]`` of the best map of that rank, balanced."""
-        rows, columns = self.matrix.shape
-        long = max(rows, columns) >= 4 * min(rows, columns)
-        # on a GPU eigenvectors take a fraction of the time of an SVD
-        u, s, vh = gram_svd(self.matrix, rank) if long or self.matrix.is_cuda else exact_svd(self.matrix)
-        root = s[:rank].sqrt()
-        return self.outputs.root.divide(u[:, :rank] * root), self.inputs.root.divide(vh[:rank].mT * root).mT
+        u, s, vh = leading_svd(self.matrix, rank)
+        root = s.sqrt()
+        return self.outputs.root.divide(u * root), self.inputs.root.divide(vh.mT * root).mT
 
     def corrected_bias(self, product: Tensor) -> Tensor | None:
         """``b + W E[x] - A E[x']``, with ``A`` the map that was found."""

@@ -41,5 +41,6 @@ from .svd import (
     exact_svd as exact_svd,
     gram_svd as gram_svd,
     leading_eigenvectors as leading_eigenvectors,
+    leading_svd as leading_svd,
     randomized_svd as randomized_svd,
 )

@@ -9,6 +9,7 @@ from lowrank_layers.linalg import (
     gram_svd,
     krylov_svd,
     leading_eigenvectors,
+    leading_svd,
     randomized_svd,
 )
 
@@ -121,3 +122,18 @@ def test_leading_eigenvectors_come_largest_first_in_fp64():
     found = leading_eigenvectors(((vectors * values) @ vectors.mT).float(), 3)
     assert found.dtype == torch.float64
     assert torch.allclose((found.mT @ vectors[:, :3]).abs(), torch.eye(3, dtype=torch.float64), atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(520, 700), (700, 520), (530, 530)], ids=str)
+@pytest.mark.parametrize("ratio", [0.999, 0.95], ids=["Gram matrix", "exact"])
+def test_of_large_matrices_the_best_approximation_is_found_to_rounding(shape, ratio):
+    """Where singular values fall too far for eigenvectors of the Gram matrix, it is an SVD."""
+    matrix, rank = decaying(shape, ratio), 300
+    u, s, vh = leading_svd(matrix, rank)
+    exact_u, exact_s, exact_vh = exact(matrix, rank)
+    assert u.shape == exact_u.shape
+    assert vh.shape == exact_vh.shape
+    assert torch.allclose(s, exact_s, rtol=1e-9, atol=0)
+    assert torch.allclose((u * s) @ vh, (exact_u * exact_s) @ exact_vh, rtol=0, atol=1e-9 * float(s[0]))
+    assert distance_from_orthonormal(u) < 1e-9
+    assert distance_from_orthonormal(vh.mT) < 1e-9
