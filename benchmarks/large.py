@@ -223,6 +223,8 @@ def main() -> None:
         return
     line = machine(args, "transformers")
     known = json.loads(args.known.read_text()) if args.known is not None and args.known.exists() else {}
+    if args.work is not None:
+        args.work.mkdir(parents=True, exist_ok=True)
     found: dict[str, dict[str, Any]] = {}
     rows = []
     for name in ["smoke"] if args.smoke else args.models:
