@@ -149,7 +149,10 @@ def _facts(loss: Loss | None, mask: MaskOf | None) -> dict[str, Any]:
 
 @contextmanager
 def without_cache(model: nn.Module) -> Iterator[None]:
-    """Lets no model of transformers keep keys and values inside, which a stage that is run again would add twice."""
+    """Lets no model of transformers keep keys and values inside.
+
+    A stage that is run again would add its own twice, and passes that wait would hold those of all layers.
+    """
     configs: dict[int, Any] = {
         id(config): config for module in model.modules() if (config := vars(module).get("config"))
     }

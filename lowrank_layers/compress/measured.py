@@ -14,6 +14,7 @@ from ..calibrate.example import map_tensors
 from ..calibrate.fisher import counted_positions
 from ..calibrate.overridden import overridden
 from ..calibrate.prefix_memo import KnownPass, PrefixMemo
+from ..calibrate.staged_calibration import without_cache
 from ..calibrate.statistics import Statistics
 from ..errors import LowRankError
 from ..memory import release_mapped
@@ -62,6 +63,7 @@ class MeasuredEffects:
     def __enter__(self) -> MeasuredEffects:
         with ExitStack() as undo:
             undo.enter_context(quiet_eval(self._model))
+            undo.enter_context(without_cache(self._model))
             undo.enter_context(self._memo)
             first = self._memo.add(self._batches[0])
             rows = max(1, len(_rows(first, first.output)))

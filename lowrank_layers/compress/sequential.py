@@ -20,6 +20,7 @@ from ..calibrate.moments import sums
 from ..calibrate.patch_moments import patch_sums
 from ..calibrate.processes import Processes
 from ..calibrate.readable import Unread
+from ..calibrate.staged_calibration import without_cache
 from ..calibrate.statistics import LayerStats, Statistics
 from ..errors import LowRankError
 from ..layers import ConvNd, bias_of, is_embedding, matrices_of, takes_bias, weight_of
@@ -88,7 +89,7 @@ def build_in_sequence(
     built: dict[str, nn.Module] = {}
     names = [entry.name for entry in plan if entry.name in stats]
     passes = SideBySide(model, names, batches, stats.with_target, stats.mask, stats.example, folder)
-    with quiet_eval(model), passes:
+    with quiet_eval(model), without_cache(model), passes:
         order = [*passes.calls, *(entry.name for entry in plan if entry.name not in passes.calls)]
         paired = _Paired(passes, len(batches), stats.clip, processes or Processes(), folder)
 
