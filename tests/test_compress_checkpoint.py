@@ -162,6 +162,36 @@ def test_a_run_that_stops_anywhere_goes_on_to_the_same_bytes(folder, tmp_path, m
     assert digest(broken) == digest(whole)
 
 
+def test_a_run_that_stops_when_all_is_written_is_not_lost(folder, tmp_path, monkeypatch):
+    """It removes its own files last, one after the other."""
+    own, left = run_folder._remove, [0]
+    plan = lr.compress_checkpoint(folder, tmp_path / "whole", BUDGET, tokens())
+
+    def stops(path: Path) -> None:
+        if left[0] == 0:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        own(path)
+
+    for count in range(4):  # the plan, the moments, the layers, and the folder of the run
+        left[0] = count
+        monkeypatch.setattr(run_folder, "_remove", stops)
+        with pytest.raises(KeyboardInterrupt):
+            lr.compress_checkpoint(folder, tmp_path / "small", BUDGET, tokens())
+        monkeypatch.setattr(run_folder, "_remove", own)
+    assert str(lr.compress_checkpoint(folder, tmp_path / "small", BUDGET, tokens())) == str(plan)
+    assert not (tmp_path / "small" / run_folder.WORK).exists()
+    assert digest(tmp_path / "small") == digest(tmp_path / "whole")
+
+
+def test_a_run_that_stopped_before_it_had_begun_is_none(folder, tmp_path):
+    work = tmp_path / "small" / run_folder.WORK
+    work.mkdir(parents=True)
+    (work / "arguments.json.tmp").write_text("{")
+    lr.compress_checkpoint(folder, tmp_path / "small", BUDGET, tokens())
+    assert not work.exists()
+
+
 SCRIPT = """
     import contextlib, os, random, signal, sys, time, torch, lowrank_layers as lr
     from benchmarks.vision import import_torchvision

@@ -29,7 +29,7 @@ from ..modules import Selector, opened_attentions, reasons_to_keep, select, walk
 from ..rank import Budget
 from .layer_store import LayerStore
 from .mapped_model import fill_from_files_
-from .run_folder import begin, digest_of, facts_of
+from .run_folder import begin, digest_of, end, facts_of
 from .tensor_files import Checkpoint
 from .transformers_model import transformers_model
 from .write_model import put_in_place_, write_model
@@ -180,7 +180,7 @@ def compress_checkpoint(
 
     def finish() -> None:
         write_model(model, target, source, plan)
-        shutil.rmtree(work)
+        end(target)
 
     processes.from_first(finish)
     return plan

@@ -19,6 +19,8 @@ from .tensor_files import Checkpoint
 
 WORK = ".lowrank_layers"
 """The folder, inside of the target, of what a run has done so far."""
+_ARGUMENTS = "arguments.json"
+"""The file in it of what the run was called with."""
 
 
 def begin(target: Path, arguments: dict[str, Any], model: nn.Module, numbers: int) -> Path:
@@ -36,7 +38,9 @@ def begin(target: Path, arguments: dict[str, Any], model: nn.Module, numbers: in
     _check_space(target, model, numbers)
     check_folder(target)
     work, text = target / WORK, json.dumps(arguments, indent=1)
-    known = work / "arguments.json"
+    known = work / _ARGUMENTS
+    if work.is_dir() and not known.is_file() and list(target.iterdir()) == [work]:
+        _remove(work)  # a run that was killed before it had begun
     if target.is_dir() and any(target.iterdir()):
         if not known.is_file():
             raise CheckpointError(
@@ -51,6 +55,21 @@ def begin(target: Path, arguments: dict[str, Any], model: nn.Module, numbers: in
     with replacing(known) as temporary:
         temporary.write_text(text)
     return work
+
+
+def end(target: Path) -> None:
+    """Removes the folder of a run whose result is written.
+
+    What it was called with goes last: if it is killed here, the next call still knows the run, and does it again.
+
+    Args:
+        target: where the result is.
+    """
+    work = target / WORK
+    for path in work.iterdir():
+        if path.name != _ARGUMENTS:
+            _remove(path)
+    _remove(work)
 
 
 def facts_of(checkpoint: Checkpoint) -> list[Any]:
@@ -76,6 +95,14 @@ def digest_of(batches: Sequence[Any]) -> str:
         else:
             found.update(repr(leaf).encode())
     return found.hexdigest()
+
+
+def _remove(path: Path) -> None:
+    """Removes a file or a folder."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def _check_space(target: Path, model: nn.Module, numbers: int) -> None:
