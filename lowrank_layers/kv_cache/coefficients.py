@@ -77,7 +77,9 @@ class Coefficients(ABC):
     @property
     def tokens(self) -> int:
         """Number of tokens."""
-        return next((code.shape[-1] for code in self.codes.values()), 0)
+        for code in self.codes.values():
+            return code.shape[-1]
+        return 0
 
     def append(self, values: Tensor) -> None:
         """Stores more tokens.

@@ -20,6 +20,8 @@ def compiled_functions() -> ctypes.CDLL | None:
         found.tile_scores.argtypes = [pointer] * 10 + [integer] * 11
         found.mixed.argtypes = [pointer] * 7 + [integer] * 10
         found.attention.argtypes = [pointer] * 4 + [ctypes.c_float]
+        found.append_token.argtypes = [pointer] * 4 + [integer] * 5
+        found.append_token.restype = integer
         found.encode.argtypes = [pointer] * 4 + [integer] * 7
         found.compress_tokens.argtypes = [pointer] * 14 + [integer] * 17
         found.second_moment.argtypes = [pointer] * 2 + [integer] * 5

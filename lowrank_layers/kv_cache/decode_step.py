@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -20,53 +20,43 @@ from .bit_planes import PLANES
 from .compiled_functions import compiled_functions
 from .compressed_tokens import CompressedTokens
 from .decode_kernel import Arguments, arguments
+from .recent_tokens import RecentTokens
 from .rope import TILE_FRAME, Rotation
 
 Sides = tuple[Tensor, Tensor]
-EXACT = 3 + 2 * (4 + len(PLANES))
-"""Where the pointers to exact tokens begin."""
-SIZES = 2 * (len(PLANES) + 1)
-"""Where the sizes of exact tokens begin."""
-THREADS = SIZES + 10 + 14
+RECENT = 2 * (len(PLANES) + 1) + 5
+"""Where, among the numbers, that of recent tokens is."""
+THREADS = RECENT + 19
 """Where the number of threads is."""
 
 
 def attention(
     query: Tensor,
-    exact: Sequence[Sides],
+    first: Sides | None,
+    recent: tuple[RecentTokens, RecentTokens],
     old: tuple[CompressedTokens, CompressedTokens],
     rotation: Rotation,
-    offset: int,
     scale: float,
 ) -> Tensor | None:
     """Softmax attention of one query per head to exact and to compressed tokens.
 
     Args:
         query: ``[batch, query heads, 1, size]``.
-        exact: keys and values ``[batch, heads, tokens, size]`` of at most two runs of exact tokens.
+        first: exact keys and values ``[batch, heads, tokens, size]`` before the compressed ones; ``None`` for none.
+        recent: exact keys and values after them.
         old: compressed keys, in the frame of their tile, and values.
         rotation: the rotation of the keys.
-        offset: index of the first compressed token.
         scale: factor of the scores.
 
     Returns:
         ``[batch, query heads, 1, size of a value]``; ``None`` where the compiled function does not serve.
     """
-    if not (_serves(query) and len(exact) <= 2 and all(_is_plain(side) for pair in exact for side in pair)):
-        return None
-    step = _prepared(query, old, rotation, offset)
+    step = _prepared(query, first, recent, old, rotation) if _serves(query) else None
     if step is None:
         return None
     query = query.contiguous()
-    out = query.new_empty(*query.shape[:3], step.value_size)
-    for index in range(2):
-        sizes: list[int | ctypes.c_int64] = [0] * 5
-        if index < len(exact):
-            k, v = exact[index]
-            step.tensors[EXACT + 2 * index : EXACT + 2 * index + 2] = [k.data_ptr(), v.data_ptr()]
-            sizes = [k.shape[2], *k.stride()[:2], *v.stride()[:2]]
-        step.numbers[SIZES + 5 * index : SIZES + 5 * index + 5] = sizes
-    step.numbers[THREADS] = torch.get_num_threads()
+    out = torch.empty(step.shape, dtype=torch.float32, device="cpu")
+    step.numbers[RECENT], step.numbers[THREADS] = recent[0].tokens, torch.get_num_threads()
     step.function(query.data_ptr(), out.data_ptr(), step.tensors, step.numbers, scale)
     return out
 
@@ -75,68 +65,74 @@ def attention(
 class _Step:
     """What of a step's arguments stays until more tokens are compressed."""
 
-    stored: tuple[object, ...]
+    parts: tuple[object, ...]
     sides: tuple[Arguments, Arguments]
-    shape: torch.Size
+    query: torch.Size
+    shape: tuple[int, ...]
     waves: Tensor
     function: Callable[..., None]
     tensors: ctypes.Array[ctypes.c_void_p]
     numbers: ctypes.Array[ctypes.c_int64]
-    value_size: int
 
 
 def _prepared(
-    query: Tensor, old: tuple[CompressedTokens, CompressedTokens], rotation: Rotation, offset: int
+    query: Tensor,
+    first: Sides | None,
+    recent: tuple[RecentTokens, RecentTokens],
+    old: tuple[CompressedTokens, CompressedTokens],
+    rotation: Rotation,
 ) -> _Step | None:
-    """The arguments for compressed tokens; ``None`` where the compiled function does not serve."""
-    keys, values = old
-    first, second = keys.parts[0], values.parts[0]
-    stored = (first.subspace, first.coefficients.codes, second.subspace, second.coefficients.codes)
-    held: _Step | None = vars(first.coefficients).get("_step")
-    if held is not None and held.shape == query.shape and all(map(operator.is_, held.stored, stored)):
+    """The arguments that stay; ``None`` where the compiled function does not serve."""
+    keys, values = old[0].parts[0], old[1].parts[0]
+    buffers = recent[0].buffer, recent[1].buffer
+    parts = (keys.subspace, keys.coefficients.codes, values.subspace, values.coefficients.codes, first, *buffers)
+    held: _Step | None = vars(keys.coefficients).get("_step")
+    if held is not None and held.query == query.shape and all(map(operator.is_, held.parts, parts)):
         return held
-    if len(keys.parts) != 1 or len(values.parts) != 1 or keys.frame is None:
+    if len(old[0].parts) != 1 or len(old[1].parts) != 1 or old[0].frame is None:
         return None
-    groups, heads = first.subspace.basis.shape[1], keys.heads
-    served = all(decode_kernel.applies(query, part.subspace, part.coefficients) for part in (first, second))
-    if not served or groups != second.subspace.basis.shape[1]:
+    groups, heads = keys.subspace.basis.shape[1], old[0].heads
+    exact = ((None, None) if first is None else first, buffers)
+    served = all(decode_kernel.applies(query, part.subspace, part.coefficients) for part in (keys, values))
+    if not served or groups != values.subspace.basis.shape[1] or not all(_is_plain(x) for run in exact for x in run):
         return None
     batch, query_heads, _, size = query.shape
-    sides = (arguments(first.subspace, first.coefficients), arguments(second.subspace, second.coefficients))
-    waves = rotation.tile_waves(offset, keys.tokens)
+    sides = (arguments(keys.subspace, keys.coefficients), arguments(values.subspace, values.coefficients))
+    waves = rotation.tile_waves(0 if first is None else first[0].shape[2], old[0].tokens)
     numbers = (
         *(count for side in sides for count in side.counts),
-        *[0] * 10,
+        *(number for run in exact for number in _sizes(*run)),
         *(side.pitch for side in sides),
         batch,
         groups,
-        len(first.subspace.mean),
-        len(second.subspace.mean),
+        len(keys.subspace.mean),
+        len(values.subspace.mean),
         heads // groups,
         query_heads // heads,
         size,
-        second.size,
+        values.size,
         len(rotation.frequencies),
-        keys.tokens,
+        old[0].tokens,
         TILE_FRAME,
         LEAST_GAIN,
-        0,
+        torch.get_num_threads(),
     )
-    tensors = (keys.frame.entries.data_ptr(), waves.data_ptr(), rotation.offset_waves.data_ptr())
-    pointers = (*tensors, *sides[0].pointers, *sides[1].pointers, *[0] * 4)
+    frame = (old[0].frame.entries.data_ptr(), waves.data_ptr(), rotation.offset_waves.data_ptr())
+    tokens = (0 if x is None else x.data_ptr() for run in exact for x in run)
+    pointers = (*frame, *sides[0].pointers, *sides[1].pointers, *tokens)
     functions = compiled_functions()
     assert functions is not None
     step = _Step(
-        stored,
+        parts,
         sides,
         query.shape,
+        (batch, query_heads, 1, values.size),
         waves,
         functions.attention,
         (ctypes.c_void_p * len(pointers))(*pointers),
         (ctypes.c_int64 * len(numbers))(*numbers),
-        second.size,
     )
-    vars(first.coefficients)["_step"] = step
+    vars(keys.coefficients)["_step"] = step
     return step
 
 
@@ -147,6 +143,13 @@ def _serves(query: Tensor) -> bool:
     return plain and not learns and not torch.compiler.is_compiling()
 
 
-def _is_plain(x: Tensor) -> bool:
+def _is_plain(x: Tensor | None) -> bool:
     """Whether exact tokens can be read: fp32, a token after the other within a head."""
-    return x.dtype == torch.float32 and (x.stride(3), x.stride(2)) == (1, x.shape[3])
+    return x is None or (x.dtype == torch.float32 and (x.stride(3), x.stride(2)) == (1, x.shape[3]))
+
+
+def _sizes(keys: Tensor | None, values: Tensor | None) -> tuple[int, ...]:
+    """How many exact tokens there are, and the steps between batch rows and heads, of keys and of values."""
+    if keys is None or values is None:
+        return (0,) * 5
+    return keys.shape[2], *keys.stride()[:2], *values.stride()[:2]

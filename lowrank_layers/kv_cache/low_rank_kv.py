@@ -12,6 +12,7 @@ from ..errors import LowRankError
 from ..rank import Rank
 from ..settings import settings_from
 from . import decode_step
+from .append_kernel import append_token
 from .attend import attend
 from .autocast import as_autocast, without_autocast
 from .compressed_tokens import CompressedTokens
@@ -100,6 +101,8 @@ class LowRankKV:
             LowRankError: for no tokens, other shapes, dtypes or devices than before, NaN or Inf, or more than
                 ``max_length``; nothing is appended then.
         """
+        if self._append_at_once(keys, values):
+            return
         self._check(keys, values)
         if self.recent is None:
             room = self.settings.recent + self.settings.block_on(keys.device)
@@ -114,8 +117,11 @@ class LowRankKV:
             mask: the mask of that step, as in :meth:`attend`, or ``[batch, tokens]``; ``None`` hides none. Tokens that
                 no query attends to are padding.
         """
-        single = len(self) - self.padding.masked == 1 and self.old is not None
-        self.padding.learn(None if single else mask, len(self.like()), len(self))
+        tokens = len(self)
+        if self.old is not None and (mask is None or tokens - self.padding.masked == 1):
+            self.padding.masked = tokens
+            return
+        self.padding.learn(mask, len(self.like()), tokens)
         self._find_starts()
 
     def attend(
@@ -149,14 +155,18 @@ class LowRankKV:
             mask = starts.arranged(mask)
         return attend(query, self.segments(), mask=mask, scale=scale, causal=causal, softcap=softcap, sinks=sinks)
 
+    def _append_at_once(self, keys: Tensor, values: Tensor) -> bool:
+        """One token in one compiled function, where that serves: whether it was added."""
+        if self.old is None or self.recent is None or self.settings.by_rank or self.settings.max_length is not None:
+            return False
+        return append_token(self.recent, keys, values)
+
     def _attend_at_once(self, query: Tensor, scale: float | None) -> Tensor | None:
         """One query per head in one compiled function, where that serves."""
         if self.old is None or self.recent is None or self.rotation is None or self.padding.starts is not None:
             return None
-        keys, values = self.recent
-        exact = [(keys.read(), values.read())] if self.first is None else [self.first, (keys.read(), values.read())]
         scale = query.shape[-1] ** -0.5 if scale is None else scale
-        return decode_step.attention(as_autocast(query), exact, self.old, self.rotation, self._first_tokens(), scale)
+        return decode_step.attention(as_autocast(query), self.first, self.recent, self.old, self.rotation, scale)
 
     def segments(self) -> list[Segment]:
         """All tokens: first, old and recent ones, as they are stored."""

@@ -27,11 +27,19 @@ class RecentTokens:
             x: ``[batch, heads, tokens, size]``.
         """
         stop = self.tokens + x.shape[2]
-        if stop > self.buffer.shape[2] or x.requires_grad or self.buffer.requires_grad or self._is_frozen():
+        if stop > self.buffer.shape[2] or self.needs_copy(x):
             self.buffer = torch.cat([self.read(), x], 2)
         else:
             self.buffer[:, :, self.tokens : stop] = x
         self.tokens = stop
+
+    def needs_copy(self, x: Tensor) -> bool:
+        """Whether tokens cannot be written into the buffer as it is.
+
+        Args:
+            x: the tokens.
+        """
+        return x.requires_grad or self.buffer.requires_grad or self._is_frozen()
 
     def _is_frozen(self) -> bool:
         """Whether it was made in inference mode and that has ended (a compiled graph cannot ask)."""

@@ -112,7 +112,7 @@ class KVSettings:
     @property
     def by_rank(self) -> bool:
         """Whether a rank is kept in one dtype, rather than bits by direction."""
-        return any(value is not None for value in (self.rank, self.value_rank, self.dtype))
+        return not (self.rank is None and self.value_rank is None and self.dtype is None)
 
     @property
     def mean_bits(self) -> float:

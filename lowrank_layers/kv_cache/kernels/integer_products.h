@@ -24,9 +24,6 @@ static inline Integers add_products(Integers sum, Integers x, Integers y) {
 #endif
 }
 
-static inline Integers add_products(Integers sum, int32_t x, Integers y) { return add_products(sum, Integers{} + x, y); }
-static inline Floats add_products(Floats sum, float x, Floats y) { return sum + x * y; }
-
 static inline Integers load(const int32_t* x) {
   Integers found;
   std::memcpy(&found, x, sizeof found);
@@ -52,41 +49,89 @@ static inline Integers rounded(Floats x) {
 }
 
 // Writes LANES integers as 16 bits each.
-static inline void store_shorts(int32_t* to, Integers x) {
+static inline void store_shorts(int16_t* to, Integers x) {
   const Shorts narrow = __builtin_convertvector(x, Shorts);
   std::memcpy(to, &narrow, sizeof narrow);
 }
 
-// Products of rows ("from", inner numbers each) with a matrix of whole vectors of columns, to where a table says.
-template <class Number>
+static inline void store_rounded(int16_t* to, Floats x) { store_shorts(to, rounded(x)); }
+static inline void store_rounded(int16_t* to, float x) {
+  const int16_t found = int16_t(std::lrint(x));
+  std::memcpy(to, &found, sizeof found);
+}
+
+static inline Floats reversed(Floats x) {
+  Floats found;
+  for (int64_t i = 0; i < LANES; i++) found[i] = x[LANES - 1 - i];
+  return found;
+}
+
+// Products of rows (pairs of integers) with STEP columns of a matrix, to where a table says: so many rows at a time that
+// their sums stay in registers.
 struct Product {
-  const Number* from;
-  int64_t inner;
-  const Number* matrix;
-  int64_t columns;
-  Number* to;
+  const int32_t* from;
+  int64_t stride, inner;  // of rows: from one to the next, and how many pairs they have
+  const int32_t* matrix;  // [inner, STEP]
+  int32_t* to;
+  int64_t columns;        // from one row of "to" to the next
   const int64_t* places;  // of the rows, in "to"
 
   template <int64_t M>
   void at(int64_t start) const {
-    constexpr int64_t vectors = vectors_of(M);
-    int64_t c = 0;
-    for (; c + vectors * LANES <= columns; c += vectors * LANES) part<M, vectors>(start, c);
-    if (c < columns) part<M, 1>(start, c);
+    Integers sums[M][2];
+    for (int64_t m = 0; m < M; m++) sums[m][0] = sums[m][1] = Integers{};  // "= {}" of them all would write to memory
+    for (int64_t k = 0; k < inner; k++) {
+      const Integers left = load(matrix + k * STEP), right = load(matrix + k * STEP + LANES);
+      for (int64_t m = 0; m < M; m++) {
+        const Integers row = Integers{} + from[(start + m) * stride + k];
+        sums[m][0] = add_products(sums[m][0], row, left);
+        sums[m][1] = add_products(sums[m][1], row, right);
+      }
+    }
+    for (int64_t m = 0; m < M; m++)
+      for (int64_t v = 0; v < 2; v++) store(to + places[start + m] * columns + v * LANES, sums[m][v]);
+  }
+};
+
+// Products of rows with the waves of offsets about a centre, to where a table says. Cosines are even in the offset and
+// sines odd: the sums over each give those of two offsets.
+struct ProductWithWaves {
+  const float* from;   // [rows, 2 pairs + 1]
+  int64_t pairs;
+  const float* waves;  // [2 pairs + 1, tile], from the first offset to the last; the last row is of ones
+  int64_t tile;        // a multiple of 32
+  float* to;           // [., tile]
+  const int64_t* places;  // of the rows, in "to"
+
+  static constexpr int64_t VECTORS = LANES == 16 ? 1 : 2;
+
+  template <int64_t M>
+  void at(int64_t start) const {
+    const int64_t half = tile / 2;
+    for (int64_t c = 0; c < half; c += VECTORS * LANES) {
+      Floats even[M][VECTORS], odd[M][VECTORS];
+      for (int64_t m = 0; m < M; m++)
+        for (int64_t v = 0; v < VECTORS; v++) {
+          even[m][v] = Floats{} + from[(start + m) * (2 * pairs + 1) + 2 * pairs];
+          odd[m][v] = Floats{};
+        }
+      add<M>(even, start, 0, half + c);
+      add<M>(odd, start, pairs, half + c);
+      for (int64_t m = 0; m < M; m++)
+        for (int64_t v = 0; v < VECTORS; v++) {
+          float* centre = to + places[start + m] * tile + half;
+          store(centre + c + v * LANES, even[m][v] + odd[m][v]);
+          store(centre - c - (v + 1) * LANES, reversed(even[m][v] - odd[m][v]));
+        }
+    }
   }
 
-  template <int64_t M, int64_t vectors>
-  void part(int64_t start, int64_t c) const {
-    typedef decltype(load(matrix)) Vector;
-    Vector sums[M][vectors];
-    for (int64_t m = 0; m < M; m++)
-      for (int64_t v = 0; v < vectors; v++) sums[m][v] = Vector{};  // "= {}" of them all would write to memory
-    for (int64_t k = 0; k < inner; k++)
-      for (int64_t v = 0; v < vectors; v++) {
-        const Vector column = load(matrix + k * columns + c + v * LANES);
-        for (int64_t m = 0; m < M; m++) sums[m][v] = add_products(sums[m][v], from[(start + m) * inner + k], column);
+  template <int64_t M>
+  void add(Floats (&sums)[M][VECTORS], int64_t start, int64_t first, int64_t column) const {
+    for (int64_t k = first; k < first + pairs; k++)
+      for (int64_t v = 0; v < VECTORS; v++) {
+        const Floats wave = load(waves + k * tile + column + v * LANES);
+        for (int64_t m = 0; m < M; m++) sums[m][v] += from[(start + m) * (2 * pairs + 1) + k] * wave;
       }
-    for (int64_t m = 0; m < M; m++)
-      for (int64_t v = 0; v < vectors; v++) store(to + places[start + m] * columns + c + v * LANES, sums[m][v]);
   }
 };

@@ -1,4 +1,4 @@
-// Scores from levels, as they lie in their bytes: two directions at a time, whose coefficients are 16-bit integers.
+// Scores from levels: two directions at a time, whose coefficients are 16-bit integers.
 
 #pragma once
 
@@ -39,14 +39,16 @@ struct Coded {
   int32_t middle;
 
   void scale(const Maps& maps, const PairsOfLevels& order) {
-    Floats most = {}, sum = {};
+    Integers most = {};  // bits of the absolute value, which are in its order
+    Floats sum = {};
     for (int64_t c = 0; c < maps.columns; c += LANES) {
       const Floats x = as_floats(load((const int32_t*)coefficients + c)) * load(maps.scales.data() + c);
-      most = (x > -x ? x : -x) > most ? (x > -x ? x : -x) : most;
+      const Integers size = (Integers)x & 0x7fffffff;
+      most = size > most ? size : most;
       sum += x * load(order.middles.data() + c);
       store(coefficients + c, x);
     }
-    greatest = greatest_of(most);
+    greatest = greatest_of((Floats)most);
     half = total(sum);
   }
 
@@ -65,71 +67,48 @@ struct Coded {
     unit = greatest > 0 ? factor / times : 0;
     middle = int32_t(half * times);
   }
+
+  // The scores of STEP tokens from the sums of products.
+  void scores(const int32_t* sums, const float* gains, const float* shifts, float* to) const {
+    for (int64_t t = 0; t < STEP; t += LANES)
+      store(to + t, as_floats(load(sums + t) - middle) * (load(gains + t) * unit) + load(shifts + t));
+  }
 };
 
-// Scores of STEP tokens of one tile.
-struct Scoring {
+// The levels of STEP tokens, two directions in a number, [pairs of directions, STEP].
+struct UnpackedLevels {
   const Levels& levels;
-  const Coded* rows;
-  const float* shifts;  // [rows, tile]
-  int64_t tile;
-  const float* gains;
-  float* scores;
-  int64_t stride;
+  int32_t* to;
 
-  template <int64_t M>
-  void at(int64_t start) const {
-    constexpr int64_t vectors = vectors_of(M);
-    for (int64_t t = 0; t < STEP; t += vectors * LANES) part<M, vectors>(start, t);
+  void read() {
+    add<8>(levels.of[0], levels.rows[0]);
+    add<4>(levels.of[1], levels.rows[1]);
+    add<2>(levels.of[2], levels.rows[2]);
+    add<1>(levels.of[3], levels.rows[3]);
   }
 
-  template <int64_t M, int64_t vectors>
-  inline void part(int64_t start, int64_t first) const {
-    Integers sums[M][vectors];
-    const int32_t* from[M];
-    for (int64_t m = 0; m < M; m++) {
-      for (int64_t v = 0; v < vectors; v++) sums[m][v] = Integers{} - rows[start + m].middle;
-      from[m] = rows[start + m].pairs;
-    }
-    add<8>(sums, levels.of[0] + first, levels.rows[0], from);
-    add<4>(sums, levels.of[1] + first, levels.rows[1], from);
-    add<2>(sums, levels.of[2] + first, levels.rows[2], from);
-    add<1>(sums, levels.of[3] + first, levels.rows[3], from);
-    for (int64_t m = 0; m < M; m++)
-      for (int64_t v = 0; v < vectors; v++) {
-        const int64_t t = first + v * LANES;
-        store(scores + (start + m) * stride + t, as_floats(sums[m][v]) * (load(gains + t) * rows[start + m].unit) +
-                                                     load(shifts + (start + m) * tile + t));
-      }
-  }
-
-  template <int width, int64_t M, int64_t vectors>
-  inline void add(Integers (&sums)[M][vectors], const uint8_t* bytes, int64_t count, const int32_t* (&from)[M]) const {
+  template <int width>
+  void add(const uint8_t* bytes, int64_t count) {
     constexpr int pairs = width == 8 ? 1 : 4 / width;
     constexpr uint32_t mask = ((1u << width) - 1) * 0x10001u;
     const int64_t rows = width == 8 ? (count + 1) / 2 : count;
-    for (int64_t j = 0; j < rows; j++, bytes += levels.stride) {
-      Words wide[vectors];
+    for (int64_t j = 0; j < rows; j++, bytes += levels.stride, to += STEP) {
+      const uint8_t* second = width == 8 && rows + j < count ? bytes + rows * levels.stride : nullptr;
       __builtin_prefetch(bytes + AHEAD);
-      for (int64_t v = 0; v < vectors; v++) wide[v] = widened(bytes + v * LANES);
-      if (width == 8 && rows + j < count) {
-        const uint8_t* second = bytes + rows * levels.stride;
-        __builtin_prefetch(second + AHEAD);
-        for (int64_t v = 0; v < vectors; v++) wide[v] |= widened(second + v * LANES) << 16;
-      }
-#pragma GCC unroll 4
-      for (int pair = 0; pair < pairs; pair++) {
-        Integers level[vectors];
-        for (int64_t v = 0; v < vectors; v++) {
-          const Words x = wide[v] >> (2 * width * pair % 32);
-          level[v] = (Integers)(width == 8 ? x : (x | x << (16 - width)) & mask);
+      if (second != nullptr) __builtin_prefetch(second + AHEAD);
+      for (int64_t t = 0; t < STEP; t += LANES) {
+        const Words wide = widened(bytes + t);
+        if (width == 8) {
+          store(to + t, (Integers)(second == nullptr ? wide : wide | widened(second + t) << 16));
+          continue;
         }
-        for (int64_t m = 0; m < M; m++) {
-          const int32_t factors = from[m][pair * rows + j];
-          for (int64_t v = 0; v < vectors; v++) sums[m][v] = add_products(sums[m][v], factors, level[v]);
+#pragma GCC unroll 4
+        for (int pair = 0; pair < pairs; pair++) {
+          const Words x = wide >> (2 * width * pair % 32);
+          store(to + pair * rows * STEP + t, (Integers)((x | x << (16 - width)) & mask));
         }
       }
     }
-    for (int64_t m = 0; m < M; m++) from[m] += pairs * rows;
+    to += (pairs - 1) * rows * STEP;
   }
 };

@@ -35,6 +35,7 @@ typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
 typedef uint8_t Bytes __attribute__((vector_size(LANES)));
 
 static inline int64_t whole(int64_t count) { return (count + LANES - 1) / LANES * LANES; }
+static inline int64_t steps(int64_t count) { return (count + STEP - 1) / STEP; }
 
 static inline Floats load(const float* x) {
   Floats found;

@@ -3,6 +3,8 @@
 
 #pragma once
 
+#include <numeric>
+
 #include "level_scores.h"
 
 // Scores of all tokens, by the threads of a parallel region.
@@ -32,12 +34,14 @@ struct TileScores {
     const Pairs paired = {entries, pairs, size};
     const PairsOfLevels order(levels);
     const int64_t rank = levels.rank(), inner = 2 * pairs + 1, joint = heads * rows, all = at_once() * joint;
-    const int64_t columns = whole(rank), halves = whole(size) / 2, room = whole(order.count) + LANES;
-    Numbers own(joint * size), turned(whole(size)), along(at_once() * rows * inner), shifts(all * tile);
-    Numbers coefficients(all * columns + LANES), last(joint * STEP);
+    const int64_t columns = steps(rank) * STEP, halves = whole(size) / 2, room = whole(order.count) + LANES;
+    Numbers own(joint * size), along(at_once() * rows * inner), shifts(all * tile);
+    Numbers coefficients(all * columns + LANES);
     Zeros<int32_t> turned_pairs(at_once() * rows * halves), coded_pairs(all * room);
-    std::vector<float> steps(joint);  // of a query's integers
-    std::vector<int64_t> places(at_once() * rows);
+    std::vector<float> grains(joint);  // of a query's integers
+    std::vector<int64_t> places(at_once() * rows), in_order(joint);
+    std::iota(in_order.begin(), in_order.end(), 0);
+    Zeros<int32_t> unpacked(order.count * STEP), sums(joint * STEP);
     std::vector<Coded> coded(all);
     for (int64_t row = 0; row < all; row++)
       coded[row] = {coefficients.data() + row * columns, coded_pairs.data() + row * room};
@@ -53,44 +57,47 @@ struct TileScores {
         float* query = own.data() + row * size;
         paired.read(queries + (group * joint + row) * size, query);
         for (int64_t k = 0; k < size; k++) query[k] *= factor;
-        steps[row] = paired.most(query) / query_limit();
+        grains[row] = paired.most(query) / query_limit();
       }
       before = group;
       for (int64_t h = 0; h < heads; h++) {
         for (int64_t r = 0; r < rows; r++) {
           const int64_t row = h * rows + r;
-          const float times = steps[row] > 0 ? 1 / steps[row] : 0;
+          const float times = grains[row] > 0 ? 1 / grains[row] : 0;
           for (int64_t i = 0; i < count; i++) {
             const int64_t k = i * rows + r;
-            paired.turn_back(own.data() + row * size, waves + (first + i) * inner, maps.mean.data() + h * size,
-                             turned.data(), along.data() + k * inner);
-            for (int64_t j = 0; j < size; j += LANES)
-              store_shorts(turned_pairs.data() + k * halves + j / 2, rounded(load(turned.data() + j) * times));
+            paired.turn_back(own.data() + row * size, waves + (first + i) * inner, maps.mean.data() + h * size, times,
+                             (int16_t*)(turned_pairs.data() + k * halves), along.data() + k * inner);
             places[k] = i * joint + row;
           }
         }
         const int32_t* map = maps.pairs.data() + h * halves * columns;
         int32_t* products = (int32_t*)coefficients.data();
-        in_blocks<ROWS>(count * rows,
-                        Product<float>{along.data(), inner, offset_waves, tile, shifts.data(), places.data()});
-        in_blocks<ROWS>(count * rows,
-                        Product<int32_t>{turned_pairs.data(), halves, map, columns, products, places.data()});
+        in_blocks<ROWS_OF_TWO>(
+            count * rows, ProductWithWaves{along.data(), pairs, offset_waves, tile, shifts.data(), places.data()});
+        for (int64_t c = 0; c < columns; c += STEP, map += halves * STEP)
+          in_blocks<ROWS_OF_TWO>(
+              count * rows, Product{turned_pairs.data(), halves, halves, map, products + c, columns, places.data()});
         for (int64_t k = 0; k < count * rows; k++) coded[places[k]].scale(maps, order);
-        for (int64_t k = 0; k < count * rows; k++) coded[places[k]].round(order, steps[h * rows + k % rows]);
+        for (int64_t k = 0; k < count * rows; k++) coded[places[k]].round(order, grains[h * rows + k % rows]);
       }
       const int64_t stop = std::min(tokens, (first + count) * tile);
       float* out = scores + group * joint * stride;
       for (int64_t t = first * tile; t < stop; t += STEP) {
-        const int64_t here = std::min(STEP, stop - t);
-        const bool full = here == STEP;
+        const int64_t here = std::min(STEP, stop - t), row = (t / tile - first) * joint;
+        Levels these = levels.of_group(group).from(t);
+        if (here < STEP) these = these.filled(here, STEP, held);
+        UnpackedLevels{these, unpacked.data()}.read();
+        in_blocks<ROWS_OF_TWO>(
+            joint, Product{coded[row].pairs, room, order.count, unpacked.data(), sums.data(), STEP, in_order.data()});
         float gain[STEP] = {};
         for (int64_t i = 0; i < here; i++) gain[i] = factors.of[gains[group * levels.stride + t + i]];
-        Levels these = levels.of_group(group).from(t);
-        if (!full) these = these.filled(here, STEP, held);
-        const int64_t row = (t / tile - first) * joint;
-        in_blocks<ROWS>(joint, Scoring{these, coded.data() + row, shifts.data() + row * tile + t % tile, tile, gain,
-                                       full ? out + t : last.data(), full ? stride : STEP});
-        for (int64_t m = 0; m < joint && !full; m++) std::copy_n(last.data() + m * STEP, here, out + m * stride + t);
+        for (int64_t m = 0; m < joint; m++) {
+          float few[STEP], *to = out + m * stride + t;
+          coded[row + m].scores(sums.data() + m * STEP, gain, shifts.data() + (row + m) * tile + t % tile,
+                                here < STEP ? few : to);
+          if (here < STEP) std::copy_n(few, here, to);
+        }
       }
       for (int64_t m = 0; greatest != nullptr && m < joint; m++)
         greatest[chunk * joint + m] = maximum(out + m * stride + first * tile, stop - first * tile);

@@ -14,18 +14,22 @@ struct Pairs {
     for (int64_t j = 0; j < size; j++) to[j] = head[entries[j]];
   }
 
-  // R(-p) q for the waves (cosines, sines, a one) of a position p; and what the waves of any offset d are multiplied by
-  // to give (R(-p) q)^T R(d) mean.
-  void turn_back(const float* query, const float* waves, const float* mean, float* turned, float* along) const {
+  // R(-p) q for the waves (cosines, sines, a one) of a position p, times a factor and as integers of 16 bits; and what the
+  // waves of any offset d are multiplied by to give (R(-p) q)^T R(d) mean.
+  void turn_back(const float* query, const float* waves, const float* mean, float times, int16_t* turned,
+                 float* along) const {
     int64_t j = 0;
-    for (; j + LANES <= count; j += LANES) turn_back<Floats>(j, query, waves, mean, turned, along);
-    for (; j < count; j++) turn_back<float>(j, query, waves, mean, turned, along);
+    for (; j + LANES <= count; j += LANES) turn_back<Floats>(j, query, waves, mean, times, turned, along);
+    for (; j < count; j++) turn_back<float>(j, query, waves, mean, times, turned, along);
     along[2 * count] = 0;
-    for (j = 2 * count; j < size; j++) along[2 * count] += (turned[j] = query[j]) * mean[j];
+    for (j = 2 * count; j < size; j++) {
+      along[2 * count] += query[j] * mean[j];
+      store_rounded(turned + j, query[j] * times);
+    }
   }
 
   template <class Number>
-  void turn_back(int64_t j, const float* query, const float* waves, const float* mean, float* turned,
+  void turn_back(int64_t j, const float* query, const float* waves, const float* mean, float times, int16_t* turned,
                  float* along) const {
     const auto read = [](const float* x) {
       Number found;
@@ -37,8 +41,8 @@ struct Pairs {
     const Number first = q * cosine + r * sine, second = r * cosine - q * sine;
     const Number m = read(mean + j), n = read(mean + count + j);
     const Number even = first * m + second * n, odd = second * m - first * n;
-    std::memcpy(turned + j, &first, sizeof first);
-    std::memcpy(turned + count + j, &second, sizeof second);
+    store_rounded(turned + j, first * times);
+    store_rounded(turned + count + j, second * times);
     std::memcpy(along + j, &even, sizeof even);
     std::memcpy(along + count + j, &odd, sizeof odd);
   }
@@ -51,10 +55,10 @@ struct Pairs {
   }
 };
 
-// The basis and mean of a group of heads: the basis with two entries of a head in a number, and with a column per level.
+// The basis and mean of a group of heads: the basis with two entries of a head in a number, and a column per level.
 // That of a direction with 3 bits comes twice: its first bit counts four times as much as those that follow.
 struct Maps {
-  Zeros<int32_t> pairs;  // [heads, halves, columns]
+  Zeros<int32_t> pairs;  // [heads, steps of columns, halves, STEP]
   Numbers scales, mean;  // of columns; of entries
   int64_t halves = 0, columns = 0, group = -1;
 
@@ -65,7 +69,7 @@ struct Maps {
     const int64_t low = levels.low(), high = levels.high(), threes = levels.threes;
     group = own;
     halves = whole(size) / 2;
-    columns = whole(rank);
+    columns = steps(rank) * STEP;
     pairs.assign(heads * halves * columns);
     scales.assign(columns);
     mean.assign(heads * size);
@@ -73,21 +77,25 @@ struct Maps {
     std::copy_n(own_scales, high, scales.data());
     for (int64_t i = 0; i < threes; i++) scales.data()[high + i] = 4 * own_scales[low + i];
     std::copy(own_scales + high, own_scales + directions, scales.data() + high + threes);
+    std::vector<int8_t> two(2 * columns);  // rows of the basis, by columns
+    int8_t *left = two.data(), *right = left + columns;
+    const auto by_columns = [&](const int8_t* from, int8_t* to) {
+      std::copy_n(from, high, to);
+      std::copy_n(from + low, threes, to + high);
+      std::copy(from + high, from + directions, to + high + threes);
+    };
     for (int64_t h = 0; h < heads; h++) {
       const int64_t head = (own * heads + h) * size;
       paired.read(means + head, mean.data() + h * size);
-      for (int64_t k = 0; k < size; k++) {
-        const int8_t* from = bases + (head + paired.entries[k]) * directions;
-        int32_t* to = pairs.data() + (h * halves + k / 2) * columns;
-        const auto add = [&](const int8_t* from, int64_t first, int64_t stop) {
-          if (k % 2)
-            for (int64_t c = first; c < stop; c++) to[c] |= int32_t(from[c - first]) << 16;
-          else
-            for (int64_t c = first; c < stop; c++) to[c] = int32_t(from[c - first]) & 0xffff;
-        };
-        add(from, 0, high);
-        add(from + low, high, high + threes);
-        add(from + high, high + threes, rank);
+      for (int64_t k = 0; k < size; k += 2) {
+        by_columns(bases + (head + paired.entries[k]) * directions, left);
+        if (k + 1 < size)
+          by_columns(bases + (head + paired.entries[k + 1]) * directions, right);
+        else
+          std::fill_n(right, columns, 0);
+        int32_t* to = pairs.data() + h * halves * columns + k / 2 * STEP;
+        for (int64_t c = 0; c < columns; c += STEP)
+          for (int64_t i = 0; i < STEP; i++) to[c * halves + i] = (left[c + i] & 0xffff) | int32_t(right[c + i]) << 16;
       }
     }
   }

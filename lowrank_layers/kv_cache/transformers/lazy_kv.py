@@ -34,7 +34,7 @@ class Handle:
             side: 0 for keys, 1 for values.
         """
         batch, heads, _, size = self.kv.like(side).shape
-        return torch.Size([batch, heads, len(self.kv), size])
+        return torch.Size((batch, heads, len(self.kv), size))
 
     def dense(self, side: int) -> Tensor:
         """Keys or values as one tensor, rebuilt once.
