@@ -43,7 +43,7 @@ extern "C" void attention(
   const TileScores scoring = {
       queries, (const int64_t*)tensors[0], (const float*)tensors[1], (const float*)tensors[2], (const int8_t*)keys[0], (const float*)keys[1], (const float*)keys[2],
       Levels((const uint8_t* const*)keys + 3, counts, keys_pitch), (const uint8_t*)keys[3 + WIDTHS], scores,
-      stride, batch * groups, key_bases, heads, rows, size, pairs, tokens, tile, factor, factors};
+      stride, batch * groups, key_bases, heads, rows, size, pairs, tokens, tile, threads, factor, factors};
   const Mixed<true> mixing = {
       scores, (const int8_t*)values[0], (const float*)values[1], (const float*)values[2],
       Levels((const uint8_t* const*)values + 3, counts + COUNTS, values_pitch), (const uint8_t*)values[3 + WIDTHS], out,

@@ -49,15 +49,9 @@ static inline Integers rounded(Floats x) {
 }
 
 // Writes LANES integers as 16 bits each.
-static inline void store_shorts(int16_t* to, Integers x) {
+static inline void store_shorts(int32_t* to, Integers x) {
   const Shorts narrow = __builtin_convertvector(x, Shorts);
   std::memcpy(to, &narrow, sizeof narrow);
-}
-
-static inline void store_rounded(int16_t* to, Floats x) { store_shorts(to, rounded(x)); }
-static inline void store_rounded(int16_t* to, float x) {
-  const int16_t found = int16_t(std::lrint(x));
-  std::memcpy(to, &found, sizeof found);
 }
 
 static inline Floats reversed(Floats x) {
@@ -66,15 +60,13 @@ static inline Floats reversed(Floats x) {
   return found;
 }
 
-// Products of rows (pairs of integers) with STEP columns of a matrix, to where a table says: so many rows at a time that
-// their sums stay in registers.
+// Products of rows (pairs of integers) with STEP columns of a matrix: so many rows at a time that their sums stay in
+// registers.
 struct Product {
   const int32_t* from;
   int64_t stride, inner;  // of rows: from one to the next, and how many pairs they have
   const int32_t* matrix;  // [inner, STEP]
-  int32_t* to;
-  int64_t columns;        // from one row of "to" to the next
-  const int64_t* places;  // of the rows, in "to"
+  int32_t* to;            // [rows, STEP]
 
   template <int64_t M>
   void at(int64_t start) const {
@@ -89,19 +81,18 @@ struct Product {
       }
     }
     for (int64_t m = 0; m < M; m++)
-      for (int64_t v = 0; v < 2; v++) store(to + places[start + m] * columns + v * LANES, sums[m][v]);
+      for (int64_t v = 0; v < 2; v++) store(to + (start + m) * STEP + v * LANES, sums[m][v]);
   }
 };
 
-// Products of rows with the waves of offsets about a centre, to where a table says. Cosines are even in the offset and
-// sines odd: the sums over each give those of two offsets.
+// Products of rows with the waves of offsets about a centre. Cosines are even in the offset and sines odd: the sums over
+// each give those of two offsets.
 struct ProductWithWaves {
   const float* from;   // [rows, 2 pairs + 1]
   int64_t pairs;
   const float* waves;  // [2 pairs + 1, tile], from the first offset to the last; the last row is of ones
   int64_t tile;        // a multiple of 32
-  float* to;           // [., tile]
-  const int64_t* places;  // of the rows, in "to"
+  float* to;           // [rows, tile]
 
   static constexpr int64_t VECTORS = LANES == 16 ? 1 : 2;
 
@@ -119,7 +110,7 @@ struct ProductWithWaves {
       add<M>(odd, start, pairs, half + c);
       for (int64_t m = 0; m < M; m++)
         for (int64_t v = 0; v < VECTORS; v++) {
-          float* centre = to + places[start + m] * tile + half;
+          float* centre = to + (start + m) * tile + half;
           store(centre + c + v * LANES, even[m][v] + odd[m][v]);
           store(centre - c - (v + 1) * LANES, reversed(even[m][v] - odd[m][v]));
         }

@@ -2,7 +2,7 @@
 
 #pragma once
 
-#include "turned_queries.h"
+#include "entry_pairs.h"
 
 constexpr int64_t AHEAD = 128;  // tokens whose levels are called for before they are needed
 
@@ -14,7 +14,7 @@ struct PairsOfLevels {
   int64_t limit;                                       // of integer coefficients, so that no sum overflows
   Numbers middles;                                     // of the levels of all directions
 
-  explicit PairsOfLevels(const Levels& levels) : middles(whole(levels.rank())) {
+  explicit PairsOfLevels(const Levels& levels) : middles(steps(levels.rank()) * STEP) {
     int64_t direction = 0, most = 0;
     for (int64_t k = 0; k < WIDTHS; k++) {
       const int64_t directions = levels.rows[k] << k, highest = (1 << (8 >> k)) - 1;
@@ -32,27 +32,25 @@ struct PairsOfLevels {
 
 // What the levels of a tile are multiplied by for one row: coefficients as integers of 16 bits, times a unit.
 struct Coded {
-  float* coefficients;  // integers at first
+  const float* coefficients;
   int32_t* pairs;
   float greatest, half;  // of the coefficients; their sum with levels in the middle
   float unit;
   int32_t middle;
 
-  void scale(const Maps& maps, const PairsOfLevels& order) {
+  void measure(const PairsOfLevels& order, int64_t columns) {
     Integers most = {};  // bits of the absolute value, which are in its order
     Floats sum = {};
-    for (int64_t c = 0; c < maps.columns; c += LANES) {
-      const Floats x = as_floats(load((const int32_t*)coefficients + c)) * load(maps.scales.data() + c);
+    for (int64_t c = 0; c < columns; c += LANES) {
+      const Floats x = load(coefficients + c);
       const Integers size = (Integers)x & 0x7fffffff;
       most = size > most ? size : most;
       sum += x * load(order.middles.data() + c);
-      store(coefficients + c, x);
     }
     greatest = greatest_of((Floats)most);
     half = total(sum);
   }
 
-  // In a loop of its own after scale(): what is read across two vectors has to have arrived in memory.
   void round(const PairsOfLevels& order, float factor) {
     const float times = greatest > 0 ? order.limit / greatest : 0;
     int32_t* to = pairs;

@@ -49,7 +49,7 @@ struct Weights {
       const Integers found = rounded(wanted);
       left = wanted - as_floats(found);
       total_of += found;
-      store_shorts((int16_t*)pairs + i, found);
+      store_shorts(pairs + i / 2, found);
     }
     sum = total(as_floats(total_of)) * unit;
   }

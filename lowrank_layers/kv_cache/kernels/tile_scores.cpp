@@ -11,7 +11,7 @@ extern "C" void tile_scores(
     int64_t tile, int64_t least_gain, int64_t threads) {
   const Gains factors(least_gain);
   const TileScores all = {queries, entries, waves, offset_waves, basis, scale, mean, Levels(parts, counts, pitch),
-                          parts[WIDTHS], scores, tokens, groups, bases, heads, rows, size, pairs, tokens, tile, 1.0f,
+                          parts[WIDTHS], scores, tokens, groups, bases, heads, rows, size, pairs, tokens, tile, threads, 1.0f,
                           factors};
 #pragma omp parallel num_threads(threads)
   all.run(nullptr);

@@ -1,11 +1,13 @@
-// Scores of keys in the frames of their tiles: a query is turned back to each tile, and multiplied by the basis and
-// then by the levels of the tile's tokens. HeadGroups.tile_scores says the same in operations of torch.
+// Scores of keys in the frames of their tiles: a query is turned back to each tile and multiplied by the basis, for all
+// tiles of a span at once, and then by the levels of the tile's tokens. HeadGroups.tile_scores says the same in operations
+// of torch.
 
 #pragma once
 
-#include <numeric>
-
 #include "level_scores.h"
+#include "spans.h"
+
+constexpr int64_t SPAN = 32, HELD_ROWS = SPAN * ROWS;  // tiles that are computed together, and their rows, at most
 
 // Scores of all tokens, by the threads of a parallel region.
 struct TileScores {
@@ -19,67 +21,63 @@ struct TileScores {
   Levels levels;              // of all groups
   const uint8_t* gains;       // [groups, tokens], as far apart as levels
   float* scores;              // [groups, heads * rows, tokens], rows "stride" apart
-  int64_t stride, groups, bases, heads, rows, size, pairs, tokens, tile;
+  int64_t stride, groups, bases, heads, rows, size, pairs, tokens, tile, threads;
   float factor;               // of the scores
   const Gains& factors;
 
-  // of integer queries, so that no sum of products with the basis overflows
-  float query_limit() const { return std::min(MOST, MOST_SUM / (127 * size)); }
-  int64_t at_once() const { return std::max<int64_t>(1, ROWS / rows); }
   int64_t tiles() const { return (tokens + tile - 1) / tile; }
-  int64_t chunks() const { return (tiles() + at_once() - 1) / at_once(); }
+  // as many in every group as keep all threads busy
+  int64_t chunks() const {
+    const int64_t most = std::clamp<int64_t>(HELD_ROWS / (heads * rows), 2, SPAN);
+    const int64_t turns = (groups * ((tiles() + most - 1) / most) + threads - 1) / threads;
+    return std::min(tiles(), (turns * threads + groups - 1) / groups);
+  }
+  int64_t half() const { return ((tiles() + chunks() - 1) / chunks() + 1) / 2; }
 
   // The greatest score of every row goes to "greatest" [groups, chunks, heads * rows], unless that is null.
   void run(float* greatest) const {
     const Pairs paired = {entries, pairs, size};
     const PairsOfLevels order(levels);
-    const int64_t rank = levels.rank(), inner = 2 * pairs + 1, joint = heads * rows, all = at_once() * joint;
-    const int64_t columns = steps(rank) * STEP, halves = whole(size) / 2, room = whole(order.count) + LANES;
-    Numbers own(joint * size), along(at_once() * rows * inner), shifts(all * tile);
-    Numbers coefficients(all * columns + LANES);
-    Zeros<int32_t> turned_pairs(at_once() * rows * halves), coded_pairs(all * room);
-    std::vector<float> grains(joint);  // of a query's integers
-    std::vector<int64_t> places(at_once() * rows), in_order(joint);
-    std::iota(in_order.begin(), in_order.end(), 0);
-    Zeros<int32_t> unpacked(order.count * STEP), sums(joint * STEP);
-    std::vector<Coded> coded(all);
-    for (int64_t row = 0; row < all; row++)
-      coded[row] = {coefficients.data() + row * columns, coded_pairs.data() + row * room};
+    const SpanWaves span(paired, offset_waves, tile, half());
+    const int64_t inner = 2 * pairs + 1, joint = heads * rows, most = 2 * half();
+    const int64_t columns = steps(levels.rank()) * STEP, room = whole(order.count) + LANES;
+    Numbers own(joint * size), along(joint * inner), moved(joint * inner), shifts(most * joint * tile);
+    Numbers coefficients(most * columns + LANES);
+    Zeros<int32_t> coded_pairs(most * joint * room), unpacked(order.count * STEP), sums(joint * STEP);
+    std::vector<Coded> coded(most * joint);
+    for (int64_t i = 0; i < most * joint; i++)
+      coded[i] = {coefficients.data() + i / joint * columns, coded_pairs.data() + i * room};
+    TurnedQuery turned(paired);
+    SpanProducts products(span, turned, half());
     std::vector<uint8_t> held;
     Maps maps;
     int64_t before = -1;
 #pragma omp for schedule(static) nowait
     for (int64_t chunk = 0; chunk < groups * chunks(); chunk++) {
-      const int64_t group = chunk / chunks(), first = chunk % chunks() * at_once();
-      const int64_t count = std::min(at_once(), tiles() - first);
+      const int64_t group = chunk / chunks(), first = chunk % chunks() * most;
+      const int64_t count = std::clamp<int64_t>(tiles() - first, 0, most);
       maps.read(paired, heads, levels, group % bases, basis, scale, mean);
       for (int64_t row = 0; row < joint && group != before; row++) {
         float* query = own.data() + row * size;
         paired.read(queries + (group * joint + row) * size, query);
         for (int64_t k = 0; k < size; k++) query[k] *= factor;
-        grains[row] = paired.most(query) / query_limit();
+        paired.meet(query, maps.mean.data() + row / rows * size, along.data() + row * inner);
       }
       before = group;
-      for (int64_t h = 0; h < heads; h++) {
-        for (int64_t r = 0; r < rows; r++) {
-          const int64_t row = h * rows + r;
-          const float times = grains[row] > 0 ? 1 / grains[row] : 0;
-          for (int64_t i = 0; i < count; i++) {
-            const int64_t k = i * rows + r;
-            paired.turn_back(own.data() + row * size, waves + (first + i) * inner, maps.mean.data() + h * size, times,
-                             (int16_t*)(turned_pairs.data() + k * halves), along.data() + k * inner);
-            places[k] = i * joint + row;
-          }
-        }
-        const int32_t* map = maps.pairs.data() + h * halves * columns;
-        int32_t* products = (int32_t*)coefficients.data();
+      for (int64_t i = 0; i < count; i++) {
+        for (int64_t row = 0; row < joint; row++)
+          paired.shift(along.data() + row * inner, waves + (first + i) * inner, moved.data() + row * inner);
         in_blocks<ROWS_OF_TWO>(
-            count * rows, ProductWithWaves{along.data(), pairs, offset_waves, tile, shifts.data(), places.data()});
-        for (int64_t c = 0; c < columns; c += STEP, map += halves * STEP)
-          in_blocks<ROWS_OF_TWO>(
-              count * rows, Product{turned_pairs.data(), halves, halves, map, products + c, columns, places.data()});
-        for (int64_t k = 0; k < count * rows; k++) coded[places[k]].scale(maps, order);
-        for (int64_t k = 0; k < count * rows; k++) coded[places[k]].round(order, grains[h * rows + k % rows]);
+            joint, ProductWithWaves{moved.data(), pairs, offset_waves, tile, shifts.data() + i * joint * tile});
+      }
+      for (int64_t row = 0; row < joint && count > 0; row++) {
+        const int64_t head = row / rows;
+        turned.turn(own.data() + row * size, waves + first * inner, span, maps.longest[head]);
+        const int32_t* map = maps.pairs.data() + head * maps.halves * columns;
+        for (int64_t c = 0; c < columns; c += STEP)
+          products.run(map + c * maps.halves, maps.scales.data() + c, coefficients.data() + c, columns);
+        for (int64_t i = 0; i < count; i++) coded[i * joint + row].measure(order, columns);
+        for (int64_t i = 0; i < count; i++) coded[i * joint + row].round(order, turned.unit);
       }
       const int64_t stop = std::min(tokens, (first + count) * tile);
       float* out = scores + group * joint * stride;
@@ -88,8 +86,7 @@ struct TileScores {
         Levels these = levels.of_group(group).from(t);
         if (here < STEP) these = these.filled(here, STEP, held);
         UnpackedLevels{these, unpacked.data()}.read();
-        in_blocks<ROWS_OF_TWO>(
-            joint, Product{coded[row].pairs, room, order.count, unpacked.data(), sums.data(), STEP, in_order.data()});
+        in_blocks<ROWS_OF_TWO>(joint, Product{coded[row].pairs, room, order.count, unpacked.data(), sums.data()});
         float gain[STEP] = {};
         for (int64_t i = 0; i < here; i++) gain[i] = factors.of[gains[group * levels.stride + t + i]];
         for (int64_t m = 0; m < joint; m++) {
