@@ -65,8 +65,8 @@ def suits(rows: Tensor, subspace: Subspace, coefficients: Coefficients) -> bool:
 def tile_scores(rows: Tensor, waves: Tensor, subspace: Subspace, coefficients: Coefficients) -> Tensor:
     """Products of rows with keys in the frame of their tile, ``[batch, heads, q, tokens]``.
 
-    Rows and their coefficients are rounded to integers of 16 bits, whose sums are exact: twice as fast as fp32, and far
-    below what the levels of keys are rounded by.
+    Rows, their products with the basis and their coefficients are rounded to integers of 16 bits, whose sums are exact:
+    twice as fast as fp32, and far below what the levels of keys are rounded by.
 
     Args:
         rows: rotated rows, ``[batch, heads, q, size]``.
