@@ -11,7 +11,7 @@
 // Cosines and sines of the tiles' centres, (i + 1/2) tiles from the middle of a span: as integers of 16 bits, two pairs of
 // entries in a number, and those of all pairs at the farthest one.
 struct SpanWaves {
-  int64_t farthest, quarters;
+  int64_t quarters;
   std::vector<int32_t> cosines, sines;  // [half of the span, quarters]
   std::vector<float> cosine, sine;      // [pairs]
 
