@@ -5,6 +5,9 @@ The same in operations of torch, which serves everywhere else, is in ``low_rank_
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -26,22 +29,55 @@ def append_token(recent: tuple[RecentTokens, RecentTokens], keys: Tensor, values
     """
     if torch.compiler.is_compiling():
         return False
-    (first, second), functions = recent, compiled_functions()
-    if functions is None or not (_serves(first, keys) and _serves(second, values)):
+    first, second = recent
+    tokens, target = first.tokens, _target(first, second)
+    if target is None or second.tokens != tokens or tokens >= target.room:
         return False
-    tokens, (batch, heads, room, size) = first.tokens, first.buffer.shape
-    if second.tokens != tokens or second.buffer.shape[:3] != first.buffer.shape[:3]:
+    for x, shape in ((keys, target.keys), (values, target.values)):
+        plain = type(x) is Tensor and x.is_cpu and x.dtype is torch.float32 and not x.requires_grad
+        if not plain or x.shape != shape or not x.is_contiguous():
+            return False
+    if target.inference and not torch.is_inference_mode_enabled():
         return False
-    pointers = (x.data_ptr() for x in (keys, values, first.buffer, second.buffer))
-    if not functions.append_token(*pointers, tokens, room, batch * heads, size, second.buffer.shape[3]):
+    if not target.function(keys.data_ptr(), values.data_ptr(), *target.pointers, tokens, *target.sizes):
         return False
     first.tokens = second.tokens = tokens + 1
     return True
 
 
-def _serves(recent: RecentTokens, x: Tensor) -> bool:
-    buffer = recent.buffer
-    batch, heads, room, size = buffer.shape
-    alike = type(x) is Tensor and x.shape == (batch, heads, 1, size) and x.dtype == buffer.dtype == torch.float32
-    plain = x.device.type == buffer.device.type == "cpu" and x.is_contiguous() and buffer.is_contiguous()
-    return alike and plain and recent.tokens < room and not recent.needs_copy(x)
+@dataclass(frozen=True, eq=False)
+class _Target:
+    """Where tokens are written, which stays until a buffer is another one."""
+
+    buffers: tuple[Tensor, Tensor]
+    keys: torch.Size
+    values: torch.Size
+    room: int
+    inference: bool  # made in inference mode: nothing else may write there
+    pointers: tuple[int, int]
+    sizes: tuple[int, ...]
+    function: Callable[..., int]
+
+
+def _target(first: RecentTokens, second: RecentTokens) -> _Target | None:
+    """``None`` where the compiled function does not serve."""
+    held: _Target | None = vars(first).get("_target")
+    if held is not None and held.buffers[0] is first.buffer and held.buffers[1] is second.buffer:
+        return held
+    buffers, functions = (first.buffer, second.buffer), compiled_functions()
+    (batch, heads, room, size), other = first.buffer.shape, second.buffer.shape
+    plain = all(x.is_cpu and x.dtype == torch.float32 and x.is_contiguous() and not x.requires_grad for x in buffers)
+    if functions is None or not plain or other[:3] != first.buffer.shape[:3]:
+        return None
+    made = _Target(
+        buffers,
+        torch.Size((batch, heads, 1, size)),
+        torch.Size((batch, heads, 1, other[3])),
+        room,
+        any(x.is_inference() for x in buffers),
+        (first.buffer.data_ptr(), second.buffer.data_ptr()),
+        (room, batch * heads, size, other[3]),
+        functions.append_token,
+    )
+    vars(first)["_target"] = made
+    return made

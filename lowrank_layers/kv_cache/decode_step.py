@@ -33,31 +33,33 @@ THREADS = RECENT + 19
 def attention(
     query: Tensor,
     first: Sides | None,
-    recent: tuple[RecentTokens, RecentTokens],
-    old: tuple[CompressedTokens, CompressedTokens],
-    rotation: Rotation,
-    scale: float,
+    recent: tuple[RecentTokens, RecentTokens] | None,
+    old: tuple[CompressedTokens, CompressedTokens] | None,
+    rotation: Rotation | None,
+    scale: float | None,
 ) -> Tensor | None:
     """Softmax attention of one query per head to exact and to compressed tokens.
 
     Args:
         query: ``[batch, query heads, 1, size]``.
         first: exact keys and values ``[batch, heads, tokens, size]`` before the compressed ones; ``None`` for none.
-        recent: exact keys and values after them.
-        old: compressed keys, in the frame of their tile, and values.
-        rotation: the rotation of the keys.
-        scale: factor of the scores.
+        recent: exact keys and values after them; ``None`` for none.
+        old: compressed keys, in the frame of their tile, and values; ``None`` for none.
+        rotation: the rotation of the keys; ``None`` for none.
+        scale: factor of the scores; ``None`` is ``size^(-1/2)``.
 
     Returns:
         ``[batch, query heads, 1, size of a value]``; ``None`` where the compiled function does not serve.
     """
-    step = _prepared(query, first, recent, old, rotation) if _serves(query) else None
+    if old is None or recent is None or rotation is None or not _serves(query):
+        return None
+    step = _prepared(query, first, recent, old, rotation)
     if step is None:
         return None
-    query = query.contiguous()
-    out = torch.empty(step.shape, dtype=torch.float32, device="cpu")
-    step.numbers[RECENT], step.numbers[THREADS] = recent[0].tokens, torch.get_num_threads()
-    step.function(query.data_ptr(), out.data_ptr(), step.tensors, step.numbers, scale)
+    query, numbers = query.contiguous(), step.numbers
+    out = query.new_empty(step.shape)
+    numbers[RECENT], numbers[THREADS] = recent[0].tokens, torch.get_num_threads()
+    step.function(query.data_ptr(), out.data_ptr(), step.tensors, numbers, step.scale if scale is None else scale)
     return out
 
 
@@ -68,6 +70,7 @@ class _Step:
     parts: tuple[object, ...]
     sides: tuple[Arguments, Arguments]
     query: torch.Size
+    scale: float
     shape: tuple[int, ...]
     waves: Tensor
     function: Callable[..., None]
@@ -89,7 +92,7 @@ def _prepared(
     held: _Step | None = vars(keys.coefficients).get("_step")
     if held is not None and held.query == query.shape and all(map(operator.is_, held.parts, parts)):
         return held
-    if len(old[0].parts) != 1 or len(old[1].parts) != 1 or old[0].frame is None:
+    if query.shape[2] != 1 or len(old[0].parts) != 1 or len(old[1].parts) != 1 or old[0].frame is None:
         return None
     groups, heads = keys.subspace.basis.shape[1], old[0].heads
     exact = ((None, None) if first is None else first, buffers)
@@ -126,6 +129,7 @@ def _prepared(
         parts,
         sides,
         query.shape,
+        size**-0.5,
         (batch, query_heads, 1, values.size),
         waves,
         functions.attention,
@@ -137,10 +141,11 @@ def _prepared(
 
 
 def _serves(query: Tensor) -> bool:
-    """Whether a query is fp32 on a CPU, without a gradient."""
+    """Whether a query is fp32 on a CPU, without a gradient or autocast."""
+    if torch.compiler.is_compiling() or type(query) is not Tensor:
+        return False
     learns = query.requires_grad and torch.is_grad_enabled()
-    plain = type(query) is Tensor and query.device.type == "cpu" and query.dtype == torch.float32
-    return plain and not learns and not torch.compiler.is_compiling()
+    return query.is_cpu and query.dtype is torch.float32 and not learns and not torch.is_autocast_enabled("cpu")
 
 
 def _is_plain(x: Tensor | None) -> bool:

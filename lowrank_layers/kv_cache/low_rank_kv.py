@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from ..settings import settings_from
 from . import decode_step
 from .append_kernel import append_token
 from .attend import attend
-from .autocast import as_autocast, without_autocast
+from .autocast import without_autocast
 from .compressed_tokens import CompressedTokens
 from .first_fits import FirstFits
 from .leaving_tokens import LeavingTokens
@@ -81,9 +82,12 @@ class LowRankKV:
         self.old: tuple[CompressedTokens, CompressedTokens] | None = None
         self.recent: tuple[RecentTokens, RecentTokens] | None = None
         self.padding = PaddedTokens(self.settings.keep_first)
+        vars(self).pop("_due", None)  # the next tokens may be on another device
 
     def __len__(self) -> int:
-        return self._before_recent() + (0 if self.recent is None else self.recent[0].tokens)
+        first = 0 if self.first is None else self.first[0].shape[2]
+        old = 0 if self.old is None else self.old[0].tokens
+        return first + old + (0 if self.recent is None else self.recent[0].tokens)
 
     @property
     def compressed(self) -> int:
@@ -101,7 +105,7 @@ class LowRankKV:
             LowRankError: for no tokens, other shapes, dtypes or devices than before, NaN or Inf, or more than
                 ``max_length``; nothing is appended then.
         """
-        if self._append_at_once(keys, values):
+        if self.recent is not None and self.settings.max_length is None and append_token(self.recent, keys, values):
             return
         self._check(keys, values)
         if self.recent is None:
@@ -144,29 +148,17 @@ class LowRankKV:
             softcap: bounds the scores by ``softcap tanh(score / softcap)``.
             sinks: ``[query heads]``, one logit per head that takes part in the softmax and has no value.
         """
-        plain = mask is None and softcap is None and sinks is None and query.shape[2] == 1
-        if plain and (found := self._attend_at_once(query, scale)) is not None:
-            return found
         starts = self.padding.starts
+        if mask is None and softcap is None and sinks is None and starts is None:
+            found = decode_step.attention(query, self.first, self.recent, self.old, self.rotation, scale)
+            if found is not None:
+                return found
         if starts is not None and self.first is not None and (mask is None or mask.shape[-1] == len(self)):
             if mask is None:
                 mask = causal_mask(query.shape[2], len(self), query.device)
                 mask = mask if causal else torch.ones_like(mask)
             mask = starts.arranged(mask)
         return attend(query, self.segments(), mask=mask, scale=scale, causal=causal, softcap=softcap, sinks=sinks)
-
-    def _append_at_once(self, keys: Tensor, values: Tensor) -> bool:
-        """One token in one compiled function, where that serves: whether it was added."""
-        if self.old is None or self.recent is None or self.settings.by_rank or self.settings.max_length is not None:
-            return False
-        return append_token(self.recent, keys, values)
-
-    def _attend_at_once(self, query: Tensor, scale: float | None) -> Tensor | None:
-        """One query per head in one compiled function, where that serves."""
-        if self.old is None or self.recent is None or self.rotation is None or self.padding.starts is not None:
-            return None
-        scale = query.shape[-1] ** -0.5 if scale is None else scale
-        return decode_step.attention(as_autocast(query), self.first, self.recent, self.old, self.rotation, scale)
 
     def segments(self) -> list[Segment]:
         """All tokens: first, old and recent ones, as they are stored."""
@@ -197,9 +189,9 @@ class LowRankKV:
         """Turns tokens that are neither first nor recent into coefficients, once there is a block of them."""
         if self.recent is None:
             return
-        device, count = self.like().device, self.recent[0].tokens - self.settings.recent
-        if self.old is not None and count < self.settings.block_on(device):
+        if self.old is not None and self.recent[0].tokens < self._due:
             return  # as in most steps, where every microsecond is seen
+        device, count = self.like().device, self.recent[0].tokens - self.settings.recent
         with torch.no_grad(), without_autocast(device):
             if self.old is None:
                 self._fit()
@@ -209,6 +201,11 @@ class LowRankKV:
                 for side, tokens, limit in zip(self.old, self._leaving(0, count), limits, strict=True):
                     side.extend(tokens, limit, keep)
                 self._drop(count)
+
+    @cached_property
+    def _due(self) -> int:
+        """Number of recent tokens from which on some are compressed, after the first fit."""
+        return self.settings.recent + self.settings.block_on(self.like().device)
 
     def crop(self, tokens: int) -> None:
         """Keeps the first tokens.

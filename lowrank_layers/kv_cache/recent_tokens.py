@@ -20,6 +20,10 @@ class RecentTokens:
         self.room, self.tokens = room, 0
         self.buffer = like.new_empty(*like.shape[:2], room, like.shape[3])
 
+    def __getstate__(self) -> dict[str, object]:
+        # without what the compiled function holds: pointers
+        return {name: value for name, value in vars(self).items() if name != "_target"}
+
     def append(self, x: Tensor) -> None:
         """Adds tokens; beyond the room the buffer becomes as long as need be.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -66,6 +68,26 @@ def test_where_it_stands_back(case):
     assert not append_token(recent, *STANDS_BACK[case]())
     assert [held.tokens for held in recent] == [4, 4]
     assert all(torch.equal(held.read(), x) for held, x in zip(recent, before, strict=True))
+
+
+def test_a_copy_has_tokens_of_its_own():
+    recent, tokens = recent_with(room=8), [a_token() for _ in range(2)]
+    assert append_token(recent, *tokens[0])
+    copied = copy.deepcopy(recent)
+    before = [held.read().clone() for held in recent]
+    assert append_token(copied, *tokens[1])
+    assert [held.tokens for held in recent] == [5, 5]
+    assert all(torch.equal(held.read(), x) for held, x in zip(recent, before, strict=True))
+    for held, old, new in zip(copied, before, tokens[1], strict=True):
+        assert torch.equal(held.read(), torch.cat([old, new], 2))
+
+
+def test_what_was_made_in_inference_mode_is_not_written_outside():
+    with torch.inference_mode():
+        recent = recent_with(room=8)
+        assert append_token(recent, *a_token())
+    assert not append_token(recent, *a_token())
+    assert [held.tokens for held in recent] == [5, 5]
 
 
 def test_without_room_it_stands_back():

@@ -47,8 +47,9 @@ struct Pairs {
   }
 };
 
-// The basis and mean of a group of heads: the basis with two entries of a head in a number, and a column per level.
-// That of a direction with 3 bits comes twice: its first bit counts four times as much as those that follow.
+// The basis and mean of a group of heads: the basis times 2^7 with a column per level, and in a number the first entries
+// of two halves, or the second ones. That of a direction with 3 bits comes twice: its first bit counts four times as much
+// as those that follow.
 struct Maps {
   Zeros<int32_t> pairs;  // [heads, steps of columns, halves, STEP]
   Numbers scales, mean;  // of columns; of entries
@@ -63,7 +64,7 @@ struct Maps {
     group = own;
     halves = paired.halves();
     columns = steps(rank) * STEP;
-    pairs.assign(heads * halves * columns);
+    pairs.room(heads * halves * columns);
     scales.assign(columns);
     mean.assign(heads * size);
     longest.assign(heads, 0.0f);
@@ -71,25 +72,32 @@ struct Maps {
     std::copy_n(own_scales, high, scales.data());
     for (int64_t i = 0; i < threes; i++) scales.data()[high + i] = 4 * own_scales[low + i];
     std::copy(own_scales + high, own_scales + directions, scales.data() + high + threes);
-    std::vector<int8_t> two(2 * columns);  // rows of the basis, by columns
-    int8_t *left = two.data(), *right = left + columns;
     const auto by_columns = [&](const int8_t* from, int8_t* to) {
       std::copy_n(from, high, to);
       std::copy_n(from + low, threes, to + high);
       std::copy(from + high, from + directions, to + high + threes);
     };
+    std::vector<int8_t> four(4 * columns);  // rows of the basis, by columns: the first entries of two halves, the second
+    std::vector<int32_t> squares(columns);
     for (int64_t h = 0; h < heads; h++) {
       const int64_t head = (own * heads + h) * size;
-      std::vector<int32_t> squares(columns);
+      std::fill(squares.begin(), squares.end(), 0);
       paired.read(means + head, mean.data() + h * size);
-      for (int64_t k = 0; k < halves; k++) {
-        std::fill_n(left, 2 * columns, 0);
-        if (paired.first(k) < size) by_columns(bases + (head + paired.entries[paired.first(k)]) * directions, left);
-        if (paired.second(k) < size) by_columns(bases + (head + paired.entries[paired.second(k)]) * directions, right);
-        int32_t* to = pairs.data() + h * halves * columns + k * STEP;
-        for (int64_t c = 0; c < columns; c += STEP)
-          for (int64_t i = 0; i < STEP; i++) to[c * halves + i] = (left[c + i] & 0xffff) | int32_t(right[c + i]) << 16;
-        for (int64_t c = 0; c < columns; c++) squares[c] += left[c] * left[c] + right[c] * right[c];
+      for (int64_t k = 0; k < halves; k += 2) {
+        const int64_t entries[] = {paired.first(k), paired.first(k + 1), paired.second(k), paired.second(k + 1)};
+        for (int64_t i = 0; i < 4; i++) {
+          int8_t* row = four.data() + i * columns;
+          if (entries[i] < size) by_columns(bases + (head + paired.entries[entries[i]]) * directions, row);
+          else std::fill_n(row, columns, 0);
+        }
+        for (int64_t half = 0; half < 2; half++) {
+          const int8_t *left = four.data() + 2 * half * columns, *right = left + columns;
+          int32_t* to = pairs.data() + h * halves * columns + (k + half) * STEP;
+          for (int64_t c = 0; c < columns; c += STEP)
+            for (int64_t i = 0; i < STEP; i++)
+              to[c * halves + i] = (left[c + i] * 128 & 0xffff) | right[c + i] * 128 << 16;
+          for (int64_t c = 0; c < columns; c++) squares[c] += left[c] * left[c] + right[c] * right[c];
+        }
       }
       for (int32_t square : squares) longest[h] = std::max(longest[h], std::sqrt(float(square)));
     }

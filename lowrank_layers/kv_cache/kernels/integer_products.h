@@ -6,7 +6,7 @@
 #include "levels.h"
 
 typedef int32_t Integers __attribute__((vector_size(4 * LANES)));
-typedef int16_t Shorts __attribute__((vector_size(2 * LANES)));
+typedef int16_t Shorts __attribute__((vector_size(4 * LANES)));  // two per number
 
 constexpr int64_t MOST = 32767;         // the greatest integer of 16 bits
 constexpr int64_t MOST_SUM = INT32_MAX;  // the greatest sum
@@ -21,6 +21,18 @@ static inline Integers add_products(Integers sum, Integers x, Integers y) {
   return sum + (Integers)_mm256_madd_epi16((__m256i)x, (__m256i)y);
 #else
   return sum + (x << 16 >> 16) * (y << 16 >> 16) + (x >> 16) * (y >> 16);
+#endif
+}
+
+// x y / 2^15, rounded, for the lower and for the upper halves of all numbers.
+static inline Shorts multiplied(Integers x, Integers y) {
+#if defined(__AVX512BW__)
+  return (Shorts)_mm512_mulhrs_epi16((__m512i)x, (__m512i)y);
+#elif defined(__AVX2__)
+  return (Shorts)_mm256_mulhrs_epi16((__m256i)x, (__m256i)y);
+#else
+  const Integers low = ((x << 16 >> 16) * (y << 16 >> 16) + 16384) >> 15, high = ((x >> 16) * (y >> 16) + 16384) >> 15;
+  return (Shorts)((low & 0xffff) | high << 16);
 #endif
 }
 
@@ -50,7 +62,8 @@ static inline Integers rounded(Floats x) {
 
 // Writes LANES integers as 16 bits each.
 static inline void store_shorts(int32_t* to, Integers x) {
-  const Shorts narrow = __builtin_convertvector(x, Shorts);
+  typedef int16_t Narrow __attribute__((vector_size(2 * LANES)));
+  const Narrow narrow = __builtin_convertvector(x, Narrow);
   std::memcpy(to, &narrow, sizeof narrow);
 }
 

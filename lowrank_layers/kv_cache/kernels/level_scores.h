@@ -12,20 +12,23 @@ struct PairsOfLevels {
   int64_t first[WIDTHS], rows[WIDTHS], pairs[WIDTHS];  // first direction; pairs that follow each other, how often
   int64_t count = 0;                                   // of all pairs
   int64_t limit;                                       // of integer coefficients, so that no sum overflows
-  Numbers middles;                                     // of the levels of all directions
+  std::vector<int32_t> highest;                        // levels of every pair
 
-  explicit PairsOfLevels(const Levels& levels) : middles(steps(levels.rank()) * STEP) {
+  explicit PairsOfLevels(const Levels& levels) {
     int64_t direction = 0, most = 0;
     for (int64_t k = 0; k < WIDTHS; k++) {
-      const int64_t directions = levels.rows[k] << k, highest = (1 << (8 >> k)) - 1;
+      const int64_t directions = levels.rows[k] << k, last = (1 << (8 >> k)) - 1;
       first[k] = direction;
       rows[k] = k == 0 ? (levels.rows[0] + 1) / 2 : levels.rows[k];
       pairs[k] = k == 0 ? 1 : 1 << (k - 1);
-      std::fill_n(middles.data() + direction, directions, 0.5f * highest);
       direction += directions;
-      most += directions * highest;
+      most += directions * last;
       count += rows[k] * pairs[k];
+      // a row of bytes may have no second one
+      for (int64_t pair = 0; pair < rows[k] * pairs[k]; pair++)
+        highest.push_back(int32_t(last | (k == 0 && pair + rows[0] >= levels.rows[0] ? 0 : last << 16)));
     }
+    highest.resize(count + LANES);
     limit = std::min(MOST, MOST_SUM / (most + most / 2 + 1));
   }
 };
@@ -34,36 +37,28 @@ struct PairsOfLevels {
 struct Coded {
   const float* coefficients;
   int32_t* pairs;
-  float greatest, half;  // of the coefficients; their sum with levels in the middle
   float unit;
-  int32_t middle;
+  int32_t middle;  // the sum of products with levels in the middle
 
-  void measure(const PairsOfLevels& order, int64_t columns) {
-    Integers most = {};  // bits of the absolute value, which are in its order
-    Floats sum = {};
-    for (int64_t c = 0; c < columns; c += LANES) {
-      const Floats x = load(coefficients + c);
-      const Integers size = (Integers)x & 0x7fffffff;
-      most = size > most ? size : most;
-      sum += x * load(order.middles.data() + c);
-    }
-    greatest = greatest_of((Floats)most);
-    half = total(sum);
-  }
-
-  void round(const PairsOfLevels& order, float factor) {
+  // "greatest" is at least the greatest coefficient.
+  void round(const PairsOfLevels& order, float greatest, float factor) {
     const float times = greatest > 0 ? order.limit / greatest : 0;
     int32_t* to = pairs;
     for (int64_t k = 0; k < WIDTHS; k++)
       for (int64_t pair = 0; pair < order.pairs[k]; pair++, to += order.rows[k]) {
         const float *left = coefficients + order.first[k] + 2 * pair * order.rows[k], *right = left + order.rows[k];
         for (int64_t j = 0; j < order.rows[k]; j += LANES) {
-          const Integers both = (rounded(load(left + j) * times) & 0xffff) | rounded(load(right + j) * times) << 16;
+          // the last bits of a number that ROUND is added to are those of the integer
+          const Integers both = ((Integers)(load(left + j) * times + ROUND) & 0xffff) |
+                                (Integers)(load(right + j) * times + ROUND) << 16;
           std::memcpy(to + j, &both, sizeof both);
         }
       }
+    Integers twice = {};
+    for (int64_t j = 0; j < order.count; j += LANES)
+      twice = add_products(twice, load(pairs + j), load(order.highest.data() + j));
     unit = greatest > 0 ? factor / times : 0;
-    middle = int32_t(half * times);
+    middle = total(twice) / 2;
   }
 
   // The scores of STEP tokens from the sums of products.

@@ -65,6 +65,10 @@ static inline float total(Floats x) {
   return (sum[0] + sum[1]) + (sum[2] + sum[3]);
 }
 
+static inline Floats greater(Floats x, Floats y) { return x > y ? x : y; }
+
+static inline Floats absolute(Floats x) { return (Floats)((Words)x & 0x7fffffff); }
+
 static inline float greatest_of(Floats x) {
   typedef float Four __attribute__((vector_size(16)));
   Four parts[LANES / 4];

@@ -147,8 +147,11 @@ struct Mixed {
   int64_t joint() const { return heads * rows; }
   // the last number of a sum is that of the weights
   int64_t wide() const { return whole(levels.rank()) + 1; }
-  // tokens are shared out where there are fewer groups than threads
-  int64_t shares() const { return std::clamp<int64_t>(tokens / 256, 1, (threads + groups - 1) / groups); }
+  // tokens are shared out where there are few groups for all threads; long ones more often, since a thread may be slower
+  int64_t shares() const {
+    const int64_t each = (threads + groups - 1) / groups;
+    return std::max(std::clamp<int64_t>(tokens / 256, 1, each), std::clamp<int64_t>(tokens / RUN, 1, 4 * each));
+  }
   int64_t numbers() const { return groups * shares() * joint() * wide(); }
 
   // Sums of levels times gains and weights, for every share of the tokens.
@@ -159,7 +162,7 @@ struct Mixed {
     std::vector<Weights> rounded_weights(joint());
     for (int64_t m = 0; m < joint(); m++) rounded_weights[m].pairs = pairs.data() + m * HELD / 2;
     std::vector<uint8_t> held;
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic)
     for (int64_t part = 0; part < groups * shares(); part++) {
       const int64_t group = part / shares(), stop = std::min(tokens, (part % shares() + 1) * share);
       float* to = sums + part * joint() * wide();

@@ -44,11 +44,10 @@ struct SpanWaves {
 // A query that is turned back to the middle of a span.
 struct TurnedQuery {
   const Pairs& paired;
-  std::vector<int32_t> even, odd;  // [halves], what gives U and V
-  int32_t shift = 0;               // bits that U and V lose, so that they have 16 and their sums do not overflow
-  float unit = 0;                  // of their sums with waves
+  std::vector<int32_t> first, second;  // [halves / 2], the first entries of two halves in a number, and the second ones
+  float unit = 0;                      // of the sums of U and V with waves
 
-  explicit TurnedQuery(const Pairs& pairs) : paired(pairs), even(pairs.halves()), odd(pairs.halves()) {}
+  explicit TurnedQuery(const Pairs& pairs) : paired(pairs), first(pairs.halves() / 2), second(pairs.halves() / 2) {}
 
   // From the waves of the first tile's centre.
   void turn(const float* query, const float* waves, const SpanWaves& span, float longest) {
@@ -58,8 +57,14 @@ struct TurnedQuery {
     for (int64_t j = 2 * paired.count; j < paired.size; j++) most = std::max(most, 2 * query[j] * query[j]);
     for (int64_t j = 0; j < paired.size; j++) norm += query[j] * query[j];
     most = std::sqrt(most), norm = std::sqrt(norm);
-    const float times = most > 0 ? (MOST - 1) / most : 0;
-    for (int64_t k = 0; k < int64_t(even.size()); k++) {
+    // bounds of all U and V together, and of each; they are a 2^8th of the products, off by less than 3 per half
+    float times = most > 0 ? (MOST - 1) / most : 0;
+    const float sum = norm * times * longest / 256, each = MOST * 127 * 1.42f / 256;
+    times *= std::min(1.0f, std::min((2 * MOST - 3 * paired.halves()) / sum, (MOST - 3) / each));
+    unit = times > 0 ? 256 / (times * MOST) : 0;
+    std::fill(first.begin(), first.end(), 0);
+    std::fill(second.begin(), second.end(), 0);
+    for (int64_t k = 0; k < paired.halves(); k++) {
       float x = 0, y = 0;
       if (k < paired.count) {
         const float q = query[k], r = query[paired.count + k], c = waves[k], s = waves[paired.count + k];
@@ -69,14 +74,9 @@ struct TurnedQuery {
         if (paired.first(k) < paired.size) x = query[paired.first(k)];
         if (paired.second(k) < paired.size) y = query[paired.second(k)];
       }
-      const int32_t first = int32_t(std::lrint(x * times)), second = int32_t(std::lrint(y * times));
-      even[k] = (first & 0xffff) | second << 16;
-      odd[k] = k < paired.count ? (second & 0xffff) | -first << 16 : 0;
+      first[k / 2] |= (int32_t(std::lrint(x * times)) & 0xffff) << k % 2 * 16;
+      second[k / 2] |= (int32_t(std::lrint(y * times)) & 0xffff) << k % 2 * 16;
     }
-    // bounds of all U and V together, and of each
-    float sum = norm * times * longest, each = MOST * 127 * 1.42f;
-    for (shift = 0; sum > 2 * (MOST - 64) || each > MOST - 1; shift++) sum /= 2, each /= 2;
-    unit = times > 0 ? std::ldexp(1 / times, shift) / MOST : 0;
   }
 };
 
@@ -85,7 +85,8 @@ struct SpanProducts {
   const SpanWaves& waves;
   const TurnedQuery& query;
   int64_t half;
-  std::vector<int32_t> room;
+  Zeros<int32_t> room;
+  Floats most = {};  // of the coefficients' absolute values
 
   SpanProducts(const SpanWaves& span, const TurnedQuery& turned, int64_t half)
       : waves(span), query(turned), half(half), room((span.quarters + half) * 2 * STEP) {}
@@ -97,25 +98,19 @@ struct SpanProducts {
     for (int64_t k = 0; k < waves.quarters; k++)
       for (int64_t v = 0; v < STEP; v += LANES) {
         const Integers first = load(basis + 2 * k * STEP + v), second = load(basis + (2 * k + 1) * STEP + v);
-        store(even + k * STEP + v, both(query.even.data() + 2 * k, first, second));
-        store(odd + k * STEP + v, both(query.odd.data() + 2 * k, first, second));
+        const Integers x = Integers{} + query.first[k], y = Integers{} + query.second[k];
+        store(even + k * STEP + v, (Integers)(multiplied(x, first) + multiplied(y, second)));
+        store(odd + k * STEP + v, (Integers)(multiplied(y, first) - multiplied(x, second)));
       }
     in_blocks<ROWS_OF_TWO>(half, Product{waves.cosines.data(), waves.quarters, waves.quarters, even, cosines});
     in_blocks<ROWS_OF_TWO>(half, Product{waves.sines.data(), waves.quarters, waves.quarters, odd, sines});
     for (int64_t i = 0; i < half; i++)
       for (int64_t v = 0; v < STEP; v += LANES) {
         const Integers c = load(cosines + i * STEP + v), s = load(sines + i * STEP + v);
-        const Floats scale = load(scales + v);
-        store(to + (half + i) * columns + v, as_floats(c + s) * scale);
-        store(to + (half - 1 - i) * columns + v, as_floats(c - s) * scale);
+        const Floats after = as_floats(c + s) * load(scales + v), before = as_floats(c - s) * load(scales + v);
+        store(to + (half + i) * columns + v, after);
+        store(to + (half - 1 - i) * columns + v, before);
+        most = greater(most, greater(absolute(after), absolute(before)));
       }
-  }
-
-  Integers both(const int32_t* factors, Integers first, Integers second) const {
-    const int32_t rounding = query.shift > 0 ? 1 << (query.shift - 1) : 0;
-    const Integers middle = Integers{} + rounding;
-    const Integers low = add_products(middle, Integers{} + factors[0], first) >> query.shift;
-    const Integers high = add_products(middle, Integers{} + factors[1], second) >> query.shift;
-    return (low & 0xffff) | high << 16;
   }
 };

@@ -41,18 +41,23 @@ struct TileScores {
     const SpanWaves span(paired, offset_waves, tile, half());
     const int64_t inner = 2 * pairs + 1, joint = heads * rows, most = 2 * half();
     const int64_t columns = steps(levels.rank()) * STEP, room = whole(order.count) + LANES;
-    Numbers own(joint * size), along(joint * inner), moved(joint * inner), shifts(most * joint * tile);
-    Numbers coefficients(most * columns + LANES);
-    Zeros<int32_t> coded_pairs(most * joint * room), unpacked(order.count * STEP), sums(joint * STEP);
+    // new memory at every step would cost more than what is computed in it
+    static thread_local Numbers held_shifts, held_coefficients;
+    static thread_local Zeros<int32_t> held_pairs;
+    static thread_local Maps maps;
+    float *shifts = held_shifts.room(most * joint * tile), *coefficients = held_coefficients.room(most * columns + LANES);
+    int32_t* coded_pairs = held_pairs.room(most * joint * room);
+    Numbers own(joint * size), along(joint * inner), moved(joint * inner);
+    Zeros<int32_t> unpacked(order.count * STEP), sums(joint * STEP);
     std::vector<Coded> coded(most * joint);
     for (int64_t i = 0; i < most * joint; i++)
-      coded[i] = {coefficients.data() + i / joint * columns, coded_pairs.data() + i * room};
+      coded[i] = {coefficients + i / joint * columns, coded_pairs + i * room};
     TurnedQuery turned(paired);
     SpanProducts products(span, turned, half());
     std::vector<uint8_t> held;
-    Maps maps;
+    maps.group = -1;
     int64_t before = -1;
-#pragma omp for schedule(static) nowait
+#pragma omp for schedule(dynamic) nowait
     for (int64_t chunk = 0; chunk < groups * chunks(); chunk++) {
       const int64_t group = chunk / chunks(), first = chunk % chunks() * most;
       const int64_t count = std::clamp<int64_t>(tiles() - first, 0, most);
@@ -68,16 +73,17 @@ struct TileScores {
         for (int64_t row = 0; row < joint; row++)
           paired.shift(along.data() + row * inner, waves + (first + i) * inner, moved.data() + row * inner);
         in_blocks<ROWS_OF_TWO>(
-            joint, ProductWithWaves{moved.data(), pairs, offset_waves, tile, shifts.data() + i * joint * tile});
+            joint, ProductWithWaves{moved.data(), pairs, offset_waves, tile, shifts + i * joint * tile});
       }
       for (int64_t row = 0; row < joint && count > 0; row++) {
         const int64_t head = row / rows;
         turned.turn(own.data() + row * size, waves + first * inner, span, maps.longest[head]);
         const int32_t* map = maps.pairs.data() + head * maps.halves * columns;
+        products.most = Floats{};
         for (int64_t c = 0; c < columns; c += STEP)
-          products.run(map + c * maps.halves, maps.scales.data() + c, coefficients.data() + c, columns);
-        for (int64_t i = 0; i < count; i++) coded[i * joint + row].measure(order, columns);
-        for (int64_t i = 0; i < count; i++) coded[i * joint + row].round(order, turned.unit);
+          products.run(map + c * maps.halves, maps.scales.data() + c, coefficients + c, columns);
+        const float greatest = greatest_of(products.most);
+        for (int64_t i = 0; i < count; i++) coded[i * joint + row].round(order, greatest, turned.unit);
       }
       const int64_t stop = std::min(tokens, (first + count) * tile);
       float* out = scores + group * joint * stride;
@@ -91,7 +97,7 @@ struct TileScores {
         for (int64_t i = 0; i < here; i++) gain[i] = factors.of[gains[group * levels.stride + t + i]];
         for (int64_t m = 0; m < joint; m++) {
           float few[STEP], *to = out + m * stride + t;
-          coded[row + m].scores(sums.data() + m * STEP, gain, shifts.data() + (row + m) * tile + t % tile,
+          coded[row + m].scores(sums.data() + m * STEP, gain, shifts + (row + m) * tile + t % tile,
                                 here < STEP ? few : to);
           if (here < STEP) std::copy_n(few, here, to);
         }

@@ -56,11 +56,11 @@ def lowrank_attention(
         )
     kv = cache_behind(key, value)
     causal = is_causal(module, kwargs.pop("is_causal", None))
-    tokens = key.shape[2] if kv is None else len(kv)
     if attention_mask is not None and kv is not None:
-        attention_mask = attention_mask[..., :tokens]
+        attention_mask = attention_mask[..., : len(kv)]
     given = attention_mask
     if (picked := kwargs.pop("indices", None)) is not None:
+        tokens = key.shape[2] if kv is None else len(kv)
         attention_mask = selected(attention_mask, picked, tokens, causal=causal)
     if (bias := kwargs.pop("position_bias", None)) is not None:
         attention_mask = biased(attention_mask, bias.to(query.dtype), causal=causal)
@@ -87,7 +87,8 @@ def lowrank_attention(
         sinks=kwargs.get("s_aux"),
     )
     # only now, what came in this step having been attended to as it is; layers that share it come later in the step
-    if not (getattr(module, "store_full_length_kv", False) or getattr(module, "is_kv_shared_layer", False)):
+    attributes = vars(module)  # asking a module for what it lacks takes as long as much of this
+    if not (attributes.get("store_full_length_kv") or attributes.get("is_kv_shared_layer")):
         if not torch.compiler.is_compiling():
             kv.hide(given)
         kv.compress()

@@ -135,6 +135,7 @@ class LowRankCache(DynamicCache):
         self.depth: int | None = None
         self._latest = _NONE_YET
         self._before = 0
+        self._reads_coefficients = False
         self._warned = False
 
     # mypy reads the signature of the newest version
@@ -158,15 +159,19 @@ class LowRankCache(DynamicCache):
                 raise errors.compiled()
             return self._update(self.layers[layer_idx], None, key_states, value_states, *args, **kwargs)
         begins, frame = layer_idx <= self._latest, sys._getframe(1)
-        module = calling_module(frame) if begins or not self._is_made(layer_idx) else None
-        cross = is_cross_attention(self, module, frame)
         try:
+            if not begins and self._is_made(layer_idx):
+                self._latest = layer_idx
+                return self._update(self.layers[layer_idx], frame, key_states, value_states, *args, **kwargs)
+            module = calling_module(frame)
+            cross = is_cross_attention(self, module, frame)
             if cross and super().get_seq_length(layer_idx):
                 raise errors.alone(module)
             if begins:
                 self._before = super().get_seq_length()
                 self._share_budget()
                 self._bind(module)
+                self._reads_coefficients = self._named()
             self._latest = layer_idx
             layer = self._layer(layer_idx, module)
             if isinstance(layer, LowRankLayer) and layer.kv is None:
@@ -283,11 +288,15 @@ class LowRankCache(DynamicCache):
             found: tuple[Tensor, Tensor] = layer.update(keys, values, *args, **kwargs)
             return found
         learning = torch.is_grad_enabled() and (keys.requires_grad or values.requires_grad)
-        if not learning and getattr(self._config, "_attn_implementation", None) == NAME:
+        if not learning and (self._reads_coefficients if frame is not None else self._named()):
             return layer.update_lazily(keys, values)
         if layer.compressed and not torch.compiler.is_compiling():
             self._warn_of_rebuilding()
         return layer.update(keys, values, mask=None if frame is None else mask_of(frame))
+
+    def _named(self) -> bool:
+        """Whether the model's attention is the one that reads coefficients."""
+        return getattr(self._config, "_attn_implementation", None) == NAME
 
     def _warn_of_rebuilding(self) -> None:
         """Once per cache."""

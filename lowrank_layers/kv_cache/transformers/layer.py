@@ -84,12 +84,12 @@ class LowRankLayer(LayerInterface):
         """Adds tokens and returns what the attention ``"lowrank"`` reads; it compresses when it is done."""
         assert self.kv is not None, "a LowRankCache makes it"
         self.kv.compress()  # the last step may have had another attention, which did not
-        self.kv.append(key_states.detach(), value_states.detach())
+        self.kv.append(_detached(key_states), _detached(value_states))
         self.lazy = True
-        handle = Handle(self.kv)
         if torch.compiler.is_compiling():
+            handle = Handle(self.kv)
             return handle, handle
-        return LazyKV.of(handle, 0), LazyKV.of(handle, 1)
+        return LazyKV.both(self.kv)
 
     def get_mask_sizes(self, query_length_: int | Tensor) -> tuple[int, int]:
         """The number of tokens after the next step, and the index of the first one."""
@@ -140,7 +140,7 @@ class LowRankLayer(LayerInterface):
         named = getattr(getattr(reader, "config", None), "_attn_implementation", None)
         if named == NAME and isinstance(reader, nn.Module) and getattr(reader, "layer_idx", None) is not None:
             self.kv.compress()  # of a step whose attention joined them with other tokens
-            return LazyKV.of(Handle(self.kv), index)
+            return LazyKV.both(self.kv)[index]
         return self.kv.side(index)
 
     def _refuse(self, given: Tensor | None) -> None:
@@ -149,3 +149,7 @@ class LowRankLayer(LayerInterface):
                 "LowRankCache: got keys or values to put in place of a layer's, expected update() for more tokens,"
                 " crop() and batch_select_indices() for fewer; a DynamicCache takes others in place of its own."
             )
+
+
+def _detached(x: Tensor) -> Tensor:
+    return x.detach() if x.requires_grad else x

@@ -58,17 +58,19 @@ class LazyKV(torch.Tensor):
     side: int
 
     @staticmethod
-    def of(handle: Handle, side: int) -> LazyKV:
-        """A tensor that stands for keys or values.
+    def both(kv: LowRankKV) -> tuple[LazyKV, LazyKV]:
+        """Tensors that stand for keys and values.
 
         Args:
-            handle: the tokens of a layer.
-            side: 0 for keys, 1 for values.
+            kv: the cache of a layer.
         """
-        like, shape = handle.kv.like(side), handle.shape_of(side)
-        found: LazyKV = torch.Tensor._make_wrapper_subclass(LazyKV, shape, dtype=like.dtype, device=like.device)
-        found.handle, found.side = handle, side
-        return found
+        key, value, tokens, make = kv.like(0), kv.like(1), len(kv), torch.Tensor._make_wrapper_subclass
+        batch, heads, _, size = key.shape
+        keys: LazyKV = make(LazyKV, (batch, heads, tokens, size), dtype=key.dtype, device=key.device)
+        values: LazyKV = make(LazyKV, (batch, heads, tokens, value.shape[3]), dtype=value.dtype, device=value.device)
+        keys.handle = values.handle = Handle(kv)
+        keys.side, values.side = 0, 1
+        return keys, values
 
     def __repr__(self) -> str:  # type: ignore[override]
         return f"LazyKV(shape={tuple(self.shape)})"
