@@ -33,7 +33,7 @@ BARS_ONE_SHOT = {4442: 94.0, 3109: 85.0}
 BARS_LENET = {4442: 98.0, 2221: 97.0}
 BARS_RESNET = {0.5: 91.5, 0.3: 90.5, 0.2: 88.5}
 RESNET_ONE_SHOT = {0.2: 85.0}
-REFINED = (0.2,)
+REFINED = (0.3, 0.2)
 """Sizes of ResNet-20 at which stages are refined before recovery."""
 RESNET_MULTIPLES = {0.5: (1.0125,), 0.3: (1.0125,), 0.2: (1.0125, 1.02)}
 
