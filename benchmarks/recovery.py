@@ -5,7 +5,8 @@ multiples that one is taken whose result is nearest to the dense model on 4,000 
 on. Then it is recovered for one epoch: each of the 60,000 training images once, cross-entropy and a little distillation
 from the dense model, by SOAP. ResNet-20 is factorized by the default plan to 1.0125 times the size, or to 1.02 times at
 20 % if that is nearer to the dense model on 5,000 training images that were not calibrated on; its dead channels, which
-are removed, take about the rest. It is recovered for three epochs of 15,000 images, shifted by up to four pixels
+are removed, take about the rest. At 30 and 20 % one pass of 15,000 images without labels refines its stages
+(``lr.refine_``). It is recovered for three epochs of 15,000 images, shifted by up to four pixels
 and mirrored, by the logits and the outputs of all blocks of the dense model, with its batch norms frozen. Accuracies
 are those of the 10,000 test images. The settings of LeNet's recovery were chosen by about fifty runs of other
 compressed models, scored on the same test images; those of ResNet-20's by about fifty, most of one epoch and at 20 %,

@@ -46,7 +46,7 @@ class LowRankCache(DynamicCache):
     14.2 times fewer bytes than bf16 at 0.0, 0.1 and 4.0 % more perplexity, all bytes of a sequence counted; the
     default, fitted to the prompt, takes 4.1 times fewer at 0.1 %. At 8,192 tokens a step takes 0.71 of the time that it
     takes with ``DynamicCache`` and SDPA (fp32, two threads of a CPU with AVX-512), at 2,048 tokens as much; on one with
-    AVX2 alone 0.79 and 1.08 of it (``benchmarks/results/kv_real_cpu_202611.md``).
+    AVX2 alone 0.71 and 1.01 of it (``benchmarks/results/kv_real_cpu_202611.md``).
 
     A prompt that several requests share is read once: each request takes ``copy.deepcopy(cache)``, a file, or a row of
     ``batch_repeat_interleave``, and gets the tokens that a new cache gives which is filled in the same steps. Reading
