@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -62,6 +61,9 @@ class LowRankKV:
         (torch.Size([1, 8, 1, 64]), 600, 3.5)
     """
 
+    _due = 0
+    """Number of recent tokens from which on some are compressed, as it was when that was looked at last."""
+
     def __init__(
         self,
         settings: KVSettings | Rank | None = None,
@@ -82,7 +84,6 @@ class LowRankKV:
         self.old: tuple[CompressedTokens, CompressedTokens] | None = None
         self.recent: tuple[RecentTokens, RecentTokens] | None = None
         self.padding = PaddedTokens(self.settings.keep_first)
-        vars(self).pop("_due", None)  # the next tokens may be on another device
 
     def __len__(self) -> int:
         first = 0 if self.first is None else self.first[0].shape[2]
@@ -189,9 +190,13 @@ class LowRankKV:
         """Turns tokens that are neither first nor recent into coefficients, once there is a block of them."""
         if self.recent is None:
             return
-        if self.old is not None and self.recent[0].tokens < self._due:
+        held = self.recent[0].tokens
+        if self.old is not None and held < self._due:
             return  # as in most steps, where every microsecond is seen
-        device, count = self.like().device, self.recent[0].tokens - self.settings.recent
+        device, count = self.like().device, held - self.settings.recent
+        self._due = self.settings.recent + self.settings.block_on(device)
+        if self.old is not None and held < self._due:
+            return
         with torch.no_grad(), without_autocast(device):
             if self.old is None:
                 self._fit()
@@ -201,11 +206,6 @@ class LowRankKV:
                 for side, tokens, limit in zip(self.old, self._leaving(0, count), limits, strict=True):
                     side.extend(tokens, limit, keep)
                 self._drop(count)
-
-    @cached_property
-    def _due(self) -> int:
-        """Number of recent tokens from which on some are compressed, after the first fit."""
-        return self.settings.recent + self.settings.block_on(self.like().device)
 
     def crop(self, tokens: int) -> None:
         """Keeps the first tokens.
