@@ -32,7 +32,7 @@ class RecentTokens:
         """
         stop = self.tokens + x.shape[2]
         if stop > self.buffer.shape[2] or self.needs_copy(x):
-            self.buffer = torch.cat([self.read(), x], 2)
+            self._replace(torch.cat([self.read(), x], 2))
         else:
             self.buffer[:, :, self.tokens : stop] = x
         self.tokens = stop
@@ -63,7 +63,8 @@ class RecentTokens:
         rest = self.buffer[:, :, first : self.tokens]
         fresh = RecentTokens(rest, max(self.room, rest.shape[2]))
         fresh.append(rest)
-        self.buffer, self.tokens = fresh.buffer, fresh.tokens
+        self.tokens = fresh.tokens
+        self._replace(fresh.buffer)
 
     def truncate(self, tokens: int) -> None:
         """Keeps the first tokens.
@@ -79,4 +80,8 @@ class RecentTokens:
         Args:
             change: gives the new tensor for the old one.
         """
-        self.buffer = change(self.buffer)
+        self._replace(change(self.buffer))
+
+    def _replace(self, buffer: Tensor) -> None:
+        vars(self).pop("_target", None)  # which would keep the former one
+        self.buffer = buffer

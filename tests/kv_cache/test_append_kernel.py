@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -88,6 +89,15 @@ def test_what_was_made_in_inference_mode_is_not_written_outside():
         assert append_token(recent, *a_token())
     assert not append_token(recent, *a_token())
     assert [held.tokens for held in recent] == [5, 5]
+
+
+def test_a_buffer_that_is_replaced_is_freed():
+    recent = recent_with(room=8)
+    assert append_token(recent, *a_token())
+    former = [weakref.ref(held.buffer) for held in recent]
+    for held in recent:
+        held.drop(2)
+    assert [x() for x in former] == [None, None]
 
 
 def test_without_room_it_stands_back():
