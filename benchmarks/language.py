@@ -7,7 +7,8 @@ with ranks by relative errors (that of BALF); weighting by inputs and gradients,
 allocation; and the default. Perplexity of windows of 512 tokens of WikiText-2 (test), code and stories, each text from
 its beginning on; LAMBADA's last words where ``--lambada`` says how many.
 
-Rows that are done are kept in ``--work`` and not measured again; the result file is written after each of them.
+Rows that are done are kept in ``--work``, with what was measured of each layer, and not measured again; the result file
+is written after each of them.
 """
 
 from __future__ import annotations
@@ -80,8 +81,10 @@ def uniform_plan(model: Any, stats: lr.Statistics | None, fraction: float) -> lr
     return plan
 
 
-def compressed(model: Any, setting: Setting, stats: lr.Statistics, batches: list[Any], fraction: float) -> Any:
-    """A copy of the model at a size, by one setting."""
+def compressed(
+    model: Any, setting: Setting, stats: lr.Statistics, batches: list[Any], fraction: float, effects: dict[str, Any]
+) -> Any:
+    """A copy of the model at a size, by one setting; layers are measured once, and ``effects`` keeps what was found."""
     known = {
         "nothing": lambda: None,
         "inputs": lambda: replace(stats, layers={k: each.changed(gradients=None) for k, each in stats.items()}),
@@ -90,9 +93,15 @@ def compressed(model: Any, setting: Setting, stats: lr.Statistics, batches: list
     if setting.units == "uniform":
         plan = uniform_plan(model, known, fraction)
     else:
-        budget = lr.Budget(params=fraction, of="planned")
-        seen = batches if setting.units is None else None
-        plan = lr.make_plan(model, budget, known, setting.methods, SKIP, units=setting.units, batches=seen)
+        budget, measured_by = lr.Budget(params=fraction, of="planned"), "all" if setting.methods is None else "pairs"
+        seen: dict[str, Any] = {"units": setting.units}
+        if setting.units is None and measured_by in effects:
+            seen["effects"] = effects[measured_by]
+        elif setting.units is None:
+            seen["batches"] = batches
+        plan = lr.make_plan(model, budget, known, setting.methods, SKIP, **seen)
+        if plan.effects:
+            effects[measured_by] = plan.effects
     data = batches if setting.sequential else None
     return lr.factorize_(copy.deepcopy(model), plan, stats=known, data=data)
 
@@ -111,7 +120,9 @@ def block_parameters(model: Any) -> int:
     return sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in own)
 
 
-def rows(subject: Case, args: argparse.Namespace, known: dict[str, dict[str, float]]) -> Iterator[str]:
+def rows(
+    subject: Case, args: argparse.Namespace, known: dict[str, dict[str, float]], effects: dict[str, Any]
+) -> Iterator[str]:
     """Measures the rows that are not known yet, adds them, and says which."""
     whole = block_parameters(subject.model)
 
@@ -134,7 +145,7 @@ def rows(subject: Case, args: argparse.Namespace, known: dict[str, dict[str, flo
         if args.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
         start = time.perf_counter()
-        model = compressed(subject.model, SETTINGS[label], stats, batches, size)
+        model = compressed(subject.model, SETTINGS[label], stats, batches, size, effects)
         spent = {"seconds": time.perf_counter() - start, "peak GiB": peak(args.device)}
         kept = {"kept, %": 100 * block_parameters(model) / whole}
         known[key] = kept | measured(model, subject, args.rounds) | spent
@@ -178,7 +189,8 @@ def report(name: str, line: str, args: argparse.Namespace, known: dict[str, dict
     """The whole result file."""
     text = [
         f"# Language models, no recovery\n\n{line}\n\n{name}; {args.calibration:,} tokens of WikiText-2 (valid) for"
-        f" calibration, {args.windows} windows of WikiText-2 (test) scored.\n"
+        f" calibration, {args.windows} windows of WikiText-2 (test) scored. Layers are measured once for all sizes: the"
+        " first row that needs it has the seconds.\n"
     ]
     sizes = sorted({float(key.split(" ", 1)[0]) for key in known if key != "dense"}, reverse=True)
     text += [f"## {size:.0%} of the parameters of the layers\n\n{table(known, f'{size:g} ')}\n" for size in sizes]
@@ -209,11 +221,13 @@ def main() -> None:
         work = args.work or Path(temporary)
         work.mkdir(parents=True, exist_ok=True)
         path = work / f"language-{subject.calibration.numel()}.json"
-        known: dict[str, dict[str, float]] = json.loads(path.read_text()) if path.exists() else {}
-        for key in rows(subject, args, known):
+        effects_path = path.with_name(f"effects-{subject.calibration.numel()}.json")
+        known, effects = (json.loads(each.read_text()) if each.exists() else {} for each in (path, effects_path))
+        for key in rows(subject, args, known, effects):
             print(key, *(f"{name} {value:.2f}" for name, value in known[key].items()), sep=" | ", flush=True)
-            with replacing(path) as kept:
-                kept.write_text(json.dumps(known))
+            for each, found in ((path, known), (effects_path, effects)):
+                with replacing(each) as kept:
+                    kept.write_text(json.dumps(found))
             write_result(args, "language", report(subject.name, line, args, known))
         text = report(subject.name, line, args, known)
     print(f"{text.splitlines()[-1]}\nwritten to {write_result(args, 'language', text)}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from typing import Any, Literal
@@ -23,10 +23,11 @@ from .allocation import Allocation, Offer, entry_for, offers_for
 from .candidates import Candidate
 from .cost_model import CostModel, CountedCost
 from .damping import Damping
+from .effects import Effects, KnownEffects, measured_on
 from .eligible import UNREACHED, eligible_layers
 from .entry import Entry
 from .latency import ExampleRun, LatencyTable, fit_latency
-from .measured import MeasuredEffects, measured_on, scaled
+from .measured import MeasuredEffects, scaled
 from .method import Method, Option, factored_cost
 from .plan import Plan, model_cost
 from .request import Request, check_budget, check_stats, make_request, methods_of_alds
@@ -51,6 +52,7 @@ def make_plan(
     example: Any = None,
     round_to: int | None = None,
     batches: Iterable[Any] | None = None,
+    effects: Mapping[str, float] | None = None,
     progress: bool = False,
 ) -> Plan:
     r"""Chooses a method and a rank for every layer, or leaves it dense, so that the loss grows least under a budget.
@@ -73,11 +75,12 @@ def make_plan(
       gradients of a loss: on ResNet-20 with channel SVD alone the three give 87.86 / 87.75 / 88.04 % at half the
       parameters and 74.66 / 75.89 / 76.34 % at 30 %; with all methods 91.24 / 91.19 / 91.06 % and 88.37 / 88.89 /
       88.85 %. It is also the default where nothing is known.
-    - ``"measured"`` measures instead of assuming, and is the default with ``batches``: each layer alone is replaced at
-      about half of its parameters, what comes after it in the model is run again on some batches, and the layer's
-      whole curve is scaled by measured over estimated growth of the loss. What is measured is how far the output moves:
-      the mean divergence of the softened predictions where the loss of the statistics is a cross-entropy or the output
-      has ``.logits``, its squared error over its variance otherwise. The losses of the plan are in these units then.
+    - ``"measured"`` measures instead of assuming, and is the default with ``batches`` and ``effects``: each layer alone
+      is replaced at about half of its parameters, what comes after it in the model is run again on some batches, and
+      the layer's whole curve is scaled by measured over estimated growth of the loss. What is measured is how far the
+      output moves: the mean divergence of the softened predictions where the loss of the statistics is a cross-entropy
+      or the output has ``.logits``, its squared error over its variance otherwise. The losses of the plan are in these
+      units then.
     - ``"trimmed"`` divides by the total without the largest 1 % of the layer's singular directions, and squares the
       quotient. It is the default where the inputs are known but no gradients. A few outlier channels own the inputs
       of a transformer's layers, so that by the other units these layers are cut to almost nothing; and errors of
@@ -111,6 +114,8 @@ def make_plan(
             since processors compute several channels at a time, and for 1 otherwise.
         batches: what layers are measured on: batches that the model was calibrated on, in the same form. About 1,024
             positions of the output are looked at, of batches that are evenly spaced.
+        effects: in the place of ``batches``, what was measured for an earlier plan of this model, at any budget, by the
+            same methods: ``earlier.effects``.
         progress: shows a progress bar over the layers.
 
     Returns:
@@ -139,7 +144,8 @@ def make_plan(
         round_to = ROUND_TO if timed else 1
     check_integer(round_to, "make_plan", "round_to", 1)
     request = make_request(methods, stats, damping, cost_model, round_to)
-    seen = measured_on(batches, units, planned=budget is not None and allocation == "knapsack")
+    planned = budget is not None and allocation == "knapsack"
+    seen = measured_on(batches, units, effects, planned=planned)
     closed = list(walk_layers(model))
     with opened_attentions(model):
         skipped_names = select(model, skip, "skip", closed)
@@ -168,10 +174,11 @@ def make_plan(
             table = LatencyTable(model, run, layers)
             if len(budget.units) == 1:
                 competing = table.faster(request.methods)
-        with nullcontext() if seen is None else MeasuredEffects(model, seen, stats) as measuring:
-            offers, effects = _offers(layers, competing, measuring, progress)
-        scales = units or default_units(layers.values(), measured=seen is not None)
-        problem = Allocation(layers, offers, budget, total, scales, allocation == "alds", effects)
+        known = None if effects is None else KnownEffects(effects, layers)
+        with nullcontext(known) if seen is None else MeasuredEffects(model, seen, stats) as measuring:
+            offers, found = _offers(layers, competing, measuring, progress)
+        scales = units or default_units(layers.values(), measured=bool(found))
+        problem = Allocation(layers, offers, budget, total, scales, allocation == "alds", found)
     measured: dict[str, float] = {}
     if timed:
         problem, picks, measured["measured"] = fit_latency(model, problem, table)
@@ -188,6 +195,7 @@ def make_plan(
             **({"allocation": "alds"} if problem.alds else {"units": problem.units}),
             "calibrated": stats is not None,
             **weighting,
+            **({"effects": found} if found else {}),
             **measured,
         },
     )
@@ -195,7 +203,7 @@ def make_plan(
 
 @full_precision
 def _offers(
-    layers: dict[str, Candidate], methods: dict[str, list[Method]], measuring: MeasuredEffects | None, progress: bool
+    layers: dict[str, Candidate], methods: dict[str, list[Method]], measuring: Effects | None, progress: bool
 ) -> tuple[dict[str, list[Offer]], dict[str, float]]:
     """The options of all layers, with measured losses where they are measured, and what scaled them."""
     offers, effects = {}, {}

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..calibrate import check_batches, describe_output, main_output, quiet_eval
+from ..calibrate import describe_output, main_output, quiet_eval
 from ..calibrate.example import map_tensors
 from ..calibrate.fisher import counted_positions
 from ..calibrate.overridden import overridden
@@ -21,7 +21,6 @@ from ..memory import release_mapped
 from .allocation import Offer
 from .candidates import Candidate
 from .recovery.distillation import divergence, single
-from .units import Units
 
 ROWS = 1024
 """Positions of the output, at least, that are looked at where the batches have so many."""
@@ -175,30 +174,3 @@ def scaled(offers: Sequence[Offer], effect: float) -> list[Offer]:
         replace(offer, option=replace(offer.option, loss_increase=effect * offer.option.loss_increase))
         for offer in offers
     ]
-
-
-def measured_on(batches: Any, units: Units | None, *, planned: bool) -> list[Any] | None:
-    """Returns the batches that layers are measured on; ``None`` where they are not measured.
-
-    Args:
-        batches: what :func:`make_plan` was given.
-        units: likewise.
-        planned: whether losses of layers are compared.
-    """
-    if batches is None:
-        if units == "measured":
-            raise LowRankError(
-                "make_plan: got units='measured' without batches, expected batches= of those that the model was"
-                " calibrated on."
-            )
-        return None
-    if units not in (None, "measured") or not planned:
-        raise LowRankError(
-            f"make_plan: got batches with units={units!r}, a rank or another allocation, expected units='measured' or"
-            " None and a budget; leave batches out."
-        )
-    check_batches(batches, "make_plan")
-    known = list(batches)
-    if not known:
-        raise LowRankError("make_plan: got no batches; give some of those that the model was calibrated on, or None.")
-    return known

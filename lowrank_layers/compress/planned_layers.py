@@ -67,6 +67,11 @@ class PlannedLayers:
         return Damping(**self.settings.get("damping", {}))
 
     @property
+    def effects(self) -> dict[str, float]:
+        """Measured over predicted loss of each layer, where layers were measured; ``make_plan(effects=)`` takes it."""
+        return dict(self.settings.get("effects", {}))
+
+    @property
     def loss(self) -> float | None:
         """Predicted growth of the loss, the sum over layers; ``None`` where it is not known."""
         losses = [entry.loss for entry in self if entry.name not in self.notes]

@@ -157,8 +157,29 @@ WRONG = {
     ),
     "no batches": ({"batches": []}, "got no batches"),
     "one batch": ({"batches": torch.zeros(2, 24)}, "got one Tensor, expected a list of batches"),
+    "effects and batches": (
+        {"batches": [torch.zeros(2, 24)], "effects": {"0": 1.0}},
+        "got batches and effects, expected one of them",
+    ),
+    "effects for other units": ({"effects": {"0": 1.0}, "units": "absolute"}, "got effects with units='absolute'"),
+    "effects of another model": ({"effects": {"conv1": 1.0}}, "got effects that do not know '0'"),
+    "no effects": ({"effects": [1.0]}, "got effects of type list"),
+    "an effect of nothing": (
+        {"effects": {"0": 1.0, "2": 0.0, "4": 1.0, "6": 1.0}},
+        "got the effect 0.0 of '2', expected a positive number",
+    ),
     "alds": ({"batches": [torch.zeros(2, 24)], "allocation": "alds"}, "another allocation"),
 }
+
+
+def test_what_was_measured_for_one_budget_serves_for_others():
+    model, batches = network(), [torch.randn(300, 24).double()]
+    stats = lr.calibrate(model, batches, loss=lr.SampledCrossEntropy())
+    first = lr.Plan.from_json(lr.make_plan(model, lr.Budget(params=0.7), stats, batches=batches).to_json())
+    assert set(first.effects) == {entry.name for entry in first}
+    again = lr.make_plan(model, lr.Budget(params=0.4), stats, effects=first.effects)
+    assert again == lr.make_plan(model, lr.Budget(params=0.4), stats, batches=batches)
+    assert not lr.make_plan(model, lr.Budget(params=0.4), stats).effects
 
 
 @pytest.mark.parametrize(("options", "message"), WRONG.values(), ids=WRONG)
