@@ -17,6 +17,9 @@ from torch import Tensor
 from ...linalg import full_precision, psd_root
 from ..regression import Regression
 
+AT_ONCE = 128
+"""Of so many units that are left, one goes at a time; of twice as many two."""
+
 
 @dataclass(frozen=True)
 class Elimination:
@@ -24,7 +27,7 @@ class Elimination:
 
     Args:
         units: all but one of them.
-        growth: by how much the loss grows with each.
+        growth: by how much the loss grows with each; those that go together have the mean.
     """
 
     units: list[int]
@@ -33,7 +36,9 @@ class Elimination:
 
 @full_precision
 def eliminate(problem: Regression, count: int) -> Elimination:
-    """Returns the order in which the units of a layer go, at each step the one whose loss is least.
+    """Returns the order in which the units of a layer go, at each step the one whose loss is least, or the few.
+
+    Where 256 units or more are left, a 128th of them goes at a time: 1,536 units take 550 steps in place of 1,535.
 
     Args:
         problem: the layer's weighted problem; its columns are those of the units in order.
@@ -43,21 +48,24 @@ def eliminate(problem: Regression, count: int) -> Elimination:
     inverse = problem.inputs.root.solve(torch.eye(weighted.shape[1]).to(weighted))
     size = len(inverse) // count
     columns = torch.arange(len(inverse), device=inverse.device).unflatten(0, (count, size))
-    left = list(range(count))
+    left = torch.arange(count, device=inverse.device)
     order: list[int] = []
     growth: list[float] = []
     while len(left) > 1:
-        blocks = inverse[columns[left][:, :, None], columns[left][:, None, :]]
-        maps = weighted[:, columns[left]].movedim(1, 0)
+        own = columns[: len(left)]
+        blocks = inverse[own[:, :, None], own[:, None, :]]
+        maps = weighted.unflatten(1, (-1, size)).movedim(1, 0)
         losses = (maps @ torch.linalg.inv(blocks) * maps).sum((1, 2))
-        best = int(losses.argmin())
-        unit = left.pop(best)
-        order.append(unit)
-        growth.append(0.5 * problem.scale * float(losses[best]))
-        gone = columns[unit]
-        share = torch.linalg.solve(inverse[gone][:, gone], inverse[gone])
-        weighted = weighted - weighted[:, gone] @ share
-        inverse = inverse - inverse[:, gone] @ share
+        go = losses.argsort(stable=True)[: max(1, len(left) // AT_ONCE)].sort().values
+        stay = torch.ones_like(left, dtype=torch.bool).index_fill_(0, go, value=False).nonzero()[:, 0]
+        gone, kept = own[go].flatten(), own[stay].flatten()
+        share = torch.linalg.solve(inverse[gone][:, gone], inverse[gone][:, kept])
+        loss = float((torch.linalg.solve(inverse[gone][:, gone], weighted[:, gone].mT).mT * weighted[:, gone]).sum())
+        order += left[go].tolist()
+        growth += [0.5 * problem.scale * loss / len(go)] * len(go)
+        weighted = weighted[:, kept] - weighted[:, gone] @ share
+        inverse = inverse[kept][:, kept] - inverse[kept][:, gone] @ share
+        left = left[stay]
     return Elimination(order, growth)
 
 

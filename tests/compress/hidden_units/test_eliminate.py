@@ -10,13 +10,14 @@ from lowrank_layers.compress.regression import Metric, Regression
 
 
 def problem(outputs: int, inputs: int) -> Regression:
-    x, g = torch.randn(200, inputs, dtype=torch.float64), torch.randn(200, outputs, dtype=torch.float64)
+    rows = max(200, 2 * inputs)
+    x, g = torch.randn(rows, inputs, dtype=torch.float64), torch.randn(rows, outputs, dtype=torch.float64)
     x = x @ torch.randn(inputs, inputs, dtype=torch.float64)
     return Regression(
         torch.randn(outputs, inputs, dtype=torch.float64),
         None,
-        Metric(g.mT @ g / 200),
-        Metric(x.mT @ x / 200),
+        Metric(g.mT @ g / rows),
+        Metric(x.mT @ x / rows),
         scale=3.0,
     )
 
@@ -64,3 +65,13 @@ def test_units_that_others_predict_exactly_go_first_and_cost_nothing():
     found = eliminate(regression, 5)
     assert max(found.growth[:2]) < 1e-6 * regression.energy
     assert found.growth[2] > 1e-3 * regression.energy
+
+
+def test_many_units_go_several_at_a_time_and_their_growths_still_add_up():
+    regression, count = problem(6, 300), 300
+    found = eliminate(regression, count)
+    assert sorted([*found.units, *({*range(count)} - {*found.units})]) == list(range(count))
+    assert found.growth[0] == found.growth[1] != found.growth[2]  # a 128th of 300, and again a 128th of 298
+    for gone in (2, 100, 290):
+        stay = sorted({*range(count)} - {*found.units[:gone]})
+        assert sum(found.growth[:gone]) == pytest.approx(loss_of(regression, torch.tensor(stay)), rel=1e-6)
