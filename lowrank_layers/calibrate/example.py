@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -36,6 +37,27 @@ def map_tensors(function: Callable[[Tensor], Tensor], batch: Any) -> Any:
     if type(batch) in (tuple, list):
         return type(batch)(map_tensors(function, value) for value in batch)
     return batch
+
+
+def has_tokens(batch: Any, *, with_target: bool) -> bool:
+    """Returns whether the inputs of a batch hold indices, such as those of words: integers of 32 or 64 bits.
+
+    Args:
+        batch: a batch in the form that :func:`calibrate` takes.
+        with_target: whether the last item of a tuple batch is the target.
+    """
+    if isinstance(batch, Mapping):
+        batch = {name: value for name, value in batch.items() if name != "labels"}
+    elif with_target and isinstance(batch, (tuple, list)) and len(batch) > 1:
+        batch = batch[:-1]
+    found = []
+
+    def look(tensor: Tensor) -> Tensor:
+        found.append(tensor.dtype in (torch.int32, torch.int64))
+        return tensor
+
+    map_tensors(look, batch)
+    return any(found)
 
 
 def pack(batch: Any, tensors: list[Tensor]) -> Any:

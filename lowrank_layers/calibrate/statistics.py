@@ -16,7 +16,7 @@ from torch import Tensor
 from ..errors import LowRankError
 from .all_reduce import outline, reduced_sum
 from .batch_masks import MaskOf
-from .example import map_tensors
+from .example import has_tokens, map_tensors
 from .isotropic import isotropic_layers
 from .layer_stats import LayerStats as LayerStats
 from .merge import Add, merge_layers, weighted_sum
@@ -58,6 +58,11 @@ class Statistics(Mapping[str, LayerStats]):
 
     def __len__(self) -> int:
         return len(self.layers)
+
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether the inputs of the model are indices, such as those of words."""
+        return has_tokens(self.example, with_target=self.with_target)
 
     def save(self, path: str | os.PathLike[str], *, dtype: torch.dtype = torch.float64) -> None:
         """Writes a safetensors file, which replaces ``path`` when it is complete.

@@ -62,16 +62,16 @@ def anchored(
     weights = matrices_of(dense)
     groups = [(stats.group(k), held_out.group(k)) for k in range(len(weights))]
     if outputs is None:
-        outputs = [Metric.of_outputs(own, damping.outputs, weights.device) for own, _ in groups]
+        outputs = [Metric.of_outputs(own, damping, weights.device) for own, _ in groups]
     chosen = [
         _choose(_weighted(weight, metric), *group, damping, has_bias)
         for weight, metric, group in zip(weights, outputs, groups, strict=True)
     ]
     if not any(blend for _, blend in chosen):
         return None
-    if all(choice == (damping.inputs, 1.0) for choice in chosen):
+    if not damping.input_shrinkage and all(choice == (damping.inputs, 1.0) for choice in chosen):
         return stats
-    crosses = [_cross(own, *choice, damping.inputs, has_bias) for choice, (own, _) in zip(chosen, groups, strict=True)]
+    crosses = [_cross(own, *choice, damping, has_bias) for choice, (own, _) in zip(chosen, groups, strict=True)]
     return stats.changed(cross=crosses[0] if stats.inputs.mean.ndim == 1 else torch.stack(crosses))
 
 
@@ -120,8 +120,12 @@ def _weighted(weight: Tensor, outputs: Metric | None) -> Tensor:
     return signs @ (weight if root is None else root.times(weight))
 
 
-def _cross(stats: LayerStats, ridge: float, blend: float, own_ridge: float, has_bias: bool) -> Tensor:
-    """``P (S + own I) - own I``, to which the regression adds its own ridge again, centred."""
+def _cross(stats: LayerStats, ridge: float, blend: float, damping: Damping, has_bias: bool) -> Tensor:
+    """``P (S + R) - R``, centred, with ``R`` the diagonal matrix that the regression adds to both moments.
+
+    It is what damping adds, relative to what it leaves of ``S``. ``P (S + R) - R = S + beta D (I + (S + ridge I)^{-1}
+    (R - ridge I))``.
+    """
     second = _second(stats, has_bias)
     if not blend:
         return _centred(second, stats, has_bias)
@@ -130,12 +134,14 @@ def _cross(stats: LayerStats, ridge: float, blend: float, own_ridge: float, has_
     if not has_bias:
         moved.addr_(*_means(stats))
     moved -= second
-    root = psd_root(second, ridge=ridge * unit) if ridge != own_ridge else None
+    share = damping.input_shrinkage
+    added = (share * second.diagonal() + damping.inputs * unit) / (1 - share) - ridge * unit
+    root = psd_root(second, ridge=ridge * unit) if bool(added.count_nonzero()) else None
     for own, part in zip(moved.split(_ROWS), second.split(_ROWS), strict=True):
         solved = None if root is None else root.solve_rows_(own.clone())
         own.mul_(blend).add_(part)
         if solved is not None:
-            own.add_(solved, alpha=float(blend * (own_ridge - ridge) * unit))
+            own.addcmul_(solved, blend * added)
     return _centred(moved, stats, has_bias)
 
 

@@ -20,7 +20,7 @@ from ..linalg import Root, damp, fold, psd_root, unfold
 from ..memory import release_mapped
 from .cost_model import CostModel, CountedCost
 from .damping import Damping
-from .regression import Metric, Regression, add_ridge_, diagonal_of
+from .regression import Metric, Regression, add_ridge_, diagonal_of, to_diagonal_
 
 TRIMMED = 0.01
 """Fraction of a layer's singular directions that may be outliers."""
@@ -144,16 +144,18 @@ class Candidate:
         moment = own_copy(stats.inputs, "second").to(device)
         if centred:
             moment.addr_(mean, mean, alpha=-1)
-        variance = diagonal_of(moment).mean()
+        diagonal = diagonal_of(moment).clone()
+        variance = diagonal.mean()
         ridge = self.damping.inputs * variance if variance > 0 else torch.ones_like(variance)
+        share = self.damping.input_shrinkage
         if moved is not None:
-            moved.add_(weight, alpha=float(ridge))
             moved = moved if centred else moved.addr_(weight @ target, mean)
+            moved = moved.mul_(1 - share).addcmul_(weight, share * diagonal + ridge)
         return Regression(
             weight,
             bias,
-            outputs or Metric.of_outputs(stats, self.damping.outputs, device) or Metric.identity(rows, device),
-            Metric(add_ridge_(moment, ridge)),
+            outputs or Metric.of_outputs(stats, self.damping, device) or Metric.identity(rows, device),
+            Metric(add_ridge_(to_diagonal_(moment, share), ridge)),
             moved,
             mean if centred else None,
             target if centred else None,

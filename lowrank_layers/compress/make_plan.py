@@ -105,8 +105,8 @@ def make_plan(
             layer in the spectral norm, of pairs of factors (Liebenwein et al., 2021; without its subspaces). The second
             one looks at the worst input and not at the loss; it is there to compare with. It takes ``methods`` with
             nothing but an ``SVDMethod``, which is its default, and no ``units``.
-        damping: ridges on the moments in the statistics, by default ``Damping()``; the plan keeps them for
-            :func:`factorize_`.
+        damping: ridges on the moments in the statistics, by default ``Damping.default(stats)``; the plan keeps them
+            for :func:`factorize_`.
         cost_model: prices layers and options; by default parameters, multiply-accumulates and bytes are counted.
         example: under a limit on latency, the batch whose forward pass is timed, in the form that :func:`calibrate`
             takes; ``None`` takes the first sample that it saw.

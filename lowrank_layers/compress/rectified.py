@@ -26,7 +26,7 @@ from ..linalg import full_precision, psd_root
 from .build import build_layer, write_
 from .damping import Damping
 from .entry import Entry
-from .regression import Metric, add_ridge_
+from .regression import Metric, add_ridge_, to_diagonal_
 
 PASSES = 3
 """Fits after the first one; on LeNet they bring most of what ten of them bring."""
@@ -149,7 +149,7 @@ def _look(
     dense: nn.Module, fitted: nn.Module, stats: LayerStats, damping: Damping, rectifier: Rectifier, rows: RowPairs
 ) -> tuple[float, Tensor, Tensor]:
     """The weighted error behind the rectifier, and ``E[z]`` and ``E[z x'^T]`` of the targets ``z``."""
-    metric = None if stats.gradients is None else Metric.of_gradients(stats.gradients, damping.outputs)
+    metric = Metric.of_outputs(stats, damping, matrices_of(dense).device)
     error, count = 0.0, sum(len(ours) for ours, _ in rows)
     mean = stats.inputs.mean.new_zeros(len(rectifier.floor))
     products = mean.new_zeros(len(mean), len(stats.inputs.mean))
@@ -167,12 +167,14 @@ def _look(
 def _least_squares(
     fitted: nn.Module, inputs: Moments, mean: Tensor, products: Tensor, damping: Damping
 ) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias of the best map to the targets without a limit on the rank; the ridge pulls to the fitted one."""
+    """Weight and bias of the best map to the targets without a limit on the rank; damping pulls to the fitted one."""
     centred = bias_of(fitted) is not None
     moment = inputs.covariance() if centred else inputs.second.clone()
     cross = torch.addr(products, mean, inputs.mean, alpha=-1) if centred else products
-    ridge = damping.inputs * moment.diagonal().mean()
-    matrix = psd_root(add_ridge_(moment, ridge)).solve((cross + ridge * matrices_of(fitted)[0]).mT).mT
+    diagonal, share = moment.diagonal().clone(), damping.input_shrinkage
+    ridge = damping.inputs * diagonal.mean()
+    target = (1 - share) * cross + matrices_of(fitted)[0] * (share * diagonal + ridge)
+    matrix = psd_root(add_ridge_(to_diagonal_(moment, share), ridge)).solve(target.mT).mT
     return weight_from_matrices(fitted, matrix[None]), mean - matrix @ inputs.mean if centred else None
 
 

@@ -24,7 +24,8 @@ from torch import Tensor
 from ..calibrate.layer_stats import LayerStats
 from ..calibrate.readable import own_copy
 from ..calibrate.sketch import diagonal_plus_low_rank
-from ..linalg import LowRankRoot, Root, damp, exact_svd, leading_svd, low_rank_root, psd_root
+from ..linalg import LowRankRoot, Root, exact_svd, leading_svd, low_rank_root, psd_root
+from .damping import Damping
 
 _COLUMNS = 8192
 """How many rows of an embedding are compared at once."""
@@ -48,25 +49,28 @@ class Metric:
         return cls(torch.ones(n, dtype=torch.float64, device=device))
 
     @classmethod
-    def of_gradients(cls, moment: Tensor, damping: float) -> Metric:
-        """The form of a second moment of gradients, or of a sketch of it, with a ridge.
+    def of_gradients(cls, moment: Tensor, damping: Damping) -> Metric:
+        """The form of a second moment of gradients, or of a sketch of it, damped.
 
         Args:
-            moment: ``[n, n]``, or what a :class:`GradientSketch` took.
-            damping: the ridge, relative to the mean of the diagonal.
+            moment: ``[n, n]``, or what a :class:`GradientSketch` took; it is changed.
+            damping: the ridge on it, and how far it is shrunk towards its diagonal.
         """
         if moment.ndim == 2 and moment.shape[0] != moment.shape[1]:
+            whole, left = moment[:, 0].double(), 1 - damping.output_shrinkage
             diagonal, factor = diagonal_plus_low_rank(moment)
-            return cls(diagonal + damping * moment[:, 0].double().mean(), factor)
-        return cls(damp(moment, damping))
+            diagonal = left * diagonal + damping.output_shrinkage * whole
+            return cls(diagonal + damping.outputs * whole.mean(), left**0.5 * factor)
+        ridge = damping.outputs * diagonal_of(moment).mean()
+        return cls(add_ridge_(to_diagonal_(moment, damping.output_shrinkage), ridge))
 
     @classmethod
-    def of_outputs(cls, stats: LayerStats, damping: float, device: torch.device) -> Metric | None:
+    def of_outputs(cls, stats: LayerStats, damping: Damping, device: torch.device) -> Metric | None:
         """The form of one group's gradients in statistics; ``None`` where they are unknown, or all zero.
 
         Args:
             stats: the statistics.
-            damping: the ridge, relative to the mean of the diagonal.
+            damping: the ridge on them, and how far they are shrunk towards their diagonal.
             device: where it is computed.
         """
         if vars(stats)["gradients"] is None:
@@ -74,9 +78,7 @@ class Metric:
         moment = own_copy(stats, "gradients").to(device)
         if not bool(moment.count_nonzero()):
             return None
-        if moment.ndim == 1 or moment.shape[0] != moment.shape[1]:
-            return cls.of_gradients(moment, damping)
-        return cls(add_ridge_(moment, damping * moment.diagonal().mean()))
+        return cls.of_gradients(moment, damping)
 
     @cached_property
     def root(self) -> Root | LowRankRoot:
@@ -276,6 +278,14 @@ def joint_bias(problems: Sequence[Regression], products: Sequence[Tensor]) -> Te
 def add_ridge_(moment: Tensor, ridge: Tensor) -> Tensor:
     """Adds ``ridge * I`` to a matrix or a diagonal, in place, and returns it."""
     diagonal_of(moment).add_(ridge)
+    return moment
+
+
+def to_diagonal_(moment: Tensor, share: float) -> Tensor:
+    """Shrinks a moment towards its diagonal, which stays as it is, in place, and returns it."""
+    if share and moment.ndim == 2:
+        diagonal = moment.diagonal().clone()
+        moment.mul_(1 - share).diagonal().copy_(diagonal)
     return moment
 
 

@@ -59,7 +59,7 @@ def make_request(
         raise LowRankError("make_plan: got no methods; leave methods=None for all of them.")
     usual = (method for method in METHODS.values() if not getattr(method, "on_request", False))
     chosen = usual if methods is None else map(check_registered, methods)
-    damping = Damping() if damping is None else damping
+    damping = Damping.default(stats) if damping is None else damping
     if not isinstance(damping, Damping):
         raise LowRankError(f"make_plan: got damping={damping!r}, expected a Damping, as in Damping(inputs=1e-3).")
     cost_model = CountedCost() if cost_model is None else cost_model

@@ -109,7 +109,7 @@ def build_in_sequence(
             assert seen.stats is not None
             weight, damping = weight_of(layer), plan.damping
             groups = [seen.stats.group(k) for k in range(len(matrices_of(layer)))]
-            seen.outputs = [Metric.of_outputs(group, damping.outputs, weight.device) for group in groups]
+            seen.outputs = [Metric.of_outputs(group, damping, weight.device) for group in groups]
             found = anchored(layer, seen.stats, held_out, damping, seen.outputs, has_bias=has_bias)
             cross = None if found is None else vars(found)["cross"]
             if folder is not None and isinstance(cross, Tensor) and cross.nbytes > LARGE:

@@ -132,7 +132,7 @@ def weight_spectrum(
         >>> torch.testing.assert_close(found["0"].raw.values, torch.linalg.svdvals(model[0].weight.double()))
     """
     check_model(model, quantized=True)
-    damping = Damping() if damping is None else damping
+    damping = Damping.default(stats) if damping is None else damping
     closed = list(walk_layers(model))
     found = []
     with opened_attentions(model):

@@ -103,9 +103,15 @@ def test_sketches_are_saved_and_merged(tmp_path):
     assert lr.make_plan(model, lr.Budget(params=0.5), loaded) == lr.make_plan(model, lr.Budget(params=0.5), merged)
 
 
-def test_the_metric_of_a_sketch_is_that_of_its_matrix():
+@pytest.mark.parametrize("share", [0.0, 0.4])
+def test_the_metric_of_a_sketch_is_that_of_its_matrix(share):
     rows = torch.randn(300, 600, dtype=torch.double) * torch.logspace(0, -2, 600, dtype=torch.double)
-    low = Metric.of_gradients(sketched(rows).second, 0.1)
+    low = Metric.of_gradients(sketched(rows).second, lr.Damping(output_shrinkage=share))
+    whole, plain = (Metric.of_gradients(sketched(rows).second, lr.Damping(outputs=0)) for _ in range(2))
+    plain = torch.diag(plain.matrix) + plain.factor @ plain.factor.mT
+    ridge = 0.1 * whole.diagonal.mean()
+    want = (1 - share) * plain + torch.diag(share * whole.diagonal + ridge)
+    torch.testing.assert_close(torch.diag(low.matrix) + low.factor @ low.factor.mT, want)
     dense = Metric(torch.diag(low.matrix) + low.factor @ low.factor.mT)
     x, row = torch.randn(600, 5).double(), torch.randn(5, 600).double()
     torch.testing.assert_close(low.diagonal, dense.diagonal)

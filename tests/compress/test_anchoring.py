@@ -15,6 +15,12 @@ from lowrank_layers.compress.anchoring import BLENDS, CLEARLY, RIDGES, anchored
 from lowrank_layers.compress.paired_moments import PairedMoments
 
 DAMPING = lr.Damping(inputs=1e-3, outputs=0.1)
+SHRUNK = lr.Damping(inputs=1e-3, outputs=0.1, input_shrinkage=0.3, output_shrinkage=0.4)
+
+
+def shrunk(moment: Tensor, share: float, ridge: float) -> Tensor:
+    diagonal = moment.diagonal()
+    return (1 - share) * moment + torch.diag(share * diagonal + ridge * diagonal.mean())
 
 
 def paired(x: Tensor, x_dense: Tensor, stats: lr.Statistics) -> PairedMoments:
@@ -43,19 +49,20 @@ def regression(x: Tensor, x_dense: Tensor, ridge: float, blend: float) -> Tensor
 @pytest.mark.parametrize("has_bias", [True, False])
 @pytest.mark.parametrize("loss", [None, lr.SampledCrossEntropy()], ids=["inputs", "gradients"])
 @pytest.mark.parametrize("noise", [0.02, 0.3, 3.0])
-def test_the_choice_is_that_of_least_error_on_the_rows_held_out(noise, loss, has_bias):
+@pytest.mark.parametrize("damping", [DAMPING, SHRUNK], ids=["ridges", "shrinkage"])
+def test_the_choice_is_that_of_least_error_on_the_rows_held_out(damping, noise, loss, has_bias):
     """By the rows themselves: every ridge and blend is fitted to the first ones and scored on the others."""
     torch.manual_seed(1)
     layer = nn.Linear(14, 9, bias=has_bias).double()
     x_dense = torch.randn(60, 14).double() @ torch.randn(14, 14).double() / 4 + 0.5
     x = x_dense @ (torch.eye(14) + 0.1 * torch.randn(14, 14)).double() + noise * torch.randn(60, 14).double()
     stats, held = setting(layer, x, x_dense, 15, loss)
-    found = anchored(layer, stats, held, DAMPING, has_bias=has_bias)
+    found = anchored(layer, stats, held, damping, has_bias=has_bias)
 
     own, dense = (x - x.mean(0), x_dense - x_dense.mean(0)) if has_bias else (x, x_dense)
     metric = torch.eye(9).double()
     if loss is not None:
-        metric = stats.gradients + DAMPING.outputs * stats.gradients.diagonal().mean() * metric
+        metric = shrunk(stats.gradients, damping.output_shrinkage, damping.outputs)
 
     def error(matrix: Tensor) -> float:
         residual = (dense[-15:] - own[-15:] @ matrix.mT) @ layer.weight.detach().mT
@@ -75,8 +82,11 @@ def test_the_choice_is_that_of_least_error_on_the_rows_held_out(noise, loss, has
     matrix = regression(own, dense, *best)
     moment = own.mT @ own / len(own)
     cross = found.cross if has_bias else found.cross + torch.outer(found.target_mean, found.inputs.mean)
-    ridge = DAMPING.inputs * moment.diagonal().mean() * eye
-    assert torch.allclose(cross + ridge, matrix @ (moment + ridge), rtol=1e-6, atol=1e-8)
+    damped = shrunk(moment, damping.input_shrinkage, damping.inputs)
+    added = damped - (1 - damping.input_shrinkage) * moment
+    assert torch.allclose((1 - damping.input_shrinkage) * cross + added, matrix @ damped, rtol=1e-6, atol=1e-8)
+    problem = lr.Candidate(layer, found.changed(free_bias=False), damping=damping).problems[0]
+    assert torch.allclose(problem.full, layer.weight @ matrix, rtol=1e-6, atol=1e-8)
 
 
 def test_a_difference_that_cannot_be_predicted_is_hardly_followed():

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import lowrank_layers as lr
+from lowrank_layers.compress.damping import TOKENS as SHARE
 
 
 @pytest.fixture
@@ -40,8 +41,12 @@ def test_the_weighted_problem_has_the_ridges(model, stats):
         return problem.inputs.matrix, problem.outputs.matrix
 
     found, plain = moments(lr.Damping(inputs=0.5, outputs=0.25)), moments(lr.Damping(inputs=0, outputs=0))
-    for share, damped, raw in zip((0.5, 0.25), found, plain, strict=True):
-        assert torch.allclose(damped, raw + share * raw.diagonal().mean() * torch.eye(len(raw), dtype=raw.dtype))
+    shrunk = moments(lr.Damping(inputs=0.5, outputs=0.25, input_shrinkage=0.2, output_shrinkage=0.7))
+    for ridge, share, damped, other, raw in zip((0.5, 0.25), (0.2, 0.7), found, shrunk, plain, strict=True):
+        added = ridge * raw.diagonal().mean() * torch.eye(len(raw), dtype=raw.dtype)
+        assert torch.allclose(damped, raw + added)
+        assert torch.allclose(other, (1 - share) * raw + share * torch.diag(raw.diagonal()) + added)
+        assert torch.allclose(other.diagonal(), damped.diagonal())
 
 
 def test_a_ridge_is_a_shrinkage_towards_the_scaled_identity(model, stats):
@@ -75,6 +80,12 @@ def test_the_plan_keeps_it_in_its_file(model, stats, tmp_path):
     assert lr.make_plan(model, lr.Budget(params=0.5), stats=stats).damping == lr.Damping()
 
 
+@pytest.mark.parametrize("value", [-0.1, 1.0, float("nan"), None])
+def test_a_shrinkage_is_below_one(value):
+    with pytest.raises(lr.LowRankError, match=r"got input_shrinkage=.*, expected a number of at least 0 and below 1"):
+        lr.Damping(input_shrinkage=value)
+
+
 @pytest.mark.parametrize("damage", [{"inputs": -1}, {"inputs": "much"}, {"surprise": 1}])
 def test_a_file_with_another_damping_is_refused(model, stats, damage):
     body = json.loads(lr.make_plan(model, lr.Budget(params=0.5), stats=stats).to_json())
@@ -92,3 +103,42 @@ def test_a_ridge_is_a_finite_number_that_is_not_negative(value):
 def test_a_number_is_no_damping(model):
     with pytest.raises(lr.LowRankError, match=r"got damping=0\.1, expected a Damping"):
         lr.make_plan(model, lr.Budget(params=0.5), damping=0.1)
+
+
+class Words(nn.Module):
+    """A model that reads tokens, an image, or both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.pixels, self.head = nn.Embedding(50, 16), nn.Linear(8, 16), nn.Linear(16, 10)
+
+    def forward(self, ids=None, image=None, labels=None):
+        x = 0 if ids is None else self.words(ids)
+        return self.head(x if image is None else x + self.pixels(image))
+
+
+TOKENS, IMAGE, CLASSES = torch.randint(50, (4, 6)), torch.randn(4, 6, 8), torch.randint(10, (4, 6))
+READ = {
+    "tokens": (TOKENS, True),
+    "tokens of 32 bits": ({"ids": TOKENS.int()}, True),
+    "tokens and an image": ({"ids": TOKENS, "image": IMAGE}, True),
+    "an image": ({"image": IMAGE}, False),
+    "an image with labels": ({"image": IMAGE, "labels": CLASSES}, False),
+}
+
+
+@pytest.mark.parametrize(("batch", "reads"), READ.values(), ids=READ)
+def test_moments_of_models_that_read_tokens_are_shrunk_by_default(batch, reads):
+    model = Words()
+    stats = lr.calibrate(model, [batch], loss=lr.SampledCrossEntropy())
+    plan = lr.make_plan(model, rank=3, stats=stats)
+    assert plan.damping == lr.Damping.default(stats)
+    assert plan.damping == (lr.Damping(input_shrinkage=SHARE, output_shrinkage=SHARE) if reads else lr.Damping())
+    assert lr.make_plan(model, rank=3, stats=stats, damping=lr.Damping()).damping == lr.Damping()
+
+
+def test_the_target_of_a_tuple_is_no_token(model):
+    x, y = torch.randn(20, 24), torch.randint(10, (20,))
+    stats = lr.calibrate(model, [(x, y)], loss=nn.functional.cross_entropy)
+    assert not stats.reads_tokens
+    assert lr.Damping.default(stats) == lr.Damping.default(None) == lr.Damping()
