@@ -14,14 +14,12 @@ is written after each of them.
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import re
 import resource
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,80 +28,13 @@ import torch
 import lowrank_layers as lr
 from benchmarks.common import arguments, machine, markdown_table, write_result
 from benchmarks.language_scores import measured
+from benchmarks.language_settings import SETTINGS, compressed
 from benchmarks.language_texts import Case, case, small
 from lowrank_layers.files import replacing
 
 SKIP = ("lm_head", "embed_tokens")
-PAIRS = [lr.SVDMethod()]
 BARS = {0.8: {"WikiText": 43.5, "code": 21.7}, 0.6: {"WikiText": 83.5, "code": 120.0}}
 """What the default has to reach on SmolLM2 with 8,192 tokens of calibration and six windows."""
-
-
-@dataclass(frozen=True)
-class Setting:
-    """One row of the tables.
-
-    Args:
-        knows: what the plan and the factors are told of the data.
-        units: how layers are compared; ``"uniform"`` gives all one ratio, ``None`` is the default, which measures.
-        sequential: whether layers are fitted one after the other.
-        methods: ``None`` for all.
-    """
-
-    knows: str
-    units: Any
-    sequential: bool = False
-    methods: Any = None
-
-
-SETTINGS = {
-    "plain SVD, uniform": Setting("nothing", "uniform", methods=PAIRS),
-    "whitened, uniform": Setting("inputs", "uniform", methods=PAIRS),
-    "whitened, relative": Setting("inputs", "relative", methods=PAIRS),
-    "two-sided, uniform": Setting("gradients", "uniform", methods=PAIRS),
-    "two-sided, balanced": Setting("gradients", "balanced", methods=PAIRS),
-    "two-sided, balanced, sequential": Setting("gradients", "balanced", sequential=True, methods=PAIRS),
-    "two-sided, absolute": Setting("gradients", "absolute", methods=PAIRS),
-    "two-sided, measured": Setting("gradients", None, methods=PAIRS),
-    "two-sided, balanced, all methods": Setting("gradients", "balanced"),
-    "two-sided, measured, all methods": Setting("gradients", None),
-    "**default: two-sided, measured, sequential, all methods**": Setting("gradients", None, sequential=True),
-}
-
-
-def uniform_plan(model: Any, stats: lr.Statistics | None, fraction: float) -> lr.Plan:
-    """The plan that gives every layer the largest rank whose factors, and bias, keep the fraction of its parameters."""
-    plan = lr.make_plan(model, rank=1, stats=stats, methods=PAIRS, skip=SKIP)
-    for entry in list(plan):
-        out, into = model.get_submodule(entry.name).weight.shape
-        bias = entry.after.params - out - into
-        plan.set_rank(entry.name, max(1, int((fraction * entry.before.params - bias) / (out + into))))
-    return plan
-
-
-def compressed(
-    model: Any, setting: Setting, stats: lr.Statistics, batches: list[Any], fraction: float, effects: dict[str, Any]
-) -> Any:
-    """A copy of the model at a size, by one setting; layers are measured once, and ``effects`` keeps what was found."""
-    known = {
-        "nothing": lambda: None,
-        "inputs": lambda: replace(stats, layers={k: each.changed(gradients=None) for k, each in stats.items()}),
-        "gradients": lambda: stats,
-    }[setting.knows]()
-    if setting.units == "uniform":
-        plan = uniform_plan(model, known, fraction)
-    else:
-        budget, measured_by = lr.Budget(params=fraction, of="planned"), "all" if setting.methods is None else "pairs"
-        seen: dict[str, Any] = {"units": setting.units}
-        if setting.units is None and measured_by in effects:
-            seen["effects"] = effects[measured_by]
-        elif setting.units is None:
-            seen["batches"] = batches
-        plan = lr.make_plan(model, budget, known, setting.methods, SKIP, **seen)
-        if plan.effects:
-            effects[measured_by] = plan.effects
-    data = batches if setting.sequential else None
-    return lr.factorize_(copy.deepcopy(model), plan, stats=known, data=data)
 
 
 def peak(device: str) -> float:
@@ -145,7 +76,7 @@ def rows(
         if args.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
         start = time.perf_counter()
-        model = compressed(subject.model, SETTINGS[label], stats, batches, size, effects)
+        model = compressed(subject.model, SETTINGS[label], stats, batches, size, effects, SKIP)
         spent = {"seconds": time.perf_counter() - start, "peak GiB": peak(args.device)}
         kept = {"kept, %": 100 * block_parameters(model) / whole}
         known[key] = kept | measured(model, subject, args.rounds) | spent

@@ -1,0 +1,85 @@
+"""Ways to choose ranks and factors of a model of text: published ones and ours, each a setting of one pipeline."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import lowrank_layers as lr
+
+PAIRS = [lr.SVDMethod()]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One row of the tables.
+
+    Args:
+        knows: what the plan and the factors are told of the data.
+        units: how layers are compared; ``"uniform"`` gives all one ratio, ``None`` is the default, which measures.
+        sequential: whether layers are fitted one after the other.
+        methods: ``None`` for all.
+    """
+
+    knows: str
+    units: Any
+    sequential: bool = False
+    methods: Any = None
+
+
+SETTINGS = {
+    "plain SVD, uniform": Setting("nothing", "uniform", methods=PAIRS),
+    "whitened, uniform": Setting("inputs", "uniform", methods=PAIRS),
+    "whitened, relative": Setting("inputs", "relative", methods=PAIRS),
+    "two-sided, uniform": Setting("gradients", "uniform", methods=PAIRS),
+    "two-sided, balanced": Setting("gradients", "balanced", methods=PAIRS),
+    "two-sided, balanced, sequential": Setting("gradients", "balanced", sequential=True, methods=PAIRS),
+    "two-sided, absolute": Setting("gradients", "absolute", methods=PAIRS),
+    "two-sided, measured": Setting("gradients", None, methods=PAIRS),
+    "two-sided, balanced, all methods": Setting("gradients", "balanced"),
+    "two-sided, measured, all methods": Setting("gradients", None),
+    "**default: two-sided, measured, sequential, all methods**": Setting("gradients", None, sequential=True),
+}
+
+
+def uniform_plan(model: Any, stats: lr.Statistics | None, fraction: float, skip: Sequence[str]) -> lr.Plan:
+    """The plan that gives every layer the largest rank whose factors, and bias, keep the fraction of its parameters."""
+    plan = lr.make_plan(model, rank=1, stats=stats, methods=PAIRS, skip=skip)
+    for entry in list(plan):
+        out, into = model.get_submodule(entry.name).weight.shape
+        bias = entry.after.params - out - into
+        plan.set_rank(entry.name, max(1, int((fraction * entry.before.params - bias) / (out + into))))
+    return plan
+
+
+def compressed(
+    model: Any,
+    setting: Setting,
+    stats: lr.Statistics,
+    batches: list[Any],
+    fraction: float,
+    effects: dict[str, Any],
+    skip: Sequence[str],
+) -> Any:
+    """A copy of the model at a size, by one setting; layers are measured once, and ``effects`` keeps what was found."""
+    known = {
+        "nothing": lambda: None,
+        "inputs": lambda: replace(stats, layers={k: each.changed(gradients=None) for k, each in stats.items()}),
+        "gradients": lambda: stats,
+    }[setting.knows]()
+    if setting.units == "uniform":
+        plan = uniform_plan(model, known, fraction, skip)
+    else:
+        budget, measured_by = lr.Budget(params=fraction, of="planned"), "all" if setting.methods is None else "pairs"
+        seen: dict[str, Any] = {"units": setting.units}
+        if setting.units is None and measured_by in effects:
+            seen["effects"] = effects[measured_by]
+        elif setting.units is None:
+            seen["batches"] = batches
+        plan = lr.make_plan(model, budget, known, setting.methods, skip, **seen)
+        if plan.effects:
+            effects[measured_by] = plan.effects
+    data = batches if setting.sequential else None
+    return lr.factorize_(copy.deepcopy(model), plan, stats=known, data=data)
