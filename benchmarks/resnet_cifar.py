@@ -46,7 +46,7 @@ def main() -> None:
     parser = arguments(__doc__ or "")
     parser.add_argument("--images", type=int, default=1000, help="training images to calibrate on")
     parser.add_argument("--rounds", type=int, default=11, help="pairs of timed forward passes")
-    parser.add_argument("--quick", action="store_true", help="only the default setting")
+    parser.add_argument("--quick", action="store_true", help="only the defaults, with batches and without")
     args = parser.parse_args()
     line = machine(args)
     images, labels = cifar10("test")
@@ -83,6 +83,12 @@ def main() -> None:
             True,
             curved,
             lambda: lr.make_plan(dense, budget, stats=curved),
+        )
+        yield (
+            "**curvature, measured, CP where it pays (default with batches)**",
+            True,
+            curved,
+            lambda: lr.make_plan(dense, budget, stats=curved, batches=batches),
         )
 
     base = accuracy(dense, images, labels)
