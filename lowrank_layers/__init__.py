@@ -99,6 +99,8 @@ from .layers import (
     CPConvTranspose2d as CPConvTranspose2d,
     CPConvTranspose3d as CPConvTranspose3d,
     FactoredModule as FactoredModule,
+    Int8Embedding as Int8Embedding,
+    Int8Linear as Int8Linear,
     LowRankConv1d as LowRankConv1d,
     LowRankConv2d as LowRankConv2d,
     LowRankConv3d as LowRankConv3d,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ..layers import PROJECTIONS, FactoredModule, LowRankMultiheadAttention
+from ..layers import PROJECTIONS, FactoredModule, Int8Layer, LowRankMultiheadAttention
 from ..linalg import full_precision
 from ..modules import (
     check_densifiable,
@@ -22,8 +22,10 @@ from ..modules import (
 def densify_(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> nn.Module:
     """Multiplies the factors out: every factored layer becomes the torch layer that computes the same, in place.
 
+    Layers in int8 become those in floating point of the same values.
+
     Args:
-        model: a model with factored layers; one without comes back as it is.
+        model: a model with factored layers, or layers in int8; one without comes back as it is.
         optimizer: the optimizer of the model; it is given the new parameters in the place of the old ones.
 
     Returns:
@@ -42,8 +44,12 @@ def densify_(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -
     check_optimizer(optimizer, "densify_")
     check_factors(model)
     check_densifiable(model)
-    factored = {name: module for name, module in walk_layers(model) if isinstance(module, FactoredModule)}
-    replace_(model, {name: module.to_dense() for name, module in factored.items()}, optimizer)
+    dense = {
+        name: module.to_dense()
+        for name, module in walk_layers(model)
+        if isinstance(module, (FactoredModule, Int8Layer))
+    }
+    replace_(model, dense, optimizer)
     closable = {name: attention for name, attention in open_attentions(model).items() if _is_dense(attention)}
     replace_(model, {name: attention.to_dense() for name, attention in closable.items()}, optimizer)
     return model

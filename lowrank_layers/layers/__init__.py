@@ -7,7 +7,12 @@ from .base import (
     is_derived as is_derived,
     is_factored as is_factored,
 )
-from .cost import buffer_bytes as buffer_bytes, layer_cost as layer_cost, layer_writes as layer_writes
+from .cost import (
+    buffer_bytes as buffer_bytes,
+    codes as codes,
+    layer_cost as layer_cost,
+    layer_writes as layer_writes,
+)
 from .cp_conv import (
     CPConv as CPConv,
     CPConv1d as CPConv1d,
@@ -20,6 +25,17 @@ from .cp_conv import (
 from .embedding import LowRankEmbedding as LowRankEmbedding
 from .embedding_bag import LowRankEmbeddingBag as LowRankEmbeddingBag
 from .instance_checks import peculiarity as peculiarity
+from .int8 import (
+    INT8_LAYERS as INT8_LAYERS,
+    bits_of as bits_of,
+    int8_for as int8_for,
+    is_compressed as is_compressed,
+    is_int8 as is_int8,
+    round_factors_ as round_factors_,
+)
+from .int8_embedding import Int8Embedding as Int8Embedding
+from .int8_layer import Int8Layer as Int8Layer
+from .int8_linear import Int8Linear as Int8Linear
 from .kernel import ConvNd as ConvNd
 from .linear import LowRankLinear as LowRankLinear
 from .low_rank_conv import (

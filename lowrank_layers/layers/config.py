@@ -9,7 +9,16 @@ import torch
 from torch import nn
 
 from ..errors import LowRankError, MissingExtraError
-from . import FACTORED_LAYERS, FactoredModule, LowRankTransposedLinear
+from . import (
+    FACTORED_LAYERS,
+    INT8_LAYERS,
+    FactoredModule,
+    Int8Layer,
+    LowRankTransposedLinear,
+    bias_of,
+    bits_of,
+    round_factors_,
+)
 
 _CONV = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
 _SETTINGS: dict[str, tuple[str, ...]] = {
@@ -63,14 +72,15 @@ def blank(spec: Spec) -> nn.Module:
 
 @dataclass(frozen=True)
 class FactoredSpec:
-    """A factored layer in plain values.
+    """A factored layer, or one in int8, in plain values.
 
     Args:
         type: name of its class.
-        rank: its rank.
+        rank: its rank; ``None`` for a layer in int8.
         bias: whether it has a bias.
         form: what tells it from other layers of its class beside the rank; see :attr:`FactoredModule.form`.
         dense: the settings of the dense layer that it stands for.
+        bits: 8 for factors in int8; ``None`` for those in floating point.
     """
 
     type: str
@@ -78,16 +88,17 @@ class FactoredSpec:
     bias: bool
     form: dict[str, Any]
     dense: Spec
+    bits: int | None = None
 
     @classmethod
-    def of(cls, layer: FactoredModule) -> FactoredSpec:
+    def of(cls, layer: FactoredModule | Int8Layer) -> FactoredSpec:
         """Returns the description of a layer."""
-        bias = layer.bias is not None
-        return cls(type(layer).__name__, layer.rank, bias, dict(layer.form), describe(layer.dense_twin()))
+        bias, bits = bias_of(layer) is not None, bits_of(layer) if isinstance(layer, FactoredModule) else None
+        return cls(type(layer).__name__, layer.rank, bias, dict(layer.form), describe(layer.dense_twin()), bits)
 
     def to_json(self) -> dict[str, Any]:
         """Returns the fields by name."""
-        return asdict(self)
+        return {name: value for name, value in asdict(self).items() if name != "bits" or value is not None}
 
     @classmethod
     def from_json(cls, values: Any) -> FactoredSpec:
@@ -99,8 +110,10 @@ class FactoredSpec:
         try:
             spec = cls(**values)
             rank = tuple(spec.rank) if isinstance(spec.rank, list) else spec.rank
-            known = cls(spec.type, rank, spec.bias, dict(spec.form), dict(spec.dense))
-            imported = spec.type in FACTORED_LAYERS
+            known = cls(spec.type, rank, spec.bias, dict(spec.form), dict(spec.dense), spec.bits)
+            imported = spec.type in FACTORED_LAYERS or spec.type in INT8_LAYERS
+            if spec.bits not in (None, 8):
+                raise ValueError("bits")
         except (TypeError, ValueError):
             raise LowRankError(f"its description {values!r} is damaged or newer.") from None
         if not imported:
@@ -111,7 +124,7 @@ class FactoredSpec:
 
     def check_fits(self, dense: nn.Module) -> None:
         """Raises if the dense layer is another one than the described layer stands for."""
-        kind = FACTORED_LAYERS[self.type]
+        kind = self.kind
         if not kind.stands_for(dense):
             raise LowRankError(
                 f"replaces {kind.dense_name()}, but the model has a {type(dense).__name__}; it is for another model."
@@ -125,11 +138,17 @@ class FactoredSpec:
         if different:
             raise LowRankError(f"was saved with {', '.join(different)}; it is for another model.")
 
-    def like(self, dense: nn.Module) -> FactoredModule:
+    @property
+    def kind(self) -> Any:
+        """The class of the layer."""
+        return {**FACTORED_LAYERS, **INT8_LAYERS}[self.type]
+
+    def like(self, dense: nn.Module) -> FactoredModule | Int8Layer:
         """Returns the described layer in the place of ``dense``, on its device, uninitialized."""
-        kind: Any = FACTORED_LAYERS[self.type]
         try:
-            layer: FactoredModule = kind.like(dense, rank=self.rank, bias=self.bias, **self.form)
-        except (LowRankError, TypeError, ValueError) as error:
+            layer: FactoredModule | Int8Layer = self.kind.like(dense, rank=self.rank, bias=self.bias, **self.form)
+            if self.bits is not None and isinstance(layer, FactoredModule):
+                round_factors_(layer, filled=False)
+        except (LowRankError, TypeError, ValueError, AssertionError) as error:
             raise LowRankError(str(error)) from None
         return layer

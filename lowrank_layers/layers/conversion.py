@@ -19,7 +19,7 @@ def adopt(new: Self, dense: nn.Module) -> Self:
     new.train(dense.training)
     carry_attributes(new, dense)
     new.requires_grad_(weight_of(dense).requires_grad)
-    _match_bias(new.last, dense)
+    match_bias(new.last, dense)
     return new
 
 
@@ -27,8 +27,10 @@ def adopt_dense(dense: nn.Module, factored: FactoredModule) -> None:
     """Inverse of :func:`adopt`: carries them over from a factored layer to a dense one."""
     dense.train(factored.training)
     return_attributes(dense, factored)
-    dense.requires_grad_(any(weight_of(child).requires_grad for child in factored.parts))
-    _match_bias(dense, factored.last)
+    # a factor that is no parameter (int8) was never frozen by anybody
+    weights = [child._parameters.get("weight") for child in factored.parts]
+    dense.requires_grad_(any(weight is None or weight.requires_grad for weight in weights))
+    match_bias(dense, factored.last)
 
 
 _CARRIED = "_carried_attributes"
@@ -60,7 +62,7 @@ def own_attributes(kind: type[nn.Module]) -> frozenset[str]:
     return _OWN[kind]
 
 
-def _match_bias(new: nn.Module, old: nn.Module) -> None:
+def match_bias(new: nn.Module, old: nn.Module) -> None:
     """Copies ``requires_grad`` of the bias, where both have one."""
     bias, model = bias_of(new), bias_of(old)
     if bias is not None and model is not None:

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from ..cost import Cost
 from .base import FactoredModule
+from .int8_layer import Int8Layer
 from .transposed_linear import LowRankTransposedLinear
 from .weights import weight_of
 
@@ -13,7 +14,8 @@ from .weights import weight_of
 def layer_cost(module: nn.Module, input_shape: tuple[int, ...] | None = None) -> Cost:
     """Counts parameters, bytes and multiply-accumulates of a dense or factored layer.
 
-    Bytes are those of its parameters and of the buffers that are saved with them, such as the order of pivots.
+    Bytes are those of its parameters and of the buffers that are saved with them, such as the order of pivots. The
+    codes of a weight in int8 count as parameters.
 
     Args:
         module: a linear layer, convolution, embedding or embedding bag of torch, or a layer of this library.
@@ -24,19 +26,28 @@ def layer_cost(module: nn.Module, input_shape: tuple[int, ...] | None = None) ->
         Cost(params=216, macs=13824, bytes=864)
     """
     total = Cost()
-    if isinstance(module, FactoredModule):
+    if isinstance(module, (FactoredModule, Int8Layer)):
         total += Cost(bytes=buffer_bytes(module))
-        if input_shape is not None:
-            total += Cost(macs=module.own_macs(input_shape))
+    if isinstance(module, FactoredModule) and input_shape is not None:
+        total += Cost(macs=module.own_macs(input_shape))
     for child in module.parts if isinstance(module, FactoredModule) else [module]:
         macs, input_shape = _forward(child, input_shape)
         parameters = list(child.parameters())
-        total += Cost(sum(p.numel() for p in parameters), macs, sum(map(_bytes, parameters)))
+        total += Cost(sum(p.numel() for p in parameters) + codes(child), macs, sum(map(_bytes, parameters)))
     return total
 
 
-def buffer_bytes(module: FactoredModule) -> int:
-    """Returns the bytes of the buffers of a factored layer that are saved with its parameters.
+def codes(module: nn.Module) -> int:
+    """Returns how many numbers of a module are stored in int8.
+
+    Args:
+        module: a layer or a whole model.
+    """
+    return sum(layer.codes.numel() for layer in module.modules() if isinstance(layer, Int8Layer))
+
+
+def buffer_bytes(module: nn.Module) -> int:
+    """Returns the bytes of the buffers of a factored layer, or one in int8, that are saved with its parameters.
 
     Args:
         module: the layer.
@@ -70,7 +81,7 @@ def _forward(module: nn.Module, shape: tuple[int, ...] | None) -> tuple[int, tup
     """Returns the multiply-accumulates per sample of one torch layer, and the shape of its output."""
     if shape is None:
         return 0, None
-    weight = weight_of(module)
+    weight = module.codes if isinstance(module, Int8Layer) else weight_of(module)
     if isinstance(module, nn.Linear):
         return math.prod(shape[:-1]) * weight.numel(), (*shape[:-1], module.out_features)
     if isinstance(module, nn.Embedding):

@@ -8,7 +8,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..errors import LowRankError
-from ..layers import FactoredModule, LowRankMultiheadAttention, peculiarity
+from ..layers import FactoredModule, LowRankMultiheadAttention, is_compressed, is_int8, peculiarity
 from .reasons import has_hooks
 from .tree import walk_layers
 
@@ -61,10 +61,10 @@ def is_quantized(weight: Tensor) -> bool:
 
 
 def check_factors(model: nn.Module) -> None:
-    """Raises if a child of a factored layer no longer holds its weight as a parameter."""
+    """Raises if a child of a factored layer no longer holds its weight as a parameter, or in int8."""
     for name, module in walk_layers(model):
         for key, child in module.named_children() if isinstance(module, FactoredModule) else ():
-            if not isinstance(child._parameters.get("weight"), Tensor):
+            if not is_int8(child) and not isinstance(child._parameters.get("weight"), Tensor):
                 raise LowRankError(
                     f"{name!r}: the weight of its child {key!r} ({type(child).__name__}) is no plain parameter; fold"
                     " parametrizations and pruning first, and do this before quantizing."
@@ -75,7 +75,7 @@ def check_densifiable(model: nn.Module) -> None:
     """Raises if a factored layer, or a child of it, carries hooks or was changed: multiplying out would lose that."""
     for name, module in walk_layers(model):
         parts = module.parts if isinstance(module, FactoredModule) else list(module.children())
-        for part in [module, *parts] if isinstance(module, (FactoredModule, LowRankMultiheadAttention)) else []:
+        for part in [module, *parts] if is_compressed(module) or isinstance(module, LowRankMultiheadAttention) else []:
             reason = peculiarity(part)
             if reason is None and has_hooks(part):
                 reason = "it carries hooks; remove them first"

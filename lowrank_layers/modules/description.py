@@ -12,8 +12,9 @@ from ..errors import LowRankError
 from ..layers import (
     PROJECTIONS,
     FactoredModule,
+    Int8Layer,
     LowRankMultiheadAttention,
-    is_factored,
+    is_compressed,
     is_resized,
     mark_resized,
 )
@@ -25,15 +26,15 @@ from .tree import walk_layers
 
 @dataclass(frozen=True)
 class ModelDescription:
-    """The factored layers and the open attentions of a model: what tells it from the dense model.
+    """The factored layers, those in int8 and the open attentions of a model: what tells it from the dense model.
 
     Plans and files are made from it.
 
     Args:
-        layers: the factored layers, by their first name.
+        layers: the factored layers and those in int8, by their first name.
         opened: names of the attentions that stand open.
-        resized: settings of the layers that have other numbers of inputs or outputs than in the dense model; of a
-            factored one those of the dense layer that it stands for.
+        resized: settings of the layers that have other numbers of inputs or outputs than in the dense model; of one in
+            ``layers`` those of the dense layer that it stands for.
     """
 
     layers: Mapping[str, FactoredSpec]
@@ -45,7 +46,7 @@ class ModelDescription:
         """Returns the description of a model."""
         layers, opened, resized = {}, [], {}
         for name, module in walk_layers(model):
-            if isinstance(module, FactoredModule):
+            if isinstance(module, (FactoredModule, Int8Layer)):
                 layers[name] = FactoredSpec.of(module)
             elif isinstance(module, LowRankMultiheadAttention):
                 opened.append(name)
@@ -133,7 +134,7 @@ def _resized(spec: Spec, module: nn.Module | None) -> nn.Module | None:
     """The layer with other sizes, uninitialized; ``None`` where the model has it already, or has a low-rank one."""
     if module is None:
         raise LowRankError("the model has no such layer; it is for another model.")
-    if is_factored(module):
+    if is_compressed(module):
         return None
     small = blank(spec).train(module.training)
     if type(module) is not type(small):
@@ -145,20 +146,23 @@ def _resized(spec: Spec, module: nn.Module | None) -> nn.Module | None:
     return small
 
 
-def _layer(spec: FactoredSpec, module: nn.Module | None) -> FactoredModule | None:
+def _layer(spec: FactoredSpec, module: nn.Module | None) -> FactoredModule | Int8Layer | None:
     """The described layer, uninitialized; ``None`` where the model has it already."""
     if module is None:
         raise LowRankError("the model has no such layer; it is for another model.")
-    if is_factored(module):
-        assert isinstance(module, FactoredModule)
-        if (type(module).__name__, module.rank, module.form) != (spec.type, spec.rank, spec.form):
-            raise LowRankError(
-                f"is {spec.type} of rank {spec.rank}, but the model has {type(module).__name__} of rank {module.rank};"
-                " load into the dense model."
-            )
+    if isinstance(module, (FactoredModule, Int8Layer)):
+        own = FactoredSpec.of(module)
+        if (own.type, own.rank, own.form, own.bits) != (spec.type, spec.rank, spec.form, spec.bits):
+            raise LowRankError(f"is {_words(spec)}, but the model has {_words(own)}; load into the dense model.")
         return None
     spec.check_fits(module)
     reason = reason_to_keep(module)
     if reason is not None:
         raise LowRankError(f"cannot be replaced by the low-rank layer: {reason}.")
     return spec.like(module)
+
+
+def _words(spec: FactoredSpec) -> str:
+    """A layer for messages."""
+    rank = "" if spec.rank is None else f" of rank {spec.rank}"
+    return f"{spec.type}{rank}{'' if spec.bits is None else f' with {spec.bits} bits'}"

@@ -73,7 +73,8 @@ def from_quantization_config(values: Mapping[str, Any]) -> ModelDescription:
 
 def _to_json(spec: FactoredSpec) -> dict[str, Any]:
     form = {"form": dict(spec.form)} if spec.form else {}
-    return {"type": spec.type, "rank": spec.rank, "bias": spec.bias, **form}
+    bits = {} if spec.bits is None else {"bits": spec.bits}
+    return {"type": spec.type, "rank": spec.rank, "bias": spec.bias, **form, **bits}
 
 
 def _from_json(values: Any) -> FactoredSpec:

@@ -6,7 +6,7 @@ from collections import defaultdict
 
 from torch import Tensor, nn
 
-from ..layers import is_derived, peculiarity
+from ..layers import is_derived, is_int8, peculiarity
 from .tree import walk_layers
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -19,6 +19,8 @@ def has_hooks(module: nn.Module) -> bool:
 
 def reason_to_keep(module: nn.Module) -> str | None:
     """Returns why replacing this module would lose something; ``None`` if it would not."""
+    if is_int8(module):
+        return "its weight is stored in int8; make the model dense first (densify_)"
     if is_derived(module):
         return "its weight is computed (parametrized or normed); fold it to factorize it"
     strange = peculiarity(module)

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from ..layers import FactoredModule, LowRankMultiheadAttention
+from ..layers import LowRankMultiheadAttention, is_compressed
 from .resize_embeddings import update_resizing_
 
 _FAST_PATHS: dict[type[nn.Module], tuple[str, Any]] = {
@@ -46,6 +46,6 @@ def _update_fast_path_(module: nn.Module) -> None:
 
 
 def _has_own_forward(module: nn.Module) -> bool:
-    """Whether a fast path would skip what the module computes: a low-rank layer, an open attention, a whole copy."""
-    own = isinstance(module, (FactoredModule, LowRankMultiheadAttention))
+    """Whether a fast path would skip what the module computes: a layer of ours, an open attention, a whole copy."""
+    own = is_compressed(module) or isinstance(module, LowRankMultiheadAttention)
     return own or hasattr(module, "skipped_by_fast_paths")

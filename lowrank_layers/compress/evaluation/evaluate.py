@@ -15,6 +15,7 @@ from torch import nn
 from ...calibrate import Padding, check_batches, forward, quiet_eval
 from ...checks import check_integer
 from ...errors import LowRankError
+from ...layers import codes
 from ..recovery.distillation import unwrapped
 from ..recovery.objective import Metric, device_of
 from ..recovery.scoring import Score, held_out_sums, samples_of
@@ -144,7 +145,7 @@ def evaluate_together(
         for model, call, timed in zip(models, calls, seconds, strict=True):
             values = _means(unwrapped(model), data, metrics)
             values |= {name: float(function(model)) for name, function in scores.items()}
-            params = sum(p.numel() for p in model.parameters())
+            params = sum(p.numel() for p in model.parameters()) + codes(model)
             macs = count_macs(call) // samples_of(example)
             size, memory = stored_bytes(unwrapped(model)), peak_memory(model, call)
             found.append(Evaluation(params, size, macs, memory, Latency.of(timed), values))

@@ -10,7 +10,7 @@ from torch import nn
 
 from ...errors import CheckpointError
 from ...files import TensorInfo, read_infos
-from ...layers import FactoredModule
+from ...layers import is_compressed
 from ...modules import walk_layers
 
 
@@ -44,7 +44,7 @@ def _compare(model: Any, held: dict[str, TensorInfo], folder: Path) -> None:
     state = {
         f"{name}.{key}": tensor
         for name, module in walk_layers(model)
-        if isinstance(module, FactoredModule)
+        if is_compressed(module)
         for key, tensor in module.state_dict().items()
     }
     problems = []
@@ -70,7 +70,7 @@ def check_none_is_missing(model: Any) -> None:
     Args:
         model: the model with its low-rank layers, without values.
     """
-    layers = {name: module for name, module in walk_layers(model) if isinstance(module, FactoredModule)}
+    layers = {name: module for name, module in walk_layers(model) if is_compressed(module)}
     own = {f"{name}.{key}" for name, module in layers.items() for key in module.state_dict()}
 
     def tie_weights(missing_keys: set[str] | None = None, **kwargs: Any) -> Any:

@@ -11,7 +11,7 @@ from transformers.quantizers.base import HfQuantizer
 
 from ...compress import densify_
 from ...errors import CheckpointError, LowRankError
-from ...layers import is_factored
+from ...layers import is_compressed
 from ...modules import replace_, walk_layers
 from .check_files import check_files, check_none_is_missing
 from .names import fitted_to
@@ -48,7 +48,7 @@ class LowRankQuantizer(HfQuantizer):
         except LowRankError as error:
             raise CheckpointError(f"config.json: quantization_config: {error}{_versions(model)}") from None
         for _, module in walk_layers(model):
-            if is_factored(module):
+            if is_compressed(module):
                 module._is_hf_initialized = True  # type: ignore[assignment]
         _keep_ties_of_parameters(model)
         check_files(model, checkpoint_files or [])

@@ -56,13 +56,13 @@ def check_remote_code(model: Any) -> None:
     odd = [
         f"{name!r} ({spec.type})"
         for name, spec in description.layers.items()
-        if spec.type not in (*_PAIRS, *_PIVOTS) or spec.form
+        if spec.type not in (*_PAIRS, *_PIVOTS) or spec.form or spec.bits
     ]
     odd += [repr(name) for name in (*description.opened, *description.resized)]
     if odd:
         raise LowRankError(
-            f"save_pretrained(remote_code=True): writes low-rank linear layers and embeddings, and the model has"
-            f" others: {', '.join(odd[:5])}; skip them in make_plan, or leave remote_code out."
+            f"save_pretrained(remote_code=True): writes low-rank linear layers and embeddings in floating point, and"
+            f" the model has others: {', '.join(odd[:5])}; skip them in make_plan, or leave remote_code out."
         )
 
 

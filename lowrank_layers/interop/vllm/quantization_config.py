@@ -36,10 +36,11 @@ class VLLMLowRankConfig(QuantizationConfig):
     def __init__(self, description: ModelDescription) -> None:
         super().__init__()
         for name, spec in description.layers.items():
-            if spec.type not in TYPES:
+            if spec.type not in TYPES or spec.bits is not None:
+                kind = spec.type if spec.bits is None else f"{spec.type} with {spec.bits} bits"
                 raise CheckpointError(
-                    f"config.json: vLLM cannot serve {name!r}, a {spec.type}, expected {' or '.join(TYPES)}; plan with"
-                    " skip= for layers of other kinds."
+                    f"config.json: vLLM cannot serve {name!r}, a {kind}, expected {' or '.join(TYPES)} in floating"
+                    " point; plan with skip= for layers of other kinds, and without bits=."
                 )
         if description.opened or description.resized:
             name = next(iter([*description.opened, *description.resized]))
