@@ -137,6 +137,11 @@ def _blanks(checkpoint: Checkpoint, plan: Plan) -> dict[str, FactoredModule]:
     specs = plannable(checkpoint)
     blanks = {}
     for entry in plan:
+        if entry.bits is not None:
+            raise LowRankError(
+                f"the plan stores {entry.name!r} in int8, which this command does not write; apply it in Python with"
+                " factorize_, or plan without bits=."
+            )
         if entry.method == DENSE:
             continue
         if entry.name not in specs:

@@ -13,6 +13,7 @@ from ..rank.least_worst import allocate_least_worst
 from .alds import spectral_errors
 from .candidates import Candidate
 from .entry import Entry
+from .int8 import int8_options
 from .method import Method, Option, is_rounded
 from .plan import Plan
 from .registry import DENSE, settings_of
@@ -36,14 +37,17 @@ class Offer:
         return DENSE if self.method is None else self.method.name
 
 
-def offers_for(layer: Candidate, methods: Iterable[Method]) -> list[Offer]:
-    """Dense first, then everything that any method offers; the layer's energy is known afterwards."""
+def offers_for(layer: Candidate, methods: Iterable[Method], bits: int | None = None) -> list[Offer]:
+    """Dense first, then everything that any method offers, and some of it in int8; the energy is known afterwards."""
     offers = [Offer(None, Option(None, layer.before, 0.0))]
     for method in methods:
         if method.matches(layer):
             options = method.options(layer)
             rounded = [option for option in options if is_rounded(option.rank, layer.round_to)]
             offers += [Offer(method, option) for option in rounded or options]
+    if bits is not None:
+        floating = [(offer.method, offer.option) for offer in offers]
+        offers += [Offer(method, option) for method, option in int8_options(layer, floating)]
     layer.tails  # noqa: B018 - the energy is asked for once all layers are known
     return offers
 
@@ -63,6 +67,7 @@ def entry_for(name: str, layer: Candidate, offer: Offer, error: float | None) ->
         None if stats is None else stats.input_shape,
         1.0 if stats is None else stats.repeats,
         {} if offer.method is None else settings_of(offer.method),
+        bits=offer.option.bits,
     )
 
 

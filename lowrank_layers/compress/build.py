@@ -9,11 +9,13 @@ from torch import Tensor, nn
 
 from ..calibrate.statistics import LayerStats
 from ..errors import LowRankError
-from ..layers import FactoredModule, weight_from_matrices, weight_of
+from ..layers import FactoredModule, Int8Layer, weight_from_matrices, weight_of
 from ..linalg import full_precision
 from .candidates import Candidate
 from .damping import Damping
 from .entry import Entry
+from .int8 import build_int8
+from .registry import DENSE
 from .regression import Metric, joint_bias
 
 
@@ -24,8 +26,8 @@ def build_layer(
     stats: LayerStats | None,
     damping: Damping,
     outputs: Sequence[Metric | None] | None = None,
-) -> FactoredModule:
-    """Returns the factored layer of an entry; with statistics the one that minimises the weighted error.
+) -> FactoredModule | Int8Layer:
+    """Returns the new layer of an entry; with statistics the one that minimises the weighted error.
 
     Args:
         dense: the dense layer.
@@ -37,7 +39,11 @@ def build_layer(
     if stats is not None:
         stats = stats.changed(free_bias=entry.bias)  # a plan made without statistics counts no new biases
     try:
-        return entry.built_by().build(Candidate(dense, stats, damping=damping, outputs=outputs), entry.rank)
+        layer = Candidate(dense, stats, damping=damping, outputs=outputs)
+        method = None if entry.method == DENSE else entry.built_by()
+        if method is None or entry.bits is not None:
+            return build_int8(layer, method, entry.rank)
+        return method.build(layer, entry.rank)
     except LowRankError as error:
         raise type(error)(f"{entry.name!r}: {error}") from None
 

@@ -6,9 +6,12 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from torch import nn
+
 from ..cost import Cost
-from ..layers import layer_cost, layer_writes
+from ..layers import layer_cost, layer_writes, round_factors_
 from ..layers.config import Spec, blank
+from .int8 import check_bits, int8_like
 from .method import Method, factored_like
 from .registry import DENSE, METHODS, as_tuples, settings_of, with_settings
 
@@ -35,6 +38,7 @@ class Entry:
         settings: fields of the method that planned the layer and will build it.
         loss: predicted growth of the loss, in the units of the statistics; ``None`` where the loss does not depend on
             the layer, and after an edit.
+        bits: 8 if its weights, or those of its factors, are stored in int8; ``None`` for floating point.
     """
 
     name: str
@@ -49,6 +53,12 @@ class Entry:
     repeats: float = 1.0
     settings: dict[str, Any] = field(default_factory=dict)
     loss: float | None = None
+    bits: int | None = None
+
+    @property
+    def stays(self) -> bool:
+        """Whether the layer stays dense and in floating point."""
+        return self.method == DENSE and self.bits is None
 
     def built_by(self) -> Method:
         """Returns the method that builds the layer, with its settings."""
@@ -56,13 +66,14 @@ class Entry:
 
     @property
     def label(self) -> str:
-        """The method's name, with the settings in which it differs from the registered instance."""
+        """The method's name, with the settings in which it differs from the registered instance, and int8."""
         usual = settings_of(METHODS[self.method]) if self.method in METHODS else {}
         own = [f"{name}={value!r}" for name, value in self.settings.items() if value != usual.get(name)]
-        return f"{self.method}({', '.join(own)})" if own else self.method
+        name = f"{self.method}({', '.join(own)})" if own else self.method
+        return name if self.bits is None else f"{name} int{self.bits}"
 
     def with_rank(self, method: str, rank: Any) -> Entry:
-        """Returns the same layer at another rank, priced by count.
+        """Returns the same layer at another rank, with as many bits, priced by count.
 
         Args:
             method: name of the method that will build it; another one has the settings it is registered with.
@@ -70,9 +81,32 @@ class Entry:
         """
         settings = self.settings if method == self.method else settings_of(METHODS[method])
         meta = factored_like(with_settings(method, settings), blank(self.layer), rank, self.bias)
-        cost = layer_cost(meta, self.input_shape)
-        after = Cost(cost.params, round(cost.macs * self.repeats), cost.bytes)
-        return replace(self, method=method, rank=meta.rank, after=after, error=None, settings=settings, loss=None)
+        if self.bits is not None:
+            round_factors_(meta, filled=False)
+        changed = replace(self, method=method, rank=meta.rank, error=None, settings=settings, loss=None)
+        return replace(changed, after=self._counted(meta))
+
+    def with_bits(self, bits: int | None) -> Entry:
+        """Returns the same layer in int8, or in floating point again, priced by count.
+
+        Args:
+            bits: 8 or ``None``.
+
+        Raises:
+            LowRankError: for other bits, and for a layer that cannot be stored in int8.
+        """
+        check_bits(bits)
+        changed = replace(self, bits=bits, error=None, loss=None)
+        if self.method != DENSE:
+            return changed.with_rank(self.method, self.rank)
+        if bits is None:
+            return replace(changed, after=self.before, error=0.0, loss=0.0)
+        return replace(changed, after=self._counted(int8_like(blank(self.layer), bias=self.bias)))
+
+    def _counted(self, layer: nn.Module) -> Cost:
+        """The cost of a layer in the place of this one."""
+        cost = layer_cost(layer, self.input_shape)
+        return Cost(cost.params, round(cost.macs * self.repeats), cost.bytes)
 
     def time(self) -> tuple[float, float] | None:
         """Returns the times of the dense and of the planned layer; ``None`` where nothing is known of them.
@@ -107,6 +141,7 @@ def read_entry(raw: dict[str, Any]) -> Entry:
         "input_shape": None if shape is None else tuple(shape),
         "settings": {key: as_tuples(value) for key, value in raw["settings"].items()},
     }
+    check_bits(values.get("bits"))
     if raw["method"] != DENSE:
         with_settings(raw["method"], values["settings"])  # raises where no such method is registered
     for name in ("error", "loss"):

@@ -12,7 +12,7 @@ from torch import nn
 from ..calibrate import calibrate, check_batches
 from ..calibrate.statistics import Statistics
 from ..errors import LowRankError
-from ..layers import bias_of, is_factored, weight_of
+from ..layers import bias_of, is_compressed, is_int8, weight_of
 from ..layers.config import describe
 from ..linalg import check_tensor
 from ..modules import check_model, check_optimizer, opened_attentions, reasons_to_keep, replace_, walk_layers
@@ -89,9 +89,9 @@ def factorize_(
         for name, new in built.items():
             dense = model.get_submodule(name)
             new.train(dense.training)  # they were built in eval mode
-            if not is_factored(new):
+            if not is_compressed(new):
                 write_(dense, weight_of(new), bias_of(new))
-    replace_(model, {name: new for name, new in built.items() if is_factored(new)}, optimizer)
+    replace_(model, {name: new for name, new in built.items() if is_compressed(new)}, optimizer)
     return model
 
 
@@ -114,7 +114,7 @@ def _refined_(
     batches = data if isinstance(data, (list, tuple)) else list(data)
     small = factorize_(copy.deepcopy(model), plan, stats, batches, rectified=rectified, progress=progress)
     refine_(small, model, batches, refine, progress=progress)
-    planned = {entry.name: small.get_submodule(entry.name) for entry in plan if entry.method != DENSE}
+    planned = {entry.name: small.get_submodule(entry.name) for entry in plan if not entry.stays}
     replace_(model, planned, optimizer)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -125,7 +125,7 @@ def _refined_(
 def _one_shot(model: nn.Module, plan: PlannedLayers, stats: Statistics | None) -> dict[str, nn.Module]:
     built: dict[str, nn.Module] = {}
     for entry in plan:
-        if entry.method != DENSE:
+        if not entry.stays:
             known = None if stats is None else stats[entry.name]
             built[entry.name] = build_layer(model.get_submodule(entry.name), entry, known, plan.damping)
     return built
@@ -145,13 +145,14 @@ def _check_plan(model: nn.Module, plan: PlannedLayers, stats: Statistics | None)
         module = layers.get(entry.name)
         if module is None:
             raise LowRankError(f"the plan has a layer {entry.name!r}, but the model has not: it is for another model.")
-        if is_factored(module):
-            raise LowRankError(f"{entry.name!r} is factored already; densify_ the model first, or plan anew.")
-        if entry.method == DENSE:
+        if is_compressed(module):
+            what = "stored in int8" if is_int8(module) else "factored"
+            raise LowRankError(f"{entry.name!r} is {what} already; densify_ the model first, or plan anew.")
+        if entry.stays:
             continue
         if entry.name in reasons:
             raise LowRankError(f"{entry.name!r} cannot be replaced: {reasons[entry.name]}.")
-        if not entry.built_by().matches(Candidate(module)):
+        if entry.method != DENSE and not entry.built_by().matches(Candidate(module)):
             raise LowRankError(
                 f"{entry.name!r}: the method {entry.method!r} does not take a {type(module).__name__};"
                 " the plan is for another model."
@@ -163,3 +164,5 @@ def _check_plan(model: nn.Module, plan: PlannedLayers, stats: Statistics | None)
         if stats is not None and entry.name not in stats:
             raise LowRankError(f"{entry.name!r}: the statistics do not know it; calibrate this model.")
         check_tensor(weight_of(module), f"{entry.name!r}")
+        if entry.bits is not None:
+            entry.with_bits(entry.bits)  # raises for a layer that cannot be stored in int8

@@ -30,7 +30,7 @@ from .latency import ExampleRun, LatencyTable, fit_latency
 from .measured import MeasuredEffects, scaled
 from .method import Method, Option, factored_cost
 from .plan import Plan, model_cost
-from .request import Request, check_budget, check_stats, make_request, methods_of_alds
+from .request import Request, check_budget, check_int8, check_stats, make_request, methods_of_alds
 from .units import Units, check_units, default_units
 
 ROUND_TO = 4
@@ -53,6 +53,7 @@ def make_plan(
     round_to: int | None = None,
     batches: Iterable[Any] | None = None,
     effects: Mapping[str, float] | None = None,
+    bits: int | None = None,
     progress: bool = False,
 ) -> Plan:
     r"""Chooses a method and a rank for every layer, or leaves it dense, so that the loss grows least under a budget.
@@ -116,6 +117,9 @@ def make_plan(
             positions of the output are looked at, of batches that are evenly spaced.
         effects: in the place of ``batches``, what was measured for an earlier plan of this model, at any budget, by the
             same methods: ``earlier.effects``.
+        bits: 8 offers linear layers and embeddings, and their factors, in int8 too, under a limit on bytes. The loss of
+            such an offer includes that of rounding, in the same units, so that the plan chooses rank and bits together.
+            What is stored in int8 is not trained afterwards. ``None`` leaves all in floating point.
         progress: shows a progress bar over the layers.
 
     Returns:
@@ -123,13 +127,17 @@ def make_plan(
 
     Raises:
         BudgetError: if not even the smallest options fit; the message says what can be reached.
-        LowRankError: for a wrapped model, a ``skip`` that matches nothing, or nothing to factorize.
+        LowRankError: for a wrapped model, a ``skip`` that matches nothing, nothing to factorize, or ``bits`` without a
+            limit on bytes.
 
     Examples:
         >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
         >>> plan = lr.make_plan(model, lr.Budget(params=0.5))
         >>> plan.after.params <= 0.5 * plan.total.params
         True
+        >>> plan = lr.make_plan(model, lr.Budget(bytes=0.2), bits=8)
+        >>> plan["0"].label, plan["2"].label
+        ('svd int8', 'dense int8')
     """
     check_model(model)
     if (budget is None) == (rank is None):
@@ -143,6 +151,7 @@ def make_plan(
     if round_to is None:
         round_to = ROUND_TO if timed else 1
     check_integer(round_to, "make_plan", "round_to", 1)
+    check_int8(bits, budget, allocation)
     request = make_request(methods, stats, damping, cost_model, round_to)
     planned = budget is not None and allocation == "knapsack"
     seen = measured_on(batches, units, effects, planned=planned)
@@ -176,7 +185,7 @@ def make_plan(
                 competing = table.faster(request.methods)
         known = None if effects is None else KnownEffects(effects, layers)
         with nullcontext(known) if seen is None else MeasuredEffects(model, seen, stats) as measuring:
-            offers, found = _offers(layers, competing, measuring, progress)
+            offers, found = _offers(layers, competing, measuring, bits, progress)
         scales = units or default_units(layers.values(), measured=bool(found))
         problem = Allocation(layers, offers, budget, total, scales, allocation == "alds", found)
     measured: dict[str, float] = {}
@@ -194,6 +203,7 @@ def make_plan(
             "limits": problem.limits(),
             **({"allocation": "alds"} if problem.alds else {"units": problem.units}),
             "calibrated": stats is not None,
+            **({} if bits is None else {"bits": bits}),
             **weighting,
             **({"effects": found} if found else {}),
             **measured,
@@ -203,12 +213,16 @@ def make_plan(
 
 @full_precision
 def _offers(
-    layers: dict[str, Candidate], methods: dict[str, list[Method]], measuring: Effects | None, progress: bool
+    layers: dict[str, Candidate],
+    methods: dict[str, list[Method]],
+    measuring: Effects | None,
+    bits: int | None,
+    progress: bool,
 ) -> tuple[dict[str, list[Offer]], dict[str, float]]:
     """The options of all layers, with measured losses where they are measured, and what scaled them."""
     offers, effects = {}, {}
     for name, layer in tqdm(layers.items(), desc="make_plan", disable=not progress):
-        offers[name] = offers_for(layer, methods[name])
+        offers[name] = offers_for(layer, methods[name], bits)
         if measuring is not None:
             effects[name] = measuring.effect(name, layer, offers[name])
             offers[name] = scaled(offers[name], effects[name])

@@ -150,11 +150,14 @@ def _cut(known: KnownPass, rows: int) -> Any:
 def tried(layer: Candidate, offers: Sequence[Offer]) -> Offer | None:
     """Returns the option that a layer is measured at: the best that keeps at most half of its parameters.
 
+    Those in int8 are passed over: rounding alone is too little to be measured, and has the units of all losses.
+
     Args:
         layer: what planning knows of it.
         offers: its options, dense first.
     """
-    seen = [offer for offer in offers[1:] if offer.option.loss_increase > VISIBLE * layer.energy]
+    floating = [offer for offer in offers[1:] if offer.option.bits is None]
+    seen = [offer for offer in floating if offer.option.loss_increase > VISIBLE * layer.energy]
     if not seen:
         return None
     small = [offer for offer in seen if offer.option.cost.params <= SHARE * layer.before.params]

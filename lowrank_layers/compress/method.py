@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any, ClassVar, Protocol
@@ -24,11 +24,13 @@ class Option:
         rank: what the layer's ``rank=`` takes; ``None`` leaves it dense.
         cost: what it costs then.
         loss_increase: estimated growth of the loss, in the units of the statistics.
+        bits: 8 where the layer's weights are stored in int8; ``None`` leaves them in floating point.
     """
 
     rank: Any
     cost: Cost
     loss_increase: float
+    bits: int | None = None
 
 
 class Method(Protocol):
@@ -126,10 +128,15 @@ def quadratic_costs(method: Method, layer: Candidate, ranks: Sequence[int]) -> l
     A cost that is affine in the sizes of factors is quadratic in such a rank, and known everywhere once it is known at
     three ranks. These lie far apart, so that costs which were rounded to integers are right to one unit.
     """
-    if not layer.cost_model.affine or len(ranks) <= 3:
-        return [factored_cost(method, layer, rank) for rank in ranks]
+    return quadratic(lambda rank: factored_cost(method, layer, rank), ranks, layer.cost_model.affine)
+
+
+def quadratic(cost_at: Callable[[int], Cost], ranks: Sequence[int], is_quadratic: bool = True) -> list[Cost]:
+    """The costs at many ranks, of which a function gives each; it is called for three where they are quadratic."""
+    if not is_quadratic or len(ranks) <= 3:
+        return list(map(cost_at, ranks))
     a, b, c = ranks[0], ranks[len(ranks) // 2], ranks[-1]
-    costs = [factored_cost(method, layer, rank) for rank in (a, b, c)]
+    costs = list(map(cost_at, (a, b, c)))
     prices = [(cost.params, cost.macs, cost.bytes) for cost in costs]
     whole = (b - a) * (c - b) * (c - a)  # Lagrange's weights times this are integers
     found = []

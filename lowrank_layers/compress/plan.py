@@ -16,9 +16,9 @@ from ..calibrate.statistics import Statistics
 from ..cost import Cost
 from ..errors import LowRankError
 from ..files import replacing
-from ..layers import FactoredModule, buffer_bytes, layer_cost
+from ..layers import FactoredModule, bits_of, buffer_bytes, codes, is_compressed, layer_cost
 from ..layers.config import blank
-from ..modules import ModelDescription, check_factors, check_model
+from ..modules import ModelDescription, check_factors, check_model, walk_layers
 from .candidates import Candidate
 from .entry import Entry, read_entry
 from .factorize import factorize_
@@ -80,8 +80,33 @@ class Plan(PlannedLayers):
         self._forget(name)
         return self
 
+    def set_bits(self, name: str, bits: int | None) -> Plan:
+        """Stores one layer, or its factors, in int8, or in floating point again, in place.
+
+        Args:
+            name: the layer.
+            bits: 8, or ``None`` for floating point.
+
+        Returns:
+            The plan itself.
+
+        Raises:
+            LowRankError: for a layer that is not in the plan or cannot be stored in int8; nothing changes.
+
+        Examples:
+            >>> plan = lr.make_plan(nn.Sequential(nn.Linear(64, 64)), rank=8, methods=[lr.PivotMethod()])
+            >>> plan.set_bits("0", 8)["0"].label
+            'pivot int8'
+        """
+        try:
+            self._entries[name] = self[name].with_bits(bits)
+        except LowRankError as error:
+            raise LowRankError(f"{name!r}: {error}") from None
+        self._forget(name)
+        return self
+
     def drop(self, name: str) -> Plan:
-        """Leaves one layer dense, in place.
+        """Leaves one layer dense and in floating point, in place.
 
         Args:
             name: the layer.
@@ -91,7 +116,7 @@ class Plan(PlannedLayers):
         """
         entry = self[name]
         self._entries[name] = replace(
-            entry, method=DENSE, rank=None, after=entry.before, error=0.0, settings={}, loss=0.0
+            entry, method=DENSE, rank=None, after=entry.before, error=0.0, settings={}, loss=0.0, bits=None
         )
         self._forget(name)
         return self
@@ -138,11 +163,12 @@ class Plan(PlannedLayers):
         entries = []
         for name, spec in ModelDescription.of(model).layers.items():
             layer = model.get_submodule(name)
-            assert isinstance(layer, FactoredModule)
-            method = method_of(layer)
             before, after = layer_cost(blank(spec.dense)), layer_cost(layer)
-            entry = Entry(name, method.name, spec.rank, before, after, None, spec.dense, spec.bias)
-            entries.append(replace(entry, settings=settings_of(method)))
+            entry = Entry(name, DENSE, None, before, after, None, spec.dense, spec.bias, bits=bits_of(layer))
+            if isinstance(layer, FactoredModule):
+                method = method_of(layer)
+                entry = replace(entry, method=method.name, rank=spec.rank, settings=settings_of(method))
+            entries.append(entry)
         saved = sum((entry.before - entry.after for entry in entries), Cost())
         return cls(entries, total=model_cost(model) + saved)
 
@@ -153,7 +179,7 @@ class Plan(PlannedLayers):
             "version": VERSION,
             "total": asdict(self.total),
             "settings": self.settings,
-            "entries": [asdict(entry) for entry in self],
+            "entries": [_plain(entry) for entry in self],
             "skipped": self.skipped,
             "notes": self.notes,
         }
@@ -221,6 +247,11 @@ class Plan(PlannedLayers):
             raise LowRankError(f"{name}: is damaged: {type(error).__name__}: {error}") from None
 
 
+def _plain(entry: Entry) -> dict[str, Any]:
+    """The fields of an entry, without bits where it has none."""
+    return {key: value for key, value in asdict(entry).items() if key != "bits" or value is not None}
+
+
 def method_of(module: FactoredModule) -> Method:
     """Returns the registered method that builds such a layer."""
     for method in METHODS.values():
@@ -230,7 +261,8 @@ def method_of(module: FactoredModule) -> Method:
 
 
 def model_cost(model: nn.Module) -> Cost:
-    """Returns parameters and bytes of a model, shared ones once; of buffers those of factored layers count."""
+    """Returns parameters and bytes of a model, shared ones once; of buffers those of layers of this library count."""
     parameters = list(model.parameters())
-    buffers = sum(buffer_bytes(module) for module in model.modules() if isinstance(module, FactoredModule))
-    return Cost(sum(p.numel() for p in parameters), 0, sum(p.numel() * p.element_size() for p in parameters) + buffers)
+    buffers = sum(buffer_bytes(module) for _, module in walk_layers(model) if is_compressed(module))
+    numbers = sum(p.numel() for p in parameters) + codes(model)
+    return Cost(numbers, 0, sum(p.numel() * p.element_size() for p in parameters) + buffers)

@@ -129,8 +129,10 @@ class PlannedLayers:
 
     def __repr__(self) -> str:
         factored = sum(entry.method != DENSE for entry in self)
+        rounded = sum(entry.bits is not None for entry in self)
+        int8 = f"{rounded} in int8, " if rounded else ""
         sizes = f"{self.total.params:,} -> {self.after.params:,} parameters"
-        return f"{type(self).__name__}({factored} of {len(self)} layers factored, {sizes})"
+        return f"{type(self).__name__}({factored} of {len(self)} layers factored, {int8}{sizes})"
 
 
 def _row(entry: Entry) -> tuple[str, ...]:

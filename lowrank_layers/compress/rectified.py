@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..calibrate import forward, main_output
 from ..calibrate.moments import Moments, sums
 from ..calibrate.statistics import LayerStats
-from ..layers import FactoredModule, bias_of, matrices_of, weight_from_matrices
+from ..layers import FactoredModule, Int8Layer, bias_of, matrices_of, weight_from_matrices
 from ..linalg import full_precision, psd_root
 from .build import build_layer, write_
 from .damping import Damping
@@ -115,7 +115,7 @@ def rectifier_of(model: nn.Module, name: str, batch: Any, *, with_target: bool) 
 @full_precision
 def build_rectified(
     dense: nn.Module, entry: Entry, stats: LayerStats, damping: Damping, rectifier: Rectifier, rows: RowPairs
-) -> FactoredModule:
+) -> FactoredModule | Int8Layer:
     """Returns the factored layer of an entry that has the least weighted error behind the rectifier, of all fits.
 
     Args:

@@ -204,6 +204,17 @@ class Regression:
             total += float(error.square().sum(0) @ inputs.matrix[part])
         return 0.5 * self.scale * total
 
+    def loss_of_pair(self, up: Tensor, down: Tensor) -> float:
+        """:meth:`loss` of a product of two factors, for less work, and in fp32, in which errors that small are exact.
+
+        Shape:
+            ``[m, r]`` and ``[r, n]``.
+        """
+        left = self.outputs.root.times(up.double()).float()
+        right = self.inputs.root.times(down.double().mT).mT.float()
+        error = torch.addmm(self.matrix.float(), left, right, alpha=-1)
+        return 0.5 * self.scale * float(error.square().sum(dtype=torch.float64))
+
     def pair(self, rank: int) -> tuple[Tensor, Tensor]:
         """``up [m, r]`` and ``down [r, n]`` of the best map of that rank, balanced."""
         u, s, vh = leading_svd(self.matrix, rank)

@@ -12,10 +12,11 @@ from ..calibrate.statistics import LayerStats, Statistics
 from ..errors import BudgetError, LowRankError
 from ..layers import linear_shape
 from ..modules import walk_layers
-from ..rank import Budget, Rank
+from ..rank import Budget, Rank, as_budget
 from .candidates import Candidate
 from .cost_model import CostModel, CountedCost
 from .damping import Damping
+from .int8 import check_bits
 from .method import Method
 from .methods.svd import SVDMethod
 from .registry import METHODS, check_registered
@@ -95,6 +96,23 @@ def check_budget(budget: Budget, stats: Statistics | None, example: Any) -> Budg
             " stats=calibrate(model, batches, loss=SampledCrossEntropy()), or the loss that the model was trained with."
         )
     return budget
+
+
+def check_int8(bits: int | None, budget: Budget | None, allocation: str) -> None:
+    """Raises where weights in int8 are asked for and nothing would choose them, or would do so by wrong numbers."""
+    check_bits(bits)
+    if bits is None:
+        return
+    if budget is None or "bytes" not in as_budget(budget).units:
+        raise LowRankError(
+            f"make_plan: got bits={bits} without a limit on bytes, which is what they save; expected one, as in"
+            " Budget(bytes=0.25)."
+        )
+    if as_budget(budget).latency is not None or allocation == "alds":
+        raise LowRankError(
+            f"make_plan: got bits={bits} with a limit on latency or allocation='alds', which do not know int8; leave"
+            " one of them out."
+        )
 
 
 def check_stats(model: nn.Module, stats: Statistics) -> None:

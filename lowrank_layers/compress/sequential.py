@@ -30,7 +30,6 @@ from .build import build_layer, refit, write_
 from .paired_moments import PairedMoments, Sums
 from .planned_layers import PlannedLayers
 from .rectified import ENTRIES, ROWS, Rectifier, build_rectified, rectifier_of
-from .registry import DENSE
 from .regression import Metric
 from .side_by_side import SideBySide
 
@@ -95,11 +94,11 @@ def build_in_sequence(
 
         def look(name: str, prefix_changed: bool) -> Seen:
             seen = Seen(stats.get(name))
-            if rectified and plan[name].method != DENSE and seen.stats is not None and name in passes.calls:
+            if rectified and not plan[name].stays and seen.stats is not None and name in passes.calls:
                 seen.rectifier = _rectifier(model, name, batches[0], stats.with_target)
             if seen.stats is not None and (prefix_changed or seen.rectifier is not None):
                 rows = None if seen.rectifier is None else seen.rows
-                layer, bias = model.get_submodule(name), plan[name].bias and plan[name].method != DENSE
+                layer, bias = model.get_submodule(name), plan[name].bias and not plan[name].stays
                 seen.stats, held_out = paired.stats(name, layer, seen.stats, rows)
                 if held_out is not None and not rows:
                     seen.stats = anchor(layer, seen, held_out, bias_of(layer) is not None or bias) or stats[name]
@@ -117,7 +116,7 @@ def build_in_sequence(
                 found.cross = _in_file(cross, folder)
             return found
 
-        def factored(name: str, seen: Seen) -> nn.Module:
+        def replaced(name: str, seen: Seen) -> nn.Module:
             entry, dense = plan[name], model.get_submodule(name)
             with passes.own_forward(name):
                 if seen.stats is None or seen.rectifier is None or not seen.rows:
@@ -134,8 +133,8 @@ def build_in_sequence(
 
         for name in tqdm(order, desc="factorize", disable=not progress):
             prefix_changed = bool(built) and name in passes.calls and not is_embedding(model.get_submodule(name))
-            make = refitted if plan[name].method == DENSE else factored
-            if make is factored or (name in stats and prefix_changed):
+            make = refitted if plan[name].stays else replaced
+            if make is replaced or (name in stats and prefix_changed):
                 built[name] = keep(name, partial(look, name, prefix_changed), partial(make, name))
             passes.decided[name] = built.get(name)
     return built

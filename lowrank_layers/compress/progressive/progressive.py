@@ -15,7 +15,8 @@ from torch import nn
 from ...calibrate import Loss, Padding, SampledCrossEntropy, check_batches
 from ...checks import check_integer, is_number
 from ...errors import LowRankError
-from ...modules import Selector, check_factors, check_model
+from ...layers import bits_of
+from ...modules import Selector, check_factors, check_model, walk_layers
 from ...rank import Budget
 from ...settings import settings_from
 from ..method import Method
@@ -105,6 +106,11 @@ def progressive_(
     """
     check_model(model)
     check_factors(model)
+    rounded = next((name for name, module in walk_layers(model) if bits_of(module) is not None), None)
+    if rounded is not None:
+        raise LowRankError(
+            f"progressive_: {rounded!r} is stored in int8, which is not trained; make the model dense first (densify_)."
+        )
     limits = _budgets(budgets)
     chosen = _settings(settings, changes, len(limits))
     for name, batches in (("data", data), ("validation", validation)):
