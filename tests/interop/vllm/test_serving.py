@@ -193,6 +193,14 @@ def test_what_vllm_cannot_serve_is_refused(vllm, tmp_path):
     lr.factorize_(model, lr.make_plan(model, rank=4, skip=["lm_head", "mlp", "self_attn"]))
     with pytest.raises(CheckpointError, match=r"cannot serve 'model\.embed_tokens', a .*Embedding"):
         vllm.from_config(saved_config(tmp_path, model))
+    for rank in (4, None):
+        rounded = dense()
+        plan = lr.make_plan(rounded, rank=4, skip=["lm_head", "embed_tokens", "mlp"], methods=[lr.SVDMethod()])
+        for entry in plan:
+            (plan if rank else plan.drop(entry.name)).set_bits(entry.name, 8)
+        lr.factorize_(rounded, plan)
+        with pytest.raises(CheckpointError, match=r"Linear.*floating point.*without bits="):
+            vllm.from_config(saved_config(tmp_path, rounded))
     narrow = dense()
     batches = [{"input_ids": torch.randint(50, (4, 16)), "use_cache": False}]
     lr.remove_units_(narrow, batches, lr.Budget(params=0.9))
