@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import LowRankError
-from ..layers import FactoredModule
+from ..layers import is_compressed
 from ..layers.computed_weight import computed
 from .adapted_weight import BANK, bank_of, banks_of, base_weight, values_of
 from .forward import WITH_MORE, Fast, add_biases, fast_forward
@@ -83,7 +83,7 @@ def change_class_(module: nn.Module, cls: type[nn.Module]) -> None:
 
 def check_same_shape(module: Any, name: str, value: Any) -> None:
     """Raises if a base weight is replaced by one that its adapters do not fit."""
-    if dense_weight(module, name) is None and not isinstance(module, FactoredModule):
+    if dense_weight(module, name) is None and not is_compressed(module):
         return  # deleted before, as FullyShardedDataParallel does
     old, new = tuple(base_weight(module, name).shape), tuple(getattr(value, "shape", ()))
     if old != new:
@@ -207,7 +207,7 @@ def _choose(cls: type[nn.Module], fast: Fast) -> Callable[..., Any]:
         if bank is None:  # taken off, and whoever wrapped this forward still calls it
             plain: Tensor = cls.forward(self, input, *args, **kwargs)
             return plain
-        formed = any(adapter.magnitude is not None for adapter in bank) and not isinstance(self, FactoredModule)
+        formed = any(adapter.magnitude is not None for adapter in bank) and not is_compressed(self)
         formed = formed or getattr(self, "mode", None) == "max"  # the maximum of a bag is no linear function of it
         formed = formed or "_conv_forward" in self.__dict__  # replaced on the instance: it may change the weight
         if mixes_groups(bank):

@@ -7,7 +7,7 @@ from functools import cached_property
 
 from torch import Tensor, nn
 
-from ..layers import FactoredModule, is_factored
+from ..layers import FactoredModule, Int8Layer, is_compressed
 from ..modules import is_quantized, walk_layers
 from .adapter import Adapter, Bank
 from .forward import fast_call
@@ -73,8 +73,8 @@ class AdaptedWeight:
 
     @property
     def is_factored(self) -> bool:
-        """Whether the weight is the product of a factored layer."""
-        return is_factored(self.module)
+        """Whether the weight is the product of a factored layer, or of codes in int8 and their scales."""
+        return is_compressed(self.module)
 
     @property
     def is_read_whole(self) -> bool:
@@ -158,7 +158,7 @@ def banks_of(module: nn.Module) -> dict[str, Bank]:
 
 
 def base_weight(module: nn.Module, name: str) -> Tensor:
-    """The parameter without its adapters; of a factored layer, its product.
+    """The parameter without its adapters; of a factored layer, its product, and of one in int8, its values.
 
     Raises:
         AttributeError: if there is no such parameter.
@@ -168,6 +168,8 @@ def base_weight(module: nn.Module, name: str) -> Tensor:
         return weight
     if isinstance(module, FactoredModule):
         return module.product()
+    if isinstance(module, Int8Layer):
+        return module.dequantized()
     raise AttributeError(f"{type(module).__name__} has no parameter {name!r}")
 
 

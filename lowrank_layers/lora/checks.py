@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from ..errors import LowRankError, UnsupportedLayerError
-from ..layers import FactoredModule, is_derived
+from ..layers import is_compressed, is_derived, is_int8
 from ..modules import is_quantized
 from .adapted_weight import AdaptedWeight, bank_of
 from .trained_whole import TrainedWhole
@@ -24,7 +24,7 @@ def check_adaptable(weight: AdaptedWeight, name: str | None, dora: bool = False)
         LowRankError: with the weight's name, the reason and the remedy.
     """
     module, label = weight.module, weight.name
-    if is_derived(module) or hasattr(module, "parametrizations"):
+    if (is_derived(module) and not is_int8(module)) or hasattr(module, "parametrizations"):
         raise LowRankError(f"add_lora_: {label!r} is parametrized; fold it first.")
     if isinstance(module, TrainedWhole):
         raise LowRankError(
@@ -40,7 +40,7 @@ def check_adaptable(weight: AdaptedWeight, name: str | None, dora: bool = False)
             f"add_lora_: {label!r} overlaps with a part of it that is adapted; choose the whole or parts."
         )
     plain = getattr(module, "_plain_class", type(module))
-    if isinstance(module, FactoredModule) and (dora or weight.is_read_whole):
+    if is_compressed(module) and (dora or weight.is_read_whole):
         raise UnsupportedLayerError(
             f"add_lora_: {label!r} is a {plain.__name__}, whose forward never reads a whole weight"
             f"{' to renormalize' if dora else ''}; call densify_ first."

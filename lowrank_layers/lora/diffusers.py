@@ -13,7 +13,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
-from ..layers import is_factored
+from ..layers import is_compressed
 from .adapted_weight import AdaptedWeight, base_modules
 from .adapter_file import AdapterFile, LoadedAdapter, all_finite, refuse
 from .diffusion_keys import Component, components_of, naming_of, spellings
@@ -91,7 +91,7 @@ def _weights(model: nn.Module) -> dict[str, AdaptedWeight]:
 
 def _has_matrix(module: nn.Module) -> bool:
     weight = module._parameters.get("weight")
-    return is_factored(module) or (weight is not None and weight.ndim > 1)
+    return is_compressed(module) or (weight is not None and weight.ndim > 1)
 
 
 def _adapters(

@@ -10,7 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import LowRankError
-from ..layers import LowRankEmbedding, LowRankEmbeddingBag, LowRankLinear, PivotLinear
+from ..layers import (
+    Int8Embedding,
+    Int8Linear,
+    LowRankEmbedding,
+    LowRankEmbeddingBag,
+    LowRankLinear,
+    PivotLinear,
+)
 from ..layers.conv1d import is_conv1d_class
 from ..layers.conv_base import FactoredConv, TransposedConv
 from ..layers.patches import pad_input
@@ -38,9 +45,10 @@ def fast_call(module: nn.Module) -> Fast | None:
 
 def fast_forward(cls: type[nn.Module]) -> Fast | None:
     """The fast forward of a class, if there is one: only where its own forward is the known one."""
-    if cls.forward in (nn.Linear.forward, LowRankLinear.forward, PivotLinear.forward) or _has_forward_of_conv1d(cls):
+    linear = nn.Linear.forward, LowRankLinear.forward, PivotLinear.forward, Int8Linear.forward
+    if cls.forward in linear or _has_forward_of_conv1d(cls):
         return _linear
-    if cls.forward is nn.Embedding.forward or cls.forward is LowRankEmbedding.forward:
+    if cls.forward in (nn.Embedding.forward, LowRankEmbedding.forward, Int8Embedding.forward):
         return _embedding
     if cls.forward is nn.EmbeddingBag.forward or cls.forward is LowRankEmbeddingBag.forward:
         return _bag

@@ -155,7 +155,7 @@ def _trouble(model: nn.Module, loaded: LoadedAdapter, name: str) -> str | None:
         return f"{owner!r} has an adapter {name!r} already"
     if weight.is_adapted and weight.bank.merged is not None:
         return f"{owner!r} has adapters that are merged"
-    if is_derived(module) and not weight.is_adapted:
+    if is_derived(module) and not (weight.is_adapted or weight.is_factored):
         return f"{owner!r} is parametrized; fold it first"
     aliases = module_aliases(model)[module]
     if len(aliases) > 1:

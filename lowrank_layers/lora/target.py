@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..errors import LowRankError
-from ..layers import LowRankLinear, is_factored
+from ..layers import LowRankLinear, is_compressed
 from ..modules import module_aliases, walk_layers
 from .adapted_weight import AdaptedWeight
 from .weight_layout import SLICES, is_conv1d
@@ -112,12 +112,12 @@ def output_heads(model: nn.Module) -> list[str]:
 
 
 def adaptable_weights(model: nn.Module) -> list[AdaptedWeight]:
-    """Every matrix, kernel and stack of matrices of a model; a factored layer counts as one weight."""
+    """Every matrix, kernel and stack of matrices of a model; a factored layer, or one in int8, counts as one weight."""
     found = []
     for owner, module in walk_layers(model):
         if ".lora_" in f".{owner}." or isinstance(module, torch.jit.ScriptModule):
             continue
-        if is_factored(module):
+        if is_compressed(module):
             found.append(AdaptedWeight(owner, "weight", module))
             continue
         for key, parameter in module.named_parameters(recurse=False):

@@ -63,7 +63,7 @@ def is_quantized(weight: Tensor) -> bool:
 def check_factors(model: nn.Module) -> None:
     """Raises if a child of a factored layer no longer holds its weight as a parameter, or in int8."""
     for name, module in walk_layers(model):
-        for key, child in module.named_children() if isinstance(module, FactoredModule) else ():
+        for key, child in module.named_children() if is_compressed(module) else ():
             if not is_int8(child) and not isinstance(child._parameters.get("weight"), Tensor):
                 raise LowRankError(
                     f"{name!r}: the weight of its child {key!r} ({type(child).__name__}) is no plain parameter; fold"

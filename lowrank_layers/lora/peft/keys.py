@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ...layers import is_factored
+from ...layers import is_compressed
 from ..adapted_weight import AdaptedWeight, base_modules
 from ..weight_layout import Matrix, is_conv1d
 
@@ -94,7 +94,7 @@ def named_parameters(modules: Mapping[str, nn.Module]) -> list[tuple[str, str]]:
 def is_plain_target(module: nn.Module) -> bool:
     """Whether PEFT has a LoRA layer for this kind of module, attention aside."""
     kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
-    return not is_factored(module) and (isinstance(module, kinds) or is_conv1d(module))
+    return not is_compressed(module) and (isinstance(module, kinds) or is_conv1d(module))
 
 
 def saved_modules(model: nn.Module, names: Iterable[str]) -> list[str]:

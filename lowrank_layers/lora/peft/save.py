@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ...errors import CheckpointError, LowRankError, UnsupportedLayerError
 from ...files import replacing
-from ...layers import is_factored
+from ...layers import is_compressed
 from ...modules import check_model, named_tensors
 from ..adapted_weight import base_modules
 from ..attach import choose_name
@@ -135,7 +135,7 @@ def _trained_beside(model: nn.Module, wraps: Mapping[str, int]) -> tuple[list[st
     biases: list[str] = []
     problems = []
     for owner, module in base_modules(model).items():
-        all_own = module.named_parameters(recurse=is_factored(module))
+        all_own = module.named_parameters(recurse=is_compressed(module))
         own = [(key, p) for key, p in all_own if ".lora_" not in f".{key}"]
         learned = [key for key, p in own if p.requires_grad or hasattr(p, TRAINED_MARK)]
         if learned == ["bias"] and (owner in wraps or len(own) > 1):

@@ -6,7 +6,7 @@ import re
 
 from torch import nn
 
-from ...layers import LowRankLinear, is_factored
+from ...layers import LowRankLinear, is_compressed
 from ..adapted_weight import AdaptedWeight, base_modules
 from ..weight_layout import is_conv1d
 from .config import Config
@@ -33,7 +33,7 @@ def find_weights(model: nn.Module, config: Config) -> tuple[list[PeftWeight], di
             else:
                 labels[AdaptedWeight(name, "in_proj_weight", module)] = name
                 labels[AdaptedWeight(f"{name}.out_proj", "weight", module.out_proj)] = name
-        elif not is_plain_target(module) and not is_factored(module):
+        elif not is_plain_target(module) and not is_compressed(module):
             problems.append(f"{name!r} is a {type(module).__name__}, which has no LoRA in PEFT")
         else:
             labels.setdefault(AdaptedWeight(name, "weight", module), name)
