@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import lowrank_layers as lr
+from benchmarks.data import available, lenet, mnist
 from lowrank_layers.compress.int8 import RANKS, int8_options
 from lowrank_layers.compress.plan import model_cost
 from lowrank_layers.files import read_infos
@@ -282,3 +283,69 @@ def test_progressive_refuses_int8(model, stats):
     small = lr.factorize_(model, lr.make_plan(model, lr.Budget(bytes=0.2), stats, bits=8), stats)
     with pytest.raises(lr.LowRankError, match="int8"):
         lr.progressive_(small, [0.5], 1, data=batches(), teacher=network(), validation=batches())
+
+
+def test_projections_of_attentions_and_fast_paths(tmp_path):
+    def encoder() -> nn.Module:
+        torch.manual_seed(0)
+        layer = nn.TransformerEncoderLayer(32, 4, 48, batch_first=True, dropout=0.0)
+        return nn.TransformerEncoder(layer, 2, enable_nested_tensor=True).eval()
+
+    model, x = encoder(), torch.randn(3, 6, 32)
+    dense = model(x)
+    plan = lr.make_plan(model, lr.Budget(bytes=0.35), bits=8)
+    small = lr.factorize_(copy.deepcopy(model), plan)
+    assert sum(isinstance(each, lr.Int8Linear) for each in small.modules()) >= 8
+    assert (small(x) - dense).abs().mean() < 0.2
+    assert not torch.equal(small(x), dense)  # eval mode calls the layers
+    lr.save(small, tmp_path / "small.safetensors")
+    loaded = lr.load(tmp_path / "small.safetensors", into=encoder())
+    assert torch.equal(loaded(x), small(x))
+    assert torch.allclose(lr.densify_(loaded)(x), small(x), atol=1e-5)
+
+
+def test_a_file_of_int8_is_not_read_into_other_layers(model, stats, tmp_path):
+    plan = lr.make_plan(model, lr.Budget(bytes=0.2), stats, bits=8).set_rank("1", 4, method="svd")
+    lr.save(lr.factorize_(model, plan, stats), tmp_path / "small.safetensors")
+    other = lr.factorize_(network(), lr.Plan([plan.set_bits("1", None)["1"]]))
+    with pytest.raises(lr.CheckpointError, match="8 bits"):
+        lr.load(tmp_path / "small.safetensors", into=other)
+    wrong = network()
+    wrong[5] = nn.Conv1d(32, 7, 1)
+    with pytest.raises(lr.CheckpointError, match="'5'"):
+        lr.load(tmp_path / "small.safetensors", into=wrong)
+
+
+def test_the_meta_device_is_filled(model, stats, tmp_path):
+    plan = lr.make_plan(model, lr.Budget(bytes=0.2), stats, bits=8)
+    small = lr.factorize_(copy.deepcopy(model), plan, stats)
+    lr.save(small, tmp_path / "small.safetensors")
+    with torch.device("meta"):
+        blank = copy.deepcopy(model).to("meta")
+    assert torch.equal(lr.load(tmp_path / "small.safetensors", into=blank)(batches()[0]), small(batches()[0]))
+
+
+def test_stages_of_an_int8_model_are_refined(model, stats):
+    plan = lr.make_plan(model, lr.Budget(bytes=0.2), stats, bits=8)
+    data = batches()
+    small = lr.factorize_(copy.deepcopy(model), plan, stats, data=data, refine=1)
+    assert any(bits_of(each) for each in small)
+    assert small(data[0]).isfinite().all()
+
+
+@pytest.mark.skipif(not available("lenet_mnist"), reason="no lenet_mnist in LOWRANK_DATA")
+@pytest.mark.parametrize("size", [0.15, 0.08])
+def test_lenet_keeps_more_at_the_same_bytes(size, tmp_path):
+    x, _ = mnist("train")
+    x_test, y_test = (each[:2000] for each in mnist("test"))
+    data = list(x[:1024].split(256))
+    stats = lr.calibrate(lenet(), data, loss=lr.SampledCrossEntropy())
+    right = {}
+    for bits in (None, 8):
+        plan = lr.make_plan(lenet(), lr.Budget(bytes=size), stats, bits=bits)
+        model = lr.factorize_(lenet(), plan, stats)
+        lr.save(model, tmp_path / "model.safetensors")
+        held = sum(info.nbytes for info in read_infos(tmp_path / "model.safetensors")[1].values())
+        assert held == plan.after.bytes <= size * plan.total.bytes
+        right[bits] = (model(x_test).argmax(1) == y_test).float().mean().item()
+    assert right[8] > right[None]
