@@ -5,7 +5,8 @@ embeddings stay as they are. Every row is a setting of the same pipeline, calibr
 (valid), without recovery: plain SVD; whitening by the inputs with one ratio for all layers (the idea of SVD-LLM) or
 with ranks by relative errors (that of BALF); weighting by inputs and gradients, in one shot and in sequence; measured
 allocation; and the default. Perplexity of windows of 512 tokens of WikiText-2 (test), code and stories, each text from
-its beginning on; LAMBADA's last words where ``--lambada`` says how many.
+its beginning on; LAMBADA's last words where ``--lambada`` says how many. ``--bytes`` compares ranks, int8 and both at
+equal bytes.
 
 Rows that are done are kept in ``--work``, with what was measured of each layer, and not measured again; the result file
 is written after each of them.
@@ -14,6 +15,7 @@ is written after each of them.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import re
 import resource
@@ -27,6 +29,7 @@ import torch
 
 import lowrank_layers as lr
 from benchmarks.common import arguments, machine, markdown_table, write_result
+from benchmarks.language_bytes import byte_report, byte_rows, keep_rows, kept_rows
 from benchmarks.language_scores import measured
 from benchmarks.language_settings import SETTINGS, compressed
 from benchmarks.language_texts import Case, case, small
@@ -51,8 +54,22 @@ def block_parameters(model: Any) -> int:
     return sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in own)
 
 
+def calibrated(subject: Case, args: argparse.Namespace) -> tuple[lr.Statistics, list[Any]]:
+    """The statistics of the layers that may change, and the batches that they are of."""
+    batches = [{"input_ids": x, "use_cache": False} for x in subject.calibration.split(args.batch)]
+    start = time.perf_counter()
+    planned: list[Callable[[str, Any], bool]] = [lambda name, _: not set(name.split(".")) & set(SKIP)]
+    stats = lr.calibrate(subject.model, batches, loss=lr.SampledCrossEntropy(), target=planned)
+    print(f"calibrated in {time.perf_counter() - start:.0f} s, {peak(args.device):.1f} GiB", flush=True)
+    return stats, batches
+
+
 def rows(
-    subject: Case, args: argparse.Namespace, known: dict[str, dict[str, float]], effects: dict[str, Any]
+    subject: Case,
+    args: argparse.Namespace,
+    known: dict[str, dict[str, float]],
+    effects: dict[str, Any],
+    calibration: Callable[[], tuple[lr.Statistics, list[Any]]],
 ) -> Iterator[str]:
     """Measures the rows that are not known yet, adds them, and says which."""
     whole = block_parameters(subject.model)
@@ -67,11 +84,7 @@ def rows(
     left = {(size, label): key for size in args.sizes for label in SETTINGS if (key := wanted(label, size)) is not None}
     if not left:
         return
-    batches = [{"input_ids": x, "use_cache": False} for x in subject.calibration.split(args.batch)]
-    start = time.perf_counter()
-    planned: list[Callable[[str, Any], bool]] = [lambda name, _: not set(name.split(".")) & set(SKIP)]
-    stats = lr.calibrate(subject.model, batches, loss=lr.SampledCrossEntropy(), target=planned)
-    print(f"calibrated in {time.perf_counter() - start:.0f} s, {peak(args.device):.1f} GiB", flush=True)
+    stats, batches = calibration()
     for (size, label), key in left.items():
         if args.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
@@ -134,6 +147,7 @@ def main() -> None:
     parser = arguments(__doc__ or "", threads=1)
     parser.add_argument("--model", type=Path, help="a folder of transformers to read in the place of SmolLM2")
     parser.add_argument("--sizes", type=float, nargs="+", default=[0.8, 0.6, 0.4], help="parts that are kept")
+    parser.add_argument("--bytes", type=float, nargs="*", default=[], help="parts of the bytes of the layers, in fp32")
     parser.add_argument("--only", default="", help="a regular expression for the rows to measure; kept ones are shown")
     parser.add_argument("--calibration", type=int, default=8192, metavar="TOKENS", help="tokens to calibrate on")
     parser.add_argument("--batch", type=int, default=2, help="windows in a batch of the calibration")
@@ -145,7 +159,7 @@ def main() -> None:
     args = parser.parse_args()
     line = machine(args, "transformers")
     if args.smoke:
-        args.sizes, args.rounds, subject = [0.6], 1, small(args.device)
+        args.sizes, args.bytes, args.rounds, subject = [0.6], [0.2], 1, small(args.device)
     else:
         subject = case(args.model, args.device, args.calibration, args.windows, args.lambada)
     with tempfile.TemporaryDirectory() as temporary:
@@ -154,14 +168,20 @@ def main() -> None:
         path = work / f"language-{subject.calibration.numel()}.json"
         effects_path = path.with_name(f"effects-{subject.calibration.numel()}.json")
         known, effects = (json.loads(each.read_text()) if each.exists() else {} for each in (path, effects_path))
-        for key in rows(subject, args, known, effects):
+        calibration = functools.cache(lambda: calibrated(subject, args))
+        for key in rows(subject, args, known, effects, calibration):
             print(key, *(f"{name} {value:.2f}" for name, value in known[key].items()), sep=" | ", flush=True)
             for each, found in ((path, known), (effects_path, effects)):
                 with replacing(each) as kept:
                     kept.write_text(json.dumps(found))
             write_result(args, "language", report(subject.name, line, args, known))
+        path = work / f"language-bytes-{subject.calibration.numel()}.json"
+        known_bytes = kept_rows(path)
+        for key in byte_rows(subject, args, known_bytes, effects, calibration, SKIP):
+            print(key, *(f"{name} {value:.2f}" for name, value in known_bytes[key].items()), sep=" | ", flush=True)
+            keep_rows(path, known_bytes)
         text = report(subject.name, line, args, known)
-    print(f"{text.splitlines()[-1]}\nwritten to {write_result(args, 'language', text)}")
+    print(f"{text.splitlines()[-1]}\nwritten to {write_result(args, 'language', text + byte_report(known_bytes))}")
 
 
 if __name__ == "__main__":
