@@ -33,6 +33,7 @@ class LowRankConfig(QuantizationConfigMixin):
         plan: instead of both: a plan that :func:`make_plan` made.
         skip: layers to leave alone, as in :func:`make_plan`.
         description: instead of all of these: what a factored model is, as transformers reads it from its folder.
+        bits: 8 offers layers in int8 too, under a budget of bytes, as in :func:`make_plan`.
 
     Raises:
         LowRankError: if not exactly one of ``budget``, ``rank``, ``plan`` and ``description`` is given.
@@ -61,6 +62,7 @@ class LowRankConfig(QuantizationConfigMixin):
         plan: Plan | None = None,
         skip: Iterable[Selector] = (),
         description: ModelDescription | None = None,
+        bits: int | None = None,
     ) -> None:
         ways = {"budget": budget, "rank": rank, "plan": plan, "description": description}
         given = [name for name, way in ways.items() if way is not None]
@@ -77,6 +79,7 @@ class LowRankConfig(QuantizationConfigMixin):
         self.plan = plan
         self.skip = tuple(skip)
         self.description = description
+        self.bits = bits
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
@@ -101,7 +104,7 @@ class LowRankConfig(QuantizationConfigMixin):
         """
         plan = self.plan
         if plan is None:
-            plan = make_plan(model, self.budget, skip=self.skip, rank=self.rank)
+            plan = make_plan(model, self.budget, skip=self.skip, rank=self.rank, bits=self.bits)
         factorize_(model, plan)
         self.description = ModelDescription.of(model)
 

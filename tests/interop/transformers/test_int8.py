@@ -102,6 +102,16 @@ def test_a_model_is_generated_from_compiled_saved_and_made_dense(tmp_path):
     assert torch.equal(output(KINDS["llama"].load(tmp_path / "dense"), tokens()), output(dense, tokens()))
 
 
+def test_a_dense_model_is_stored_in_int8_while_it_is_loaded(tmp_path):
+    dense = KINDS["llama"].dense()
+    dense.save_pretrained(tmp_path / "dense")
+    config = lr.LowRankConfig(budget=lr.Budget(bytes=0.3), bits=8)
+    model = KINDS["llama"].load(tmp_path / "dense", quantization_config=config)
+    assert sum(t.numel() * t.element_size() for t in model.state_dict().values()) <= 0.3 * 4 * dense.num_parameters()
+    model.save_pretrained(tmp_path / "small")
+    assert torch.equal(output(KINDS["llama"].load(tmp_path / "small"), tokens()), output(model, tokens()))
+
+
 def test_a_missing_tensor_is_an_error(tmp_path):
     from safetensors.torch import load_file, save_file
 
