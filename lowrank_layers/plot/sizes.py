@@ -94,7 +94,8 @@ def size_score_front(
 
 def _label(entry: Entry) -> str:
     """The name of a layer with its method and rank."""
+    method = entry.method if entry.bits is None else f"{entry.method} int{entry.bits}"
     if entry.rank is None:
-        return f"{entry.name}: {entry.method}"
+        return f"{entry.name}: {method}"
     ranks = entry.rank if isinstance(entry.rank, tuple) else (entry.rank,)
-    return f"{entry.name}: {entry.method} {'x'.join(map(str, ranks))}"
+    return f"{entry.name}: {method} {'x'.join(map(str, ranks))}"
