@@ -145,6 +145,21 @@ def test_a_plan_is_printed_edited_and_read_back(model, stats, tmp_path):
     assert plan.drop("1")["1"].stays
 
 
+def test_a_model_that_was_trained_is_rounded_by_its_own_plan(model, stats):
+    lr.factorize_(model, lr.make_plan(model, rank=5, stats=stats, methods=METHODS), stats)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.01 * torch.randn_like(parameter))
+    expected = model(batches()[0])
+    plan = lr.Plan.from_model(model)
+    for entry in plan:
+        plan.set_bits(entry.name, 8)
+    small = lr.factorize_(lr.densify_(model), plan)
+    assert [small[int(entry.name)].rank for entry in plan] == [5] * 4
+    assert all(bits_of(small[int(entry.name)]) == 8 for entry in plan)
+    assert (small(batches()[0]) - expected).norm() < 0.02 * expected.norm()
+
+
 def test_a_damaged_plan_is_refused(model):
     text = lr.make_plan(model, lr.Budget(bytes=0.2), bits=8).to_json().replace('"bits": 8', '"bits": 3')
     with pytest.raises(lr.LowRankError, match="bits=3"):
