@@ -42,7 +42,7 @@ def stats(model: nn.Sequential) -> lr.Statistics:
 
 
 def candidate(model: nn.Sequential, stats: lr.Statistics, name: str) -> lr.Candidate:
-    return lr.Candidate(model[int(name)], stats[name])
+    return lr.Candidate(model[int(name)], stats[name], damping=lr.Damping.default(stats))
 
 
 def floating(layer: lr.Candidate) -> list:
@@ -54,7 +54,7 @@ def floating(layer: lr.Candidate) -> list:
 def test_an_offer_is_what_is_built(model, stats, name, calibrated):
     known = stats if calibrated else None
     plan = lr.make_plan(model, lr.Budget(bytes=1.0), known, METHODS, bits=8)
-    layer = lr.Candidate(model[int(name)], stats[name] if calibrated else None)
+    layer = candidate(model, stats, name) if calibrated else lr.Candidate(model[int(name)])
     offers = list(int8_options(layer, floating(layer)))
     assert offers[0][0] is None
     for method, option in offers:
