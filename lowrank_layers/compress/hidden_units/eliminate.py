@@ -38,7 +38,7 @@ class Elimination:
 def eliminate(problem: Regression, count: int) -> Elimination:
     """Returns the order in which the units of a layer go, at each step the one whose loss is least, or the few.
 
-    Where 256 units or more are left, a 128th of them goes at a time: 1,536 units take 550 steps in place of 1,535.
+    Where 256 units or more are left, a 128th of them goes at a time: 1,536 units take 512 steps in place of 1,535.
 
     Args:
         problem: the layer's weighted problem; its columns are those of the units in order.
@@ -48,24 +48,28 @@ def eliminate(problem: Regression, count: int) -> Elimination:
     inverse = problem.inputs.root.solve(torch.eye(weighted.shape[1]).to(weighted))
     size = len(inverse) // count
     columns = torch.arange(len(inverse), device=inverse.device).unflatten(0, (count, size))
-    left = torch.arange(count, device=inverse.device)
+    units = torch.arange(count, device=inverse.device)
+    left = units
     order: list[int] = []
     growth: list[float] = []
     while len(left) > 1:
-        own = columns[: len(left)]
-        blocks = inverse[own[:, :, None], own[:, None, :]]
-        maps = weighted.unflatten(1, (-1, size)).movedim(1, 0)
+        blocks = inverse[columns[left][:, :, None], columns[left][:, None, :]]
+        maps = weighted.unflatten(1, (-1, size)).movedim(1, 0)[left]
         losses = (maps @ torch.linalg.inv(blocks) * maps).sum((1, 2))
-        go = losses.argsort(stable=True)[: max(1, len(left) // AT_ONCE)].sort().values
-        stay = torch.ones_like(left, dtype=torch.bool).index_fill_(0, go, value=False).nonzero()[:, 0]
-        gone, kept = own[go].flatten(), own[stay].flatten()
-        share = torch.linalg.solve(inverse[gone][:, gone], inverse[gone][:, kept])
-        loss = float((torch.linalg.solve(inverse[gone][:, gone], weighted[:, gone].mT).mT * weighted[:, gone]).sum())
-        order += left[go].tolist()
+        go = losses.argsort(stable=True)[: max(1, len(left) // AT_ONCE)]
+        gone = columns[left[go]].flatten()
+        share, across = inverse[gone], weighted[:, gone]
+        solved = torch.linalg.solve(share[:, gone], torch.cat([share, across.mT], 1))
+        loss = float((solved[:, len(inverse) :].mT * across).sum())
+        order += units[left[go]].tolist()
         growth += [0.5 * problem.scale * loss / len(go)] * len(go)
-        weighted = weighted[:, kept] - weighted[:, gone] @ share
-        inverse = inverse[kept][:, kept] - inverse[kept][:, gone] @ share
-        left = left[stay]
+        weighted.addmm_(across, solved[:, : len(inverse)], alpha=-1)
+        inverse.addmm_(share.mT, solved[:, : len(inverse)], alpha=-1)
+        left = left[torch.ones_like(left, dtype=torch.bool).index_fill_(0, go, value=False)]
+        if 4 * len(left) < 3 * len(units):  # what is gone is zero, and in the way
+            kept = columns[left].flatten()
+            weighted, inverse, units = weighted[:, kept], inverse[kept][:, kept], units[left]
+            left, columns = torch.arange(len(left), device=left.device), columns[: len(left)]
     return Elimination(order, growth)
 
 
