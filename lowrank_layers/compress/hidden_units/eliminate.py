@@ -77,4 +77,5 @@ def eliminate(problem: Regression, count: int) -> Elimination:
 def map_from(problem: Regression, columns: Tensor) -> Tensor:
     """Returns the best map that reads only these columns, ``[m, len(columns)]``."""
     moment = problem.inputs.matrix
-    return psd_root(moment[columns][:, columns]).solve((problem.weight @ moment[:, columns]).mT).mT
+    moved = problem.weight @ moment[:, columns] if problem.moved is None else problem.moved[:, columns]
+    return psd_root(moment[columns][:, columns]).solve(moved.mT).mT

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,19 +13,19 @@ from ...calibrate.example import first_sample
 from ...calibrate.statistics import LayerStats
 from ...cost import Cost
 from ...errors import BudgetError, LowRankError
-from ...layers import FactoredModule, mark_resized, matrices_of, unmark_resized, weight_of
+from ...layers import FactoredModule, mark_resized, matrices_of, unmark_resized
 from ...modules import check_model
 from ...rank import Budget
-from ..candidates import Candidate
-from ..damping import Damping, rounding_of
+from ..damping import Damping
 from ..recovery.scoring import samples_of
-from ..regression import Metric, Regression, add_ridge_
+from ..regression import Regression
 from .chain import Chained, adopt_sizes_
 from .choose import choose_units, least_units
 from .cut import columns_of
 from .eliminate import eliminate, map_from
 from .find import HiddenUnits, find_hidden_units
 from .model_config import adopt_config_
+from .problem import unit_problem
 
 
 def remove_units_(
@@ -139,11 +138,7 @@ def _excess(model: nn.Module, budget: Budget) -> int:
 def _problem(chained: Chained, group: HiddenUnits, stats: LayerStats, damping: Damping) -> Regression:
     """The weighted problem of the layer that reads a group of units."""
     stats = stats.changed(free_bias=chained.biased(group.consumer) is not None)
-    layer = chained.modules[group.consumer]
-    problem = Candidate(layer, stats, damping=damping).problems[0]
-    # the variance of nearly constant units is the rounding of their products, which nothing may be predicted from
-    rounding = rounding_of(weight_of(layer).dtype) * stats.inputs.second.diagonal().mean()
-    return replace(problem, inputs=Metric(add_ridge_(problem.inputs.matrix.clone(), rounding)))
+    return unit_problem(chained.modules[group.consumer], stats, damping)
 
 
 def _least(chained: Chained, group: HiddenUnits) -> int:
