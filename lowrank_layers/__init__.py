@@ -28,7 +28,9 @@ from .compress import (
     Distillation as Distillation,
     Entry as Entry,
     Evaluation as Evaluation,
+    GroupMethod as GroupMethod,
     Latency as Latency,
+    LayerGroup as LayerGroup,
     Method as Method,
     Option as Option,
     Plan as Plan,
@@ -54,6 +56,7 @@ from .compress import (
 )
 from .compress.methods import (
     CPMethod as CPMethod,
+    HiddenUnitsMethod as HiddenUnitsMethod,
     PivotMethod as PivotMethod,
     SpatialMethod as SpatialMethod,
     SVDMethod as SVDMethod,

@@ -19,6 +19,7 @@ from ..calibrate.sketch import COLUMNS, check_sketch_above, is_sketched
 from ..calibrate.staged_calibration import calibrate_in_stages
 from ..calibrate.statistics import Statistics
 from ..compress import Damping, Method, Plan, make_plan
+from ..compress.registry import refuse_group_methods
 from ..compress.sequential import build_in_sequence
 from ..compress.units import Units
 from ..errors import LowRankError
@@ -111,6 +112,7 @@ def compress_checkpoint(
         'PivotLinear'
     """
     check_batches(batches, "compress_checkpoint")
+    refuse_group_methods(methods, "compress_checkpoint")
     check_clip(clip)
     check_sketch_above(sketch_above, "compress_checkpoint")
     batches, processes = list(batches), Processes.all()

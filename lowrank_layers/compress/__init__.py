@@ -15,6 +15,7 @@ from .evaluation import (
     evaluate as evaluate,
 )
 from .factorize import factorize_ as factorize_
+from .group_method import GroupMethod as GroupMethod, LayerGroup as LayerGroup
 from .hidden_units import remove_units_ as remove_units_
 from .make_plan import make_plan as make_plan
 from .method import Method as Method, Option as Option

@@ -102,7 +102,7 @@ class Allocation:
             BudgetError: if not even the smallest options fit, or no choice that keeps all limits is found.
         """
         left = self._left()
-        picks = {name: self._smallest(name, left) for name, layer in self.layers.items() if layer.idle}
+        picks = {name: self.smallest(name, left) for name, layer in self.layers.items() if layer.idle}
         used = [name for name in self.layers if name not in picks]
         costs, capacities = [], []
         for unit, limit in left.items():
@@ -111,7 +111,7 @@ class Allocation:
         if self.budget.loss is not None:
             costs.append([[offer.option.loss_increase for offer in self.offers[name]] for name in used])
             capacities.append(self.budget.loss)
-        objective = [self._objective(self.layers[name], self.offers[name]) for name in used]
+        objective = [self.objective(self.layers[name], self.offers[name]) for name in used]
         if self.alds:
             found = allocate_least_worst(costs[0], objective, int(capacities[0]))
         else:
@@ -119,8 +119,13 @@ class Allocation:
         picks.update(zip(used, found, strict=True))
         return {name: self.offers[name][picks[name]] for name in self.layers}
 
-    def _smallest(self, name: str, left: dict[str, float]) -> int:
-        """Position of the option of a layer that takes the least part of the limits."""
+    def smallest(self, name: str, left: dict[str, float]) -> int:
+        """Returns the position of the option of a layer that takes the least part of the limits.
+
+        Args:
+            name: the layer.
+            left: the part of each limit that is left for the planned layers.
+        """
         limits = left or {"params": 1.0}
         sizes = [
             sum(getattr(offer.option.cost, unit) / max(limit, 1e-12) for unit, limit in limits.items())
@@ -128,8 +133,13 @@ class Allocation:
         ]
         return sizes.index(min(sizes))
 
-    def _objective(self, layer: Candidate, offers: list[Offer]) -> list[float]:
-        """What is minimised, for each option of one layer."""
+    def objective(self, layer: Candidate, offers: list[Offer]) -> list[float]:
+        """Returns what is minimised, for each option of one layer.
+
+        Args:
+            layer: the layer.
+            offers: its options.
+        """
         if self.alds:
             return spectral_errors(layer, [offer.option for offer in offers])
         if self.budget.loss is not None:
@@ -140,44 +150,51 @@ class Allocation:
     def limits(self) -> dict[str, float]:
         """The limits on costs as counts and seconds, and the one on the loss."""
         loss = {} if self.budget.loss is None else {"loss": self.budget.loss}
-        return {**self.budget.limits(self._whole), **loss}
+        return {**self.budget.limits(self.whole), **loss}
 
     def excess(self, unit: str) -> float:
         """By how much the dense model exceeds the limit on a cost; negative where it stays below."""
-        return float(getattr(self._whole, unit) - self.limits()[unit])
+        return float(getattr(self.whole, unit) - self.limits()[unit])
 
     @property
-    def _planned(self) -> Cost:
+    def planned(self) -> Cost:
         """Cost of the layers that may change."""
         return sum((offers[0].option.cost for offers in self.offers.values()), Cost())
 
     @property
-    def _whole(self) -> Cost:
+    def whole(self) -> Cost:
         """Cost of everything that the budget limits."""
-        return self._planned if self.budget.of == "planned" else self.total
+        return self.planned if self.budget.of == "planned" else self.total
 
     def _left(self) -> dict[str, float]:
         """The part of each limit on a cost that is left for the planned layers."""
-        planned, whole, left = self._planned, self._whole, {}
+        planned, whole, left = self.planned, self.whole, {}
         for unit, limit in self.budget.limits(whole).items():
             fixed = getattr(whole, unit) - getattr(planned, unit)
             least = fixed + sum(
                 min(getattr(offer.option.cost, unit) for offer in offers) for offers in self.offers.values()
             )
             if least > limit:
-                what, belong = (
-                    "this model",
-                    f", of which {amount(fixed, unit)} belong to layers that no method touches",
-                )
-                if self.budget.of == "planned":
-                    what, belong = "the planned layers", ""
-                raise BudgetError(
-                    f"{self.budget} means {amount(limit, unit)}, but the smallest {what} can become is"
-                    f" {amount(least, unit)} ({least / getattr(whole, unit):.1%}){belong}. Raise the budget, or skip"
-                    " fewer layers."
-                )
+                raise self.too_small(unit, limit, least, fixed)
             left[unit] = limit - fixed
         return left
+
+    def too_small(self, unit: str, limit: float, least: float, fixed: float) -> BudgetError:
+        """The error that says how small the model can become.
+
+        Args:
+            unit: what is limited.
+            limit: the limit.
+            least: what the smallest options take with all the rest.
+            fixed: what the rest takes.
+        """
+        what, belong = ("this model", f", of which {amount(fixed, unit)} belong to layers that no method touches")
+        if self.budget.of == "planned":
+            what, belong = "the planned layers", ""
+        return BudgetError(
+            f"{self.budget} means {amount(limit, unit)}, but the smallest {what} can become is {amount(least, unit)}"
+            f" ({least / getattr(self.whole, unit):.1%}){belong}. Raise the budget, or skip fewer layers."
+        )
 
     def solve_without_slow(self) -> dict[str, Offer]:
         """The choice without CP, where the choice with CP is slower than the dense model and gains nothing for it.

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
+
+from torch import nn
 
 from ..calibrate import check_batches
 from ..checks import is_number
@@ -24,6 +26,16 @@ class Effects(Protocol):
             name: the layer.
             layer: what planning knows of it.
             offers: its options, dense first.
+        """
+
+    def group_effect(self, key: str, leader: str, make: Callable[[], nn.Module], loss: float) -> float:
+        """Returns that of layers that change together.
+
+        Args:
+            key: the name under which a plan keeps it.
+            leader: the layer whose error is that of the group.
+            make: builds the layer that takes its place, with which the model is what it is without some units.
+            loss: what is predicted of that.
         """
 
 
@@ -64,6 +76,17 @@ class KnownEffects:
             offers: its options, dense first.
         """
         return self._effects[name]
+
+    def group_effect(self, key: str, leader: str, make: Callable[[], nn.Module], loss: float) -> float:
+        """Returns measured over predicted loss of layers that change together, or of their leader alone.
+
+        Args:
+            key: the name under which a plan keeps it.
+            leader: the layer whose error is that of the group.
+            make: what would be measured.
+            loss: what is predicted of that.
+        """
+        return self._effects.get(key, self._effects[leader])
 
 
 def measured_on(batches: Any, units: Units | None, effects: object, *, planned: bool) -> list[Any] | None:

@@ -30,6 +30,7 @@ def eligible_layers(
     """
     stats = request.stats
     reasons = reasons_to_keep(model)
+    methods = request.methods or METHODS.values()  # a layer of a group is one that some single method would take
     idle = set() if stats is None else without_gradient(stats)
     found: dict[str, Candidate] = {}
     skipped: dict[str, str] = {}
@@ -44,7 +45,7 @@ def eligible_layers(
             skipped[name] = "as asked"
         elif name in reasons:
             skipped[name] = reasons[name]
-        elif not any(method.matches(layer) for method in request.methods):
+        elif not any(method.matches(layer) for method in methods):
             skipped.update(_unmatched(name, module))
         elif name == "":
             raise LowRankError(

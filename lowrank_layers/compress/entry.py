@@ -9,11 +9,13 @@ from typing import Any
 from torch import nn
 
 from ..cost import Cost
+from ..errors import LowRankError
 from ..layers import layer_cost, layer_writes, round_factors_
 from ..layers.config import Spec, blank
+from .group_method import LayerGroup
 from .int8 import check_bits, int8_like
 from .method import Method, factored_like
-from .registry import DENSE, METHODS, as_tuples, settings_of, with_settings
+from .registry import DENSE, GROUP_METHODS, METHODS, as_tuples, settings_of, with_settings
 
 MACS_PER_VALUE = 150
 """Multiply-accumulates in the time of writing one value (convolutions at batch 64 on one x86 core with AVX-512)."""
@@ -26,7 +28,7 @@ class Entry:
     Args:
         name: the layer's name in the model.
         method: name of the method, or ``"dense"``.
-        rank: what the method takes; ``None`` when dense.
+        rank: what the method takes, or the number of units that stay; ``None`` when dense.
         before: cost of the dense layer.
         after: cost of the factored layer.
         error: estimated relative error of the layer's output (weighted when there were statistics);
@@ -35,7 +37,8 @@ class Entry:
         bias: whether the factored layer has a bias.
         input_shape: shape of one sample's input, where known.
         repeats: inputs of that shape per sample of the model.
-        settings: fields of the method that planned the layer and will build it.
+        settings: fields of the method that planned the layer and will build it; of a method over several layers the
+            group of layers.
         loss: predicted growth of the loss, in the units of the statistics; ``None`` where the loss does not depend on
             the layer, and after an edit.
         bits: 8 if its weights, or those of its factors, are stored in int8; ``None`` for floating point.
@@ -56,17 +59,38 @@ class Entry:
     bits: int | None = None
 
     @property
+    def is_grouped(self) -> bool:
+        """Whether the layer changes together with others, by a method over several layers."""
+        return self.method in GROUP_METHODS
+
+    @property
+    def group(self) -> LayerGroup:
+        """The layers that it changes with."""
+        return GROUP_METHODS[self.method].read(self.settings)
+
+    @property
     def stays(self) -> bool:
         """Whether the layer stays dense and in floating point."""
         return self.method == DENSE and self.bits is None
 
     def built_by(self) -> Method:
-        """Returns the method that builds the layer, with its settings."""
+        """Returns the method that builds the layer, with its settings.
+
+        Raises:
+            LowRankError: if a method over several layers changes it.
+        """
+        if self.is_grouped:
+            raise LowRankError(
+                f"{self.name!r}: the method {self.method!r} changes several layers together, expected a method of"
+                " single layers; factorize_ with statistics applies both."
+            )
         return with_settings(self.method, self.settings)
 
     @property
     def label(self) -> str:
         """The method's name, with the settings in which it differs from the registered instance, and int8."""
+        if self.is_grouped:
+            return self.method
         usual = settings_of(METHODS[self.method]) if self.method in METHODS else {}
         own = [f"{name}={value!r}" for name, value in self.settings.items() if value != usual.get(name)]
         name = f"{self.method}({', '.join(own)})" if own else self.method
@@ -79,12 +103,20 @@ class Entry:
             method: name of the method that will build it; another one has the settings it is registered with.
             rank: what the method takes.
         """
+        if method in GROUP_METHODS:
+            changed = replace(self, rank=rank, error=None, loss=None)
+            shape = self.group.shape_at(self.name, self.input_shape, self.layer, rank)
+            return replace(changed, after=self._counted(changed.resized(), shape))
         settings = self.settings if method == self.method else settings_of(METHODS[method])
         meta = factored_like(with_settings(method, settings), blank(self.layer), rank, self.bias)
         if self.bits is not None:
             round_factors_(meta, filled=False)
         changed = replace(self, method=method, rank=meta.rank, error=None, settings=settings, loss=None)
-        return replace(changed, after=self._counted(meta))
+        return replace(changed, after=self._counted(meta, self.input_shape))
+
+    def resized(self) -> nn.Module:
+        """Returns the layer as a method over several layers leaves it, on the meta device."""
+        return blank(self.group.spec_at(self.name, self.layer, self.rank))
 
     def with_bits(self, bits: int | None) -> Entry:
         """Returns the same layer in int8, or in floating point again, priced by count.
@@ -96,16 +128,21 @@ class Entry:
             LowRankError: for other bits, and for a layer that cannot be stored in int8.
         """
         check_bits(bits)
+        if self.is_grouped:
+            raise LowRankError(
+                f"got bits={bits} for a layer with the method {self.method!r}, which is not combined with int8; drop it"
+                " from the plan first."
+            )
         changed = replace(self, bits=bits, error=None, loss=None)
         if self.method != DENSE:
             return changed.with_rank(self.method, self.rank)
         if bits is None:
             return replace(changed, after=self.before, error=0.0, loss=0.0)
-        return replace(changed, after=self._counted(int8_like(blank(self.layer), bias=self.bias)))
+        return replace(changed, after=self._counted(int8_like(blank(self.layer), bias=self.bias), self.input_shape))
 
-    def _counted(self, layer: nn.Module) -> Cost:
+    def _counted(self, layer: nn.Module, input_shape: tuple[int, ...] | None) -> Cost:
         """The cost of a layer in the place of this one."""
-        cost = layer_cost(layer, self.input_shape)
+        cost = layer_cost(layer, input_shape)
         return Cost(cost.params, round(cost.macs * self.repeats), cost.bytes)
 
     def time(self) -> tuple[float, float] | None:
@@ -120,7 +157,9 @@ class Entry:
         if self.input_shape is None:
             return None
         dense = planned = blank(self.layer)
-        if self.method != DENSE:
+        if self.is_grouped:
+            planned = self.resized()
+        elif self.method != DENSE:
             planned = factored_like(self.built_by(), dense, self.rank, self.bias)
         writes = [MACS_PER_VALUE * self.repeats * layer_writes(each, self.input_shape) for each in (dense, planned)]
         return self.before.macs + writes[0], self.after.macs + writes[1]
@@ -142,7 +181,9 @@ def read_entry(raw: dict[str, Any]) -> Entry:
         "settings": {key: as_tuples(value) for key, value in raw["settings"].items()},
     }
     check_bits(values.get("bits"))
-    if raw["method"] != DENSE:
+    if raw["method"] in GROUP_METHODS:
+        GROUP_METHODS[raw["method"]].read(values["settings"])  # raises where they are no group
+    elif raw["method"] != DENSE:
         with_settings(raw["method"], values["settings"])  # raises where no such method is registered
     for name in ("error", "loss"):
         if raw.get(name) is not None and not math.isfinite(raw[name]):

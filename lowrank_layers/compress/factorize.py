@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..calibrate import calibrate, check_batches
 from ..calibrate.statistics import Statistics
@@ -18,6 +18,7 @@ from ..linalg import check_tensor
 from ..modules import check_model, check_optimizer, opened_attentions, reasons_to_keep, replace_, walk_layers
 from .build import build_layer, write_
 from .candidates import Candidate
+from .grouped import adopt_sizes_, check_group, cut_groups_, kept_units
 from .planned_layers import PlannedLayers
 from .refinement import RefinementSettings, refine_
 from .registry import DENSE
@@ -48,7 +49,8 @@ def factorize_(
         stats: what :func:`calibrate` returned for it; they weight the approximation.
         data: the batches that :func:`calibrate` takes, in the same form.
         optimizer: the optimizer of the model; it is given the new parameters in the place of the old ones, and keeps
-            the state (momentum...) of biases and of layers that stay.
+            the state (momentum...) of biases and of layers that stay. A plan with a method over several layers takes
+            none: make it afterwards.
         rectified: with ``data``, fits a factored layer that a ReLU follows, behind a batch norm or not, to what passes
             the ReLU: outputs that are cut off in the dense model may be anything that is cut off (Zhang et al., 2016).
             It takes about twice the time and pays where little is kept: ResNet-20 with 20 % of its parameters keeps
@@ -75,24 +77,42 @@ def factorize_(
     check_model(model)
     check_optimizer(optimizer, "factorize_")
     if refine is not None:
-        return _refined_(model, plan, stats, data, optimizer, rectified, refine, progress)
+        _refined_(model, plan, stats, data, optimizer, rectified, refine, progress)
+    else:
+        _factorize_(model, plan, stats, data, optimizer, rectified, progress)
+    adopt_sizes_(model, plan)
+    return model
+
+
+def _factorize_(
+    model: nn.Module,
+    plan: PlannedLayers,
+    stats: Statistics | None,
+    data: Iterable[Any] | None,
+    optimizer: torch.optim.Optimizer | None,
+    rectified: bool,
+    progress: bool,
+) -> None:
+    """Replaces and cuts the layers of a model; its configuration stays as it is."""
     with opened_attentions(model):
-        _check_plan(model, plan, stats)
+        _check_plan(model, plan, stats, optimizer)
+        kept = kept_units(model, plan, stats)
         if data is None:
-            built = _one_shot(model, plan, stats)
+            built = _one_shot(model, plan, stats, kept)
         else:
             check_batches(data, "factorize_")
             batches = data if isinstance(data, (list, tuple)) else list(data)
             if not batches:
                 raise LowRankError("factorize_: got no batches in data.")
-            built = build_in_sequence(model, plan, stats or calibrate(model, batches), batches, rectified, progress)
+            known = stats or calibrate(model, batches)
+            built = build_in_sequence(model, plan, known, batches, rectified, progress, kept=kept)
         for name, new in built.items():
             dense = model.get_submodule(name)
             new.train(dense.training)  # they were built in eval mode
             if not is_compressed(new):
                 write_(dense, weight_of(new), bias_of(new))
     replace_(model, {name: new for name, new in built.items() if is_compressed(new)}, optimizer)
-    return model
+    cut_groups_(model, plan, kept)
 
 
 def _refined_(
@@ -104,7 +124,7 @@ def _refined_(
     rectified: bool,
     refine: RefinementSettings | int,
     progress: bool,
-) -> nn.Module:
+) -> None:
     """Factorizes and refines a copy, to which the model is the dense one, and takes over what came of it."""
     if data is None:
         raise LowRankError(
@@ -112,26 +132,37 @@ def _refined_(
         )
     check_batches(data, "factorize_")
     batches = data if isinstance(data, (list, tuple)) else list(data)
-    small = factorize_(copy.deepcopy(model), plan, stats, batches, rectified=rectified, progress=progress)
+    for entry in plan if isinstance(plan, PlannedLayers) and optimizer is not None else ():
+        if entry.is_grouped:
+            check_group(entry, plan, stats, optimizer)
+    small = copy.deepcopy(model)
+    _factorize_(small, plan, stats, batches, None, rectified, progress)
     refine_(small, model, batches, refine, progress=progress)
     planned = {entry.name: small.get_submodule(entry.name) for entry in plan if not entry.stays}
     replace_(model, planned, optimizer)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(small.get_parameter(name))
-    return model
 
 
-def _one_shot(model: nn.Module, plan: PlannedLayers, stats: Statistics | None) -> dict[str, nn.Module]:
+def _one_shot(
+    model: nn.Module, plan: PlannedLayers, stats: Statistics | None, kept: Mapping[str, Tensor]
+) -> dict[str, nn.Module]:
     built: dict[str, nn.Module] = {}
     for entry in plan:
-        if not entry.stays:
+        if entry.name in kept:
+            assert stats is not None
+            dense = model.get_submodule(entry.name)
+            built[entry.name] = entry.group.reduced(dense, stats[entry.name], plan.damping, kept[entry.name])
+        elif not entry.stays and not entry.is_grouped:
             known = None if stats is None else stats[entry.name]
             built[entry.name] = build_layer(model.get_submodule(entry.name), entry, known, plan.damping)
     return built
 
 
-def _check_plan(model: nn.Module, plan: PlannedLayers, stats: Statistics | None) -> None:
+def _check_plan(
+    model: nn.Module, plan: PlannedLayers, stats: Statistics | None, optimizer: torch.optim.Optimizer | None
+) -> None:
     """Raises for everything that can be wrong, before anything is built."""
     if not isinstance(plan, PlannedLayers):
         raise LowRankError(
@@ -152,7 +183,9 @@ def _check_plan(model: nn.Module, plan: PlannedLayers, stats: Statistics | None)
             continue
         if entry.name in reasons:
             raise LowRankError(f"{entry.name!r} cannot be replaced: {reasons[entry.name]}.")
-        if entry.method != DENSE and not entry.built_by().matches(Candidate(module)):
+        if entry.is_grouped:
+            check_group(entry, plan, stats, optimizer)
+        elif entry.method != DENSE and not entry.built_by().matches(Candidate(module)):
             raise LowRankError(
                 f"{entry.name!r}: the method {entry.method!r} does not take a {type(module).__name__};"
                 " the plan is for another model."
@@ -161,8 +194,9 @@ def _check_plan(model: nn.Module, plan: PlannedLayers, stats: Statistics | None)
             raise LowRankError(
                 f"{entry.name!r}: the plan was made for {entry.layer}, the model has {describe(module)}; plan anew."
             )
-        if stats is not None and entry.name not in stats:
+        if stats is not None and entry.name not in stats and not entry.is_grouped:
             raise LowRankError(f"{entry.name!r}: the statistics do not know it; calibrate this model.")
-        check_tensor(weight_of(module), f"{entry.name!r}")
+        if not entry.is_grouped or entry.name in entry.group.planned:  # not a batch norm
+            check_tensor(weight_of(module), f"{entry.name!r}")
         if entry.bits is not None:
             entry.with_bits(entry.bits)  # raises for a layer that cannot be stored in int8

@@ -20,17 +20,29 @@ from ..linalg.nonnegative import check_choice
 from ..modules import Selector, check_model, opened_attentions, select, walk_layers
 from ..rank import Budget, Rank, as_budget, check_rank, one_limit
 from .allocation import Allocation, Offer, entry_for, offers_for
+from .bundles import find_members, make_bundles
 from .candidates import Candidate
 from .cost_model import CostModel, CountedCost
 from .damping import Damping
 from .effects import Effects, KnownEffects, measured_on
 from .eligible import UNREACHED, eligible_layers
 from .entry import Entry
+from .group_method import GroupMethod
+from .joint_allocation import JointAllocation
 from .latency import ExampleRun, LatencyTable, fit_latency
 from .measured import MeasuredEffects, scaled
 from .method import Method, Option, factored_cost
 from .plan import Plan, model_cost
-from .request import Request, check_budget, check_int8, check_stats, make_request, methods_of_alds
+from .request import (
+    Request,
+    check_budget,
+    check_groups,
+    check_int8,
+    check_stats,
+    make_request,
+    methods_of_alds,
+    methods_of_uniform,
+)
 from .units import Units, check_units, default_units
 
 ROUND_TO = 4
@@ -41,7 +53,7 @@ def make_plan(
     model: nn.Module,
     budget: Budget | None = None,
     stats: Statistics | None = None,
-    methods: Sequence[Method] | None = None,
+    methods: Sequence[Method | GroupMethod] | None = None,
     skip: Iterable[Selector] = (),
     *,
     rank: Rank | None = None,
@@ -54,6 +66,7 @@ def make_plan(
     batches: Iterable[Any] | None = None,
     effects: Mapping[str, float] | None = None,
     bits: int | None = None,
+    uniform: bool = False,
     progress: bool = False,
 ) -> Plan:
     r"""Chooses a method and a rank for every layer, or leaves it dense, so that the loss grows least under a budget.
@@ -95,7 +108,9 @@ def make_plan(
         methods: by default all of ``METHODS`` but those on request, such as :class:`TensorizedLinearMethod`, and
             without CP where it would make the model slower than the dense one (by :attr:`Plan.time_ratio`) and the
             budget is one of MACs, or the other methods lose at most 1 % of the layers' outputs. Name the methods to
-            have them: ``methods=list(lr.METHODS.values())``.
+            have them: ``methods=list(lr.METHODS.values())``. Methods over several layers, such as
+            :class:`HiddenUnitsMethod`, compete with these where they are named too: the layers of a group take what
+            such a method offers them together, or options of their own, whichever loses less under the budget.
         skip: layers to leave alone: names, ends of names, parents, types or predicates.
         rank: instead of a budget: one rank or rule for every layer, by the first method that matches. A rule sees
             the weighted spectrum where there are statistics. A layer that would grow is left dense.
@@ -120,6 +135,9 @@ def make_plan(
         bits: 8 offers linear layers and embeddings, and their factors, in int8 too, under a limit on bytes. The loss of
             such an offer includes that of rounding, in the same units, so that the plan chooses rank and bits together.
             What is stored in int8 is not trained afterwards. ``None`` leaves all in floating point.
+        uniform: takes only methods over several layers, by default all of them, and lets layers that are alike keep one
+            size. A model of transformers is one that its configuration describes after :func:`factorize_`, so that
+            ``save_pretrained`` writes a folder that is read without this library.
         progress: shows a progress bar over the layers.
 
     Returns:
@@ -147,12 +165,15 @@ def make_plan(
     if allocation == "alds":
         methods = methods_of_alds(methods, units, rank)
         budget = one_limit(budget, "make_plan with allocation='alds'")
+    if uniform:
+        methods = methods_of_uniform(methods, bits)
     timed = budget is not None and check_budget(as_budget(budget), stats, example).latency is not None
     if round_to is None:
         round_to = ROUND_TO if timed else 1
     check_integer(round_to, "make_plan", "round_to", 1)
     check_int8(bits, budget, allocation)
     request = make_request(methods, stats, damping, cost_model, round_to)
+    check_groups(request, budget, timed)
     planned = budget is not None and allocation == "knapsack"
     seen = measured_on(batches, units, effects, planned=planned)
     closed = list(walk_layers(model))
@@ -183,18 +204,20 @@ def make_plan(
             table = LatencyTable(model, run, layers)
             if len(budget.units) == 1:
                 competing = table.faster(request.methods)
+        members = find_members(model, request, layers, uniform=uniform) if request.groups else []
         known = None if effects is None else KnownEffects(effects, layers)
         with nullcontext(known) if seen is None else MeasuredEffects(model, seen, stats) as measuring:
             offers, found = _offers(layers, competing, measuring, bits, progress)
+            bundles = make_bundles(members, request, measuring, found, uniform=uniform)
         scales = units or default_units(layers.values(), measured=bool(found))
         problem = Allocation(layers, offers, budget, total, scales, allocation == "alds", found)
     measured: dict[str, float] = {}
     if timed:
         problem, picks, measured["measured"] = fit_latency(model, problem, table)
     else:
-        picks = problem.solve_without_slow() if methods is None else problem.solve()
+        picks = {} if bundles else problem.solve_without_slow() if methods is None else problem.solve()
     return Plan(
-        problem.entries(picks),
+        JointAllocation(problem, bundles).solve() if bundles else problem.entries(picks),
         skipped=skipped,
         notes={name: UNREACHED for name, layer in layers.items() if layer.idle},
         total=problem.total,
@@ -204,6 +227,7 @@ def make_plan(
             **({"allocation": "alds"} if problem.alds else {"units": problem.units}),
             "calibrated": stats is not None,
             **({} if bits is None else {"bits": bits}),
+            **({"uniform": True} if uniform else {}),
             **weighting,
             **({"effects": found} if found else {}),
             **measured,

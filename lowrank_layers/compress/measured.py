@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
@@ -91,10 +91,27 @@ class MeasuredEffects:
         assert chosen.method is not None
         with self._memo.own_forward(name):
             built = chosen.method.build(layer, chosen.option.rank).eval()
-        with overridden(layer.module, built.forward):
+        return self._moved_by(name, built) / chosen.option.loss_increase
+
+    def group_effect(self, key: str, leader: str, make: Callable[[], nn.Module], loss: float) -> float:
+        """Returns measured over predicted loss of layers that change together.
+
+        Args:
+            key: the name under which a plan keeps it.
+            leader: the layer whose error is that of the group.
+            make: builds the layer that takes its place, with which the model is what it is without some units.
+            loss: what is predicted of that.
+        """
+        with self._memo.own_forward(leader):
+            built = make().eval()
+        return self._moved_by(leader, built) / loss
+
+    def _moved_by(self, name: str, built: nn.Module) -> float:
+        """How far the output moves where another layer computes in the place of one."""
+        with overridden(self._model.get_submodule(name), built.forward):
             distances = [self._distance(known, self._memo.rerun(known, name)) for known in self._known]
         release_mapped(self._model.parameters())
-        return max(sum(distances) / len(distances), LEAST) / chosen.option.loss_increase
+        return max(sum(distances) / len(distances), LEAST)
 
     def _distance(self, known: KnownPass, output: Any) -> float:
         ours, dense = _rows(known, output), _rows(known, known.output)

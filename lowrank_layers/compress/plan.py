@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ..calibrate.statistics import Statistics
+from ..checks import is_integer
 from ..cost import Cost
 from ..errors import LowRankError
 from ..files import replacing
@@ -55,7 +56,7 @@ class Plan(PlannedLayers):
     __hash__ = None  # type: ignore[assignment]
 
     def set_rank(self, name: str, rank: Any, *, method: str | None = None) -> Plan:
-        """Changes one layer's rank, in place.
+        """Changes one layer's rank, in place; of a group of layers the number of units that stay in all of them.
 
         Args:
             name: the layer.
@@ -69,6 +70,8 @@ class Plan(PlannedLayers):
             LowRankError: for a layer that is not in the plan, an unknown method or a bad rank; nothing changes.
         """
         entry = self[name]
+        if entry.is_grouped:
+            return self._set_units(entry, rank, method)
         dense = blank(entry.layer)
         fits = [m.name for m in METHODS.values() if m.matches(Candidate(dense))]
         if method is None:
@@ -106,7 +109,7 @@ class Plan(PlannedLayers):
         return self
 
     def drop(self, name: str) -> Plan:
-        """Leaves one layer dense and in floating point, in place.
+        """Leaves one layer dense and in floating point, in place; of a group all of its layers.
 
         Args:
             name: the layer.
@@ -115,10 +118,31 @@ class Plan(PlannedLayers):
             The plan itself.
         """
         entry = self[name]
-        self._entries[name] = replace(
-            entry, method=DENSE, rank=None, after=entry.before, error=0.0, settings={}, loss=0.0, bits=None
-        )
-        self._forget(name)
+        group = entry.group if entry.is_grouped else None
+        for each in (name,) if group is None else group.layers:
+            own = self[each]
+            self._entries[each] = replace(
+                own, method=DENSE, rank=None, after=own.before, error=0.0, settings={}, loss=0.0, bits=None
+            )
+            self._forget(each)
+            if group is not None and each not in group.planned:
+                del self._entries[each]
+        return self
+
+    def _set_units(self, entry: Entry, rank: Any, method: str | None) -> Plan:
+        """Changes how many units stay in all layers of a group."""
+        name, group = entry.name, entry.group
+        if method not in (None, entry.method):
+            raise LowRankError(
+                f"{name!r}: got method {method!r} for a layer that the method {entry.method!r} changes together with"
+                f" others, expected no other one; drop({name!r}) from the plan first."
+            )
+        if not is_integer(rank, 1) or rank > group.count:
+            raise LowRankError(f"{name!r}: got {rank!r} units, expected an integer from 1 to {group.count}.")
+        for changed in [self[each].with_rank(entry.method, rank) for each in group.layers]:
+            exact = changed.name != group.leader
+            self._entries[changed.name] = replace(changed, error=0.0, loss=0.0) if exact else changed
+            self._forget(changed.name)
         return self
 
     def _forget(self, name: str) -> None:

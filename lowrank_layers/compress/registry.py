@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import fields, replace
 from typing import Any, cast
 
 from ..errors import LowRankError
 from ..layers import FactoredModule
+from .group_method import GroupMethod
 from .method import Method
 
 METHODS: dict[str, Method] = {}
 """Every method by the name that plans and files use; those of the library are registered first."""
+
+GROUP_METHODS: dict[str, GroupMethod] = {}
+"""Methods over several layers, by the name that plans and files use. All are on request."""
 
 DENSE = "dense"
 """The name, in plans and files, of the choice to leave a layer as it is."""
@@ -74,11 +79,27 @@ def check_registered(method: object) -> Method:
     if type(method) in known:
         settings_of(method)
         return cast(Method, method)
-    names = ", ".join(sorted(f"{type(each).__name__}()" for each in METHODS.values()))
+    every = [*METHODS.values(), *GROUP_METHODS.values()]
+    names = ", ".join(sorted(f"{type(each).__name__}()" for each in every))
     raise LowRankError(
         f"make_plan: got method {method!r}, expected instances such as {names}; a method of your own is registered"
         " first, with lr.register_method."
     )
+
+
+def is_group_method(method: object) -> bool:
+    """Returns whether a method takes several layers at once."""
+    return type(method) in {type(each) for each in GROUP_METHODS.values()}
+
+
+def refuse_group_methods(methods: Iterable[object] | None, owner: str) -> None:
+    """Raises where one of the methods takes several layers at once."""
+    for method in methods or ():
+        if is_group_method(method):
+            raise LowRankError(
+                f"{owner}: got {method!r}, which takes several layers at once, expected methods of single layers; use"
+                " make_plan with a budget and factorize_ for it."
+            )
 
 
 def settings_of(method: Any) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -16,10 +16,11 @@ from ..rank import Budget, Rank, as_budget
 from .candidates import Candidate
 from .cost_model import CostModel, CountedCost
 from .damping import Damping
+from .group_method import GroupMethod
 from .int8 import check_bits
 from .method import Method
 from .methods.svd import SVDMethod
-from .registry import METHODS, check_registered
+from .registry import GROUP_METHODS, METHODS, check_registered, is_group_method
 from .units import Units
 
 
@@ -28,11 +29,12 @@ class Request:
     """The methods that compete for the layers of a plan, and how layers are weighted and priced.
 
     Args:
-        methods: the methods, in order of preference where one rank or rule is given.
+        methods: the methods of single layers, in order of preference where one rank or rule is given.
         stats: the result of :func:`calibrate`, if there is one.
         damping: ridges on the moments in the statistics.
         cost_model: prices layers and options.
         round_to: ranks are multiples of it.
+        groups: the methods over several layers.
     """
 
     methods: tuple[Method, ...]
@@ -40,6 +42,7 @@ class Request:
     damping: Damping
     cost_model: CostModel
     round_to: int = 1
+    groups: tuple[GroupMethod, ...] = ()
 
     def candidate(self, module: nn.Module, stats: LayerStats | None, *, idle: bool = False) -> Candidate:
         """A layer of the model, as methods see it."""
@@ -49,7 +52,7 @@ class Request:
 
 
 def make_request(
-    methods: Sequence[Method] | None,
+    methods: Sequence[Method | GroupMethod] | None,
     stats: Statistics | None,
     damping: Damping | None,
     cost_model: CostModel | None,
@@ -59,24 +62,58 @@ def make_request(
     if methods is not None and not methods:
         raise LowRankError("make_plan: got no methods; leave methods=None for all of them.")
     usual = (method for method in METHODS.values() if not getattr(method, "on_request", False))
-    chosen = usual if methods is None else map(check_registered, methods)
+    groups = tuple(cast(GroupMethod, method) for method in methods or () if is_group_method(method))
+    chosen = usual if methods is None else [check_registered(each) for each in methods if not is_group_method(each)]
     damping = Damping.default(stats) if damping is None else damping
     if not isinstance(damping, Damping):
         raise LowRankError(f"make_plan: got damping={damping!r}, expected a Damping, as in Damping(inputs=1e-3).")
     cost_model = CountedCost() if cost_model is None else cost_model
     if not callable(getattr(cost_model, "cost", None)) or not hasattr(cost_model, "affine"):
         raise LowRankError(f"make_plan: got cost_model={cost_model!r}, expected a CostModel such as CountedCost().")
-    return Request(tuple(chosen), stats, damping, cost_model, round_to)
+    return Request(tuple(chosen), stats, damping, cost_model, round_to, groups)
 
 
-def methods_of_alds(methods: Sequence[Method] | None, units: Units | None, rank: Rank | None) -> Sequence[Method]:
+def methods_of_alds(
+    methods: Sequence[Method | GroupMethod] | None, units: Units | None, rank: Rank | None
+) -> Sequence[Method | GroupMethod]:
     """The one method whose options have the error that ALDS compares, or an error that names the remedy."""
     if rank is not None or units is not None:
         raise LowRankError("make_plan: got allocation='alds' with rank= or units=, expected a budget alone.")
-    chosen = [SVDMethod()] if methods is None else methods
+    chosen: Sequence[Method | GroupMethod] = [SVDMethod()] if methods is None else methods
     if not all(isinstance(method, SVDMethod) for method in chosen):
         raise LowRankError(f"make_plan: got allocation='alds' with methods={chosen!r}, expected [SVDMethod()].")
     return chosen
+
+
+def methods_of_uniform(
+    methods: Sequence[Method | GroupMethod] | None, bits: int | None
+) -> Sequence[Method | GroupMethod]:
+    """The methods that leave ordinary layers, or an error that names the remedy."""
+    chosen = list(GROUP_METHODS.values()) if methods is None else methods
+    if bits is not None or not chosen or not all(map(is_group_method, chosen)):
+        raise LowRankError(
+            f"make_plan: got uniform=True with methods={methods!r} and bits={bits!r}, expected methods over several"
+            " layers alone, as in methods=[lr.HiddenUnitsMethod()], and no bits: what others build is no ordinary"
+            " layer of one size."
+        )
+    return chosen
+
+
+def check_groups(request: Request, budget: Budget | None, timed: bool) -> None:
+    """Raises where methods over several layers are asked for and cannot be had."""
+    if not request.groups:
+        return
+    name = request.groups[0]
+    if budget is None or timed:
+        raise LowRankError(
+            f"make_plan: got the method {name!r} with {'rank=' if budget is None else 'a limit on latency'}, expected a"
+            " budget of parameters, bytes, MACs or loss; leave the method out."
+        )
+    if request.stats is None:
+        raise LowRankError(
+            f"make_plan: got the method {name!r} without statistics, expected stats=calibrate(model, batches): they say"
+            " which units others make up for."
+        )
 
 
 def check_budget(budget: Budget, stats: Statistics | None, example: Any) -> Budget:

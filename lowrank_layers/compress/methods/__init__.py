@@ -1,7 +1,8 @@
 """One file per method. To add one: write the file, register it below, add its row to tests/contracts."""
 
-from ..registry import register_method
+from ..registry import GROUP_METHODS, register_method
 from .cp import CPMethod as CPMethod
+from .hidden_units import HiddenUnitsMethod as HiddenUnitsMethod
 from .pivot import PivotMethod as PivotMethod
 from .spatial import SpatialMethod as SpatialMethod
 from .svd import SVDMethod as SVDMethod
@@ -19,3 +20,4 @@ for _method in (
     TensorizedLinearMethod(),
 ):
     register_method(_method)
+GROUP_METHODS[HiddenUnitsMethod.name] = HiddenUnitsMethod()

@@ -25,6 +25,7 @@ from ..recovery.data import Position, check_data, seeded_batches
 from ..recovery.objective import Metric, Objective
 from ..recovery.scoring import Score, Scoring, mean_score, samples_of
 from ..recovery.state import words_of
+from ..registry import refuse_group_methods
 from .result import Progression
 from .run import Run
 from .snapshot import become_
@@ -105,6 +106,7 @@ def progressive_(
         (2, True)
     """
     check_model(model)
+    refuse_group_methods(methods, "progressive_")
     check_factors(model)
     rounded = next((name for name, module in walk_layers(model) if bits_of(module) is not None), None)
     if rounded is not None:

@@ -23,7 +23,7 @@ from ...calibrate import (
 from ...calibrate.staged_calibration import without_cache
 from ...calibrate.stages import find_stages
 from ...errors import LowRankError
-from ...layers import is_factored
+from ...layers import is_factored, is_resized
 from ...modules import Selector, check_model
 from ...settings import settings_from
 from ..recovery.distillation import Distillation
@@ -213,8 +213,12 @@ def _example(name: str, dense: StagePass, given: StagePass) -> Example:
 
 
 def _parameters_of(model: nn.Module, stage: str, trained: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
-    """The trained parameters of a stage with factored layers that belong to it alone."""
-    if not any(map(is_factored, model.get_submodule(stage).modules())):
+    """The trained parameters of a stage with factored or smaller layers that belong to it alone.
+
+    A layer that is smaller itself gives other outputs than that of the dense model, and is left as it is.
+    """
+    module = model.get_submodule(stage)
+    if is_resized(module) or not any(is_factored(each) or is_resized(each) for each in module.modules()):
         return {}
     prefix = f"{stage}." if stage else ""
     elsewhere = {id(p) for name, p in model.named_parameters(remove_duplicate=False) if not name.startswith(prefix)}

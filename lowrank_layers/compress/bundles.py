@@ -1,0 +1,239 @@
+"""Groups of layers in planning: how many units may stay, what that costs each layer, and what it loses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate
+from typing import Any
+
+from torch import nn
+
+from ..cost import Cost
+from ..errors import LowRankError
+from ..layers import bias_of, layer_cost
+from ..layers.config import Spec, blank, describe
+from ..linalg import full_precision
+from .candidates import Candidate
+from .effects import Effects
+from .entry import Entry
+from .group_method import LayerGroup
+from .hidden_units.eliminate import Elimination
+from .measured import SHARE, VISIBLE
+from .method import spread
+from .request import Request
+
+STEPS = 64
+"""About so many numbers of units are offered."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """A group of layers with the name of the method that changes it.
+
+    Args:
+        method: the method's name.
+        group: the group.
+        layers: what planning knows of its layers, those that no single method takes left out.
+        specs: the settings of all of its layers.
+        before: what these cost.
+    """
+
+    method: str
+    group: LayerGroup
+    layers: Mapping[str, Candidate]
+    specs: Mapping[str, Spec]
+    before: Mapping[str, Cost]
+
+    def costs(self, rank: int) -> dict[str, Cost]:
+        """Returns what each layer costs with some units."""
+        found = {}
+        for name, spec in self.specs.items():
+            twin, layer = blank(self.group.spec_at(name, spec, rank)), self.layers.get(name)
+            if layer is None:
+                found[name] = layer_cost(twin)
+            else:
+                assert layer.stats is not None
+                shape = self.group.shape_at(name, layer.stats.input_shape, spec, rank)
+                found[name] = layer.cost_model.cost(twin, layer.stats.changed(input_shape=shape))
+        return found
+
+    def entries(self, rank: int, costs: Mapping[str, Cost], loss: float, effect: float) -> Iterator[Entry]:
+        """Yields the lines of the plan.
+
+        Args:
+            rank: how many units stay.
+            costs: what each layer costs then.
+            loss: predicted growth of the loss.
+            effect: measured over predicted loss.
+        """
+        for name, spec in self.specs.items():
+            layer, leads = self.layers.get(name), name == self.group.leader
+            stats = None if layer is None else layer.stats
+            energy = 0.0 if layer is None else layer.energy * effect
+            yield Entry(
+                name,
+                self.method,
+                rank,
+                self.before[name],
+                costs[name],
+                (loss / energy) ** 0.5 if leads and energy > 0 else 0.0,
+                spec,
+                layer is not None and bias_of(layer.module) is not None,
+                None if stats is None else stats.input_shape,
+                1.0 if stats is None else stats.repeats,
+                self.group.settings(),
+                loss if leads else 0.0,
+            )
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """Groups that keep one number of units, and their options.
+
+    Args:
+        members: the groups; more than one where layers that are alike keep one size.
+        ranks: how many units may stay.
+        costs: for each number, what each layer costs.
+        losses: for each number, what each group loses.
+        effects: measured over predicted loss of each group, by which its losses have been scaled.
+    """
+
+    members: tuple[Member, ...]
+    ranks: tuple[int, ...]
+    costs: tuple[dict[str, Cost], ...]
+    losses: tuple[tuple[float, ...], ...]
+    effects: tuple[float, ...]
+
+    @property
+    def planned(self) -> set[str]:
+        """The layers that single methods compete for."""
+        return {name for member in self.members for name in member.group.planned}
+
+    def total(self, costs: Mapping[str, Cost], *, only_planned: bool) -> Cost:
+        """Returns the sum of costs, relative to what other layers, such as batch norms, cost in the dense model.
+
+        Args:
+            costs: what each layer costs.
+            only_planned: whether the budget is one of the planned layers, so that others count as a whole.
+        """
+        before = {name: cost for member in self.members for name, cost in member.before.items()}
+        dense = Cost() if only_planned else sum((before[name] for name in costs if name not in self.planned), Cost())
+        return sum(costs.values(), Cost()) - dense
+
+    def entries(self, choice: int) -> list[Entry]:
+        """Returns the lines of the plan for one of the options."""
+        lines = zip(self.members, self.losses[choice], self.effects, strict=True)
+        return [
+            entry
+            for member, loss, effect in lines
+            for entry in member.entries(self.ranks[choice], self.costs[choice], loss, effect)
+        ]
+
+
+def find_members(model: nn.Module, request: Request, layers: Mapping[str, Candidate], *, uniform: bool) -> list[Member]:
+    """Returns the groups whose layers are all planned.
+
+    Args:
+        model: the dense model, its attentions opened.
+        request: what make_plan was asked for.
+        layers: the layers that are planned.
+        uniform: whether they are bundled, so that no two of them may have a layer in common.
+
+    Raises:
+        LowRankError: if there are none, and no single method is asked for.
+    """
+    assert request.stats is not None
+    modules, found, taken = dict(model.named_modules()), list[Member](), set[str]()
+    for method in request.groups:
+        for group in method.find(model, request.stats):
+            own = {name: layers[name] for name in group.layers if name in layers}
+            if set(own) != set(group.planned) or any(each.idle for each in own.values()):
+                continue
+            if uniform and taken.intersection(own):
+                continue
+            taken.update(own)
+            specs = {name: describe(modules[name]) for name in group.layers}
+            before = {name: own[name].before if name in own else layer_cost(modules[name]) for name in group.layers}
+            found.append(Member(method.name, group, own, specs, before))
+    if request.groups and not found and not request.methods:
+        raise LowRankError(
+            f"make_plan: got the methods {list(request.groups)!r} alone, but none of the planned layers are a group"
+            " that they take; add methods of single layers, or skip fewer layers."
+        )
+    return found
+
+
+@full_precision
+def make_bundles(
+    members: list[Member], request: Request, measuring: Effects | None, effects: dict[str, float], *, uniform: bool
+) -> list[Bundle]:
+    """Returns the options of groups, those of layers that are alike together where sizes are uniform.
+
+    Args:
+        members: the groups.
+        request: what make_plan was asked for.
+        measuring: what scales their losses, where layers are measured.
+        effects: is given what scaled them.
+        uniform: whether layers that are alike keep one size.
+    """
+    alike: dict[Any, list[Member]] = {}
+    for index, member in enumerate(members):
+        specs = repr(list(member.specs.values()))
+        alike.setdefault((member.method, member.group.count, specs) if uniform else index, []).append(member)
+    bundles = []
+    for together in alike.values():
+        group, round_to = together[0].group, request.round_to
+        ranks = tuple(rank for rank in spread(group.count, STEPS, round_to) if rank < group.count)
+        if not ranks:
+            continue
+        curves, scales = [], []
+        for member in together:
+            curve, scale = _curve(member, ranks, request, measuring)
+            curves.append(curve)
+            scales.append(scale)
+            if measuring is not None:
+                effects[_key(member)] = scale
+        costs = [{name: cost for member in together for name, cost in member.costs(rank).items()} for rank in ranks]
+        bundles.append(Bundle(tuple(together), ranks, tuple(costs), tuple(zip(*curves, strict=True)), tuple(scales)))
+    return bundles
+
+
+def _curve(
+    member: Member, ranks: tuple[int, ...], request: Request, measuring: Effects | None
+) -> tuple[list[float], float]:
+    """The losses of a group at numbers of units, and measured over predicted loss, by which they are scaled."""
+    group, leader = member.group, member.layers[member.group.leader]
+    assert leader.stats is not None
+    order = group.order(leader.module, leader.stats, request.damping)
+    grown = [0.0, *accumulate(order.growth)]
+    losses = [grown[group.count - rank] for rank in ranks]
+    effect = 1.0 if measuring is None else _effect(member, order, ranks, losses, request, measuring)
+    leader.release()
+    return [effect * loss for loss in losses], effect
+
+
+def _effect(
+    member: Member,
+    order: Elimination,
+    ranks: tuple[int, ...],
+    losses: list[float],
+    request: Request,
+    measuring: Effects,
+) -> float:
+    """Measured over predicted loss at the number of units nearest to half of them that loses enough to be seen."""
+    group, leader = member.group, member.layers[member.group.leader]
+    assert leader.stats is not None
+    seen = [k for k, loss in enumerate(losses) if loss > VISIBLE * leader.energy]
+    if not seen:
+        return 1.0
+    k = min(seen, key=lambda k: abs(ranks[k] - SHARE * group.count))
+    kept = group.kept(order, ranks[k])
+    make = partial(group.reduced, leader.module, leader.stats, request.damping, kept)
+    return measuring.group_effect(_key(member), group.leader, make, losses[k])
+
+
+def _key(member: Member) -> str:
+    """The name under which a plan keeps what was measured of a group."""
+    return f"{member.method} of {member.group.leader}"
