@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -132,32 +132,36 @@ class Bundle:
         ]
 
 
-def find_members(model: nn.Module, request: Request, layers: Mapping[str, Candidate], *, uniform: bool) -> list[Member]:
+def find_members(
+    model: nn.Module, request: Request, layers: Mapping[str, Candidate], closed: Collection[str], *, uniform: bool
+) -> list[Member]:
     """Returns the groups whose layers are all planned.
 
     Args:
         model: the dense model, its attentions opened.
         request: what make_plan was asked for.
         layers: the layers that are planned.
+        closed: names of the modules while attentions are not opened: the others are no layers that can be cut.
         uniform: whether they are bundled, so that no two of them may have a layer in common.
 
     Raises:
         LowRankError: if there are none, and no single method is asked for.
     """
-    assert request.stats is not None
+    if request.stats is None or not request.groups:
+        return []
     modules, found, taken = dict(model.named_modules()), list[Member](), set[str]()
     for method in request.groups:
         for group in method.find(model, request.stats):
             own = {name: layers[name] for name in group.layers if name in layers}
-            if set(own) != set(group.planned) or any(each.idle for each in own.values()):
+            if set(own) != set(group.planned) or not set(group.layers).issubset(closed):
                 continue
-            if uniform and taken.intersection(own):
+            if any(each.idle for each in own.values()) or (uniform and taken.intersection(own)):
                 continue
             taken.update(own)
             specs = {name: describe(modules[name]) for name in group.layers}
             before = {name: own[name].before if name in own else layer_cost(modules[name]) for name in group.layers}
             found.append(Member(method.name, group, own, specs, before))
-    if request.groups and not found and not request.methods:
+    if not found and not request.methods:
         raise LowRankError(
             f"make_plan: got the methods {list(request.groups)!r} alone, but none of the planned layers are a group"
             " that they take; add methods of single layers, or skip fewer layers."

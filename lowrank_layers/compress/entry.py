@@ -69,6 +69,11 @@ class Entry:
         return GROUP_METHODS[self.method].read(self.settings)
 
     @property
+    def is_replaced(self) -> bool:
+        """Whether another layer takes its place: a low-rank one, or one in int8."""
+        return not (self.stays or self.is_grouped)
+
+    @property
     def stays(self) -> bool:
         """Whether the layer stays dense and in floating point."""
         return self.method == DENSE and self.bits is None

@@ -154,7 +154,7 @@ def _one_shot(
             assert stats is not None
             dense = model.get_submodule(entry.name)
             built[entry.name] = entry.group.reduced(dense, stats[entry.name], plan.damping, kept[entry.name])
-        elif not entry.stays and not entry.is_grouped:
+        elif entry.is_replaced:
             known = None if stats is None else stats[entry.name]
             built[entry.name] = build_layer(model.get_submodule(entry.name), entry, known, plan.damping)
     return built

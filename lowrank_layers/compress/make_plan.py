@@ -204,7 +204,7 @@ def make_plan(
             table = LatencyTable(model, run, layers)
             if len(budget.units) == 1:
                 competing = table.faster(request.methods)
-        members = find_members(model, request, layers, uniform=uniform) if request.groups else []
+        members = find_members(model, request, layers, dict(closed), uniform=uniform)
         known = None if effects is None else KnownEffects(effects, layers)
         with nullcontext(known) if seen is None else MeasuredEffects(model, seen, stats) as measuring:
             offers, found = _offers(layers, competing, measuring, bits, progress)

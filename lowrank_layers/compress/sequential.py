@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -71,7 +72,7 @@ def build_in_sequence(
     keep: Keep = lambda name, look, make: make(look()),
     processes: Processes | None = None,
     folder: Path | None = None,
-    kept: Mapping[str, Tensor] | None = None,
+    kept: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> dict[str, nn.Module]:
     """Returns the layers of a plan, built in forward order, and dense ones with new values.
 
@@ -88,7 +89,6 @@ def build_in_sequence(
         kept: the units that stay in groups of layers, by the layer that reads them. All layers of a group are built
             with the sizes that they had; this one does without the other units.
     """
-    kept = {} if kept is None else kept
     built: dict[str, nn.Module] = {}
     names = [entry.name for entry in plan if entry.name in stats]
     passes = SideBySide(model, names, batches, stats.with_target, stats.mask, stats.example, folder)
@@ -96,22 +96,13 @@ def build_in_sequence(
         order = [*passes.calls, *(entry.name for entry in plan if entry.name not in passes.calls)]
         paired = _Paired(passes, len(batches), stats.clip, processes or Processes(), folder)
 
-        def is_refitted(name: str) -> bool:
-            return plan[name].stays or (plan[name].is_grouped and name not in kept)
-
         def look(name: str, prefix_changed: bool) -> Seen:
             seen = Seen(stats.get(name))
-            if (
-                rectified
-                and not is_refitted(name)
-                and name not in kept
-                and seen.stats is not None
-                and name in passes.calls
-            ):
+            if rectified and plan[name].is_replaced and seen.stats is not None and name in passes.calls:
                 seen.rectifier = _rectifier(model, name, batches[0], stats.with_target)
             if seen.stats is not None and (prefix_changed or seen.rectifier is not None):
                 rows = None if seen.rectifier is None else seen.rows
-                layer, bias = model.get_submodule(name), plan[name].bias and not is_refitted(name)
+                layer, bias = model.get_submodule(name), plan[name].bias and plan[name].is_replaced
                 seen.stats, held_out = paired.stats(name, layer, seen.stats, rows)
                 if held_out is not None and not rows:
                     seen.stats = anchor(layer, seen, held_out, bias_of(layer) is not None or bias) or stats[name]
@@ -132,6 +123,8 @@ def build_in_sequence(
         def replaced(name: str, seen: Seen) -> nn.Module:
             entry, dense = plan[name], model.get_submodule(name)
             with passes.own_forward(name):
+                if name in kept and seen.stats is not None:
+                    return entry.group.reduced(dense, seen.stats, plan.damping, kept[name], seen.outputs)
                 if seen.stats is None or seen.rectifier is None or not seen.rows:
                     return build_layer(dense, entry, seen.stats, plan.damping, seen.outputs).eval()
                 return build_rectified(dense, entry, seen.stats, plan.damping, seen.rectifier, seen.rows).eval()
@@ -144,16 +137,10 @@ def build_in_sequence(
                 write_(fitted, *refit(dense, seen.stats, plan.damping))
             return fitted
 
-        def reduced(name: str, seen: Seen) -> nn.Module:
-            assert seen.stats is not None
-            with passes.own_forward(name):
-                dense, group = model.get_submodule(name), plan[name].group
-                return group.reduced(dense, seen.stats, plan.damping, kept[name], seen.outputs)
-
         for name in tqdm(order, desc="factorize", disable=not progress):
             prefix_changed = bool(built) and name in passes.calls and not is_embedding(model.get_submodule(name))
-            make = refitted if is_refitted(name) else reduced if name in kept else replaced
-            if make is not refitted or (name in stats and prefix_changed):
+            make = replaced if plan[name].is_replaced or name in kept else refitted
+            if make is replaced or (name in stats and prefix_changed):
                 built[name] = keep(name, partial(look, name, prefix_changed), partial(make, name))
             passes.decided[name] = built.get(name)
     return built
