@@ -68,7 +68,7 @@ class PlannedLayers:
 
     @property
     def effects(self) -> dict[str, float]:
-        """Measured over predicted loss of each layer, where layers were measured; ``make_plan(effects=)`` takes it."""
+        """Measured over predicted loss of layers and groups, where that is known; ``make_plan(effects=)`` takes it."""
         return dict(self.settings.get("effects", {}))
 
     @property

@@ -272,6 +272,8 @@ def test_what_cannot_be_asked_for_is_refused():
             lr.make_plan(model, budget, stats, uniform=True, **wrong)
     with pytest.raises(lr.LowRankError, match="several layers at once"):
         lr.progressive_(model, [0.5], methods=[method], data=batches)
+    with pytest.raises(lr.LowRankError, match="compress_checkpoint"):
+        lr.compress_checkpoint("dense", "small", budget, batches, model=model, methods=[method])
     alone = nn.Sequential(nn.Linear(16, 4))
     with pytest.raises(lr.LowRankError, match="none of the planned layers"):
         lr.make_plan(alone, budget, calibrated(alone, batches), [method])
@@ -321,6 +323,27 @@ def test_measured_groups_compete_with_measured_layers():
     assert any(name.startswith("hidden_units of ") for name in plan.effects)
     again = lr.make_plan(model, lr.Budget(params=0.6), stats, METHODS, effects=plan.effects)
     assert [(e.name, e.method, e.rank) for e in again] == [(e.name, e.method, e.rank) for e in plan]
+
+
+def test_beside_groups_single_layers_may_be_stored_in_int8():
+    model, batches = gated()
+    stats = calibrated(model, batches)
+    plan = lr.make_plan(model, lr.Budget(bytes=0.5), stats, METHODS, bits=8)
+    assert plan.after.bytes <= 0.5 * plan.total.bytes
+    assert all(entry.bits is None for entry in plan if entry.is_grouped)
+    mixed = lr.make_plan(model, lr.Budget(params=0.5), stats, METHODS[-1:]).set_bits("2", 8)
+    lr.factorize_(model, mixed, stats, batches)
+    assert type(model[2]).__name__ == "Int8Linear"
+    assert model[0].down.in_features == mixed["0.down"].rank
+
+
+def test_rectified_layers_beside_groups():
+    model, batches = blocks()
+    stats = calibrated(model, batches)
+    plan = lr.make_plan(model, lr.Budget(params=0.3), stats, METHODS)
+    assert any(entry.is_grouped for entry in plan)
+    lr.factorize_(model, plan, stats, batches, rectified=True)
+    assert params(model) == plan.after.params
 
 
 def test_refinement_keeps_the_sizes():
