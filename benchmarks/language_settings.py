@@ -10,6 +10,8 @@ from typing import Any
 import lowrank_layers as lr
 
 PAIRS = [lr.SVDMethod()]
+JOINT = [*(each for each in lr.METHODS.values() if not getattr(each, "on_request", False)), lr.HiddenUnitsMethod()]
+"""All methods by default, and hidden units of several layers together."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,8 @@ SETTINGS = {
     "two-sided, measured": Setting("gradients", None, methods=PAIRS),
     "two-sided, balanced, all methods": Setting("gradients", "balanced"),
     "two-sided, measured, all methods": Setting("gradients", None),
+    "two-sided, absolute, hidden units too": Setting("gradients", "absolute", methods=JOINT),
+    "two-sided, measured, sequential, hidden units too": Setting("gradients", None, sequential=True, methods=JOINT),
     "**default: two-sided, measured, sequential, all methods**": Setting("gradients", None, sequential=True),
 }
 
@@ -72,7 +76,8 @@ def compressed(
     if setting.units == "uniform":
         plan = uniform_plan(model, known, fraction, skip)
     else:
-        budget, measured_by = lr.Budget(params=fraction, of="planned"), "all" if setting.methods is None else "pairs"
+        budget = lr.Budget(params=fraction, of="planned")
+        measured_by = "all" if setting.methods is None else "joint" if setting.methods is JOINT else "pairs"
         seen: dict[str, Any] = {"units": setting.units}
         if setting.units is None and measured_by in effects:
             seen["effects"] = effects[measured_by]
