@@ -71,11 +71,16 @@ class Damping:
         Args:
             stats: the statistics of the model, if there are any.
 
+        Raises:
+            LowRankError: if they are something else.
+
         Examples:
             >>> model = nn.Sequential(nn.Embedding(1000, 32), nn.Linear(32, 32))
             >>> lr.Damping.default(lr.calibrate(model, [torch.randint(1000, (4, 50))]))
             Damping(inputs=0.001, outputs=0.1, input_shrinkage=0.25, output_shrinkage=0.25)
         """
+        if stats is not None and not isinstance(stats, Statistics):
+            raise LowRankError(f"got stats of type {type(stats).__name__}, expected what calibrate returned.")
         reads_tokens = stats is not None and stats.reads_tokens
         return cls(input_shrinkage=TOKENS, output_shrinkage=TOKENS) if reads_tokens else cls()
 
