@@ -93,8 +93,10 @@ class JointAllocation:
             BudgetError: if no choice that keeps all limits is found.
         """
         best: tuple[float, dict[str, int], dict[int, int]] | None = None
-        sets = self._sets()
-        for taken in sets:
+        bounds = self._sets()
+        for taken, bound in bounds.items():
+            if best is not None and bound >= best[0]:
+                continue
             try:
                 found = self._solve(taken)
             except BudgetError:
@@ -102,11 +104,14 @@ class JointAllocation:
             if best is None or found[0] < best[0]:
                 best = found
         if best is None:
-            raise self._too_small(sets[-1])
+            raise self._too_small(next(iter(bounds)))
         return self._entries(*best[1:])
 
-    def _sets(self) -> list[frozenset[int]]:
-        """The sets of bundles that are tried: none, and those on both sides of the price that keeps the limits."""
+    def _sets(self) -> dict[frozenset[int], float]:
+        """The sets of bundles that are tried, with what they lose at least by the price.
+
+        They are those on both sides of the price that keeps the limits, and none.
+        """
         prices = torch.tensor([1 / max(float(capacity), 1e-12) for capacity in self._capacities], dtype=torch.float64)
         items = [*self._singles.values(), *self._together]
         unit = sum(max(item.losses) for item in items) or 1.0
@@ -117,7 +122,12 @@ class JointAllocation:
                 high = price
             else:
                 low = price
-        return list(dict.fromkeys([frozenset[int](), self._taken(prices, low), self._taken(prices, high)]))
+        sets = dict.fromkeys([self._taken(prices, high), self._taken(prices, low), frozenset[int]()])
+        return {taken: self._least(taken, prices, high) for taken in sets}
+
+    def _least(self, taken: frozenset[int], prices: Tensor, price: float) -> float:
+        """What any choice within the limits loses at least: its loss and priced costs are above the cheapest ones."""
+        return sum(item.cheapest(prices, price)[0] for item in self._items(taken)) - price * len(prices)
 
     def _taken(self, prices: Tensor, price: float) -> frozenset[int]:
         """The bundles that gain by an option together, of those with a layer in common the ones that gain most."""
@@ -137,9 +147,13 @@ class JointAllocation:
         inside = {name for index in taken for name in self._bundles[index].planned}
         return [name for name in self._singles if name not in inside]
 
+    def _items(self, taken: frozenset[int]) -> list[_Item]:
+        """What is chosen from: these bundles, and the layers that are in none of them."""
+        return [self._singles[name] for name in self._left_alone(taken)] + [self._together[index] for index in taken]
+
     def _keeps(self, taken: frozenset[int], prices: Tensor, price: float) -> bool:
         """Whether the choice at a price keeps all limits."""
-        items = [self._singles[name] for name in self._left_alone(taken)] + [self._together[index] for index in taken]
+        items = self._items(taken)
         picks = [item.cheapest(prices, price)[1] for item in items]
         sums = [
             sum(item.costs[unit][pick] for item, pick in zip(items, picks, strict=True))
@@ -212,7 +226,7 @@ class JointAllocation:
 
     def _too_small(self, taken: frozenset[int]) -> BudgetError:
         """The error that says how small the model can become."""
-        items = [self._singles[name] for name in self._left_alone(taken)] + [self._together[index] for index in taken]
+        items = self._items(taken)
         for k, (unit, limit) in enumerate(self._limits.items()):
             idle = sum(getattr(offer.option.cost, unit) for offer in self._idle.values())
             least = self._fixed[unit] + idle + sum(min(item.costs[k]) for item in items)
