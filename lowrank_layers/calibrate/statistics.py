@@ -182,11 +182,21 @@ class Statistics(Mapping[str, LayerStats]):
         return replace(found, mask=self.mask, example=map_tensors(lambda tensor: tensor.to(device), found.example))
 
 
+def check_statistics(stats: object, function: str) -> None:
+    """Raises for what are no statistics.
+
+    Args:
+        stats: what was given.
+        function: the function that was called, for the message.
+    """
+    if not isinstance(stats, Statistics):
+        raise LowRankError(f"{function}: got stats of type {type(stats).__name__}, expected what calibrate returned.")
+
+
 def _merged(parts: Sequence[Statistics], add: Add) -> Statistics:
     """The statistics of all parts; those without data and layers change nothing."""
     for part in parts:
-        if not isinstance(part, Statistics):
-            raise LowRankError(f"merge: got {type(part).__name__}, expected what calibrate returned.")
+        check_statistics(part, "merge")
         if part.layers and not part.samples:
             raise LowRankError("merge: got statistics of 0 samples, expected those of a finished calibration.")
     parts = [part for part in parts if part.samples] or parts[:1]

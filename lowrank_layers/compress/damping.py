@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 
 import torch
 
-from ..calibrate.statistics import Statistics
+from ..calibrate.statistics import Statistics, check_statistics
 from ..checks import is_number
 from ..errors import LowRankError
 
@@ -79,8 +79,8 @@ class Damping:
             >>> lr.Damping.default(lr.calibrate(model, [torch.randint(1000, (4, 50))]))
             Damping(inputs=0.001, outputs=0.1, input_shrinkage=0.25, output_shrinkage=0.25)
         """
-        if stats is not None and not isinstance(stats, Statistics):
-            raise LowRankError(f"got stats of type {type(stats).__name__}, expected what calibrate returned.")
+        if stats is not None:
+            check_statistics(stats, "Damping.default")
         reads_tokens = stats is not None and stats.reads_tokens
         return cls(input_shrinkage=TOKENS, output_shrinkage=TOKENS) if reads_tokens else cls()
 

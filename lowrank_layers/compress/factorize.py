@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..calibrate import calibrate, check_batches
-from ..calibrate.statistics import Statistics
+from ..calibrate.statistics import Statistics, check_statistics
 from ..errors import LowRankError
 from ..layers import bias_of, is_compressed, is_int8, weight_of
 from ..layers.config import describe
@@ -168,8 +168,8 @@ def _check_plan(
         raise LowRankError(
             f"factorize_: got plan of type {type(plan).__name__}, expected a Plan; call make_plan first."
         )
-    if stats is not None and not isinstance(stats, Statistics):
-        raise LowRankError(f"factorize_: got stats of type {type(stats).__name__}, expected what calibrate returned.")
+    if stats is not None:
+        check_statistics(stats, "factorize_")
     layers = dict(walk_layers(model))
     reasons = reasons_to_keep(model)
     for entry in plan:

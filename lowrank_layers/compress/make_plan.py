@@ -10,7 +10,7 @@ from typing import Any, Literal
 from torch import nn
 from tqdm import tqdm
 
-from ..calibrate.statistics import Statistics
+from ..calibrate.statistics import Statistics, check_statistics
 from ..checks import check_integer
 from ..cost import Cost
 from ..errors import BudgetError, LowRankError
@@ -160,6 +160,8 @@ def make_plan(
     check_model(model)
     if (budget is None) == (rank is None):
         raise BudgetError("make_plan: expected either a budget, as in Budget(params=0.3), or rank=.")
+    if stats is not None:
+        check_statistics(stats, "make_plan")
     check_units(units)
     check_choice(allocation, ("knapsack", "alds"), "make_plan", "allocation")
     if allocation == "alds":
