@@ -6,7 +6,7 @@ embeddings stay as they are. Every row is a setting of the same pipeline, calibr
 with ranks by relative errors (that of BALF); weighting by inputs and gradients, in one shot and in sequence; measured
 allocation; and the default. Perplexity of windows of 512 tokens of WikiText-2 (test), code and stories, each text from
 its beginning on; LAMBADA's last words where ``--lambada`` says how many. ``--bytes`` compares ranks, int8 and both at
-equal bytes.
+equal bytes. ``--refine`` and ``--distill`` train the default on further tokens of WikiText-2 (valid), without labels.
 
 Rows that are done are kept in ``--work``, with what was measured of each layer, and not measured again; the result file
 is written after each of them.
@@ -31,8 +31,9 @@ import lowrank_layers as lr
 from benchmarks.common import arguments, machine, markdown_table, write_result
 from benchmarks.language_bytes import byte_report, byte_rows, keep_rows, kept_rows
 from benchmarks.language_scores import measured
-from benchmarks.language_settings import SETTINGS, compressed
+from benchmarks.language_settings import DEFAULT, SETTINGS, compressed
 from benchmarks.language_texts import Case, case, small
+from benchmarks.language_training import DISTILLED, REFINED, asked, tokens_asked, trained
 from lowrank_layers.files import replacing
 
 SKIP = ("lm_head", "embed_tokens")
@@ -81,7 +82,8 @@ def rows(
     if (key := wanted("dense", None)) is not None:
         known[key] = {"kept, %": 100.0} | measured(subject.model, subject, args.rounds)
         yield key
-    left = {(size, label): key for size in args.sizes for label in SETTINGS if (key := wanted(label, size)) is not None}
+    labels = [*SETTINGS, *asked(args)]
+    left = {(size, label): key for size in args.sizes for label in labels if (key := wanted(label, size)) is not None}
     if not left:
         return
     stats, batches = calibration()
@@ -89,7 +91,11 @@ def rows(
         if args.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
         start = time.perf_counter()
-        model = compressed(subject.model, SETTINGS[label], stats, batches, size, effects, SKIP)
+        setting = SETTINGS.get(label, SETTINGS[DEFAULT])
+        model = compressed(subject.model, setting, stats, batches, size, effects, SKIP)
+        if label not in SETTINGS:
+            start = time.perf_counter()
+            trained(label, model, subject.model, subject.training, args)
         spent = {"seconds": time.perf_counter() - start, "peak GiB": peak(args.device)}
         kept = {"kept, %": 100 * block_parameters(model) / whole}
         known[key] = kept | measured(model, subject, args.rounds) | spent
@@ -98,7 +104,8 @@ def rows(
 
 def table(known: dict[str, dict[str, float]], prefix: str) -> str:
     """The rows of one size in order, the dense model first."""
-    chosen = {label: known[f"{prefix}{label}"] for label in SETTINGS if f"{prefix}{label}" in known}
+    labels = (*SETTINGS, REFINED, DISTILLED)
+    chosen = {label: known[f"{prefix}{label}"] for label in labels if f"{prefix}{label}" in known}
     head = list(dict.fromkeys(name for row in chosen.values() for name in row))
     lines = []
     for label, row in {"dense": known["dense"], **chosen}.items():
@@ -113,14 +120,15 @@ def digits(value: float) -> int:
 
 def misses(known: dict[str, dict[str, float]]) -> list[str]:
     """Where the default is above a baseline's perplexity, or above a bar."""
-    found, default = [], list(SETTINGS)[-1]
+    found = []
     sizes = {key.split(" ", 1)[0] for key in known if key != "dense"}
     for size in sorted(sizes, reverse=True):
-        ours = known.get(f"{size} {default}")
+        ours = known.get(f"{size} {DEFAULT}")
         if ours is None:
             continue
         for text in (name for name in ("WikiText", "code", "stories") if name in ours):
-            best = min((row[text], key.split(" ", 1)[1]) for key, row in known.items() if key.startswith(f"{size} "))
+            rows = {label: known[f"{size} {label}"] for label in SETTINGS if f"{size} {label}" in known}
+            best = min((row[text], label) for label, row in rows.items())
             if ours[text] > best[0]:
                 found.append(f"{float(size):.0%}, {text}: {ours[text]:.1f}, {best[1]} has {best[0]:.1f}")
             bar = BARS.get(float(size), {}).get(text)
@@ -153,15 +161,18 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=2, help="windows in a batch of the calibration")
     parser.add_argument("--windows", type=int, default=6, help="windows of WikiText to score, a third of other texts")
     parser.add_argument("--lambada", type=int, default=0, help="passages of LAMBADA to score")
+    parser.add_argument("--refine", type=int, default=0, metavar="TOKENS", help="refine the default on so many tokens")
+    parser.add_argument("--distill", type=int, default=0, metavar="STEPS", help="train the default by the dense model")
     parser.add_argument("--rounds", type=int, default=3, help="times that tokens per second are measured; 0 for none")
     parser.add_argument("--work", type=Path, help="folder for finished rows; by default a temporary one")
     parser.add_argument("--smoke", action="store_true", help="a random model and one size, no claims")
     args = parser.parse_args()
     line = machine(args, "transformers")
     if args.smoke:
-        args.sizes, args.bytes, args.rounds, subject = [0.6], [0.2], 1, small(args.device)
+        args.sizes, args.bytes, args.rounds, args.refine, args.distill = [0.6], [0.2], 1, 128, 2
+        subject = small(args.device)
     else:
-        subject = case(args.model, args.device, args.calibration, args.windows, args.lambada)
+        subject = case(args.model, args.device, args.calibration, args.windows, args.lambada, tokens_asked(args))
     with tempfile.TemporaryDirectory() as temporary:
         work = args.work or Path(temporary)
         work.mkdir(parents=True, exist_ok=True)

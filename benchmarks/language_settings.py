@@ -46,6 +46,7 @@ SETTINGS = {
     "two-sided, measured, sequential, hidden units too": Setting("gradients", None, sequential=True, methods=JOINT),
     "**default: two-sided, measured, sequential, all methods**": Setting("gradients", None, sequential=True),
 }
+DEFAULT = list(SETTINGS)[-1]
 
 
 def uniform_plan(model: Any, stats: lr.Statistics | None, fraction: float, skip: Sequence[str]) -> lr.Plan:

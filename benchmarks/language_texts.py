@@ -26,6 +26,7 @@ class Case:
         calibration: windows of tokens, ``[count, length]``.
         scored: windows of tokens by name of the text.
         endings: the tokens of passages, and how many of them are the last word.
+        training: windows of tokens to train on, ``[count, length]``.
     """
 
     name: str
@@ -33,9 +34,18 @@ class Case:
     calibration: Tensor
     scored: dict[str, Tensor]
     endings: list[tuple[Tensor, int]]
+    training: Tensor
 
 
-def case(folder: Path | None, device: str, calibration: int, windows: int, passages: int, length: int = 512) -> Case:
+def case(
+    folder: Path | None,
+    device: str,
+    calibration: int,
+    windows: int,
+    passages: int,
+    training: int = 0,
+    length: int = 512,
+) -> Case:
     """SmolLM2-135M-Instruct, or the language model in a folder.
 
     Args:
@@ -44,6 +54,7 @@ def case(folder: Path | None, device: str, calibration: int, windows: int, passa
         calibration: tokens of WikiText-2 (valid) to calibrate on, in windows that are spread over it.
         windows: windows of WikiText-2 (test) to score, from its beginning on; a third as many of the other texts.
         passages: passages of LAMBADA whose last word is to be found.
+        training: tokens of WikiText-2 (valid) to train on, likewise.
         length: tokens of a window.
     """
     if not available("text", "pycode_llama"):
@@ -79,8 +90,11 @@ def case(folder: Path | None, device: str, calibration: int, windows: int, passa
         context = text[: text.rindex(" ")]
         whole = tokens(text)
         endings.append((whole, len(whole) - len(tokens(context))))
-    windows_of = torch.stack(spread(tokens(wikitext("valid")), max(1, calibration // length), length))
-    return Case(name, model.to(device), windows_of, scored, endings)
+    valid = tokens(wikitext("valid"))
+    calibrated, trained = (
+        torch.stack(spread(valid, max(1, count // length), length)) for count in (calibration, training)
+    )
+    return Case(name, model.to(device), calibrated, scored, endings, trained)
 
 
 def small(device: str) -> Case:
@@ -95,6 +109,5 @@ def small(device: str) -> Case:
     )  # fmt: skip
     windows = torch.randint(0, 128, (10, 32), device=device)
     endings = [(row, 1 + k % 2) for k, row in enumerate(windows[8:])]
-    return Case(
-        "a random Llama", LlamaForCausalLM(config).eval().to(device), windows[:4], {"noise": windows[4:8]}, endings
-    )
+    model = LlamaForCausalLM(config).eval().to(device)
+    return Case("a random Llama", model, windows[:4], {"noise": windows[4:8]}, endings, windows[:6])

@@ -26,14 +26,13 @@ from torch import Tensor
 import lowrank_layers as lr
 from benchmarks.common import arguments, machine, markdown_table, write_result
 from benchmarks.data import ROOT, available
-from benchmarks.language_settings import SETTINGS, compressed
+from benchmarks.language_settings import DEFAULT, SETTINGS, compressed
 from benchmarks.robust_subjects import drawn_directions
 from benchmarks.vision import import_torchvision
 
 SKIP = ("embeddings", "pooler")
 LENGTH = 64
 """Tokens of each post that are read."""
-DEFAULT = list(SETTINGS)[-1]
 REFINED = "default, then `refine_`"
 
 
