@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..calibrate import calibrate, check_batches
 from ..calibrate.statistics import Statistics
@@ -134,7 +134,7 @@ def _refined_(
     batches = data if isinstance(data, (list, tuple)) else list(data)
     for entry in plan if isinstance(plan, PlannedLayers) and optimizer is not None else ():
         if entry.is_grouped:
-            check_group(entry, plan, stats, optimizer)
+            check_group(model, entry, plan, stats, optimizer)
     small = copy.deepcopy(model)
     _factorize_(small, plan, stats, batches, None, rectified, progress)
     refine_(small, model, batches, refine, progress=progress)
@@ -146,17 +146,18 @@ def _refined_(
 
 
 def _one_shot(
-    model: nn.Module, plan: PlannedLayers, stats: Statistics | None, kept: Mapping[str, Tensor]
+    model: nn.Module, plan: PlannedLayers, stats: Statistics | None, kept: Mapping[str, Any]
 ) -> dict[str, nn.Module]:
     built: dict[str, nn.Module] = {}
     for entry in plan:
         if entry.name in kept:
             assert stats is not None
             dense = model.get_submodule(entry.name)
-            built[entry.name] = entry.group.reduced(dense, stats[entry.name], plan.damping, kept[entry.name])
+            known, what = stats[entry.name], kept[entry.name]
+            built[entry.name] = entry.group.reduced(entry.name, dense, known, plan.damping, what)
         elif entry.is_replaced:
-            known = None if stats is None else stats[entry.name]
-            built[entry.name] = build_layer(model.get_submodule(entry.name), entry, known, plan.damping)
+            dense, own = model.get_submodule(entry.name), None if stats is None else stats[entry.name]
+            built[entry.name] = build_layer(dense, entry, own, plan.damping)
     return built
 
 
@@ -184,7 +185,7 @@ def _check_plan(
         if entry.name in reasons:
             raise LowRankError(f"{entry.name!r} cannot be replaced: {reasons[entry.name]}.")
         if entry.is_grouped:
-            check_group(entry, plan, stats, optimizer)
+            check_group(model, entry, plan, stats, optimizer)
         elif entry.method != DENSE and not entry.built_by().matches(Candidate(module)):
             raise LowRankError(
                 f"{entry.name!r}: the method {entry.method!r} does not take a {type(module).__name__};"

@@ -208,7 +208,7 @@ def make_plan(
         known = None if effects is None else KnownEffects(effects, layers)
         with nullcontext(known) if seen is None else MeasuredEffects(model, seen, stats) as measuring:
             offers, found = _offers(layers, competing, measuring, bits, progress)
-            bundles = make_bundles(members, request, measuring, found, uniform=uniform)
+            bundles = make_bundles(model, members, request, measuring, found, uniform=uniform)
         scales = units or default_units(layers.values(), measured=bool(found))
         problem = Allocation(layers, offers, budget, total, scales, allocation == "alds", found)
     measured: dict[str, float] = {}
