@@ -92,8 +92,8 @@ def _factorize_(
     optimizer: torch.optim.Optimizer | None,
     rectified: bool,
     progress: bool,
-) -> None:
-    """Replaces and cuts the layers of a model; its configuration stays as it is."""
+) -> dict[str, Any]:
+    """Replaces and cuts the layers of a model, and returns what stays in groups of layers."""
     with opened_attentions(model):
         _check_plan(model, plan, stats, optimizer)
         kept = kept_units(model, plan, stats)
@@ -113,6 +113,7 @@ def _factorize_(
                 write_(dense, weight_of(new), bias_of(new))
     replace_(model, {name: new for name, new in built.items() if is_compressed(new)}, optimizer)
     cut_groups_(model, plan, kept)
+    return kept
 
 
 def _refined_(
@@ -136,8 +137,9 @@ def _refined_(
         if entry.is_grouped:
             check_group(model, entry, plan, stats, optimizer)
     small = copy.deepcopy(model)
-    _factorize_(small, plan, stats, batches, None, rectified, progress)
+    kept = _factorize_(small, plan, stats, batches, None, rectified, progress)
     refine_(small, model, batches, refine, progress=progress)
+    cut_groups_(model, plan, kept)
     planned = {entry.name: small.get_submodule(entry.name) for entry in plan if not entry.stays}
     replace_(model, planned, optimizer)
     with torch.no_grad():

@@ -62,15 +62,18 @@ class AttentionHeadsMethod:
             stats: its statistics, on whose example it is run.
 
         Raises:
-            LowRankError: if the context is no number of tokens.
+            LowRankError: if the context is no number of tokens, or the statistics have no example.
         """
         if not is_integer(self.context, 1):
             raise LowRankError(f"AttentionHeadsMethod: got context={self.context!r}, expected a number of tokens.")
-        short_example(model, stats, type(self).__name__)  # raises where there is none
         try:
             attentions, _ = find_attentions(model)
-            group = HeadGroup(tuple(each.name for each in attentions), attentions[0].size, self.context)
-            group.check(model, stats, max(2, group.count // 4 * 2))
+        except LowRankError:
+            return []
+        short_example(model, stats, type(self).__name__)  # raises where there is none
+        group = HeadGroup(tuple(each.name for each in attentions), attentions[0].size, self.context)
+        try:
+            group.check(model, stats, max(group.step, group.count // 4 * 2))
         except LowRankError:
             return []
         return [group] if group.count > group.step else []
