@@ -191,8 +191,8 @@ def _compare(state: dict[str, Tensor], tensors: dict[str, Tensor], path: object)
     if problems:
         more = f", and {len(problems) - 5} more" if len(problems) > 5 else ""
         hint = (
-            " Sizes such as that of attention heads stand in the model's configuration: build the model from that of the"
-            " saved one, or use save_pretrained and from_pretrained."
+            " Sizes such as that of attention heads stand in the model's configuration: build the model from that of"
+            " the saved one, or use save_pretrained and from_pretrained."
         )
         is_resized = any("has shape" in problem for problem in problems)
         raise CheckpointError(

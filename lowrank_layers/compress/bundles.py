@@ -130,9 +130,7 @@ class Bundle:
 
     def entries(self, choice: int) -> list[Entry]:
         """Returns the lines of the plan for one of the options."""
-        losses, effects = (
-            dict(zip(self.leaders, each, strict=True)) for each in (self.losses[choice], self.effects)
-        )
+        losses, effects = (dict(zip(self.leaders, each, strict=True)) for each in (self.losses[choice], self.effects))
         return [
             entry
             for member in self.members

@@ -44,7 +44,12 @@ def short_example(model: nn.Module, stats: Statistics, method: str) -> Any:
 
     map_tensors(look, batch)
     shape = next(iter(shapes), ())
-    if len(shapes) != 1 or len(shape) != 2 or shape[1] <= POSITIONS or not has_tokens(batch, with_target=stats.with_target):
+    if (
+        len(shapes) != 1
+        or len(shape) != 2
+        or shape[1] <= POSITIONS
+        or not has_tokens(batch, with_target=stats.with_target)
+    ):
         return batch
     few = map_tensors(lambda tensor: tensor[:, :POSITIONS], batch)
     try:

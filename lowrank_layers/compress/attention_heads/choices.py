@@ -94,7 +94,7 @@ class HeadChoices:
     @cached_property
     @full_precision
     def _losses(self) -> list[tuple[dict[int, tuple[float, float]], dict[int, float]]]:
-        """For each attention what its keys lose at each size, by fewer pairs and by their frequencies; and its values."""
+        """What keys lose at each size, by fewer pairs and by their frequencies, and what values do, by attention."""
         found = []
         sizes = [2 * pairs for pairs in sorted(self._bands) if pairs]
         for problem in self._problems:

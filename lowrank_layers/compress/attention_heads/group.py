@@ -12,9 +12,9 @@ from torch import nn
 
 from ...calibrate.statistics import LayerStats, Statistics
 from ...errors import LowRankError
+from ...layers import bias_of, weight_of
 from ...layers.config import Spec
 from ...linalg import full_precision
-from ..build import refit, write_
 from ..damping import Damping
 from ..hidden_units.problem import unit_problem
 from ..regression import Metric
@@ -103,8 +103,8 @@ class HeadGroup:
         attentions, rotary = find_attentions(model)
         if tuple(each.name for each in attentions) != self.attentions or attentions[0].size != self.count:
             raise LowRankError(
-                f"smaller heads: got a model with {len(attentions)} attentions with heads of {attentions[0].size} entries,"
-                f" expected {len(self.attentions)} with {self.count}; the plan is for another model."
+                f"smaller heads: got {len(attentions)} attentions with heads of {attentions[0].size} entries, expected"
+                f" {len(self.attentions)} with {self.count} under the names in the plan; it is for another model."
             )
         if rank < self.count:
             example = short_example(model, stats, "AttentionHeadsMethod")
@@ -147,17 +147,18 @@ class HeadGroup:
         """
         attention, _, key = name.rpartition(".")
         maps = kept.maps[attention]
+        problem = unit_problem(dense, stats.changed(free_bias=False), damping, outputs)
         if key == "k_proj":
-            weight, bias = refit(dense, stats, damping)
-            projector = maps.key_projector
-            weight, bias = projector @ weight.to(projector), None if bias is None else projector @ bias.to(projector)
+            weight, bias = maps.key_projector @ problem.full, problem.corrected_bias(problem.full)
+            bias = None if bias is None else maps.key_projector @ bias
         else:
-            problem = unit_problem(dense, stats.changed(free_bias=False), damping, outputs)
             heads = problem.weight.shape[1] // (len(maps.values) * self.count)
             weight = read_from(problem, maps.all_values(heads))
             bias = problem.corrected_bias(weight)
         new = copy.deepcopy(dense)
-        write_(new, weight, bias if new.bias is not None else None)
+        weight_of(new).copy_(weight)
+        if bias is not None and bias_of(new) is not None:
+            new.get_parameter("bias").copy_(bias)
         return new
 
     @full_precision

@@ -1,10 +1,10 @@
 r"""By how much the loss grows with smaller heads, in the units of the other methods.
 
 An output projection that reads fewer entries loses :math:`\tfrac12 \|G^{1/2} (W - C B) X^{1/2}\|^2`, as any layer does.
-Removing a pair from queries and keys takes one product away, so that it is counted once, as an error of the keys: with
-``D`` what the maps take from keys ``k`` and ``G`` of the gradients at the keys, :math:`\tfrac12 \mathrm{tr}(G D E[k k^T]
-D^T)`, and of ``k`` only what tells keys apart. Where no gradients are known it is the part of all products of queries
-and keys that is lost, times what is lost without the keys.
+Removing a pair from queries and keys takes one product away, so that it is counted once, as an error of the keys. With
+``D`` what the maps take from keys ``k``, and ``G`` of the gradients at the keys, it is :math:`\tfrac12 \mathrm{tr}(G D
+E[k k^T] D^T)`, where of ``k`` only what tells keys apart counts. Where no gradients are known it is the part of all
+products of queries and keys that is lost, times what is lost without the keys.
 """
 
 from __future__ import annotations

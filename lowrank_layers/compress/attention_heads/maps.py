@@ -32,7 +32,8 @@ class HeadMaps:
     @property
     def key_projector(self) -> Tensor:
         """What is left of keys of the old size, ``[groups * d, groups * d]``."""
-        return torch.block_diag(*(self.queries.mT @ self.keys))
+        blocks: Tensor = torch.block_diag(*(self.queries.mT @ self.keys))
+        return blocks
 
     def all_values(self, heads: int) -> Tensor:
         """The map of what all heads deliver to the output projection, ``[groups * heads * r, groups * heads * d]``.
@@ -40,7 +41,8 @@ class HeadMaps:
         Args:
             heads: the number of heads of queries that a group has.
         """
-        return torch.block_diag(*self.values.repeat_interleave(heads, 0))
+        blocks: Tensor = torch.block_diag(*self.values.repeat_interleave(heads, 0))
+        return blocks
 
     def cut(self, attention: Attention) -> Weights:
         """Returns the projections with the entries that stay.

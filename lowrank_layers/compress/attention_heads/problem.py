@@ -96,7 +96,8 @@ def _values(attention: Attention, outputs: LayerStats, damping: Damping) -> Tens
     """The second moment of the values of each group, the mean of those that its heads deliver."""
     heads = attention.groups * attention.heads
     blocks = value_moment(attention, outputs, damping).unflatten(1, (heads, -1)).unflatten(0, (heads, -1))
-    return blocks.diagonal(dim1=0, dim2=2).movedim(-1, 0).unflatten(0, (attention.groups, -1)).mean(1)
+    own: Tensor = blocks.diagonal(dim1=0, dim2=2).movedim(-1, 0).unflatten(0, (attention.groups, -1)).mean(1)
+    return own
 
 
 def _readers(attention: Attention, outputs: LayerStats, damping: Damping) -> Tensor:
@@ -107,7 +108,8 @@ def _readers(attention: Attention, outputs: LayerStats, damping: Damping) -> Ten
         each.unflatten(1, (attention.groups, attention.heads, -1)).movedim(0, 2)
         for each in (weight, weight if metric is None else metric.times(weight))
     )  # [groups, heads, out, d]
-    return (columns.mT @ weighted).sum(1)
+    readers: Tensor = (columns.mT @ weighted).sum(1)
+    return readers
 
 
 def _spread(attention: Attention, key: str, stats: LayerStats, damping: Damping) -> tuple[Tensor, Tensor]:

@@ -92,7 +92,7 @@ class AttentionHeadsMethod:
             is_good = False
         if not is_good:
             raise LowRankError(
-                f"the method 'attention_heads' does not take the settings {dict(settings)!r}, expected attentions, count"
-                " and context; plan anew."
+                f"the method 'attention_heads' does not take the settings {dict(settings)!r}, expected attentions,"
+                " count and context; plan anew."
             )
         return group

@@ -115,7 +115,10 @@ def test_heads_without_some_pairs_and_directions_lose_nothing(loss, in_sequence)
     plan = lr.make_plan(model, lr.Budget(params=0.82), stats, METHODS, units="absolute", damping=NO_DAMPING)
     assert {entry.rank for entry in of_heads(plan)} == {10}
     assert not [entry for entry in plan if entry.method not in ("attention_heads", "dense")]
-    assert plan.loss < 1e-6 * sum(lr.Candidate(model.lm_head, stats["lm_head"]).energy for _ in range(1))
+    energy = lr.Candidate(
+        model.get_submodule("model.layers.1.self_attn.o_proj"), stats["model.layers.1.self_attn.o_proj"]
+    ).energy
+    assert plan.loss < 1e-5 * energy
     small = lr.factorize_(copy.deepcopy(model), plan, stats, BATCHES if in_sequence else None)
     assert small.config.head_dim == 10
     assert torch.allclose(logits(small), before, atol=1e-4)
@@ -160,12 +163,10 @@ def test_the_predicted_loss_of_keys_is_the_weighted_error_of_what_tells_them_apa
         logits(model)
         handle.remove()
     keys, size = torch.cat(rows), 8
-    plan = planned(model, stats, size, damping=NO_DAMPING)
-    group = of_heads(plan)[0].group
+    group = lr.AttentionHeadsMethod(context=1000).find(model, stats)[0]
     choices = group.choices(model, stats, NO_DAMPING)
     projector = choices.kept(size).maps[name.rpartition(".")[0]].key_projector
-    angles = model.model.rotary_emb.inv_freq.double()[:, None] * torch.logspace(0, 3.0103, 64).double()
-    angles = model.model.rotary_emb.inv_freq.double()[:, None] * torch.logspace(0, 3 + 0.010299956639812, 64).double()
+    angles = model.model.rotary_emb.inv_freq.double()[:, None] * torch.logspace(0, 3, 64).double()
     seen = 1 - angles.cos().mean(1).square() - angles.sin().mean(1).square()
     shown = seen.sqrt().repeat(4) * keys.mean(0)
     apart = torch.cat([keys - keys.mean(0), shown.expand(len(keys), -1)])
@@ -228,7 +229,7 @@ def test_a_uniform_plan_leaves_a_folder_that_is_read_without_this_library(in_seq
     model = model_of().float()
     stats = calibrated(model)
     plan = lr.make_plan(model, lr.Budget(params=0.5), stats, uniform=True)
-    assert {entry.method for entry in plan} == {"attention_heads", "hidden_units", "dense"}
+    assert {entry.method for entry in plan} == {"attention_heads", "hidden_units"}
     small = lr.factorize_(model, plan, stats, BATCHES if in_sequence else None)
     assert params(small) == plan.after.params <= 0.5 * plan.total.params
     assert not any(map(is_resized, small.modules()))
@@ -285,15 +286,14 @@ def test_plans_are_saved_loaded_and_edited_as_a_whole(tmp_path):
     assert loaded.after == loaded.total
 
 
-def test_refinement_keeps_the_sizes():
+def test_refinement_keeps_the_sizes(tmp_path):
     model = low_rank(model_of())
     stats = calibrated(model)
     plan = mixed(model, stats)
     lr.factorize_(model, plan, stats, BATCHES, refine=1)
     assert params(model) == plan.after.params
-    other = lr.densify_(copy.deepcopy(model))
-    built = type(model)(model.config).double().eval()
-    built.load_state_dict(other.state_dict())
+    lr.save(model, tmp_path / "small.safetensors")
+    built = lr.load(tmp_path / "small.safetensors", into=type(model)(model.config).double().eval())
     assert torch.allclose(logits(built), logits(model))
 
 
@@ -325,7 +325,7 @@ def test_a_failure_leaves_the_model_bit_identical():
     half._entries[name] = copy.deepcopy(plan).drop(name)[name]
     bare = copy.copy(stats)
     bare.example = None
-    bad = [*BATCHES, {"input_ids": TOKENS[:2], "attention_mask": torch.full((2, 24), float("nan"))}]
+    bad = [*BATCHES, {"inputs_embeds": torch.full((2, 24, 32), float("nan")).double()}]
     for call in (
         lambda: lr.factorize_(model, plan),
         lambda: lr.factorize_(model, plan, bare),
