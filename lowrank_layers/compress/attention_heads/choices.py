@@ -62,6 +62,7 @@ class HeadChoices:
         queries, keys = (torch.cat([getattr(each, side) for each in self._problems]) for side in ("queries", "keys"))
         self._energies = energies(queries, keys)
         self._bands = band_choices(queries, keys, frequencies, len(frequencies), context)
+        self._kept: dict[int, KeptHeads] = {}
 
     def losses(self, rank: int) -> tuple[float, ...]:
         """Returns by how much the loss grows by the keys and by the output projection of each attention.
@@ -86,10 +87,12 @@ class HeadChoices:
         Args:
             rank: entries of a head.
         """
-        bands = self._bands[rank // 2]
-        common = [self._common(band).expand(band.rank) for band in bands]
-        maps = {each.attention.name: each.maps(bands, rank) for each in self._problems}
-        return KeptHeads(rank, maps, torch.cat(common))
+        if rank not in self._kept:
+            bands = self._bands[rank // 2]
+            common = [self._common(band).expand(band.rank) for band in bands]
+            maps = {each.attention.name: each.maps(bands, rank) for each in self._problems}
+            self._kept[rank] = KeptHeads(rank, maps, torch.cat(common))
+        return self._kept[rank]
 
     @cached_property
     @full_precision
