@@ -59,7 +59,10 @@ class HeadChoices:
             HeadProblem.of(each, stats[f"{each.name}.k_proj"], stats[f"{each.name}.o_proj"], seen, damping)
             for each in attentions
         ]
-        queries, keys = (torch.cat([getattr(each, side) for each in self._problems]) for side in ("queries", "keys"))
+        queries, keys = (
+            torch.cat([getattr(each, side).to(frequencies.device) for each in self._problems])  # they may be on several
+            for side in ("queries", "keys")
+        )
         self._energies = energies(queries, keys)
         self._bands = band_choices(queries, keys, frequencies, len(frequencies), context)
         self._kept: dict[int, KeptHeads] = {}

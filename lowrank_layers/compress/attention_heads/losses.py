@@ -79,7 +79,7 @@ def lost_by_keys(
     """
     layer, attention, moment = problem.attention.module.k_proj, problem.attention, problem.all_keys
     metric = Metric.of_outputs(stats, damping, moment.device)
-    pairs = frequencies.shape
+    pairs, frequencies = frequencies.shape, frequencies.to(moment.device)
     if metric is None:
         scale = Candidate(layer, stats.changed(free_bias=False), damping=damping).energy / attention.groups
         weights = (problem.queries.diagonal(dim1=1, dim2=2) * problem.keys.diagonal(dim1=1, dim2=2)).real.sum(0)
@@ -97,7 +97,7 @@ def lost_by_keys(
             gone = torch.eye(len(moment)).to(moment) - own.key_projector
             lost = float((metric.times(gone @ moment) * gone).sum()) if size < attention.size else 0.0
         turned = [
-            detuning(frequencies[band.pairs], weights[band.pairs], context, common)
+            detuning(frequencies[band.pairs], weights[band.pairs], context, common.to(moment.device))
             for band, common in bands[size]
             if band.rank
         ]

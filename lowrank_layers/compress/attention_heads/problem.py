@@ -55,7 +55,7 @@ class HeadProblem:
         own = _pair_moments(queries, attention) + pairs[:, :, None] * pairs[:, None, :].conj()
         own = own.unflatten(0, (attention.groups, -1)).sum(1)
         moment, means = _spread(attention, "k_proj", keys, damping)
-        shown = seen.sqrt() * _pairs(means, attention)
+        shown = seen.sqrt().to(means.device) * _pairs(means, attention)
         rows = torch.cat([from_pairs(each[:, None])[:, 0] for each in shown])
         moment = moment.addr(rows, rows)
         each = _pair_moments(moment, attention)
