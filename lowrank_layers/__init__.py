@@ -55,6 +55,7 @@ from .compress import (
     remove_units_ as remove_units_,
 )
 from .compress.methods import (
+    AttentionHeadsMethod as AttentionHeadsMethod,
     CPMethod as CPMethod,
     HiddenUnitsMethod as HiddenUnitsMethod,
     PivotMethod as PivotMethod,

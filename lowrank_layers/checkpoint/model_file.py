@@ -190,6 +190,12 @@ def _compare(state: dict[str, Tensor], tensors: dict[str, Tensor], path: object)
                 problems.append(f"{first!r} and {other!r} are one tensor in the model and differ in the file")
     if problems:
         more = f", and {len(problems) - 5} more" if len(problems) > 5 else ""
+        hint = (
+            " Sizes such as that of attention heads stand in the model's configuration: build the model from that of"
+            " the saved one, or use save_pretrained and from_pretrained."
+        )
+        is_resized = any("has shape" in problem for problem in problems)
         raise CheckpointError(
             f"{path}: does not fit the model: {'; '.join(problems[:5])}{more}. The model is unchanged."
+            f"{hint if is_resized else ''}"
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate
+from math import lcm
 from typing import Any
 
 from torch import nn
@@ -18,8 +18,7 @@ from ..linalg import full_precision
 from .candidates import Candidate
 from .effects import Effects
 from .entry import Entry
-from .group_method import LayerGroup
-from .hidden_units.eliminate import Elimination
+from .group_method import Choices, LayerGroup
 from .measured import SHARE, VISIBLE
 from .method import spread
 from .request import Request
@@ -59,32 +58,34 @@ class Member:
                 found[name] = layer.cost_model.cost(twin, layer.stats.changed(input_shape=shape))
         return found
 
-    def entries(self, rank: int, costs: Mapping[str, Cost], loss: float, effect: float) -> Iterator[Entry]:
+    def entries(
+        self, rank: int, costs: Mapping[str, Cost], losses: Mapping[str, float], effects: Mapping[str, float]
+    ) -> Iterator[Entry]:
         """Yields the lines of the plan.
 
         Args:
             rank: how many units stay.
             costs: what each layer costs then.
-            loss: predicted growth of the loss.
-            effect: measured over predicted loss.
+            losses: predicted growth of the loss by each leader.
+            effects: measured over predicted loss of each leader.
         """
         for name, spec in self.specs.items():
-            layer, leads = self.layers.get(name), name == self.group.leader
+            layer, loss = self.layers.get(name), losses.get(name, 0.0)
             stats = None if layer is None else layer.stats
-            energy = 0.0 if layer is None else layer.energy * effect
+            energy = 0.0 if layer is None else layer.energy * effects.get(name, 1.0)
             yield Entry(
                 name,
                 self.method,
                 rank,
                 self.before[name],
                 costs[name],
-                (loss / energy) ** 0.5 if leads and energy > 0 else 0.0,
+                (loss / energy) ** 0.5 if energy > 0 else 0.0,
                 spec,
                 layer is not None and bias_of(layer.module) is not None,
                 None if stats is None else stats.input_shape,
                 1.0 if stats is None else stats.repeats,
                 self.group.settings(),
-                loss if leads else 0.0,
+                loss,
             )
 
 
@@ -96,8 +97,8 @@ class Bundle:
         members: the groups; more than one where layers that are alike keep one size.
         ranks: how many units may stay.
         costs: for each number, what each layer costs.
-        losses: for each number, what each group loses.
-        effects: measured over predicted loss of each group, by which its losses have been scaled.
+        losses: for each number, what each leader of a group loses.
+        effects: measured over predicted loss of each leader, by which its losses have been scaled.
     """
 
     members: tuple[Member, ...]
@@ -110,6 +111,11 @@ class Bundle:
     def planned(self) -> set[str]:
         """The layers that single methods compete for."""
         return {name for member in self.members for name in member.group.planned}
+
+    @property
+    def leaders(self) -> list[str]:
+        """The layers whose errors add up to those of the groups."""
+        return [name for member in self.members for name in member.group.leaders]
 
     def total(self, costs: Mapping[str, Cost], *, only_planned: bool) -> Cost:
         """Returns the sum of costs, relative to what other layers, such as batch norms, cost in the dense model.
@@ -124,11 +130,11 @@ class Bundle:
 
     def entries(self, choice: int) -> list[Entry]:
         """Returns the lines of the plan for one of the options."""
-        lines = zip(self.members, self.losses[choice], self.effects, strict=True)
+        losses, effects = (dict(zip(self.leaders, each, strict=True)) for each in (self.losses[choice], self.effects))
         return [
             entry
-            for member, loss, effect in lines
-            for entry in member.entries(self.ranks[choice], self.costs[choice], loss, effect)
+            for member in self.members
+            for entry in member.entries(self.ranks[choice], self.costs[choice], losses, effects)
         ]
 
 
@@ -171,11 +177,18 @@ def find_members(
 
 @full_precision
 def make_bundles(
-    members: list[Member], request: Request, measuring: Effects | None, effects: dict[str, float], *, uniform: bool
+    model: nn.Module,
+    members: list[Member],
+    request: Request,
+    measuring: Effects | None,
+    effects: dict[str, float],
+    *,
+    uniform: bool,
 ) -> list[Bundle]:
     """Returns the options of groups, those of layers that are alike together where sizes are uniform.
 
     Args:
+        model: the dense model, its attentions opened.
         members: the groups.
         request: what make_plan was asked for.
         measuring: what scales their losses, where layers are measured.
@@ -188,56 +201,51 @@ def make_bundles(
         alike.setdefault((member.method, member.group.count, specs) if uniform else index, []).append(member)
     bundles = []
     for together in alike.values():
-        group, round_to = together[0].group, request.round_to
-        ranks = tuple(rank for rank in spread(group.count, STEPS, round_to) if rank < group.count)
+        ranks = _ranks(together[0].group, request.round_to)
         if not ranks:
             continue
-        curves, scales = [], []
+        curves, scales = list[list[float]](), list[float]()
         for member in together:
-            curve, scale = _curve(member, ranks, request, measuring)
-            curves.append(curve)
-            scales.append(scale)
-            if measuring is not None:
-                effects[_key(member)] = scale
+            assert request.stats is not None
+            choices = member.group.choices(model, request.stats, request.damping)
+            losses = zip(*map(choices.losses, ranks), strict=True)
+            for index, (leader, curve) in enumerate(zip(member.group.leaders, losses, strict=True)):
+                effect = 1.0
+                if measuring is not None:
+                    effect = effects[f"{member.method} of {leader}"] = _effect(
+                        member, index, choices, ranks, request, measuring
+                    )
+                curves.append([effect * loss for loss in curve])
+                scales.append(effect)
+                member.layers[leader].release()
         costs = [{name: cost for member in together for name, cost in member.costs(rank).items()} for rank in ranks]
         bundles.append(Bundle(tuple(together), ranks, tuple(costs), tuple(zip(*curves, strict=True)), tuple(scales)))
     return bundles
 
 
-def _curve(
-    member: Member, ranks: tuple[int, ...], request: Request, measuring: Effects | None
-) -> tuple[list[float], float]:
-    """The losses of a group at numbers of units, and measured over predicted loss, by which they are scaled."""
-    group, leader = member.group, member.layers[member.group.leader]
-    assert leader.stats is not None
-    order = group.order(leader.module, leader.stats, request.damping)
-    grown = [0.0, *accumulate(order.growth)]
-    losses = [grown[group.count - rank] for rank in ranks]
-    effect = 1.0 if measuring is None else _effect(member, order, ranks, losses, request, measuring)
-    leader.release()
-    return [effect * loss for loss in losses], effect
+def _ranks(group: LayerGroup, round_to: int) -> tuple[int, ...]:
+    """The numbers of units that are offered."""
+    step = group.step
+    parts = spread(group.count // step, STEPS, lcm(step, round_to) // step)
+    return tuple(step * part for part in parts if step * part < group.count)
 
 
 def _effect(
     member: Member,
-    order: Elimination,
+    index: int,
+    choices: Choices,
     ranks: tuple[int, ...],
-    losses: list[float],
     request: Request,
     measuring: Effects,
 ) -> float:
     """Measured over predicted loss at the number of units nearest to half of them that loses enough to be seen."""
-    group, leader = member.group, member.layers[member.group.leader]
+    group, name = member.group, member.group.leaders[index]
+    leader = member.layers[name]
     assert leader.stats is not None
-    seen = [k for k, loss in enumerate(losses) if loss > VISIBLE * leader.energy]
+    losses = {rank: choices.losses_alone(rank)[index] for rank in ranks}
+    seen = [rank for rank in ranks if losses[rank] > VISIBLE * leader.energy]
     if not seen:
         return 1.0
-    k = min(seen, key=lambda k: abs(ranks[k] - SHARE * group.count))
-    kept = group.kept(order, ranks[k])
-    make = partial(group.reduced, leader.module, leader.stats, request.damping, kept)
-    return measuring.group_effect(_key(member), group.leader, make, losses[k])
-
-
-def _key(member: Member) -> str:
-    """The name under which a plan keeps what was measured of a group."""
-    return f"{member.method} of {member.group.leader}"
+    rank = min(seen, key=lambda rank: abs(rank - SHARE * group.count))
+    make = partial(group.reduced, name, leader.module, leader.stats, request.damping, choices.kept(rank))
+    return measuring.group_effect(f"{member.method} of {name}", name, make, losses[rank])

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..calibrate import calibrate, check_batches
 from ..calibrate.statistics import Statistics, check_statistics
@@ -92,8 +92,8 @@ def _factorize_(
     optimizer: torch.optim.Optimizer | None,
     rectified: bool,
     progress: bool,
-) -> None:
-    """Replaces and cuts the layers of a model; its configuration stays as it is."""
+) -> dict[str, Any]:
+    """Replaces and cuts the layers of a model, and returns what stays in groups of layers."""
     with opened_attentions(model):
         _check_plan(model, plan, stats, optimizer)
         kept = kept_units(model, plan, stats)
@@ -113,6 +113,7 @@ def _factorize_(
                 write_(dense, weight_of(new), bias_of(new))
     replace_(model, {name: new for name, new in built.items() if is_compressed(new)}, optimizer)
     cut_groups_(model, plan, kept)
+    return kept
 
 
 def _refined_(
@@ -134,10 +135,11 @@ def _refined_(
     batches = data if isinstance(data, (list, tuple)) else list(data)
     for entry in plan if isinstance(plan, PlannedLayers) and optimizer is not None else ():
         if entry.is_grouped:
-            check_group(entry, plan, stats, optimizer)
+            check_group(model, entry, plan, stats, optimizer)
     small = copy.deepcopy(model)
-    _factorize_(small, plan, stats, batches, None, rectified, progress)
+    kept = _factorize_(small, plan, stats, batches, None, rectified, progress)
     refine_(small, model, batches, refine, progress=progress)
+    cut_groups_(model, plan, kept)
     planned = {entry.name: small.get_submodule(entry.name) for entry in plan if not entry.stays}
     replace_(model, planned, optimizer)
     with torch.no_grad():
@@ -146,17 +148,18 @@ def _refined_(
 
 
 def _one_shot(
-    model: nn.Module, plan: PlannedLayers, stats: Statistics | None, kept: Mapping[str, Tensor]
+    model: nn.Module, plan: PlannedLayers, stats: Statistics | None, kept: Mapping[str, Any]
 ) -> dict[str, nn.Module]:
     built: dict[str, nn.Module] = {}
     for entry in plan:
         if entry.name in kept:
             assert stats is not None
             dense = model.get_submodule(entry.name)
-            built[entry.name] = entry.group.reduced(dense, stats[entry.name], plan.damping, kept[entry.name])
+            known, what = stats[entry.name], kept[entry.name]
+            built[entry.name] = entry.group.reduced(entry.name, dense, known, plan.damping, what)
         elif entry.is_replaced:
-            known = None if stats is None else stats[entry.name]
-            built[entry.name] = build_layer(model.get_submodule(entry.name), entry, known, plan.damping)
+            dense, own = model.get_submodule(entry.name), None if stats is None else stats[entry.name]
+            built[entry.name] = build_layer(dense, entry, own, plan.damping)
     return built
 
 
@@ -184,7 +187,7 @@ def _check_plan(
         if entry.name in reasons:
             raise LowRankError(f"{entry.name!r} cannot be replaced: {reasons[entry.name]}.")
         if entry.is_grouped:
-            check_group(entry, plan, stats, optimizer)
+            check_group(model, entry, plan, stats, optimizer)
         elif entry.method != DENSE and not entry.built_by().matches(Candidate(module)):
             raise LowRankError(
                 f"{entry.name!r}: the method {entry.method!r} does not take a {type(module).__name__};"

@@ -5,13 +5,37 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
-from torch import Tensor, nn
+from torch import nn
 
 from ..calibrate.statistics import LayerStats, Statistics
 from ..layers.config import Spec
 from .damping import Damping
-from .hidden_units.eliminate import Elimination
 from .regression import Metric
+
+
+class Choices(Protocol):
+    """What may stay of a group of layers, and what it loses then."""
+
+    def losses(self, rank: int) -> Sequence[float]:
+        """Returns by how much the loss grows by each leader of the group.
+
+        Args:
+            rank: how many units stay.
+        """
+
+    def losses_alone(self, rank: int) -> Sequence[float]:
+        """Returns by how much it grows by the layer that takes the place of each leader, while sizes are the old ones.
+
+        Args:
+            rank: how many units stay.
+        """
+
+    def kept(self, rank: int) -> Any:
+        """Returns what stays, in the form in which the group takes it.
+
+        Args:
+            rank: how many units stay.
+        """
 
 
 class LayerGroup(Protocol):
@@ -29,12 +53,16 @@ class LayerGroup(Protocol):
         """Those that single methods compete for."""
 
     @property
-    def leader(self) -> str:
-        """The one of these whose error is that of the group."""
+    def leaders(self) -> tuple[str, ...]:
+        """Those of these whose errors add up to that of the group."""
 
     @property
     def count(self) -> int:
         """How many units there are."""
+
+    @property
+    def step(self) -> int:
+        """The number of units that stay is a multiple of it."""
 
     def settings(self) -> dict[str, Any]:
         """Returns the group as a plan's file holds it."""
@@ -58,52 +86,60 @@ class LayerGroup(Protocol):
             rank: how many stay.
         """
 
-    def order(self, dense: nn.Module, stats: LayerStats, damping: Damping) -> Elimination:
-        """Returns the order in which units go, and by how much the loss grows with each.
+    def check(self, model: nn.Module, stats: Statistics, rank: int) -> None:
+        """Raises unless a model can be left with some units.
 
         Args:
-            dense: the leader.
-            stats: its statistics in the dense model.
-            damping: ridges on the moments.
+            model: the dense model; it is as before afterwards.
+            stats: its statistics.
+            rank: how many stay.
+
+        Raises:
+            LowRankError: if it cannot.
         """
 
-    def kept(self, order: Elimination, rank: int) -> Tensor:
-        """Returns the units that stay, ascending.
+    def choices(self, model: nn.Module, stats: Statistics, damping: Damping) -> Choices:
+        """Returns what may stay, and by how much the loss grows then.
 
         Args:
-            order: what :meth:`order` returned.
-            rank: how many stay.
+            model: the dense model.
+            stats: its statistics.
+            damping: ridges on the moments.
         """
 
     def reduced(
         self,
+        name: str,
         dense: nn.Module,
         stats: LayerStats,
         damping: Damping,
-        kept: Tensor,
+        kept: Any,
         outputs: Sequence[Metric | None] | None = None,
     ) -> nn.Module:
-        """Returns a leader of the same size that does without the units that go, as well as it can.
+        """Returns a layer of the same size that does without the units that go, as well as it can.
 
         Args:
-            dense: the leader; not changed.
+            name: one of the leaders.
+            dense: the layer of this name; not changed.
             stats: its statistics, which may be those behind a compressed prefix.
             damping: ridges on the moments.
-            kept: the units that stay.
+            kept: what :class:`Choices` returned.
             outputs: as in :class:`Candidate`.
         """
 
-    def cut_(self, modules: Mapping[str, nn.Module], kept: Tensor) -> None:
-        """Leaves the layers of a model with the units that stay, in place, and marks them as resized.
+    def cut_(self, model: nn.Module, kept: Any) -> None:
+        """Leaves the layers of a model with the units that stay, in place.
+
+        Layers whose sizes the configuration of the model does not say afterwards are marked as resized.
 
         Args:
-            modules: the modules of the model, with the leader that :meth:`reduced` returned.
-            kept: the units that stay.
+            model: the model, with leaders that :meth:`reduced` returned.
+            kept: what :class:`Choices` returned.
         """
 
 
 class GroupMethod(Protocol):
-    """A way to make several layers smaller together. Implementations are frozen dataclasses without fields."""
+    """A way to make several layers smaller together. Implementations are frozen dataclasses."""
 
     name: ClassVar[str]
     """Its name in plans and files."""

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..calibrate.statistics import Statistics
 from ..checks import is_integer
 from ..errors import LowRankError
-from ..layers import unmark_resized
+from ..layers import is_resized, unmark_resized
 from .entry import Entry
 from .group_method import LayerGroup
 from .hidden_units.model_config import adopt_config_
@@ -24,32 +25,51 @@ def groups_of(plan: PlannedLayers) -> Iterator[tuple[LayerGroup, int]]:
         plan: the plan.
     """
     for entry in plan:
-        if entry.is_grouped and entry.name == (group := entry.group).leader:
+        if entry.is_grouped and entry.name == (group := entry.group).leaders[0]:
             yield group, entry.rank
 
 
-def check_group(entry: Entry, plan: PlannedLayers, stats: Statistics | None, optimizer: object) -> None:
+def check_units(group: LayerGroup, rank: Any, name: str) -> None:
+    """Raises unless so many units may stay in a group.
+
+    Args:
+        group: the group.
+        rank: how many.
+        name: the layer that is spoken of.
+    """
+    if not is_integer(rank, 1) or rank > group.count or rank % group.step:
+        what = "an integer" if group.step == 1 else f"a multiple of {group.step}"
+        raise LowRankError(f"{name!r}: got {rank!r} units, expected {what} from {group.step} to {group.count}.")
+
+
+def check_group(
+    model: nn.Module, entry: Entry, plan: PlannedLayers, stats: Statistics | None, optimizer: object
+) -> None:
     """Raises unless a layer can change as the plan says, together with the others of its group.
 
     Args:
+        model: the dense model; it is as before afterwards.
         entry: its line of the plan.
         plan: the plan.
         stats: the statistics of the model.
         optimizer: what :func:`factorize_` was given.
     """
     group, name = entry.group, entry.name
-    together = [each for each in plan if each.name in group.layers and each.is_grouped]
-    facts = {(each.method, each.rank, each.group) for each in together}
-    if name not in group.layers or len(together) < len(group.layers) or len(facts) > 1:
+    names = {*group.layers}
+    together = [each for each in plan if each.name in names and each.is_grouped]
+    same = all(
+        (each.method, each.rank, each.settings) == (entry.method, entry.rank, entry.settings) for each in together
+    )
+    if name not in names or len(together) < len(names) or not same:
         raise LowRankError(
             f"{name!r}: the plan has {entry.method!r} of rank {entry.rank} for it and not for all of"
             f" {', '.join(group.layers)}, expected the same for all; plan anew, or change it by set_rank and drop."
         )
-    if not is_integer(entry.rank, 1) or entry.rank > group.count:
-        raise LowRankError(f"{name!r}: got {entry.rank!r} units, expected an integer from 1 to {group.count}.")
-    if stats is None or group.leader not in stats:
+    check_units(group, entry.rank, name)
+    missing = group.leaders if stats is None else [each for each in group.leaders if each not in stats]
+    if stats is None or missing:
         raise LowRankError(
-            f"{name!r}: the method {entry.method!r} needs statistics of {group.leader!r}, which say which units others"
+            f"{name!r}: the method {entry.method!r} needs statistics of {missing[0]!r}, which say which units others"
             " make up for; expected stats=calibrate(model, batches)."
         )
     if optimizer is not None:
@@ -57,26 +77,27 @@ def check_group(entry: Entry, plan: PlannedLayers, stats: Statistics | None, opt
             f"{name!r}: got an optimizer with a plan that has {entry.method!r}, whose layers get other sizes; leave"
             " optimizer out, and make it afterwards."
         )
+    if name == group.leaders[0]:
+        group.check(model, stats, entry.rank)
 
 
-def kept_units(model: nn.Module, plan: PlannedLayers, stats: Statistics | None) -> dict[str, Tensor]:
-    """Returns the units that stay in each group, by its leader.
+def kept_units(model: nn.Module, plan: PlannedLayers, stats: Statistics | None) -> dict[str, Any]:
+    """Returns what stays in each group, by its leaders.
 
     Args:
         model: the dense model.
         plan: the plan.
         stats: the statistics of the dense model.
     """
-    kept = {}
+    kept: dict[str, Any] = {}
     for group, rank in groups_of(plan):
         assert stats is not None
-        order = group.order(model.get_submodule(group.leader), stats[group.leader], plan.damping)
-        kept[group.leader] = group.kept(order, rank)
+        kept |= dict.fromkeys(group.leaders, group.choices(model, stats, plan.damping).kept(rank))
     return kept
 
 
 @torch.no_grad()
-def cut_groups_(model: nn.Module, plan: PlannedLayers, kept: Mapping[str, Tensor]) -> None:
+def cut_groups_(model: nn.Module, plan: PlannedLayers, kept: Mapping[str, Any]) -> None:
     """Leaves the layers of a model with the units that stay, in place.
 
     Args:
@@ -84,9 +105,8 @@ def cut_groups_(model: nn.Module, plan: PlannedLayers, kept: Mapping[str, Tensor
         plan: the plan.
         kept: what :func:`kept_units` returned.
     """
-    modules = dict(model.named_modules(remove_duplicate=False))
     for group, _ in groups_of(plan):
-        group.cut_(modules, kept[group.leader])
+        group.cut_(model, kept[group.leaders[0]])
 
 
 def adopt_sizes_(model: nn.Module, plan: PlannedLayers) -> None:
@@ -98,9 +118,11 @@ def adopt_sizes_(model: nn.Module, plan: PlannedLayers) -> None:
         model: the model.
         plan: the plan.
     """
-    groups = list(groups_of(plan))
-    if plan.settings.get("uniform") and groups and adopt_config_(model, {group.count: rank for group, rank in groups}):
-        modules = dict(model.named_modules(remove_duplicate=False))
+    if not plan.settings.get("uniform"):
+        return
+    modules = dict(model.named_modules(remove_duplicate=False))
+    groups = [(group, rank) for group, rank in groups_of(plan) if any(is_resized(modules[n]) for n in group.layers)]
+    if groups and adopt_config_(model, {group.count: rank for group, rank in groups}):
         for group, _ in groups:
             for name in group.layers:
                 unmark_resized(modules[name])

@@ -192,7 +192,7 @@ class JointAllocation:
         for name in base.layers:
             entry = lines[name]
             group = entry.group if entry.is_grouped else None
-            if group is not None and name == group.leader:
+            if group is not None and name == group.leaders[0]:
                 ordered += [lines[other] for other in group.layers if other not in group.planned]
             ordered.append(entry)
         return ordered
@@ -210,7 +210,7 @@ class JointAllocation:
         whole = {name: base.offers[name][0].option.cost for name in bundle.planned}
         totals = [bundle.total(costs, only_planned=base.budget.of == "planned") for costs in bundle.costs]
         curves = [[0.0, *curve] for curve in zip(*bundle.losses, strict=True)]
-        leaders = [base.layers[member.group.leader] for member in bundle.members]
+        leaders = [base.layers[name] for name in bundle.leaders]
         scaled = [comparable(layer, curve, base.units) for layer, curve in zip(leaders, curves, strict=True)]
         sums, objective = ([sum(each) for each in zip(*lists, strict=True)] for lists in (curves, scaled))
         costs = [sum(whole.values(), Cost()), *totals]

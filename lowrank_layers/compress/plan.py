@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 from ..calibrate.statistics import Statistics
-from ..checks import is_integer
 from ..cost import Cost
 from ..errors import LowRankError
 from ..files import replacing
@@ -23,6 +22,7 @@ from ..modules import ModelDescription, check_factors, check_model, walk_layers
 from .candidates import Candidate
 from .entry import Entry, read_entry
 from .factorize import factorize_
+from .grouped import check_units
 from .method import Method
 from .planned_layers import PlannedLayers
 from .registry import DENSE, METHODS, settings_of
@@ -137,10 +137,9 @@ class Plan(PlannedLayers):
                 f"{name!r}: got method {method!r} for a layer that the method {entry.method!r} changes together with"
                 f" others, expected no other one; drop({name!r}) from the plan first."
             )
-        if not is_integer(rank, 1) or rank > group.count:
-            raise LowRankError(f"{name!r}: got {rank!r} units, expected an integer from 1 to {group.count}.")
+        check_units(group, rank, name)
         for changed in [self[each].with_rank(entry.method, rank) for each in group.layers]:
-            exact = changed.name != group.leader
+            exact = changed.name not in group.leaders
             self._entries[changed.name] = replace(changed, error=0.0, loss=0.0) if exact else changed
             self._forget(changed.name)
         return self

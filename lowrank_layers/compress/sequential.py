@@ -72,7 +72,7 @@ def build_in_sequence(
     keep: Keep = lambda name, look, make: make(look()),
     processes: Processes | None = None,
     folder: Path | None = None,
-    kept: Mapping[str, Tensor] = MappingProxyType({}),
+    kept: Mapping[str, Any] = MappingProxyType({}),
 ) -> dict[str, nn.Module]:
     """Returns the layers of a plan, built in forward order, and dense ones with new values.
 
@@ -86,8 +86,8 @@ def build_in_sequence(
         keep: what is done with each new layer.
         processes: those that have a part of the batches each, and all call this; ``None`` for this one alone.
         folder: where large tensors wait that are not needed while a layer is fitted; ``None`` keeps them in memory.
-        kept: the units that stay in groups of layers, by the layer that reads them. All layers of a group are built
-            with the sizes that they had; this one does without the other units.
+        kept: what stays in groups of layers, by their leaders. All layers of a group are built with the sizes that they
+            had; these do without the other units.
     """
     built: dict[str, nn.Module] = {}
     names = [entry.name for entry in plan if entry.name in stats]
@@ -124,7 +124,7 @@ def build_in_sequence(
             entry, dense = plan[name], model.get_submodule(name)
             with passes.own_forward(name):
                 if name in kept and seen.stats is not None:
-                    return entry.group.reduced(dense, seen.stats, plan.damping, kept[name], seen.outputs)
+                    return entry.group.reduced(name, dense, seen.stats, plan.damping, kept[name], seen.outputs)
                 if seen.stats is None or seen.rectifier is None or not seen.rows:
                     return build_layer(dense, entry, seen.stats, plan.damping, seen.outputs).eval()
                 return build_rectified(dense, entry, seen.stats, plan.damping, seen.rectifier, seen.rows).eval()

@@ -34,7 +34,7 @@ def test_the_choice_is_the_best_one_over_all_sets_of_groups():
     layers = {name: request.candidate(each, stats[name]) for name, each in model.named_modules() if name in stats}
     single = {name: _options(layer) for name, layer in layers.items()}
     members = find_members(model, request, layers, layers, uniform=False)
-    bundles = make_bundles(members, request, None, {}, uniform=False)
+    bundles = make_bundles(model, members, request, None, {}, uniform=False)
     assert len(bundles) == 5  # those between two perceptrons too
     together = []
     for bundle in bundles:

@@ -41,16 +41,18 @@ def maps_to(readers: Tensor, moment: Tensor, size: int) -> tuple[Tensor, Tensor]
     return kept @ root.mH / scale, scale * (kept @ inverse)
 
 
-def refit(weight: Tensor, moment: Tensor, kept: Tensor) -> Tensor:
+def refit(weight: Tensor, moment: Tensor, kept: Tensor, moved: Tensor | None = None) -> Tensor:
     """Returns the matrix that reads fewer entries and gives most of what it gave, by regression, ``[m, r]``.
 
     Args:
         weight: the matrix that reads all entries, ``[m, n]``.
         moment: their second moment, ``[n, n]``.
         kept: the map to those that stay, ``[r, n]``.
+        moved: the second moment of what is to be given and of the entries, by default ``weight`` times ``moment``.
     """
-    moved = kept @ moment
-    return psd_root(moved @ kept.mT).solve(moved @ weight.mT).mT
+    half = kept @ moment
+    across = half @ weight.mT if moved is None else kept @ moved.mT
+    return psd_root(half @ kept.mT).solve(across).mT
 
 
 def _decompose(readers: Tensor, moment: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -145,7 +145,7 @@ def _attentions(model: nn.Module) -> Iterator[Attention]:
 def _refuse(what: str) -> NoReturn:
     """Raises, with what was got."""
     raise LowRankError(
-        f"reduce_head_dim_: got {what}, expected a dense model of transformers with rotary attentions as a Llama has."
+        f"smaller heads: got {what}, expected a dense model of transformers with rotary attentions as a Llama has."
     )
 
 

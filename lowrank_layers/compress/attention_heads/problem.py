@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,9 +10,11 @@ from torch import Tensor
 
 from ...calibrate.statistics import LayerStats
 from ...linalg import damp
-from ..damping import rounding_of
-from .entries import maps_to, refit
-from .find import Attention, Weights
+from ..damping import Damping, rounding_of
+from ..regression import Metric, to_diagonal_
+from .entries import maps_to
+from .find import Attention
+from .maps import HeadMaps
 from .rotary_pairs import Band, from_pairs, pair_moment, to_pairs
 
 
@@ -23,94 +26,113 @@ class HeadProblem:
         attention: the attention.
         queries: ``E[q q^H]`` of the pairs of the queries that read the keys of a group, added up over its heads, in
             parts of what all pairs lose, ``[groups, p, p]``.
-        keys: ``E[k k^H]`` of what tells keys apart, ``[groups, p, p]``.
-        values: second moment of what the heads deliver to the output projection, ``[heads * d, heads * d]``.
+        all_keys: second moment of what tells keys apart, ``[groups * d, groups * d]``.
+        readers: ``E[g g^T]`` of what the output projection reads in the values of a group, ``[groups, d, d]``.
+        values: second moment of the values of a group as the heads deliver them, ``[groups, d, d]``.
     """
 
     attention: Attention
     queries: Tensor
-    keys: Tensor
+    all_keys: Tensor
+    readers: Tensor
     values: Tensor
 
     @classmethod
     def of(
-        cls, attention: Attention, keys: LayerStats, outputs: LayerStats, seen: Tensor, damping: float
+        cls, attention: Attention, keys: LayerStats, outputs: LayerStats, seen: Tensor, damping: Damping
     ) -> HeadProblem:
         """Returns the problem.
 
         Args:
             attention: the attention.
             keys: statistics of ``k_proj``, whose inputs are those of the attention.
-            outputs: statistics of ``o_proj``.
+            outputs: statistics of ``o_proj``; errors of its outputs are weighted by their gradients, if they are known.
             seen: how much of its mean each pair of a key shows, ``[p]``; see ``seen_means`` of ``rotary_pairs.py``.
-            damping: the ridge on moments, relative to the mean of their diagonals.
+            damping: ridges on moments.
         """
-        mean, second = keys.inputs.mean, keys.inputs.second
-        size, dtype = attention.size, attention.module.o_proj.weight.dtype
-        damping = max(damping, rounding_of(dtype))
-        spread = damp(second - mean.outer(mean), damping)
+        queries, means = _spread(attention, "q_proj", keys, damping)
+        pairs = _pairs(means, attention)
+        own = _pair_moments(queries, attention) + pairs[:, :, None] * pairs[:, None, :].conj()
+        own = own.unflatten(0, (attention.groups, -1)).sum(1)
+        moment, means = _spread(attention, "k_proj", keys, damping)
+        shown = seen.sqrt().to(means.device) * _pairs(means, attention)
+        rows = torch.cat([from_pairs(each[:, None])[:, 0] for each in shown])
+        moment = moment.addr(rows, rows)
+        each = _pair_moments(moment, attention)
+        total = (own.diagonal(dim1=1, dim2=2) * each.diagonal(dim1=1, dim2=2)).real.sum(1)
+        own = own / total.clamp_min(torch.finfo(total.dtype).tiny)[:, None, None]
+        return cls(attention, own, moment, _readers(attention, outputs, damping), _values(attention, outputs, damping))
 
-        def moments(key: str) -> tuple[Tensor, Tensor]:
-            """Mean ``[heads, p]`` and centred second moment ``[heads, p, p]`` of the pairs of each head."""
-            weight, bias = attention.projection(key)
-            rows = weight.unflatten(0, (-1, size))
-            means = (weight @ mean + (0 if bias is None else bias)).unflatten(0, (-1, size))
-            pairs = torch.stack([to_pairs(each[:, None])[:, 0] for each in means])
-            return pairs, torch.stack([pair_moment(head @ spread @ head.mT) for head in rows])
+    @property
+    def keys(self) -> Tensor:
+        """``E[k k^H]`` of the pairs of what tells keys apart, ``[groups, p, p]``."""
+        return _pair_moments(self.all_keys, self.attention)
 
-        means, queries = moments("q_proj")
-        queries = queries + means[:, :, None] * means[:, None, :].conj()
-        queries = queries.unflatten(0, (attention.groups, -1)).sum(1)
-        means, each = moments("k_proj")
-        shown = seen.sqrt() * means
-        each = each + shown[:, :, None] * shown[:, None, :].conj()
-        total = (queries.diagonal(dim1=1, dim2=2) * each.diagonal(dim1=1, dim2=2)).real.sum(1)
-        values = damp(outputs.inputs.second, damping)
-        return cls(attention, queries / total.clamp_min(torch.finfo(total.dtype).tiny)[:, None, None], each, values)
-
-    def weights(self, bands: list[Band], size: int) -> Weights:
-        """Returns the projections of heads of ``size`` entries."""
-        found = self._queries_and_keys(bands)
-        found.update(self._values_and_outputs(size))
-        return found
-
-    def _queries_and_keys(self, bands: list[Band]) -> dict[str, tuple[Tensor, Tensor | None]]:
-        """``q_proj`` and ``k_proj``, whose pairs become those of the bands."""
-        maps = [
+    def maps(self, bands: Sequence[Band], size: int) -> HeadMaps:
+        """Returns the maps to heads of ``size`` entries, whose pairs are those of the bands."""
+        both = [
             [maps_to(queries[band.pairs, band.pairs], keys[band.pairs, band.pairs], band.rank) for band in bands]
             for queries, keys in zip(self.queries, self.keys, strict=True)
         ]
-
-        def mapped(key: str, side: int, heads: int) -> tuple[Tensor, Tensor | None]:
-            weight, bias = self.attention.projection(key)
-            rows = _with_bias(weight, bias).unflatten(0, (self.attention.groups, heads, -1))
-            new = []
-            for group, group_maps in zip(rows, maps, strict=True):
-                for head in group:
-                    pairs = to_pairs(head)
-                    parts = [each[side] @ pairs[band.pairs] for band, each in zip(bands, group_maps, strict=True)]
-                    new.append(from_pairs(torch.cat(parts)))
-            return _without_bias(torch.cat(new), bias)
-
-        return {"q_proj": mapped("q_proj", 0, self.attention.heads), "k_proj": mapped("k_proj", 1, 1)}
-
-    def _values_and_outputs(self, size: int) -> dict[str, tuple[Tensor, Tensor | None]]:
-        """``v_proj`` and ``o_proj``, between which fewer entries pass."""
-        groups, heads, old = self.attention.groups, self.attention.heads, self.attention.size
-        weight, bias = self.attention.projection("o_proj")
-        columns = weight.unflatten(1, (groups, heads, old)).movedim(0, 2)  # [groups, heads, out, d]
-        blocks = self.values.unflatten(1, (groups * heads, old)).unflatten(0, (groups * heads, old))
-        own = blocks.diagonal(dim1=0, dim2=2).movedim(-1, 0).unflatten(0, (groups, heads)).mean(1)
-        maps = [maps_to((group.mT @ group).sum(0), moment, size)[1] for group, moment in zip(columns, own, strict=True)]
-        every = torch.block_diag(*(each for each in maps for _ in range(heads)))
-        value, value_bias = self.attention.projection("v_proj")
-        rows = torch.block_diag(*maps) @ _with_bias(value, value_bias)
-        return {"v_proj": _without_bias(rows, value_bias), "o_proj": (refit(weight, self.values, every), bias)}
+        queries, keys = (torch.stack([_real_map([band[side] for band in each]) for each in both]) for side in (0, 1))
+        values = [maps_to(readers, moment, size) for readers, moment in zip(self.readers, self.values, strict=True)]
+        return HeadMaps(queries, keys, *(torch.stack(side) for side in zip(*values, strict=True)))
 
 
-def _with_bias(weight: Tensor, bias: Tensor | None) -> Tensor:
-    return weight if bias is None else torch.cat([weight, bias[:, None]], 1)
+def value_moment(attention: Attention, outputs: LayerStats, damping: Damping) -> Tensor:
+    """Returns the second moment of what the heads deliver to the output projection, ``[heads * d, heads * d]``.
+
+    Args:
+        attention: the attention.
+        outputs: statistics of ``o_proj``.
+        damping: ridges on moments.
+    """
+    weight = attention.module.o_proj.weight
+    second = to_diagonal_(outputs.inputs.second.to(weight.device).clone(), damping.input_shrinkage)
+    return damp(second, max(damping.inputs, rounding_of(weight.dtype)))
 
 
-def _without_bias(rows: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    return (rows, None) if bias is None else (rows[:, :-1], rows[:, -1])
+def _values(attention: Attention, outputs: LayerStats, damping: Damping) -> Tensor:
+    """The second moment of the values of each group, the mean of those that its heads deliver."""
+    heads = attention.groups * attention.heads
+    blocks = value_moment(attention, outputs, damping).unflatten(1, (heads, -1)).unflatten(0, (heads, -1))
+    own: Tensor = blocks.diagonal(dim1=0, dim2=2).movedim(-1, 0).unflatten(0, (attention.groups, -1)).mean(1)
+    return own
+
+
+def _readers(attention: Attention, outputs: LayerStats, damping: Damping) -> Tensor:
+    """What the output projection reads in the values of each group, added up over its heads."""
+    weight, _ = attention.projection("o_proj")
+    metric = Metric.of_outputs(outputs, damping, weight.device)
+    columns, weighted = (
+        each.unflatten(1, (attention.groups, attention.heads, -1)).movedim(0, 2)
+        for each in (weight, weight if metric is None else metric.times(weight))
+    )  # [groups, heads, out, d]
+    readers: Tensor = (columns.mT @ weighted).sum(1)
+    return readers
+
+
+def _spread(attention: Attention, key: str, stats: LayerStats, damping: Damping) -> tuple[Tensor, Tensor]:
+    """Centred second moment ``[heads * d, heads * d]`` and mean ``[heads * d]`` of a projection's outputs."""
+    weight, bias = attention.projection(key)
+    mean, second = (each.to(weight.device) for each in (stats.inputs.mean, stats.inputs.second))
+    centred = to_diagonal_(second - mean.outer(mean), damping.input_shrinkage)
+    spread = damp(centred, max(damping.inputs, rounding_of(attention.module.o_proj.weight.dtype)))
+    return weight @ spread @ weight.mT, weight @ mean + (0 if bias is None else bias)
+
+
+def _pairs(vector: Tensor, attention: Attention) -> Tensor:
+    """The entries of each head as pairs, ``[heads, p]``."""
+    return torch.stack([to_pairs(head[:, None])[:, 0] for head in vector.unflatten(0, (-1, attention.size))])
+
+
+def _pair_moments(moment: Tensor, attention: Attention) -> Tensor:
+    """The second moments of the pairs of each head, ``[heads, p, p]``."""
+    blocks = moment.unflatten(1, (-1, attention.size)).unflatten(0, (-1, attention.size))
+    return torch.stack([pair_moment(each) for each in blocks.diagonal(dim1=0, dim2=2).movedim(-1, 0)])
+
+
+def _real_map(parts: Sequence[Tensor]) -> Tensor:
+    """The map of entries that maps of the pairs in bands are, ``[2 r, 2 p]``."""
+    whole = torch.block_diag(*parts)
+    return torch.cat([torch.cat([whole.real, -whole.imag], 1), torch.cat([whole.imag, whole.real], 1)])

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ...calibrate import MaskOf, calibrate, check_batches, forward, main_output, quiet_eval
+from ...calibrate import MaskOf, calibrate, check_batches
 from ...calibrate.example import first_sample
 from ...checks import is_integer
 from ...errors import LowRankError
 from ...modules import check_model
 from ..damping import Damping
 from ..recovery.scoring import samples_of
-from .find import Attention, Rotary, Weights, find_attentions, smaller_config_
-from .problem import HeadProblem
-from .rotary_pairs import choose_bands, common_frequency, energies, seen_means
+from .choices import HeadChoices
+from .entries import refit
+from .find import find_attentions
+from .problem import value_moment
+from .sizes import HeadSizes
 
 
 @torch.no_grad()
@@ -90,123 +90,18 @@ def reduce_head_dim_(
     batches = data if isinstance(data, (list, tuple)) else list(data)
     if not batches:
         raise LowRankError("reduce_head_dim_: got no batches in data.")
-    sizes = _Sizes(model, attentions, rotary)
+    sizes = HeadSizes(model, attentions, rotary)
     sizes.check(first_sample(batches[0], samples_of(batches[0])), head_dim)
     names = {f"{each.name}.{key}" for each in attentions for key in ("k_proj", "o_proj")}
     stats = calibrate(model, batches, target=[lambda name, _: name in names], mask=mask, progress=progress)
-    ridge, frequencies = (damping or Damping()).inputs, rotary.frequencies
-    seen = seen_means(frequencies, context)
-    problems = [
-        HeadProblem.of(each, stats[f"{each.name}.k_proj"], stats[f"{each.name}.o_proj"], seen, ridge)
-        for each in attentions
-    ]
-    queries, keys = torch.cat([each.queries for each in problems]), torch.cat([each.keys for each in problems])
-    losses, bands = energies(queries, keys), choose_bands(queries, keys, frequencies, head_dim // 2, context)
-    common = [common_frequency(frequencies[band.pairs], losses[band.pairs]).expand(band.rank) for band in bands]
-    sizes.put_([each.weights(bands, head_dim) for each in problems], head_dim, torch.cat(common))
+    ridge = Damping(inputs=(damping or Damping()).inputs)
+    choices = HeadChoices(attentions, rotary.frequencies, stats, ridge, context)
+    kept, weights = choices.kept(head_dim), []
+    for attention in attentions:
+        maps = kept.maps[attention.name]
+        weight, bias = attention.projection("o_proj")
+        moment = value_moment(attention, stats[f"{attention.name}.o_proj"], ridge)
+        outputs = refit(weight, moment, maps.all_values(attention.heads))
+        weights.append({**maps.cut(attention), "o_proj": (outputs, bias)})
+    sizes.put_(weights, head_dim, kept.frequencies)
     return model
-
-
-class _Sizes:
-    """Gives the heads of a model other sizes.
-
-    Args:
-        model: the model.
-        attentions: its attentions.
-        rotary: its rotary embedding.
-    """
-
-    def __init__(self, model: nn.Module, attentions: Sequence[Attention], rotary: Rotary) -> None:
-        self._model, self._attentions, self._rotary = model, attentions, rotary
-        self._config: Any = model.config
-
-    def put_(self, weights: Sequence[Weights], size: int, frequencies: Tensor) -> None:
-        """Changes the model and its configuration.
-
-        Args:
-            weights: the projections of each attention; scores are those of queries and keys as they were scaled.
-            size: entries of a head.
-            frequencies: radians per position of each pair.
-        """
-        smaller_config_(self._config, size, frequencies, self._rotary.module.attention_scaling)
-        with torch.device("meta"):
-            twin = type(self._model)(copy.deepcopy(self._config))
-        for attention, own in zip(self._attentions, weights, strict=True):
-            scaling: Any = twin.get_submodule(attention.name).scaling
-            ratio = attention.module.scaling / scaling
-            queries, bias = own["q_proj"]
-            scaled = {"q_proj": (ratio * queries, None if bias is None else ratio * bias)}
-            attention.put_({**own, **scaled}, size, scaling)
-        self._rotary.put_(self._config)
-
-    def check(self, example: Any, size: int) -> None:
-        """Raises if the model with some entries of its heads gives something else than with zeros for the others.
-
-        Args:
-            example: what the model is run on.
-            size: how many entries stay.
-
-        Raises:
-            LowRankError: if it does; the model is as it was in any case.
-        """
-        old = self._attentions[0].size
-        pairs = torch.linspace(0, old // 2 - 1, size // 2).long()  # some of all
-        rows, entries = torch.cat([pairs, pairs + old // 2]), torch.arange(size)
-        try:
-            with self._restored():
-                for attention in self._attentions:
-                    attention.put_(_parts(attention, rows, entries, zeros=True), old, attention.module.scaling)
-                expected = self._run(example)
-            with self._restored():
-                parts = [_parts(attention, rows, entries, zeros=False) for attention in self._attentions]
-                self.put_(parts, size, self._rotary.frequencies[pairs])
-                found = self._run(example)
-        except Exception as error:
-            raise LowRankError(f"reduce_head_dim_: the model does not run with smaller heads ({error}).") from error
-        tolerance = max(1e-3, 8 * torch.finfo(expected.dtype).eps) * float(expected.abs().max())
-        if expected.shape != found.shape or not float((expected - found).abs().max()) <= tolerance:
-            raise LowRankError(
-                f"reduce_head_dim_: got a {type(self._model).__name__} that uses its heads in another way than a Llama,"
-                " expected halves of queries and keys that RoPE turns with each other, and nothing else."
-            )
-
-    def _run(self, example: Any) -> Tensor:
-        with quiet_eval(self._model):
-            output = main_output(forward(self._model, example, with_target=False)[0])
-        assert output is not None
-        return output
-
-    @contextmanager
-    def _restored(self) -> Iterator[None]:
-        """Gives the model back its projections, its rotary embedding and its configuration."""
-        modules = [each.module for each in self._attentions]
-        modules += [child for module in modules for child in module.children()]
-        states = [(module, dict(vars(module)), dict(module._parameters)) for module in modules]
-        config = dict(vars(self._config))
-        try:
-            yield
-        finally:
-            for module, attributes, parameters in states:
-                vars(module).update(attributes)
-                module._parameters.update(parameters)
-            setattr(self._rotary.parent, self._rotary.key, self._rotary.module)
-            vars(self._config).clear()
-            vars(self._config).update(config)
-
-
-def _parts(attention: Attention, rows: Tensor, entries: Tensor, *, zeros: bool) -> Weights:
-    """The projections with some entries of queries and keys, and some of values, of each head; or zeros elsewhere."""
-
-    def take(tensor: Tensor, kept: Tensor, dim: int) -> Tensor:
-        heads, kept = tensor.unflatten(dim, (-1, attention.size)), kept.to(tensor.device)
-        some = heads.index_select(dim + 1, kept)
-        whole = torch.zeros_like(heads).index_copy(dim + 1, kept, some)
-        found: Tensor = (whole if zeros else some).flatten(dim, dim + 1)
-        return found
-
-    parts = {}
-    for key, kept in (("q_proj", rows), ("k_proj", rows), ("v_proj", entries)):
-        weight, bias = attention.projection(key)
-        parts[key] = take(weight, kept, 0), None if bias is None else take(bias, kept, 0)
-    weight, bias = attention.projection("o_proj")
-    return {**parts, "o_proj": (take(weight, entries, 1), bias)}

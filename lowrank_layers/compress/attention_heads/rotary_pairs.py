@@ -58,13 +58,28 @@ def pair_moment(moment: Tensor) -> Tensor:
 
 
 def choose_bands(readers: Tensor, moments: Tensor, frequencies: Tensor, keep: int, context: int) -> list[Band]:
-    """Returns the bands, alike in all heads, that lose least, by dynamic programming.
+    """Returns the bands, alike in all heads, that lose least.
 
     Args:
         readers: ``E[q q^H]`` of each head, weighted as it counts, ``[heads, p, p]``.
         moments: ``E[k k^H]`` of each head, ``[heads, p, p]``.
         frequencies: radians per position of each pair, in their order, ``[p]``.
         keep: how many pairs stay.
+        context: the largest distance; distances are as frequent as their logarithms are.
+    """
+    return band_choices(readers, moments, frequencies, keep, context)[keep]
+
+
+def band_choices(
+    readers: Tensor, moments: Tensor, frequencies: Tensor, most: int, context: int
+) -> dict[int, list[Band]]:
+    """Returns the bands of :func:`choose_bands` for each number of pairs that stay, by dynamic programming.
+
+    Args:
+        readers: ``E[q q^H]`` of each head, weighted as it counts, ``[heads, p, p]``.
+        moments: ``E[k k^H]`` of each head, ``[heads, p, p]``.
+        frequencies: radians per position of each pair, in their order, ``[p]``.
+        most: how many pairs stay at most.
         context: the largest distance; distances are as frequent as their logarithms are.
     """
     count, weights = len(frequencies), energies(readers, moments)
@@ -78,10 +93,10 @@ def choose_bands(readers: Tensor, moments: Tensor, frequencies: Tensor, keep: in
             for rank, loss in enumerate(losses.tolist()):
                 for before, (lost, bands) in best[start].items():
                     total = before + rank
-                    if total <= keep and (total not in found or lost + loss < found[total][0]):
+                    if total <= most and (total not in found or lost + loss < found[total][0]):
                         found[total] = lost + loss, [*bands, Band(start, stop, rank)]
         best.append(found)
-    return best[count][keep][1]
+    return {total: bands for total, (_, bands) in best[count].items()}
 
 
 def energies(readers: Tensor, moments: Tensor) -> Tensor:
@@ -95,15 +110,17 @@ def common_frequency(frequencies: Tensor, weights: Tensor) -> Tensor:
     return (frequencies * weights).sum() / weights.sum()
 
 
-def detuning(frequencies: Tensor, weights: Tensor, context: int) -> float:
+def detuning(frequencies: Tensor, weights: Tensor, context: int, common: Tensor | None = None) -> float:
     """Returns what a band loses because its pairs turn at their common frequency.
 
     Args:
         frequencies: radians per position of each pair.
         weights: what is lost without each pair.
         context: the largest distance.
+        common: the frequency at which they turn, by default that of these weights.
     """
-    angles = (frequencies - common_frequency(frequencies, weights))[:, None] * _distances(context).to(frequencies)
+    common = common_frequency(frequencies, weights) if common is None else common
+    angles = (frequencies - common)[:, None] * _distances(context).to(frequencies)
     return float(weights @ (2 - 2 * angles.cos()).mean(1))
 
 

@@ -10,6 +10,8 @@ Surgeon", 1993).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -32,6 +34,36 @@ class Elimination:
 
     units: list[int]
     growth: list[float]
+
+    def losses(self, rank: int) -> tuple[float]:
+        """Returns by how much the loss grows by the layer that reads the units.
+
+        Args:
+            rank: how many of them stay.
+        """
+        return (self._grown[len(self.units) + 1 - rank],)
+
+    def losses_alone(self, rank: int) -> tuple[float]:
+        """Returns the same: the sizes by themselves change nothing.
+
+        Args:
+            rank: how many of them stay.
+        """
+        return self.losses(rank)
+
+    def kept(self, rank: int) -> Tensor:
+        """Returns the units that stay, ascending.
+
+        Args:
+            rank: how many stay.
+        """
+        count = len(self.units) + 1
+        return torch.tensor(sorted({*range(count)} - {*self.units[: count - rank]}))
+
+    @cached_property
+    def _grown(self) -> list[float]:
+        """By how much the loss grows with 0, 1, 2, ... of them."""
+        return [0.0, *accumulate(self.growth)]
 
 
 @full_precision

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ...calibrate.statistics import LayerStats
+from ...calibrate.statistics import LayerStats, Statistics
 from ...layers import bias_of, mark_resized, matrices_of, weight_of
 from ...layers.config import Spec
 from ...linalg import full_precision
@@ -39,9 +39,14 @@ class UnitGroup(HiddenUnits):
         return *self.producers, self.consumer
 
     @property
-    def leader(self) -> str:
+    def leaders(self) -> tuple[str]:
         """The layer that reads the units, whose error is that of the group."""
-        return self.consumer
+        return (self.consumer,)
+
+    @property
+    def step(self) -> int:
+        """Any number of units may stay."""
+        return 1
 
     def settings(self) -> dict[str, Any]:
         """Returns the group as a plan's file holds it."""
@@ -72,29 +77,31 @@ class UnitGroup(HiddenUnits):
         axis = len(shape) - 1 - len(layer.get("kernel_size", ()))
         return *shape[:axis], shape[axis] // self.count * rank, *shape[axis + 1 :]
 
-    def order(self, dense: nn.Module, stats: LayerStats, damping: Damping) -> Elimination:
+    def check(self, model: nn.Module, stats: Statistics, rank: int) -> None:
+        """Does nothing: the model ran with fewer units when they were found.
+
+        Args:
+            model: the dense model.
+            stats: its statistics.
+            rank: how many stay.
+        """
+
+    def choices(self, model: nn.Module, stats: Statistics, damping: Damping) -> Elimination:
         """Returns the order in which units go, and by how much the loss grows with each.
 
         Args:
-            dense: the layer that reads them.
-            stats: its statistics in the dense model.
+            model: the dense model.
+            stats: its statistics.
             damping: ridges on the moments.
         """
-        return eliminate(unit_problem(dense, stats.changed(free_bias=False), damping), self.count)
-
-    def kept(self, order: Elimination, rank: int) -> Tensor:
-        """Returns the units that stay, ascending.
-
-        Args:
-            order: what :meth:`order` returned.
-            rank: how many stay.
-        """
-        return torch.tensor(sorted({*range(self.count)} - {*order.units[: self.count - rank]}))
+        reader, known = model.get_submodule(self.consumer), stats[self.consumer].changed(free_bias=False)
+        return eliminate(unit_problem(reader, known, damping), self.count)
 
     @full_precision
     @torch.no_grad()
     def reduced(
         self,
+        name: str,
         dense: nn.Module,
         stats: LayerStats,
         damping: Damping,
@@ -106,6 +113,7 @@ class UnitGroup(HiddenUnits):
         The columns that stay have the best map from them, on the inputs of the statistics.
 
         Args:
+            name: its name.
             dense: the layer that reads them; not changed.
             stats: its statistics, which may be those behind a compressed prefix.
             damping: ridges on the moments.
@@ -121,13 +129,14 @@ class UnitGroup(HiddenUnits):
             new.get_parameter("bias").copy_(bias)
         return new
 
-    def cut_(self, modules: Mapping[str, nn.Module], kept: Tensor) -> None:
+    def cut_(self, model: nn.Module, kept: Tensor) -> None:
         """Leaves the layers of a model with the units that stay, in place, and marks them as resized.
 
         Args:
-            modules: the modules of the model; the reader has zeros for the units that go.
+            model: the model; the reader has zeros for the units that go.
             kept: the units that stay.
         """
+        modules = {name: model.get_submodule(name) for name in self.layers}
         reader = modules[self.consumer]
         units = kept.to(weight_of(reader).device)
         self.take_(modules, units, matrices_of(reader)[0][:, columns_of(reader, units, self.count)])

@@ -1,6 +1,7 @@
 """One file per method. To add one: write the file, register it below, add its row to tests/contracts."""
 
 from ..registry import GROUP_METHODS, register_method
+from .attention_heads import AttentionHeadsMethod as AttentionHeadsMethod
 from .cp import CPMethod as CPMethod
 from .hidden_units import HiddenUnitsMethod as HiddenUnitsMethod
 from .pivot import PivotMethod as PivotMethod
@@ -20,4 +21,5 @@ for _method in (
     TensorizedLinearMethod(),
 ):
     register_method(_method)
+GROUP_METHODS[AttentionHeadsMethod.name] = AttentionHeadsMethod()
 GROUP_METHODS[HiddenUnitsMethod.name] = HiddenUnitsMethod()

@@ -6,19 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ...calibrate import forward, quiet_eval
-from ...calibrate.example import has_tokens, map_tensors
+from ...calibrate import quiet_eval
 from ...calibrate.staged_calibration import without_cache
 from ...calibrate.statistics import Statistics
 from ...errors import LowRankError
 from ..hidden_units.find import find_hidden_units
 from ..hidden_units.group import UnitGroup
-
-POSITIONS = 16
-"""So many tokens are enough to see which layer reads which."""
+from ..short_example import short_example
 
 
 @dataclass(frozen=True)
@@ -57,15 +53,8 @@ class HiddenUnitsMethod:
             model: the dense model; it is as before afterwards.
             stats: its statistics, on whose example it is run.
         """
-        if stats.example is None:
-            raise LowRankError(
-                "make_plan: got statistics without an example, on which HiddenUnitsMethod runs the model to find hidden"
-                " units; expected those of calibrate, whose batches hold tensors alone."
-            )
-        parameter = next(model.parameters())
-        batch = map_tensors(lambda tensor: tensor.to(parameter.device), stats.example)
+        batch = short_example(model, stats, "HiddenUnitsMethod")
         with quiet_eval(model), without_cache(model):
-            batch = _shortened(model, batch, with_target=stats.with_target)
             found = find_hidden_units(model, batch, with_target=stats.with_target)
         return [UnitGroup(each.producers, each.norms, each.consumer, each.count) for each in found]
 
@@ -87,24 +76,3 @@ class HiddenUnitsMethod:
                 " consumer and count; plan anew."
             )
         return group
-
-
-@torch.no_grad()
-def _shortened(model: nn.Module, batch: Any, *, with_target: bool) -> Any:
-    """The first positions of a batch of tokens, where the model runs on them; another batch as it is."""
-    shapes: set[tuple[int, ...]] = set()
-
-    def look(tensor: Tensor) -> Tensor:
-        shapes.add(tuple(tensor.shape))
-        return tensor
-
-    map_tensors(look, batch)
-    shape = next(iter(shapes), ())
-    if len(shapes) != 1 or len(shape) != 2 or shape[1] <= POSITIONS or not has_tokens(batch, with_target=with_target):
-        return batch
-    few = map_tensors(lambda tensor: tensor[:, :POSITIONS], batch)
-    try:
-        forward(model, few, with_target=with_target)
-    except Exception:  # a model of sequences of one length
-        return batch
-    return few
