@@ -11,7 +11,6 @@ from torch import Tensor
 
 from ..errors import BudgetError
 
-
 _MOVES = 1024
 """Changes of one layer, those that lose least at the price of the relaxation, that are tried in pairs."""
 _ROUNDS = 200
