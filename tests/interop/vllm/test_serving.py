@@ -201,11 +201,9 @@ def test_what_vllm_cannot_serve_is_refused(vllm, tmp_path):
         lr.factorize_(rounded, plan)
         with pytest.raises(CheckpointError, match=r"Linear.*floating point.*without bits="):
             vllm.from_config(saved_config(tmp_path, rounded))
-    narrow = dense()
-    batches = [{"input_ids": torch.randint(50, (4, 16)), "use_cache": False}]
-    lr.remove_units_(narrow, batches, lr.Budget(params=0.9))
-    with pytest.raises(CheckpointError, match=r"other sizes or parts .*uniform=True"):
-        vllm.from_config(saved_config(tmp_path, narrow))
+    opened = {"layers": {}, "unfused": ["attention"], "version": 1}
+    with pytest.raises(CheckpointError, match=r"'attention', an attention in four parts; plan with skip="):
+        vllm.from_config(opened)
 
 
 def test_low_rank_layers_that_vllm_has_no_linear_layer_for_are_refused(vllm, folder):
