@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import lowrank_layers as lr
+from lowrank_layers.layers import is_resized, mark_resized
 
 from .models import KINDS, Kind, output, tokens
 
@@ -50,7 +51,25 @@ def pivots(kind: Kind) -> nn.Module:
     return lr.factorize_(model, lr.make_plan(model, rank=9, methods=[lr.PivotMethod()]))
 
 
+def narrow(kind: Kind) -> nn.Module:
+    """The model with fewer hidden units, another number in each block, and ordinary layers."""
+    model = kind.dense()
+    stats = lr.calibrate(model, [kind.inputs()])
+    plan = lr.make_plan(model, lr.Budget(params=0.9), stats, [lr.HiddenUnitsMethod()])
+    for block, leader in enumerate(dict.fromkeys(entry.settings["consumer"] for entry in plan if entry.is_grouped)):
+        plan.set_rank(leader, 41 + 6 * block)
+    return lr.factorize_(model, plan, stats)
+
+
+def narrow_pairs(kind: Kind) -> nn.Module:
+    """The model with fewer hidden units, and pairs in the place of some of these and of other layers."""
+    model = narrow(kind)
+    return lr.factorize_(model, lr.make_plan(model, rank=9, skip=["gate_proj"]))
+
+
 MODELS = {name: (name, pairs) for name in READ} | {f"{name}, pivots": (name, pivots) for name in ("llama", "gpt2")}
+MODELS |= {f"{name}, fewer units": (name, narrow) for name in ("llama", "bert")}
+MODELS |= {"llama, fewer units and pairs": ("llama", narrow_pairs)}
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +91,9 @@ def saved(tmp_path_factory) -> Path:
 def test_a_process_without_the_library_computes_the_same_bits(saved, name):
     of, make = MODELS[name]
     model = make(KINDS[of])
-    assert sum(isinstance(module, lr.FactoredModule) for module in model.modules()) >= 5
+    assert sum(isinstance(module, lr.FactoredModule) or is_resized(module) for module in model.modules()) >= 4
+    if "fewer units" in name:
+        assert len({weight.shape for weight in model.state_dict().values() if {41, 47} & {*weight.shape}}) >= 4
     assert torch.equal(torch.load(saved / name / "output.pt"), output(model, KINDS[of].inputs()))
 
 
@@ -81,12 +102,24 @@ def test_who_does_not_allow_the_code_gets_an_error(saved):
         KINDS["llama"].load(saved / "llama", trust_remote_code=False)
 
 
+def test_a_dense_model_needs_no_code(tmp_path):
+    model = KINDS["llama"].dense()
+    model.save_pretrained(tmp_path, remote_code=True)
+    assert torch.equal(output(KINDS["llama"].load(tmp_path), tokens()), output(model, tokens()))
+    assert not list(tmp_path.glob("*.py"))
+
+
 def test_other_layers_are_refused_and_nothing_is_written(tmp_path):
     with pytest.raises(lr.LowRankError, match=r"'vit.embeddings.patch_embeddings.projection' \(\w+Conv2d\); skip them"):
         KINDS["vit"].factored().save_pretrained(tmp_path / "vit", remote_code=True)
 
     class Own(type(KINDS["llama"].dense())):
         pass
+
+    resized = KINDS["vit"].dense()
+    mark_resized(resized.vit.embeddings.patch_embeddings.projection)
+    with pytest.raises(lr.LowRankError, match=r"'vit.embeddings.patch_embeddings.projection' \(Conv2d of another size"):
+        resized.save_pretrained(tmp_path / "resized", remote_code=True)
 
     own = copy.deepcopy(pairs(KINDS["llama"]))
     own.__class__ = Own
