@@ -15,7 +15,7 @@ from torch import nn
 import lowrank_layers as lr
 from lowrank_layers.layers import is_resized, mark_resized
 
-from .models import KINDS, Kind, output, tokens
+from .models import KINDS, Kind, narrow, narrow_pairs, output, tokens
 
 READ = ("llama", "tied llama", "qwen3 moe", "gpt2", "t5", "bert")
 LOADS = """
@@ -49,22 +49,6 @@ def pivots(kind: Kind) -> nn.Module:
     """The model with linear layers in pivot form."""
     model = kind.dense()
     return lr.factorize_(model, lr.make_plan(model, rank=9, methods=[lr.PivotMethod()]))
-
-
-def narrow(kind: Kind) -> nn.Module:
-    """The model with fewer hidden units, another number in each block, and ordinary layers."""
-    model = kind.dense()
-    stats = lr.calibrate(model, [kind.inputs()])
-    plan = lr.make_plan(model, lr.Budget(params=0.9), stats, [lr.HiddenUnitsMethod()])
-    for block, leader in enumerate(dict.fromkeys(entry.settings["consumer"] for entry in plan if entry.is_grouped)):
-        plan.set_rank(leader, 41 + 6 * block)
-    return lr.factorize_(model, plan, stats)
-
-
-def narrow_pairs(kind: Kind) -> nn.Module:
-    """The model with fewer hidden units, and pairs in the place of some of these and of other layers."""
-    model = narrow(kind)
-    return lr.factorize_(model, lr.make_plan(model, rank=9, skip=["gate_proj"]))
 
 
 MODELS = {name: (name, pairs) for name in READ} | {f"{name}, pivots": (name, pivots) for name in ("llama", "gpt2")}
