@@ -37,7 +37,7 @@ class Shard:
         """Whether it is known to have a bias; that of a dense layer which is not resized is vLLM's alone."""
         if self.spec is not None:
             return self.spec.bias
-        return self.resized is not None and bool(self.resized["bias"])
+        return self.resized is not None and bool(self.resized.get("bias", True))
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,13 @@ import torch
 import lowrank_layers as lr
 from benchmarks.vision import import_torchvision
 from lowrank_layers.errors import CheckpointError
+from lowrank_layers.layers.config import describe
 from tests.interop.vllm import stand_in
-from tests.interop.vllm.test_serving import HIDDEN, INNER, PACKED, config_of, fill, vllm
+from tests.interop.vllm.test_serving import HIDDEN, INNER, config_of, fill
 
 import_torchvision()
 transformers = pytest.importorskip("transformers")
 
-__all__ = ["vllm"]
 UNITS = (36, 23)
 """Of the two blocks: the first number is divided by 2 and 4, the second by neither."""
 MIXED = {
@@ -131,11 +131,10 @@ def test_what_does_not_fit_together_is_refused(vllm, folder):
     for wrong, words in ((wide, r"up_proj' \(32, 40\)"), (apart, "up_proj' as configured")):
         with pytest.raises(CheckpointError, match=rf"gate_proj' \(32, 36\), .*{words}, expected the same"):
             stand_in.MergedColumnParallelLinear(HIDDEN, [INNER, INNER], False, wrong, f"{prefix}.gate_up_proj")
-    spec = config.resized["model.layers.0.self_attn.q_proj"] = config.resized[f"{prefix}.up_proj"]
+    config.resized["model.layers.0.self_attn.q_proj"] = config.resized[f"{prefix}.up_proj"]
     with pytest.raises(CheckpointError, match="is resized, but vLLM has no resized QKVParallelLinear"):
         stand_in.QKVParallelLinear(HIDDEN, 8, 4, 4, False, config, "model.layers.0.self_attn.qkv_proj")
     values = json.loads((folder.path / "config.json").read_text(encoding="utf-8"))["quantization_config"]
-    values["resized"]["model.conv"] = {**spec, "type": "Conv1d"}
+    values["resized"]["model.conv"] = describe(torch.nn.Conv1d(8, 8, 3))
     with pytest.raises(CheckpointError, match=r"'model\.conv', a Conv1d of other sizes .*expected Linear; plan with"):
         vllm.from_config(values)
-    assert set(PACKED["gate_up_proj"]) == {"gate_proj", "up_proj"}
