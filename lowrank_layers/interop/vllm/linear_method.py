@@ -105,7 +105,7 @@ class LowRankLinearMethod(LinearMethodBase):
             if (name, index) not in self._loaded:
                 raise CheckpointError(f"the files have no {self.shards[index].name}.{name}; save the model again.")
         if self.has_own_bias and getattr(layer, "bias", None) is not None:
-            layer.bias = None
+            layer.register_parameter("bias", None)
         if self._sizes.splits_inputs and not self._pairs[0]:
             basis = pivot_basis(self._values(layer, "down.weight", 0), self._values(layer, "order", 0))
             own = basis[:, self._sizes.own_columns(_rank(layer))]

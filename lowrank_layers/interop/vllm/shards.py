@@ -136,8 +136,9 @@ class Sizes:
 
 def _resized(shards: Sequence[Shard]) -> tuple[int, int]:
     """The numbers of inputs and outputs of each of the layers, which have to be the same."""
-    sizes = [each.resized and (each.resized["in_features"], each.resized["out_features"]) for each in shards]
-    if len(set(sizes)) > 1 or sizes[0] is None:
+    sizes = [None if (own := each.resized) is None else (own["in_features"], own["out_features"]) for each in shards]
+    first = sizes[0]
+    if len(set(sizes)) > 1 or first is None:
         words = [
             f"{each.name!r} {'as configured' if size is None else size}"
             for each, size in zip(shards, sizes, strict=True)
@@ -146,4 +147,4 @@ def _resized(shards: Sequence[Shard]) -> tuple[int, int]:
             f"config.json: vLLM computes layers as one that have different sizes (inputs, outputs): {', '.join(words)},"
             " expected the same for all; save the model again."
         )
-    return sizes[0]
+    return first
