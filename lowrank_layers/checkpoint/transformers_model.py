@@ -7,6 +7,7 @@ from pathlib import Path
 from torch import nn
 
 from ..errors import CheckpointError, MissingExtraError
+from .dense_folder import check_is_dense
 from .mapped_model import without_values
 
 
@@ -17,13 +18,15 @@ def transformers_model(folder: Path) -> nn.Module:
         folder: the folder.
 
     Raises:
-        CheckpointError: for a folder without ``config.json``, or of a class that transformers does not have.
+        CheckpointError: for a folder without ``config.json``, of a class that transformers does not have, or with a
+            model that is compressed.
         MissingExtraError: if transformers is not installed.
     """
     if not (folder / "config.json").is_file():
         raise CheckpointError(
             f"{folder}: has no config.json of transformers, expected one, or model=, the model on the meta device."
         )
+    check_is_dense(folder)
     try:
         import transformers
     except ImportError:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..checkpoint import KEY, Checkpoint
+from ..checkpoint import KEY, Checkpoint, check_is_dense
 from ..compress import Candidate, Entry, Plan, make_plan
 from ..compress.allocation import Allocation, Offer, offers_for
 from ..compress.methods import SVDMethod
@@ -101,10 +101,11 @@ def plannable(checkpoint: Checkpoint) -> dict[str, Spec]:
         checkpoint: where they are.
 
     Raises:
-        LowRankError: if there is none, or the model is factored already.
+        LowRankError: if there is none, or the model is compressed already.
     """
     if KEY in checkpoint.metadata:
         raise LowRankError(f"{checkpoint.path}: was written by lowrank_layers.save, and is factored already.")
+    check_is_dense(checkpoint.path)
     specs, _ = linear_layers(checkpoint)
     if not specs:
         raise LowRankError(f"{checkpoint.path}: has no weight of a linear layer; lowrank spectrum shows all weights.")

@@ -37,8 +37,9 @@ Spec = dict[str, Any]
 
 
 def describe(module: nn.Module) -> Spec:
-    """Returns the settings of a dense layer that can be factorized, or of a batch norm."""
-    kind = type(module).__name__
+    """Returns the settings of a dense layer that can be factorized, or of a batch norm; adapters are left out."""
+    names = [each.__name__ for each in type(module).__mro__]
+    kind = next((name for name in names if name in _SETTINGS), names[0])
     spec: Spec = {"type": kind}
     for name in _SETTINGS[kind]:
         value = getattr(module, name)

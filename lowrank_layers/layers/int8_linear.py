@@ -16,6 +16,8 @@ KERNEL_ROWS = 64
 """Rows of inputs up to which torch's int8 kernel multiplies; with more, a product in floating point is faster."""
 KERNEL_BLOCK = 32
 """The kernel reads so many inputs at a time, and past the end of a row that is no multiple of it."""
+KERNEL_ALIGNMENT = 32
+"""In bytes; elsewhere the kernel ends the process. Tensors that are mapped from a file may lie anywhere."""
 
 
 class Int8Linear(Int8Layer, nn.Linear):  # type: ignore[override]
@@ -79,7 +81,9 @@ class Int8Linear(Int8Layer, nn.Linear):  # type: ignore[override]
         """Maps ``[*, in_features]`` to ``[*, out_features]``."""
         if not self._takes_kernel(input):
             return nn.functional.linear(input, self.dequantized(), self.bias)
-        rows = input.reshape(-1, self.in_features)
+        rows = _aligned(input.reshape(-1, self.in_features).contiguous())
+        if self.codes.data_ptr() % KERNEL_ALIGNMENT:
+            self.codes.data = _aligned(self.codes)  # the same tensor, as others may hold it
         out = torch._weight_int8pack_mm(rows, self.codes, self.scale.to(input.dtype))
         out = out.reshape(*input.shape[:-1], self.out_features)
         return out if self.bias is None else out + self.bias
@@ -96,7 +100,7 @@ class Int8Linear(Int8Layer, nn.Linear):  # type: ignore[override]
             return False
         special = torch.is_autocast_enabled("cpu") or _functorch.maybe_current_level() is not None
         differentiated = (torch.is_grad_enabled() and input.requires_grad) or forward_ad._current_level >= 0
-        return not (special or differentiated)
+        return not (special or differentiated) and type(input) is Tensor
 
     @classmethod
     def like(cls, dense: nn.Module, *, rank: None = None, bias: bool | None = None) -> Int8Linear:
@@ -118,3 +122,8 @@ class Int8Linear(Int8Layer, nn.Linear):  # type: ignore[override]
         dense = self._returned(nn.utils.skip_init(nn.Linear, *sizes, **place))
         assert isinstance(dense, nn.Linear)
         return dense
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """The tensor where the kernel can read it."""
+    return tensor.clone() if tensor.data_ptr() % KERNEL_ALIGNMENT else tensor

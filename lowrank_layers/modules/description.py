@@ -137,10 +137,10 @@ def _resized(spec: Spec, module: nn.Module | None) -> nn.Module | None:
     if is_compressed(module):
         return None
     small = blank(spec).train(module.training)
+    if isinstance(module, type(small)) and describe(module) == spec:
+        return None
     if type(module) is not type(small):
         raise LowRankError(f"was saved as {spec['type']}, but the model has a {type(module).__name__}.")
-    if describe(module) == spec:
-        return None
     small.to_empty(device=next(iter(module.state_dict().values())).device)
     mark_resized(small)
     return small

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import CheckpointError, LowRankError
-from ..layers.config import FactoredSpec
+from ..layers.config import FactoredSpec, blank
 from .description import ModelDescription
 
 QUANT_METHOD = "lowrank"
@@ -68,6 +68,8 @@ def from_quantization_config(values: Mapping[str, Any]) -> ModelDescription:
             specs[name] = _from_json(each)
         except LowRankError as error:
             raise CheckpointError(f"config.json: {name!r}: {error}") from None
+    for name, each in resized.items():
+        _check_resized(name, each)
     return ModelDescription(specs, tuple(opened), dict(resized))
 
 
@@ -81,3 +83,13 @@ def _from_json(values: Any) -> FactoredSpec:
     if not isinstance(values, Mapping):
         raise LowRankError(f"its description {values!r} is damaged or newer.")
     return FactoredSpec.from_json({"form": {}, **values, "dense": {}})
+
+
+def _check_resized(name: str, values: Any) -> None:
+    """Raises unless the values are the settings of a layer."""
+    try:
+        if not isinstance(values, Mapping):
+            raise LowRankError(f"its description {values!r} is damaged or newer.")
+        blank(dict(values))
+    except LowRankError as error:
+        raise CheckpointError(f"config.json: {name!r}: {error}") from None

@@ -89,6 +89,18 @@ def test_the_kernel_runs_where_it_may_and_agrees(dtype, monkeypatch):
     assert len(calls) == 1
 
 
+@pytest.mark.parametrize("moved", ["codes", "input"])
+def test_tensors_that_lie_anywhere_in_memory(moved):
+    """As those of a file that is mapped; the kernel would end the process."""
+    layer, x = linear(torch.bfloat16), torch.randn(5, 64).bfloat16()
+    expected = layer(x)
+    if moved == "codes":
+        layer.codes = torch.cat([layer.codes.new_zeros(1), layer.codes.flatten()])[1:].view_as(layer.codes)
+    else:
+        x = torch.cat([x.new_zeros(1), x.flatten()])[1:].view_as(x)
+    assert torch.equal(layer(x), expected)
+
+
 def test_an_embedding_looks_rows_up():
     dense = nn.Embedding(50, 16, padding_idx=3)
     layer = lr.Int8Embedding.from_dense(dense)

@@ -1,4 +1,4 @@
-"""Checks that the files of a folder hold the low-rank layers that its ``config.json`` describes."""
+"""Checks that the files of a folder hold the layers that its ``config.json`` describes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 
 from ...errors import CheckpointError
 from ...files import TensorInfo, read_infos
-from ...layers import is_compressed
+from ...layers import is_compressed, is_resized
 from ...modules import walk_layers
 
 
@@ -18,7 +18,7 @@ def check_files(model: Any, files: Iterable[str]) -> None:
     """Raises if files are missing, torn, or hold other tensors for the layers than the model has, before any is read.
 
     Args:
-        model: the model with its low-rank layers, without values.
+        model: the model with its low-rank and resized layers, without values.
         files: the files of its weights; others than those of safetensors are passed over.
 
     Raises:
@@ -44,7 +44,7 @@ def _compare(model: Any, held: dict[str, TensorInfo], folder: Path) -> None:
     state = {
         f"{name}.{key}": tensor
         for name, module in walk_layers(model)
-        if is_compressed(module)
+        if _is_described(module)
         for key, tensor in module.state_dict().items()
     }
     problems = []
@@ -63,14 +63,14 @@ def _compare(model: Any, held: dict[str, TensorInfo], folder: Path) -> None:
 
 
 def check_none_is_missing(model: Any) -> None:
-    """Makes the loading of weights end in an error where a tensor of a low-rank layer was in no file.
+    """Makes the loading of weights end in an error where a tensor of a low-rank or resized layer was in no file.
 
     transformers fills what is missing with random values and logs it. It names it to the model when it ties weights.
 
     Args:
-        model: the model with its low-rank layers, without values.
+        model: the model with its low-rank and resized layers, without values.
     """
-    layers = {name: module for name, module in walk_layers(model) if is_compressed(module)}
+    layers = {name: module for name, module in walk_layers(model) if _is_described(module)}
     own = {f"{name}.{key}" for name, module in layers.items() for key in module.state_dict()}
 
     def tie_weights(missing_keys: set[str] | None = None, **kwargs: Any) -> Any:
@@ -78,12 +78,16 @@ def check_none_is_missing(model: Any) -> None:
         absent = sorted(own & (missing_keys or set()))
         if absent:
             raise CheckpointError(
-                f"{model.config.name_or_path}: its files lack {len(absent)} tensors of low-rank layers:"
-                f" {_some(absent)}; they are damaged or incomplete. Copy them from where the folder was saved."
+                f"{model.config.name_or_path}: its files lack {len(absent)} tensors of low-rank or resized"
+                f" layers: {_some(absent)}; they are damaged or incomplete. Copy them from where the folder was saved."
             )
         return model.tie_weights(missing_keys=missing_keys, **kwargs)
 
     model.tie_weights = tie_weights
+
+
+def _is_described(module: nn.Module) -> bool:
+    return is_compressed(module) or is_resized(module)
 
 
 def _some(names: list[str]) -> str:

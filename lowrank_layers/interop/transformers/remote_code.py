@@ -26,12 +26,13 @@ class LowRank{config}(transformers.{config}):
 
 
 class LowRank{model}(transformers.{model}):
-    """``{model}`` with the low-rank layers that ``config.json`` names."""
+    """``{model}`` with the low-rank layers and the sizes that ``config.json`` names."""
 
     config_class = LowRank{config}
 
     def __init__(self, config, *args, **kwargs):
         super().__init__(config, *args, **kwargs)
+        resize_(self, config.resized_layers)
         make_low_rank_(self, config.low_rank_layers)
 '''
 
@@ -58,11 +59,17 @@ def check_remote_code(model: Any) -> None:
         for name, spec in description.layers.items()
         if spec.type not in (*_PAIRS, *_PIVOTS) or spec.form or spec.bits
     ]
-    odd += [repr(name) for name in (*description.opened, *description.resized)]
+    odd += [repr(name) for name in description.opened]
+    odd += [
+        f"{name!r} ({spec['type']} of another size)"
+        for name, spec in description.resized.items()
+        if spec["type"] != "Linear"
+    ]
     if odd:
         raise LowRankError(
             f"save_pretrained(remote_code=True): writes low-rank linear layers and embeddings in floating point, and"
-            f" the model has others: {', '.join(odd[:5])}; skip them in make_plan, or leave remote_code out."
+            f" linear layers of other sizes, and the model has others: {', '.join(odd[:5])}; skip them in make_plan, or"
+            " leave remote_code out."
         )
 
 
@@ -79,10 +86,16 @@ def write_remote_code(model: Any, folder: Path) -> None:
     names = {"model": type(model).__name__, "config": type(model.config).__name__}
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
-    layers = config.pop("quantization_config")["layers"]
+    described = config.pop("quantization_config", None)
+    if described is None:  # an ordinary folder
+        return
     config["low_rank_layers"] = {
         name: {"rank": each["rank"], "bias": each["bias"], "pivot": each["type"] in _PIVOTS}
-        for name, each in layers.items()
+        for name, each in described["layers"].items()
+    }
+    config["resized_layers"] = {
+        name: {side: each[side] for side in ("in_features", "out_features")}
+        for name, each in described.get("resized", {}).items()
     }
     config["model_type"] = f"{QUANT_METHOD}_{config['model_type']}"
     config["architectures"] = [f"LowRank{names['model']}"]

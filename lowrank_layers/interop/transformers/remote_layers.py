@@ -1,4 +1,4 @@
-"""Low-rank layers for models that are read without lowrank_layers, which wrote this file.
+"""Low-rank layers, and layers of other sizes, for models that are read without lowrank_layers, which wrote this file.
 
 The class of the model stands at its end. ``from_pretrained(folder, trust_remote_code=True)`` uses it.
 """
@@ -90,6 +90,20 @@ class LowRankPivot(LowRankPair):
         pivots, others = input.index_select(-1, self.order).split([rank, input.shape[-1] - rank], -1)
         out: torch.Tensor = self.up(pivots + self.down(others))
         return out
+
+
+def resize_(model: transformers.PreTrainedModel, layers: Mapping[str, Mapping[str, int]]) -> None:
+    """Puts uninitialized linear layers of other sizes into a dense model, in place.
+
+    Args:
+        model: a dense model.
+        layers: ``in_features`` and ``out_features``, by the name of the layer.
+    """
+    for name, sizes in layers.items():
+        parent, _, child = name.rpartition(".")
+        dense: Any = model.get_submodule(name)
+        place = {"device": dense.weight.device, "dtype": dense.weight.dtype}
+        setattr(model.get_submodule(parent), child, nn.Linear(**sizes, bias=dense.bias is not None, **place))
 
 
 def make_low_rank_(model: transformers.PreTrainedModel, layers: Mapping[str, Mapping[str, Any]]) -> None:

@@ -1,4 +1,4 @@
-"""How vLLM makes, fills and computes a linear layer whose shards are low-rank."""
+"""How vLLM makes, fills and computes a linear layer whose shards are low-rank or resized."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from .shards import Shard, Sizes
 
 Key = tuple[str, int]
 """The name of a parameter in a file (``"down.weight"``) and the index of its shard."""
+RESIZED_BIAS = "resized.bias"
+"""The name of the biases of dense shards that are resized."""
 
 
 class LowRankLinearMethod(LinearMethodBase):
@@ -25,7 +27,8 @@ class LowRankLinearMethod(LinearMethodBase):
 
     Parameters have the names of the files: ``down.weight`` (:math:`V` or :math:`C`), ``up.weight`` and ``order``;
     ``weight`` holds shards that are dense. Each is one flat tensor with the values of all shards. The bias is that of
-    the layer of vLLM, or ``up.bias`` where that has none.
+    the layer of vLLM, or ``up.bias`` where that has none. Resized layers have their own, since that of vLLM may be of
+    another size: ``up.bias``, and ``resized.bias`` where they are dense.
 
     In tensor parallelism a layer that is split along its outputs holds all of ``down`` and its rows of ``up``; one that
     is split along its inputs holds its columns of ``down`` and all of ``up``, and vLLM adds up what the processes
@@ -67,20 +70,22 @@ class LowRankLinearMethod(LinearMethodBase):
             params_dtype: the dtype of the weights.
             **extra_weight_attrs: what vLLM gives its own parameters, of which nothing is needed here.
         """
-        count = len(self.shards)
-        sizes = Sizes.of(layer, count, input_size_per_partition, output_partition_sizes, input_size, output_size)
+        sizes = Sizes.of(layer, self.shards, input_size_per_partition, output_partition_sizes, input_size, output_size)
         self._sizes = sizes
-        self.has_own_bias = not getattr(layer, "has_bias", False)
+        is_resized = any(shard.resized is not None for shard in self.shards)
+        self.has_own_bias = is_resized or not getattr(layer, "has_bias", False)
         shapes: dict[str, dict[int, tuple[int, ...]]] = {}
         for index, (shard, outputs) in enumerate(zip(self.shards, sizes.outputs, strict=True)):
             if shard.spec is None:
                 shapes.setdefault("weight", {})[index] = (outputs, sizes.local_inputs)
+                if shard.has_bias and self.has_own_bias:
+                    shapes.setdefault(RESIZED_BIAS, {})[index] = (outputs,)
                 continue
             rank = shard.spec.rank
             columns = sizes.inputs - rank if shard.has_pivots else sizes.local_inputs
             shapes.setdefault("down.weight", {})[index] = (rank, columns)
             shapes.setdefault("up.weight", {})[index] = (outputs, rank)
-            if shard.spec.bias and self.has_own_bias:
+            if shard.has_bias and self.has_own_bias:
                 shapes.setdefault("up.bias", {})[index] = (outputs,)
             if shard.has_pivots:
                 shapes.setdefault("order", {})[index] = (sizes.inputs,)
@@ -99,9 +104,12 @@ class LowRankLinearMethod(LinearMethodBase):
         for name, index in self._places:
             if (name, index) not in self._loaded:
                 raise CheckpointError(f"the files have no {self.shards[index].name}.{name}; save the model again.")
+        if self.has_own_bias and getattr(layer, "bias", None) is not None:
+            layer.register_parameter("bias", None)
         if self._sizes.splits_inputs and not self._pairs[0]:
             basis = pivot_basis(self._values(layer, "down.weight", 0), self._values(layer, "order", 0))
-            own = basis[:, self._sizes.own_columns(_rank(layer))].contiguous()
+            own = basis[:, self._sizes.own_columns(_rank(layer))]
+            own = F.pad(own, (0, self._sizes.local_inputs - own.shape[1])).contiguous()
             self._register(layer, "down.weight", {0: tuple(own.shape)}, own.dtype, own.flatten())
             self._pairs[0] = True
 
@@ -113,6 +121,8 @@ class LowRankLinearMethod(LinearMethodBase):
             x: its input.
             bias: vLLM's own bias.
         """
+        if not any(shard.spec is not None or shard.has_bias for shard in self.shards):
+            return F.linear(x, layer.get_parameter("weight").view(-1, self._sizes.local_inputs), bias)
         outputs = [self._output(layer, index, x) for index in range(len(self.shards))]
         output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
         return output if bias is None else output + bias
@@ -120,15 +130,15 @@ class LowRankLinearMethod(LinearMethodBase):
     def _output(self, layer: nn.Module, index: int, x: Tensor) -> Tensor:
         values = partial(self._values, layer, index=index)
         spec = self.shards[index].spec
+        has_bias = self.shards[index].has_bias and self.has_own_bias
         if spec is None:
-            return F.linear(x, values("weight"))
+            return F.linear(x, values("weight"), values(RESIZED_BIAS) if has_bias else None)
         if self._pairs[index]:
             hidden = F.linear(x, values("down.weight"))
         else:
             pivots, others = x.index_select(-1, values("order")).split([spec.rank, self._sizes.inputs - spec.rank], -1)
             hidden = pivots + F.linear(others, values("down.weight"))
-        bias = values("up.bias") if spec.bias and self.has_own_bias else None
-        return F.linear(hidden, values("up.weight"), bias)
+        return F.linear(hidden, values("up.weight"), values("up.bias") if has_bias else None)
 
     def _register(
         self,
@@ -172,23 +182,25 @@ class LowRankLinearMethod(LinearMethodBase):
 
     def _copy(self, layer: nn.Module, name: str, index: int, loaded: Tensor) -> None:
         sizes, place, rank = self._sizes, self._values(layer, name, index), _rank(layer)
+        has_outputs = name in ("up.weight", "up.bias", "weight", RESIZED_BIAS)
+        has_inputs = name == "weight" or (name == "down.weight" and not self.shards[index].has_pivots)
         whole = list(place.shape)
-        if name in ("up.weight", "up.bias", "weight"):
-            whole[0] = sizes.all_rows(index)
-        if name == "down.weight" and not self.shards[index].has_pivots:
+        if has_outputs:
+            whole[0] = sizes.all_outputs[index]
+        if has_inputs:
             whole[1] = sizes.inputs
         if list(loaded.shape) != whole:
             raise CheckpointError(
                 f"{self.shards[index].name}.{name}: got the shape {list(loaded.shape)}, expected {whole}; save the"
                 " model again."
             )
-        if whole[0] != place.shape[0]:
+        if has_outputs:
             loaded = loaded[sizes.own_rows(index, rank)]
-        if whole[-1] != place.shape[-1] and len(whole) == 2:
+        if has_inputs:
             loaded = loaded[:, sizes.own_columns(rank)]
-        if name == "up.bias" and sizes.splits_inputs and rank > 0:
+        if name in ("up.bias", RESIZED_BIAS) and sizes.splits_inputs and rank > 0:
             loaded = torch.zeros_like(loaded)  # the outputs of all processes are added up
-        place.copy_(loaded)
+        place.zero_()[tuple(map(slice, loaded.shape))].copy_(loaded)
         self._loaded.add((name, index))
 
 

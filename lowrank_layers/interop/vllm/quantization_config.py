@@ -13,7 +13,7 @@ from vllm.model_executor.models.utils import WeightsMapper
 
 from ...errors import CheckpointError
 from ...modules import QUANT_METHOD, ModelDescription, from_quantization_config
-from .linear_method import LowRankLinearMethod
+from .linear_method import RESIZED_BIAS, LowRankLinearMethod
 from .shards import Shard
 
 TYPES = ("LowRankLinear", "PivotLinear")
@@ -21,16 +21,16 @@ TYPES = ("LowRankLinear", "PivotLinear")
 
 
 class VLLMLowRankConfig(QuantizationConfig):
-    """Tells vLLM which of its linear layers are low-rank, in whole or in part.
+    """Tells vLLM which of its linear layers are low-rank, in whole or in part, and which have sizes of their own.
 
     Where vLLM computes several layers of the model as one, such as query, key and value, each has its own factors, or
-    its dense weight.
+    its dense weight. Layers that have lost hidden units are resized, to a number that may be another one in each block.
 
     Args:
         description: of the model that was saved.
 
     Raises:
-        CheckpointError: if it has low-rank layers of other kinds, or layers of other sizes than its configuration says.
+        CheckpointError: if it has low-rank or resized layers of other kinds, or open attentions.
     """
 
     def __init__(self, description: ModelDescription) -> None:
@@ -42,14 +42,20 @@ class VLLMLowRankConfig(QuantizationConfig):
                     f"config.json: vLLM cannot serve {name!r}, a {kind}, expected {' or '.join(TYPES)} in floating"
                     " point; plan with skip= for layers of other kinds, and without bits=."
                 )
-        if description.opened or description.resized:
-            name = next(iter([*description.opened, *description.resized]))
+        if description.opened:
             raise CheckpointError(
-                f"config.json: vLLM cannot serve {name!r}, which has other sizes or parts than the model's"
-                " configuration says; remove units with remove_units_(uniform=True)."
+                f"config.json: vLLM cannot serve {description.opened[0]!r}, an attention in four parts; plan with"
+                f" skip=[{description.opened[0]!r}]."
             )
+        for name, dense in description.resized.items():
+            if dense.get("type") != "Linear":
+                raise CheckpointError(
+                    f"config.json: vLLM cannot serve {name!r}, a {dense.get('type')} of other sizes than the model's"
+                    " configuration says, expected Linear; plan with uniform=True, or with skip= for this layer."
+                )
         self.layers = dict(description.layers)
-        self._saved_names = {name: name for name in self.layers}
+        self.resized = dict(description.resized)
+        self._saved_names = {name: name for name in (*self.layers, *self.resized)}
         self._methods: list[LowRankLinearMethod] = []
 
     @classmethod
@@ -91,6 +97,7 @@ class VLLMLowRankConfig(QuantizationConfig):
             hf_to_vllm_mapper: vLLM's mapping of names.
         """
         self.layers = hf_to_vllm_mapper.apply_dict(self.layers)
+        self.resized = hf_to_vllm_mapper.apply_dict(self.resized)
         self._saved_names = hf_to_vllm_mapper.apply_dict(self._saved_names)
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> Any:
@@ -101,27 +108,42 @@ class VLLMLowRankConfig(QuantizationConfig):
             prefix: its name.
 
         Raises:
-            CheckpointError: if a layer is low-rank that is no linear one for vLLM, such as an embedding.
+            CheckpointError: if a layer is low-rank or resized that is no linear one for vLLM, such as an embedding, or
+                the query, key or value of an attention is resized.
         """
         parent, dot, own = prefix.rpartition(".")
         parts = [f"{parent}{dot}{part}" for part in self.packed_modules_mapping.get(own, [own])]
-        if not any(part in self.layers for part in parts):
+        is_resized = any(part in self.resized for part in parts)
+        if not is_resized and not any(part in self.layers for part in parts):
             return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
-        if not isinstance(layer, LinearBase):
+        if not isinstance(layer, LinearBase) or (is_resized and isinstance(layer, QKVParallelLinear)):
+            what = "resized" if is_resized else "low-rank"
             raise CheckpointError(
-                f"config.json: {prefix!r} is low-rank, but vLLM has no low-rank {type(layer).__name__}; plan with"
+                f"config.json: {prefix!r} is {what}, but vLLM has no {what} {type(layer).__name__}; plan with"
                 f" skip=[{own!r}]."
             )
         ids: list[Any] = [None]
         if len(parts) > 1:
             ids = ["q", "k", "v"] if isinstance(layer, QKVParallelLinear) else list(range(len(parts)))
-        shards = [Shard(part, key, self.layers.get(part)) for part, key in zip(parts, ids, strict=True)]
+        shards = [
+            Shard(part, key, self.layers.get(part), self.resized.get(part))
+            for part, key in zip(parts, ids, strict=True)
+        ]
         self._methods.append(LowRankLinearMethod(shards))
         return self._methods[-1]
 
     def get_checkpoint_weight_mapper(self) -> Any:
-        """Returns the names of biases that vLLM's layers have themselves: those of the factors ``up`` in the files."""
-        shards = [shard for method in self._methods if not method.has_own_bias for shard in method.shards]
-        names = [re.escape(self._saved_names[shard.name]) for shard in shards if shard.spec is not None]
-        pattern = re.compile(rf"^({'|'.join(names)})\.up\.bias$")
-        return WeightsMapper(orig_to_new_regex={pattern: r"\1.bias"} if names else {})
+        """Returns the names that biases in the files have in vLLM's layers: ``bias``, or that of a resized layer."""
+        factors, resized = [], []
+        for method in self._methods:
+            for shard in method.shards:
+                if shard.spec is not None and not method.has_own_bias:
+                    factors.append(re.escape(self._saved_names[shard.name]))
+                elif shard.spec is None and shard.has_bias and method.has_own_bias:
+                    resized.append(re.escape(self._saved_names[shard.name]))
+        names = {}
+        if factors:
+            names[re.compile(rf"^({'|'.join(factors)})\.up\.bias$")] = r"\1.bias"
+        if resized:
+            names[re.compile(rf"^({'|'.join(resized)})\.bias$")] = rf"\1.{RESIZED_BIAS}"
+        return WeightsMapper(orig_to_new_regex=names)

@@ -124,6 +124,22 @@ KINDS = {
 }
 
 
+def narrow(kind: Kind) -> nn.Module:
+    """The model with fewer hidden units, another number in each block, and ordinary layers."""
+    model = kind.dense()
+    stats = lr.calibrate(model, [kind.inputs()])
+    plan = lr.make_plan(model, lr.Budget(params=0.9), stats, [lr.HiddenUnitsMethod()])
+    for block, leader in enumerate(dict.fromkeys(entry.settings["consumer"] for entry in plan if entry.is_grouped)):
+        plan.set_rank(leader, 41 + 6 * block)
+    return lr.factorize_(model, plan, stats)
+
+
+def narrow_pairs(kind: Kind) -> nn.Module:
+    """The model with fewer hidden units, and pairs in the place of some of these and of other layers."""
+    model = narrow(kind)
+    return lr.factorize_(model, lr.make_plan(model, rank=9, skip=["gate_proj"]))
+
+
 @torch.no_grad()
 def output(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     """Logits, or hidden states of a model without a head."""

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import lowrank_layers as lr
 
-from .models import KINDS
+from .models import KINDS, narrow
 
 VERSION = transformers.__version__
 
@@ -120,7 +120,7 @@ def test_tensors_that_are_in_no_file(folder):
         tensors = load_file(shard)
         if tensors.pop("lm_head.up.weight", None) is not None:
             save_file(tensors, shard, {"format": "pt"})
-    refused(folder, "lack 1 tensors of low-rank layers: lm_head.up.weight; they are damaged or incomplete")
+    refused(folder, "lack 1 tensors of low-rank or resized layers: lm_head.up.weight; they are damaged or incomplete")
 
 
 def test_nothing_of_the_model(folder):
@@ -129,3 +129,17 @@ def test_nothing_of_the_model(folder):
 
     edit(folder, rename)
     refused(folder, "no such layer; it is for another model")
+
+
+def test_layers_of_other_sizes_than_in_the_files(tmp_path):
+    name = "model.layers.0.mlp.up_proj"
+    narrow(KINDS["llama"]).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file({key: t for key, t in tensors.items() if key != f"{name}.weight"}, tmp_path / "model.safetensors")
+    refused(tmp_path, rf"lack 1 tensors of low-rank or resized layers: {name}\.weight")
+    save_file(tensors, tmp_path / "model.safetensors")
+    edit(tmp_path, lambda config: config["resized"][name].update(out_features=40))
+    refused(tmp_path, rf"{name}\.weight' has shape \(41, 64\), expected \(40, 64\)")
+    for damaged in (3, {"type": "Linear"}, {"type": "Quaternion", "dtype": "float32"}):
+        edit(tmp_path, lambda config, damaged=damaged: config["resized"].update({name: damaged}))
+        refused(tmp_path, rf"config\.json: '{name}': .*description")

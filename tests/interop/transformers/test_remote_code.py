@@ -13,8 +13,9 @@ import torch
 from torch import nn
 
 import lowrank_layers as lr
+from lowrank_layers.layers import is_resized, mark_resized
 
-from .models import KINDS, Kind, output, tokens
+from .models import KINDS, Kind, narrow, narrow_pairs, output, tokens
 
 READ = ("llama", "tied llama", "qwen3 moe", "gpt2", "t5", "bert")
 LOADS = """
@@ -51,6 +52,8 @@ def pivots(kind: Kind) -> nn.Module:
 
 
 MODELS = {name: (name, pairs) for name in READ} | {f"{name}, pivots": (name, pivots) for name in ("llama", "gpt2")}
+MODELS |= {f"{name}, fewer units": (name, narrow) for name in ("llama", "bert")}
+MODELS |= {"llama, fewer units and pairs": ("llama", narrow_pairs)}
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +75,9 @@ def saved(tmp_path_factory) -> Path:
 def test_a_process_without_the_library_computes_the_same_bits(saved, name):
     of, make = MODELS[name]
     model = make(KINDS[of])
-    assert sum(isinstance(module, lr.FactoredModule) for module in model.modules()) >= 5
+    assert sum(isinstance(module, lr.FactoredModule) or is_resized(module) for module in model.modules()) >= 4
+    if "fewer units" in name:
+        assert len({weight.shape for weight in model.state_dict().values() if {41, 47} & {*weight.shape}}) >= 4
     assert torch.equal(torch.load(saved / name / "output.pt"), output(model, KINDS[of].inputs()))
 
 
@@ -81,12 +86,24 @@ def test_who_does_not_allow_the_code_gets_an_error(saved):
         KINDS["llama"].load(saved / "llama", trust_remote_code=False)
 
 
+def test_a_dense_model_needs_no_code(tmp_path):
+    model = KINDS["llama"].dense()
+    model.save_pretrained(tmp_path, remote_code=True)
+    assert torch.equal(output(KINDS["llama"].load(tmp_path), tokens()), output(model, tokens()))
+    assert not list(tmp_path.glob("*.py"))
+
+
 def test_other_layers_are_refused_and_nothing_is_written(tmp_path):
     with pytest.raises(lr.LowRankError, match=r"'vit.embeddings.patch_embeddings.projection' \(\w+Conv2d\); skip them"):
         KINDS["vit"].factored().save_pretrained(tmp_path / "vit", remote_code=True)
 
     class Own(type(KINDS["llama"].dense())):
         pass
+
+    resized = KINDS["vit"].dense()
+    mark_resized(resized.vit.embeddings.patch_embeddings.projection)
+    with pytest.raises(lr.LowRankError, match=r"'vit.embeddings.patch_embeddings.projection' \(Conv2d of another size"):
+        resized.save_pretrained(tmp_path / "resized", remote_code=True)
 
     own = copy.deepcopy(pairs(KINDS["llama"]))
     own.__class__ = Own

@@ -53,6 +53,20 @@ class UnquantizedLinearMethod(LinearMethodBase):
         return nn.functional.linear(x, layer.weight, bias)
 
 
+def divide(number, parts):
+    """An assertion in vLLM too: of the sizes in the configuration, which are not those of resized layers."""
+    assert number % parts == 0, f"{number} is not divisible by {parts}"
+    return number // parts
+
+
+class SiluAndMul(nn.Module):
+    """Halves its input, of whatever size that is."""
+
+    def forward(self, x):
+        gate, up = x.split(x.shape[-1] // 2, -1)
+        return nn.functional.silu(gate) * up
+
+
 class LinearBase(nn.Module):
     """A layer of which process ``rank`` of ``size`` has a part."""
 
@@ -79,7 +93,7 @@ class LinearBase(nn.Module):
 
 class ColumnParallelLinear(LinearBase):
     def __init__(self, inputs, output_sizes, bias, config, prefix, rank=0, size=1):
-        local = [outputs // size for outputs in output_sizes]
+        local = [divide(outputs, size) for outputs in output_sizes]
         super().__init__(inputs, sum(local) * size, inputs, local, bias, config, prefix, rank, size)
 
 
@@ -104,7 +118,7 @@ class QKVParallelLinear(LinearBase):
 
 class RowParallelLinear(LinearBase):
     def __init__(self, inputs, outputs, bias, config, prefix, rank=0, size=1):
-        super().__init__(inputs, outputs, inputs // size, [outputs], bias, config, prefix, rank, size)
+        super().__init__(inputs, outputs, divide(inputs, size), [outputs], bias, config, prefix, rank, size)
 
 
 def register_quantization_config(quantization):

@@ -36,14 +36,18 @@ def process():
 
 @pytest.mark.parametrize("method", [lr.SVDMethod(), lr.PivotMethod()], ids=lambda method: method.name)
 @pytest.mark.parametrize("skip", [(), ("q_proj", "gate_proj")], ids=["all", "some"])
+@pytest.mark.parametrize("is_resized", [False, True], ids=["configured sizes", "fewer units"])
 @torch.no_grad()
-def test_layers_compute_what_the_model_does(process, tmp_path, method, skip):
+def test_layers_compute_what_the_model_does(process, tmp_path, method, skip, is_resized):
     from vllm.model_executor.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
     from vllm.model_executor.layers.quantization import get_quantization_config
     from vllm.model_executor.models.llama import LlamaForCausalLM, LlamaModel
     from vllm.model_executor.models.utils import AutoWeightsLoader
 
     model = dense()
+    if is_resized:
+        batches = [{"input_ids": torch.randint(50, (4, 16)), "use_cache": False}]
+        lr.remove_units_(model, batches, lr.Budget(params=0.9))
     lr.factorize_(model, lr.make_plan(model, rank=5, methods=[method], skip=["lm_head", "embed_tokens", *skip]))
     model.save_pretrained(tmp_path)
     register()

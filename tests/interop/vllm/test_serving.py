@@ -3,8 +3,6 @@
 import copy
 import dataclasses
 import json
-from importlib import import_module
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -18,20 +16,9 @@ from tests.interop.vllm import stand_in
 
 import_torchvision()
 transformers = pytest.importorskip("transformers")
-tomllib = pytest.importorskip("tomllib")
 
 PACKED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 HIDDEN, HEAD, HEADS, KV_HEADS, INNER = 32, 8, 4, 2, 48
-
-
-@pytest.fixture
-def vllm(monkeypatch):
-    """What vLLM has registered by the entry point of the package."""
-    stand_in.install(monkeypatch)
-    scripts = tomllib.loads((Path(lr.__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    module, _, name = scripts["entry-points"]["vllm.general_plugins"]["lowrank_layers"].partition(":")
-    getattr(import_module(module), name)()
-    return stand_in.REGISTERED["lowrank"]
 
 
 def dense():
@@ -201,11 +188,9 @@ def test_what_vllm_cannot_serve_is_refused(vllm, tmp_path):
         lr.factorize_(rounded, plan)
         with pytest.raises(CheckpointError, match=r"Linear.*floating point.*without bits="):
             vllm.from_config(saved_config(tmp_path, rounded))
-    narrow = dense()
-    batches = [{"input_ids": torch.randint(50, (4, 16)), "use_cache": False}]
-    lr.remove_units_(narrow, batches, lr.Budget(params=0.9))
-    with pytest.raises(CheckpointError, match=r"other sizes or parts .*uniform=True"):
-        vllm.from_config(saved_config(tmp_path, narrow))
+    opened = {"layers": {}, "unfused": ["attention"], "version": 1}
+    with pytest.raises(CheckpointError, match=r"'attention', an attention in four parts; plan with skip="):
+        vllm.from_config(opened)
 
 
 def test_low_rank_layers_that_vllm_has_no_linear_layer_for_are_refused(vllm, folder):
