@@ -19,7 +19,7 @@ from ..calibrate.sketch import COLUMNS, check_sketch_above, is_sketched
 from ..calibrate.staged_calibration import calibrate_in_stages
 from ..calibrate.statistics import Statistics
 from ..compress import Damping, Method, Plan, make_plan
-from ..compress.registry import refuse_group_methods
+from ..compress.registry import refuse_group_methods, usual_methods
 from ..compress.sequential import build_in_sequence
 from ..compress.units import Units
 from ..errors import LowRankError
@@ -80,7 +80,7 @@ def compress_checkpoint(
         model: the model with parameters on the meta device; ``None`` builds the one that ``config.json`` of
             transformers names.
         loss: as in :func:`calibrate`; ``None`` is ``SampledCrossEntropy()``, which needs no targets.
-        methods: as in :func:`make_plan`.
+        methods: as in :func:`make_plan`, but those of single layers alone.
         skip: layers to leave alone, as in :func:`make_plan`.
         units: as in :func:`make_plan`. ``"measured"`` runs the model from each layer on, with weights from the files.
         damping: as in :func:`make_plan`.
@@ -167,7 +167,9 @@ def compress_checkpoint(
             known = Statistics.load(moments)
             settings: Any = {"units": units, "damping": damping, "progress": progress}
             settings["batches"] = batches if units == "measured" else None
-            make_plan(model, budget, known, methods, left, **settings).save(planned)
+            make_plan(model, budget, known, usual_methods() if methods is None else methods, left, **settings).save(
+                planned
+            )
 
     processes.gather(None)  # all have written their part
     processes.from_first(decide)

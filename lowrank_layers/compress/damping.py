@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 
@@ -43,6 +43,8 @@ class Damping:
         input_shrinkage: the part of the correlations between inputs that is taken back: ``s`` in
             ``(1 - s) A + s diag(A)``, at least 0 and below 1.
         output_shrinkage: likewise of the gradients at the outputs.
+        units: in the place of ``inputs`` where hidden units are removed: units that the calibration samples hardly turn
+            on keep some weight. ``None`` takes ``inputs``.
 
     Raises:
         LowRankError: if a ridge is negative or no finite number, or a shrinkage is not at least 0 and below 1.
@@ -60,6 +62,12 @@ class Damping:
     outputs: float = 0.1
     input_shrinkage: float = 0.0
     output_shrinkage: float = 0.0
+    units: float | None = None
+
+    @property
+    def of_units(self) -> Damping:
+        """That of layers from which hidden units are removed."""
+        return self if self.units is None else replace(self, inputs=self.units, units=None)
 
     @classmethod
     def default(cls, stats: Statistics | None) -> Damping:
@@ -87,9 +95,12 @@ class Damping:
     def __post_init__(self) -> None:
         for field in fields(self):
             value, is_share = getattr(self, field.name), field.name.endswith("_shrinkage")
+            if field.name == "units" and value is None:
+                continue
             if not is_number(value) or not (0 <= value < (1 if is_share else math.inf)):
                 what = "a number of at least 0 and below 1" if is_share else "a finite number that is not negative"
-                raise LowRankError(f"Damping: got {field.name}={value!r}, expected {what}, such as {field.default}.")
+                usual = self.inputs if field.name == "units" else field.default
+                raise LowRankError(f"Damping: got {field.name}={value!r}, expected {what}, such as {usual}.")
 
 
 def rounding_of(dtype: torch.dtype) -> float:

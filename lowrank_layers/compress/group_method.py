@@ -86,6 +86,13 @@ class LayerGroup(Protocol):
             rank: how many stay.
         """
 
+    def damping(self, damping: Damping) -> Damping:
+        """Returns the ridges on the moments of its leaders.
+
+        Args:
+            damping: those of the plan.
+        """
+
     def check(self, model: nn.Module, stats: Statistics, rank: int) -> None:
         """Raises unless a model can be left with some units.
 

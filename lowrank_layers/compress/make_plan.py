@@ -33,6 +33,7 @@ from .latency import ExampleRun, LatencyTable, fit_latency
 from .measured import MeasuredEffects, scaled
 from .method import Method, Option, factored_cost
 from .plan import Plan, model_cost
+from .registry import UsualMethods
 from .request import (
     Request,
     check_budget,
@@ -42,6 +43,7 @@ from .request import (
     make_request,
     methods_of_alds,
     methods_of_uniform,
+    usual_groups,
 )
 from .units import Units, check_units, default_units
 
@@ -175,9 +177,10 @@ def make_plan(
         round_to = ROUND_TO if timed else 1
     check_integer(round_to, "make_plan", "round_to", 1)
     check_int8(bits, budget, allocation)
-    request = make_request(methods, stats, damping, cost_model, round_to)
-    check_groups(request, budget, timed)
     planned = budget is not None and allocation == "knapsack"
+    together = usual_groups(stats, bits) if planned and not timed else ()
+    request = make_request(methods, stats, damping, cost_model, round_to, together)
+    check_groups(request, budget, timed)
     seen = measured_on(batches, units, effects, planned=planned)
     closed = list(walk_layers(model))
     with opened_attentions(model):
@@ -218,7 +221,8 @@ def make_plan(
     if timed:
         problem, picks, measured["measured"] = fit_latency(model, problem, table)
     else:
-        picks = {} if bundles else problem.solve_without_slow() if methods is None else problem.solve()
+        unnamed = methods is None or isinstance(methods, UsualMethods)
+        picks = {} if bundles else problem.solve_without_slow() if unnamed else problem.solve()
     return Plan(
         JointAllocation(problem, bundles).solve() if bundles else problem.entries(picks),
         skipped=skipped,

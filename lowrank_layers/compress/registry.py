@@ -15,7 +15,7 @@ METHODS: dict[str, Method] = {}
 """Every method by the name that plans and files use; those of the library are registered first."""
 
 GROUP_METHODS: dict[str, GroupMethod] = {}
-"""Methods over several layers, by the name that plans and files use. All are on request."""
+"""Methods over several layers, by the name that plans and files use."""
 
 DENSE = "dense"
 """The name, in plans and files, of the choice to leave a layer as it is."""
@@ -85,6 +85,15 @@ def check_registered(method: object) -> Method:
         f"make_plan: got method {method!r}, expected instances such as {names}; a method of your own is registered"
         " first, with lr.register_method."
     )
+
+
+class UsualMethods(list[Method]):
+    """The methods of single layers that compete where none are named; CP is left out where it would be slow."""
+
+
+def usual_methods() -> UsualMethods:
+    """Returns them."""
+    return UsualMethods(method for method in METHODS.values() if not getattr(method, "on_request", False))
 
 
 def is_group_method(method: object) -> bool:

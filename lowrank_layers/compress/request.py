@@ -20,7 +20,7 @@ from .group_method import GroupMethod
 from .int8 import check_bits
 from .method import Method
 from .methods.svd import SVDMethod
-from .registry import GROUP_METHODS, METHODS, check_registered, is_group_method
+from .registry import GROUP_METHODS, check_registered, is_group_method, usual_methods
 from .units import Units
 
 
@@ -57,13 +57,15 @@ def make_request(
     damping: Damping | None,
     cost_model: CostModel | None,
     round_to: int,
+    usual_groups: Sequence[GroupMethod] = (),
 ) -> Request:
     """The arguments of make_plan that concern single layers, checked and with their defaults."""
     if methods is not None and not methods:
         raise LowRankError("make_plan: got no methods; leave methods=None for all of them.")
-    usual = (method for method in METHODS.values() if not getattr(method, "on_request", False))
-    groups = tuple(cast(GroupMethod, method) for method in methods or () if is_group_method(method))
-    chosen = usual if methods is None else [check_registered(each) for each in methods if not is_group_method(each)]
+    if methods is None:
+        methods = [*usual_methods(), *usual_groups]
+    groups = tuple(cast(GroupMethod, method) for method in methods if is_group_method(method))
+    chosen = [check_registered(each) for each in methods if not is_group_method(each)]
     damping = Damping.default(stats) if damping is None else damping
     if not isinstance(damping, Damping):
         raise LowRankError(f"make_plan: got damping={damping!r}, expected a Damping, as in Damping(inputs=1e-3).")
@@ -71,6 +73,21 @@ def make_request(
     if not callable(getattr(cost_model, "cost", None)) or not hasattr(cost_model, "affine"):
         raise LowRankError(f"make_plan: got cost_model={cost_model!r}, expected a CostModel such as CountedCost().")
     return Request(tuple(chosen), stats, damping, cost_model, round_to, groups)
+
+
+def usual_groups(stats: Statistics | None, bits: int | None) -> list[GroupMethod]:
+    """The methods over several layers that compete under a budget where none are named.
+
+    Hidden units are removed from models that read tokens, where gradients tell how much each of them matters.
+
+    Args:
+        stats: the statistics of the model, if there are any.
+        bits: as in :func:`make_plan`; layers without some of their units are not stored in int8.
+    """
+    if bits is not None or stats is None or stats.example is None or not stats.reads_tokens:
+        return []
+    known = [each.gradients is not None for each in stats.values()]
+    return [GROUP_METHODS["hidden_units"]] if known and all(known) else []
 
 
 def methods_of_alds(

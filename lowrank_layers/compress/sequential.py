@@ -111,6 +111,7 @@ def build_in_sequence(
         def anchor(layer: nn.Module, seen: Seen, held_out: PairedMoments, has_bias: bool) -> LayerStats | None:
             assert seen.stats is not None
             weight, damping = weight_of(layer), plan.damping
+            damping = plan[name].group.damping(damping) if name in kept else damping
             groups = [seen.stats.group(k) for k in range(len(matrices_of(layer)))]
             seen.outputs = [Metric.of_outputs(group, damping, weight.device) for group in groups]
             found = anchored(layer, seen.stats, held_out, damping, seen.outputs, has_bias=has_bias)

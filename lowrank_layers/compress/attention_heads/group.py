@@ -89,6 +89,14 @@ class HeadGroup:
             return shape
         return *shape[:-1], shape[-1] // self.count * rank
 
+    def damping(self, damping: Damping) -> Damping:
+        """Returns the ridges on the moments of its leaders.
+
+        Args:
+            damping: those of the plan.
+        """
+        return damping
+
     def check(self, model: nn.Module, stats: Statistics, rank: int) -> None:
         """Raises unless the model can have heads of another size.
 

@@ -77,6 +77,14 @@ class UnitGroup(HiddenUnits):
         axis = len(shape) - 1 - len(layer.get("kernel_size", ()))
         return *shape[:axis], shape[axis] // self.count * rank, *shape[axis + 1 :]
 
+    def damping(self, damping: Damping) -> Damping:
+        """Returns the ridges on the moments of its leaders.
+
+        Args:
+            damping: those of the plan.
+        """
+        return damping.of_units
+
     def check(self, model: nn.Module, stats: Statistics, rank: int) -> None:
         """Does nothing: the model ran with fewer units when they were found.
 
@@ -95,7 +103,7 @@ class UnitGroup(HiddenUnits):
             damping: ridges on the moments.
         """
         reader, known = model.get_submodule(self.consumer), stats[self.consumer].changed(free_bias=False)
-        return eliminate(unit_problem(reader, known, damping), self.count)
+        return eliminate(unit_problem(reader, known, self.damping(damping)), self.count)
 
     @full_precision
     @torch.no_grad()
@@ -120,7 +128,7 @@ class UnitGroup(HiddenUnits):
             kept: the units that stay.
             outputs: as in :class:`Candidate`.
         """
-        problem = unit_problem(dense, stats.changed(free_bias=False), damping, outputs)
+        problem = unit_problem(dense, stats.changed(free_bias=False), self.damping(damping), outputs)
         columns = columns_of(dense, kept.to(weight_of(dense).device), self.count)
         matrix = torch.zeros_like(problem.weight).index_copy_(1, columns, map_from(problem, columns))
         new, bias = copy.deepcopy(dense), problem.corrected_bias(matrix)

@@ -58,7 +58,7 @@ def remove_units_(
         budget: the limit on the model's parameters: ``Budget(params=...)``.
         loss: weights errors by their effect on it, as in :func:`calibrate`; ``SampledCrossEntropy()`` needs no targets.
             Without it all outputs of the layers count the same.
-        damping: ridges on the moments, by default ``Damping()``.
+        damping: ridges on the moments, by default ``Damping.default(stats)``.
         mask: what is padding in a batch, as in :func:`calibrate`.
         uniform: whether hidden layers of one size keep one size. A model of transformers stays what its configuration
             says then, with a smaller ``intermediate_size``: ``save_pretrained`` writes a folder that
@@ -100,7 +100,8 @@ def remove_units_(
     stats = calibrate(
         chained.work, batches, loss, target=[lambda name, _: name in readers], mask=mask, progress=progress
     )
-    problems = {group: _problem(chained, group, stats[group.consumer], damping or Damping()) for group in groups}
+    damping = (damping or Damping.default(stats)).of_units
+    problems = {group: _problem(chained, group, stats[group.consumer], damping) for group in groups}
     orders = {group: eliminate(problem, group.count) for group, problem in problems.items()}
     least = {group: _least(chained, group) for group in groups}
     chosen = choose_units(chained.modules, orders, least, excess, uniform=uniform)

@@ -26,8 +26,9 @@ class HiddenUnitsMethod:
     beside them become smaller and stay ordinary layers. In a plan the method competes with those for single layers: the
     layers beside the units take either it or methods of their own.
 
-    It is on request, and needs statistics: ``methods=[*lr.METHODS.values(), lr.HiddenUnitsMethod()]``. It is none of
-    ``METHODS``, whose members take one layer. With ``make_plan(uniform=True)`` layers that are alike keep one size.
+    It needs statistics, and competes by default for models that read tokens. For others it is on request:
+    ``methods=[*lr.METHODS.values(), lr.HiddenUnitsMethod()]``; it is none of ``METHODS``, whose members take one layer.
+    With ``make_plan(uniform=True)`` layers that are alike keep one size.
 
     Examples:
         >>> model = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 4))

@@ -20,7 +20,7 @@ from ..factorize import factorize_
 from ..make_plan import make_plan
 from ..method import Method
 from ..plan import Plan
-from ..registry import DENSE
+from ..registry import DENSE, usual_methods
 
 
 def factorize_further_(
@@ -48,7 +48,7 @@ def factorize_further_(
     """
     dense = densify_(copy.deepcopy(model))
     stats = calibrate(dense, batches, loss=curvature)
-    plan = make_plan(dense, budget, stats, methods, skip)
+    plan = make_plan(dense, budget, stats, usual_methods() if methods is None else methods, skip)
     smaller = [entry for entry in plan if _is_smaller(entry, model, budget)]
     factorize_(dense, Plan(smaller, settings=plan.settings), stats)
     replace_(model, {entry.name: dense.get_submodule(entry.name) for entry in smaller}, optimizer)
