@@ -60,8 +60,7 @@ def byte_rows(
             continue
         if plan.effects:
             effects["all"] = plan.effects
-        data = None if label == INT8 else batches
-        model = lr.factorize_(copy.deepcopy(subject.model), plan, stats=stats, data=data)
+        model = lr.factorize_(copy.deepcopy(subject.model), plan, stats=stats)
         seconds = time.perf_counter() - start
         sizes = [sum(each.bytes for each in side) for side in zip(*((e.after, e.before) for e in plan), strict=True)]
         in_int8 = sum(entry.bits is not None for entry in plan)
@@ -79,7 +78,7 @@ def byte_report(known: Known) -> str:
     lines = [[key, *(f"{known[key][name]:.2f}" for name in head)] for key in ordered]
     head_of_section = (
         "\n\n## Equal bytes\n\nA row begins with the limit on the bytes of the layers, as a part of their bytes now."
-        " Rows with ranks are those of the default: measured and in sequence.\n\n"
+        " Rows with ranks are planned as the default.\n\n"
     )
     return head_of_section + markdown_table(["row", *head], lines)
 

@@ -10,8 +10,9 @@ from typing import Any
 import lowrank_layers as lr
 
 PAIRS = [lr.SVDMethod()]
-JOINT = [*(each for each in lr.METHODS.values() if not getattr(each, "on_request", False)), lr.HiddenUnitsMethod()]
-"""All methods by default, and hidden units of several layers together."""
+SINGLE = [method for method in lr.METHODS.values() if not getattr(method, "on_request", False)]
+"""The methods of single layers: the default without hidden units."""
+JOINT = [lr.HiddenUnitsMethod(), lr.AttentionHeadsMethod()]
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Setting:
         knows: what the plan and the factors are told of the data.
         units: how layers are compared; ``"uniform"`` gives all one ratio, ``None`` is the default, which measures.
         sequential: whether layers are fitted one after the other.
-        methods: ``None`` for all.
+        methods: ``None`` for those of :func:`make_plan`.
     """
 
     knows: str
@@ -31,6 +32,7 @@ class Setting:
     methods: Any = None
 
 
+DEFAULT = "**default: two-sided, measured, all methods**"
 SETTINGS = {
     "plain SVD, uniform": Setting("nothing", "uniform", methods=PAIRS),
     "whitened, uniform": Setting("inputs", "uniform", methods=PAIRS),
@@ -40,13 +42,12 @@ SETTINGS = {
     "two-sided, balanced, sequential": Setting("gradients", "balanced", sequential=True, methods=PAIRS),
     "two-sided, absolute": Setting("gradients", "absolute", methods=PAIRS),
     "two-sided, measured": Setting("gradients", None, methods=PAIRS),
-    "two-sided, balanced, all methods": Setting("gradients", "balanced"),
-    "two-sided, measured, all methods": Setting("gradients", None),
-    "two-sided, absolute, hidden units too": Setting("gradients", "absolute", methods=JOINT),
-    "two-sided, measured, sequential, hidden units too": Setting("gradients", None, sequential=True, methods=JOINT),
-    "**default: two-sided, measured, sequential, all methods**": Setting("gradients", None, sequential=True),
+    "hidden units and heads alone": Setting("gradients", "absolute", methods=JOINT),
+    "two-sided, absolute, all methods but hidden units": Setting("gradients", "absolute", methods=SINGLE),
+    "two-sided, absolute, all methods": Setting("gradients", "absolute"),
+    DEFAULT: Setting("gradients", None),
+    "default, sequential": Setting("gradients", None, sequential=True),
 }
-DEFAULT = list(SETTINGS)[-1]
 
 
 def uniform_plan(model: Any, stats: lr.Statistics | None, fraction: float, skip: Sequence[str]) -> lr.Plan:
@@ -78,7 +79,7 @@ def compressed(
         plan = uniform_plan(model, known, fraction, skip)
     else:
         budget = lr.Budget(params=fraction, of="planned")
-        measured_by = "all" if setting.methods is None else "joint" if setting.methods is JOINT else "pairs"
+        measured_by = "all" if setting.methods is None else "pairs"
         seen: dict[str, Any] = {"units": setting.units}
         if setting.units is None and measured_by in effects:
             seen["effects"] = effects[measured_by]
