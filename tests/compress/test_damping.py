@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import lowrank_layers as lr
-from lowrank_layers.compress.damping import TOKENS as SHARE
+from lowrank_layers.compress.damping import TOKENS as SHARE, UNITS
 
 
 @pytest.fixture
@@ -133,7 +133,8 @@ def test_moments_of_models_that_read_tokens_are_shrunk_by_default(batch, reads):
     stats = lr.calibrate(model, [batch], loss=lr.SampledCrossEntropy())
     plan = lr.make_plan(model, rank=3, stats=stats)
     assert plan.damping == lr.Damping.default(stats)
-    assert plan.damping == (lr.Damping(input_shrinkage=SHARE, output_shrinkage=SHARE) if reads else lr.Damping())
+    shrunk = lr.Damping(input_shrinkage=SHARE, output_shrinkage=SHARE, units=UNITS)
+    assert plan.damping == (shrunk if reads else lr.Damping())
     assert lr.make_plan(model, rank=3, stats=stats, damping=lr.Damping()).damping == lr.Damping()
 
 
