@@ -75,7 +75,7 @@ def check_group(
     if optimizer is not None:
         raise LowRankError(
             f"{name!r}: got an optimizer with a plan that has {entry.method!r}, whose layers get other sizes; leave"
-            " optimizer out, and make it afterwards."
+            " optimizer out and make it afterwards, or plan with methods=[*lr.METHODS.values()]."
         )
     if name == group.leaders[0]:
         group.check(model, stats, entry.rank)

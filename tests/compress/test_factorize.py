@@ -6,6 +6,7 @@ from torch import nn
 
 import lowrank_layers as lr
 from benchmarks.data import accuracy, available, lenet, mnist
+from lowrank_layers.compress.registry import usual_methods
 
 
 class Residual(nn.Module):
@@ -45,7 +46,7 @@ def data():
 )
 def test_the_budget_is_kept_and_nearly_used(model, data, budget):
     stats = lr.calibrate(model, data, loss=lr.SampledCrossEntropy())
-    plan = lr.make_plan(model, budget, stats=stats)
+    plan = lr.make_plan(model, budget, stats, usual_methods())
     ((unit, limit),) = budget.limits(plan.total).items()
     lr.factorize_(model, plan, stats=stats, data=data)
     assert getattr(plan.after, unit) <= limit
@@ -77,7 +78,7 @@ def test_full_rank_in_sequence_is_the_model(model, data):
 def test_the_sequence_brings_the_outputs_closer(model, data):
     """Those of unseen data, although the last layer has more columns than there are samples."""
     stats = lr.calibrate(model, data, loss=lr.SampledCrossEntropy())
-    plan = lr.make_plan(model, lr.Budget(params=0.3), stats=stats)
+    plan = lr.make_plan(model, lr.Budget(params=0.3), stats, usual_methods())
     unseen = torch.randint(0, 50, (256, 10))
     expected = model(unseen)
 
