@@ -188,7 +188,7 @@ def main() -> None:
             write_result(args, "language", report(subject.name, line, args, known))
         path = work / f"language-bytes-{subject.calibration.numel()}.json"
         known_bytes = kept_rows(path)
-        for key in byte_rows(subject, args, known_bytes, effects, calibration, SKIP):
+        for key in byte_rows(subject, args, known_bytes, calibration, SKIP):
             print(key, *(f"{name} {value:.2f}" for name, value in known_bytes[key].items()), sep=" | ", flush=True)
             keep_rows(path, known_bytes)
         text = report(subject.name, line, args, known)

@@ -23,13 +23,11 @@ ROWS = {"ranks alone": None, "**default: ranks and int8**": 8}
 Known = dict[str, dict[str, float]]
 
 
-def planned(
-    model: Any, stats: lr.Statistics, seen: dict[str, Any], skip: tuple[str, ...], label: str, size: Any
-) -> Any:
-    """The plan of a row; ``seen`` holds the batches on which layers are measured, or what was measured."""
+def planned(model: Any, stats: lr.Statistics, skip: tuple[str, ...], label: str, size: Any) -> Any:
+    """The plan of a row."""
     if label != INT8:
         budget = lr.Budget(bytes=size, of="planned")
-        return lr.make_plan(model, budget, stats, skip=skip, bits=ROWS[label], **seen)
+        return lr.make_plan(model, budget, stats, skip=skip, bits=ROWS[label])
     plan = lr.make_plan(model, rank=1, stats=stats, methods=[lr.SVDMethod()], skip=skip)
     for entry in list(plan):
         plan.drop(entry.name).set_bits(entry.name, 8)
@@ -40,7 +38,6 @@ def byte_rows(
     subject: Case,
     args: argparse.Namespace,
     known: Known,
-    effects: dict[str, Any],
     calibration: Callable[[], tuple[lr.Statistics, list[Any]]],
     skip: tuple[str, ...],
 ) -> Iterator[str]:
@@ -50,16 +47,13 @@ def byte_rows(
     for key, label, size in wanted if args.bytes else []:
         if key in known:
             continue
-        stats, batches = calibration()
+        stats, _ = calibration()
         start = time.perf_counter()
         try:
-            seen = {"effects": effects["all"]} if "all" in effects else {"batches": batches}
-            plan = planned(subject.model, stats, seen, skip, label, size)
+            plan = planned(subject.model, stats, skip, label, size)
         except lr.BudgetError as error:
             print(f"{key}: {error}", flush=True)
             continue
-        if plan.effects:
-            effects["all"] = plan.effects
         model = lr.factorize_(copy.deepcopy(subject.model), plan, stats=stats)
         seconds = time.perf_counter() - start
         sizes = [sum(each.bytes for each in side) for side in zip(*((e.after, e.before) for e in plan), strict=True)]

@@ -21,7 +21,7 @@ class Setting:
 
     Args:
         knows: what the plan and the factors are told of the data.
-        units: how layers are compared; ``"uniform"`` gives all one ratio, ``None`` is the default, which measures.
+        units: how layers are compared; ``"uniform"`` gives all one ratio, ``None`` is the default.
         sequential: whether layers are fitted one after the other.
         methods: ``None`` for those of :func:`make_plan`.
     """
@@ -32,7 +32,7 @@ class Setting:
     methods: Any = None
 
 
-DEFAULT = "**default: two-sided, measured, all methods**"
+DEFAULT = "**default: two-sided, absolute, all methods**"
 SETTINGS = {
     "plain SVD, uniform": Setting("nothing", "uniform", methods=PAIRS),
     "whitened, uniform": Setting("inputs", "uniform", methods=PAIRS),
@@ -41,10 +41,10 @@ SETTINGS = {
     "two-sided, balanced": Setting("gradients", "balanced", methods=PAIRS),
     "two-sided, balanced, sequential": Setting("gradients", "balanced", sequential=True, methods=PAIRS),
     "two-sided, absolute": Setting("gradients", "absolute", methods=PAIRS),
-    "two-sided, measured": Setting("gradients", None, methods=PAIRS),
+    "two-sided, measured": Setting("gradients", "measured", methods=PAIRS),
     "hidden units and heads alone": Setting("gradients", "absolute", methods=JOINT),
     "two-sided, absolute, all methods but hidden units": Setting("gradients", "absolute", methods=SINGLE),
-    "two-sided, absolute, all methods": Setting("gradients", "absolute"),
+    "two-sided, measured, all methods": Setting("gradients", "measured"),
     DEFAULT: Setting("gradients", None),
     "default, sequential": Setting("gradients", None, sequential=True),
 }
@@ -81,9 +81,9 @@ def compressed(
         budget = lr.Budget(params=fraction, of="planned")
         measured_by = "all" if setting.methods is None else "pairs"
         seen: dict[str, Any] = {"units": setting.units}
-        if setting.units is None and measured_by in effects:
+        if setting.units == "measured" and measured_by in effects:
             seen["effects"] = effects[measured_by]
-        elif setting.units is None:
+        elif setting.units == "measured":
             seen["batches"] = batches
         plan = lr.make_plan(model, budget, known, setting.methods, skip, **seen)
         if plan.effects:

@@ -20,6 +20,7 @@ import lowrank_layers as lr
 from benchmarks.vision import import_torchvision
 from lowrank_layers import files
 from lowrank_layers.checkpoint import compress as module, run_folder, write_model
+from lowrank_layers.compress.registry import usual_methods
 from lowrank_layers.linalg import in_fp32
 
 with contextlib.suppress(ImportError):
@@ -59,7 +60,7 @@ def folder(tmp_path_factory) -> Path:
 
 def in_memory(model: nn.Module) -> tuple[lr.Plan, nn.Module]:
     stats = lr.calibrate(model, tokens(), lr.SampledCrossEntropy())
-    plan = lr.make_plan(model, BUDGET, stats, skip=["lm_head"])
+    plan = lr.make_plan(model, BUDGET, stats, usual_methods(), skip=["lm_head"])
     return plan, lr.factorize_(copy.deepcopy(model), plan, stats, tokens())
 
 
@@ -104,7 +105,7 @@ def test_layers_of_a_folder_can_be_measured(folder, tmp_path):
     plan = lr.compress_checkpoint(folder, tmp_path / "small", BUDGET, tokens(), units="measured")
     model = tiny_llama()
     stats = lr.calibrate(model, tokens(), lr.SampledCrossEntropy())
-    expected = lr.make_plan(model, BUDGET, stats, skip=["lm_head"], batches=tokens())
+    expected = lr.make_plan(model, BUDGET, stats, usual_methods(), skip=["lm_head"], batches=tokens())
     assert plan.settings["units"] == "measured"
     assert plan.loss == pytest.approx(expected.loss, rel=1e-2)
     assert all(

@@ -18,17 +18,23 @@ def check_units(units: object) -> None:
         raise LowRankError(f"make_plan: got units {units!r}, expected one of {list(get_args(Units))}.")
 
 
-def default_units(layers: Iterable[Candidate], *, measured: bool = False) -> Units:
-    """``"measured"`` where layers are, ``"trimmed"`` where the inputs are known but no gradients, else ``"balanced"``.
+def default_units(layers: Iterable[Candidate], *, measured: bool = False, reads_tokens: bool | None = False) -> Units:
+    """Returns the units in which the losses of a plan are compared where none are asked for.
+
+    ``"measured"`` where layers are; else ``"trimmed"`` where the inputs are known but no gradients, ``"absolute"`` with
+    gradients of a model that reads tokens, and ``"balanced"`` otherwise.
 
     Args:
         layers: the layers of a plan.
         measured: whether their effects on the output were measured.
+        reads_tokens: whether the model reads tokens.
     """
     if measured:
         return "measured"
     known = [layer.stats for layer in layers if layer.stats is not None]
-    return "trimmed" if known and all(stats.gradients is None for stats in known) else "balanced"
+    if known and all(stats.gradients is None for stats in known):
+        return "trimmed"
+    return "absolute" if known and reads_tokens else "balanced"
 
 
 def comparable(layer: Candidate, losses: Iterable[float], units: Units) -> list[float]:

@@ -65,6 +65,16 @@ def test_the_default_units_depend_on_what_is_known(model, statistics, units):
     assert plan == lr.make_plan(model, lr.Budget(params=0.5), stats=stats, units=units)
 
 
+def test_gradients_of_a_model_that_reads_tokens_count_as_they_are():
+    words = nn.Sequential(nn.Embedding(50, 48), nn.Linear(48, 48), nn.ReLU(), nn.Linear(48, 50))
+    stats = lr.calibrate(words, [torch.randint(50, (8, 20))], loss=lr.SampledCrossEntropy())
+    plan = lr.make_plan(words, lr.Budget(params=0.5), stats)
+    assert plan.settings["units"] == "absolute"
+    assert plan == lr.make_plan(words, lr.Budget(params=0.5), stats, units="absolute")
+    balanced = lr.make_plan(words, lr.Budget(params=0.5), stats, units="balanced")
+    assert plan.loss <= balanced.loss
+
+
 def test_trimmed_units_do_not_see_the_scale_of_a_layer_or_of_its_largest_direction():
     spectrum = torch.linspace(1, 0.2, 20)
     model = nn.Sequential(*(nn.Linear(20, 20) for _ in range(3)))
