@@ -82,7 +82,7 @@ def test_refuses_what_does_not_add_up():
         stats.merge(lr.calibrate(wide, batches, lr.SampledCrossEntropy()))
     with pytest.raises(lr.LowRankError, match="under Energy with gradients and under no loss"):
         stats.merge(lr.calibrate(wide, batches))
-    with pytest.raises(lr.LowRankError, match="got dict, expected what calibrate returned"):
+    with pytest.raises(lr.LowRankError, match="got stats of type dict, expected what calibrate returned"):
         stats.merge({})
     with pytest.raises(lr.LowRankError, match="0 samples"):
         stats.merge(dataclasses.replace(stats, samples=0))

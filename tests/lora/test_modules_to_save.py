@@ -157,7 +157,7 @@ def test_every_adapter_has_its_own_head():
         out[name] = lr.use_adapter(model, name)(x)
     assert len({tuple(value.flatten().tolist()) for value in out.values()}) == 3
     alone = lr.remove_lora_(copy.deepcopy(model), "german")
-    assert torch.equal(lr.use_adapter(alone, "french")(x), out["french"])
+    assert torch.allclose(lr.use_adapter(alone, "french")(x), out["french"], atol=1e-6)
     with pytest.raises(lr.LowRankError, match=r"'head\.0' is trained whole by each of .*french.*german"):
         lr.use_adapter(model, ["french", "german"])
     assert torch.equal(model(x), out[None])
@@ -390,7 +390,7 @@ def test_two_files_on_one_model_keep_their_heads_apart(tmp_path):
     for name in out:
         lr.load_lora(both, tmp_path / name, name=name, trainable=False)
     for name, want in out.items():
-        assert torch.equal(run(lr.use_adapter(both, name), x), want)
+        assert torch.allclose(run(lr.use_adapter(both, name), x), want, atol=1e-6)
     assert not any(p.requires_grad for p in both.parameters())
 
 
