@@ -95,7 +95,7 @@ def run(args: argparse.Namespace) -> tuple[str, list[list[object]]]:
         lr.save_lora(tuned, folder)
         for kept in KEPT:
             budget = lr.Budget(params=kept, of="planned")
-            plan = lr.make_plan(dense, budget, stats, list(lr.METHODS.values()), skip=["lm_head", nn.Embedding])
+            plan = lr.make_plan(dense, budget, stats, SINGLE, skip=["lm_head", nn.Embedding])
             small = lr.factorize_(copy.deepcopy(dense), plan, stats=stats)
             own = adapted(small)
             train(own, learn, args.steps)
