@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 import lowrank_layers as lr
+from benchmarks.language_settings import SINGLE
 
 from .common import arguments, machine, markdown_table, write_result
 from .data import ROOT, available
