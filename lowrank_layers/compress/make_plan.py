@@ -180,7 +180,7 @@ def make_plan(
     check_integer(round_to, "make_plan", "round_to", 1)
     check_int8(bits, budget, allocation)
     planned = budget is not None and allocation == "knapsack"
-    together = usual_groups(stats, bits) if planned and not timed else ()
+    together = usual_groups(stats) if planned and not timed else ()
     request = make_request(methods, stats, damping, cost_model, round_to, together)
     check_groups(request, budget, timed)
     seen = measured_on(batches, units, effects, planned=planned)

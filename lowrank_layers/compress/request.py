@@ -75,16 +75,15 @@ def make_request(
     return Request(tuple(chosen), stats, damping, cost_model, round_to, groups)
 
 
-def usual_groups(stats: Statistics | None, bits: int | None) -> list[GroupMethod]:
+def usual_groups(stats: Statistics | None) -> list[GroupMethod]:
     """The methods over several layers that compete under a budget where none are named.
 
     Hidden units are removed from models that read tokens, where gradients tell how much each of them matters.
 
     Args:
         stats: the statistics of the model, if there are any.
-        bits: as in :func:`make_plan`; layers without some of their units are not stored in int8.
     """
-    if bits is not None or stats is None or stats.example is None or not stats.reads_tokens:
+    if stats is None or stats.example is None or not stats.reads_tokens:
         return []
     known = [each.gradients is not None for each in stats.values()]
     return [GROUP_METHODS["hidden_units"]] if known and all(known) else []

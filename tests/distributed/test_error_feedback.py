@@ -192,5 +192,6 @@ def test_units(seen):
     """The squares of gradients of 1e18 or 1e-30 overflow or vanish in fp32."""
     for process in seen:
         for name, got in process.items():
-            assert max(got["off"].values()) < 1e-4, (name, got)
+            # what lies between two integers may be rounded to either: one level of 127
+            assert max(got["off"].values()) < (1 / 127 if name == "integers" else 1e-4), (name, got)
             assert all(got["ranks"]), (name, got)

@@ -44,7 +44,7 @@ class AttentionHeadsMethod:
         >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=100, num_hidden_layers=2, **sizes))
         >>> batches = [{"input_ids": torch.randint(100, (4, 32))}]
         >>> stats = lr.calibrate(model, batches, loss=lr.SampledCrossEntropy())
-        >>> plan = lr.make_plan(model, lr.Budget(params=0.7), stats, uniform=True)
+        >>> plan = lr.make_plan(model, lr.Budget(params=0.85), stats, [lr.AttentionHeadsMethod()])
         >>> model = lr.factorize_(model, plan, stats, batches)
         >>> model.config.head_dim == plan["model.layers.0.self_attn.k_proj"].rank
         True
