@@ -13,6 +13,7 @@ import lowrank_layers as lr
 from benchmarks.vision import import_torchvision
 from lowrank_layers.compress.damping import Damping
 from lowrank_layers.compress.hidden_units.problem import unit_problem
+from lowrank_layers.compress.registry import usual_methods
 from lowrank_layers.layers.resized import is_resized
 
 METHODS = [lr.SVDMethod(), lr.PivotMethod(), lr.HiddenUnitsMethod()]
@@ -395,3 +396,35 @@ def test_a_uniform_plan_leaves_an_ordinary_folder_of_transformers(tmp_path):
         "assert 'lowrank_layers' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True)
+
+
+def words():
+    return nn.Sequential(nn.Embedding(50, 16), nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 50))
+
+
+def test_it_competes_by_default_in_models_that_read_tokens():
+    model, batches, budget = words(), [torch.randint(50, (32, 20))], lr.Budget(params=0.4)
+    stats = lr.calibrate(model, batches, loss=lr.SampledCrossEntropy())
+    plan = lr.make_plan(model, budget, stats)
+    assert plan == lr.make_plan(model, budget, stats, [*usual_methods(), lr.HiddenUnitsMethod()])
+    assert plan["1"].method == plan["3"].method == "hidden_units"
+    assert plan.loss < lr.make_plan(model, budget, stats, usual_methods()).loss
+    without_gradients = lr.make_plan(model, budget, lr.calibrate(model, batches))
+    assert not any(entry.is_grouped for entry in without_gradients)
+
+
+def test_its_ridge_keeps_units_that_are_hardly_ever_on():
+    """The unit of the least variance has the largest weight; without a ridge it goes first."""
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Identity(), nn.Linear(4, 4, bias=False))
+    model[0].weight.data, model[2].weight.data = torch.eye(4), torch.diag(torch.tensor([30.0, 1.0, 1.0, 1.0]))
+    x = torch.randn(4000, 4) * torch.tensor([0.01, 1.0, 1.0, 1.0])
+    stats = lr.calibrate(model, [x])
+
+    def kept(units):
+        methods, budget = [lr.HiddenUnitsMethod()], lr.Budget(params=0.75)
+        plan = lr.make_plan(model, budget, stats, methods, damping=lr.Damping(inputs=1e-6, units=units))
+        assert plan["2"].rank == 3
+        return lr.factorize_(copy.deepcopy(model), plan, stats)[0].weight[:, 0].any()
+
+    assert not kept(None)
+    assert kept(0.03)
