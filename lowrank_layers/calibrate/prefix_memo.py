@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -104,10 +104,20 @@ class PrefixMemo:
             known: the pass of a batch.
             layer: the first layer that has changed.
         """
-        around = (name for name in self._stages if not name or layer == name or layer.startswith(f"{name}."))
-        stage = next(around, None)
+        stage = self.stage_around([layer])
         first = next((place for place, (name, _) in enumerate(known.calls) if name == stage), 0)
         return self._run(known, first if self._remembers else 0)
+
+    def stage_around(self, layers: Collection[str]) -> str | None:
+        """Returns the stage that some layers are or lie in, if there is one of all of them.
+
+        Args:
+            layers: names of layers.
+        """
+        around = (
+            name for name in self._stages if all(f"{each}.".startswith(f"{name}." if name else "") for each in layers)
+        )
+        return next(around, None)
 
     @contextmanager
     def own_forward(self, name: str) -> Iterator[None]:

@@ -112,10 +112,10 @@ def make_plan(
         methods: by default all of ``METHODS`` but those on request, such as :class:`TensorizedLinearMethod`, and
             without CP where it would make the model slower than the dense one (by :attr:`Plan.time_ratio`) and the
             budget is one of MACs, or the other methods lose at most 1 % of the layers' outputs. Name the methods to
-            have them: ``methods=list(lr.METHODS.values())``. Methods over several layers,
-            :class:`HiddenUnitsMethod` and :class:`AttentionHeadsMethod`, compete with these where they are named too:
-            the layers of a group take what such a method offers them together, or options of their own, whichever loses
-            less under the budget.
+            have them: ``methods=list(lr.METHODS.values())``. Methods over several layers compete with these:
+            :class:`HiddenUnitsMethod` by default in models that read tokens, where gradients are known and latency is
+            not limited, and :class:`AttentionHeadsMethod` where it is named too. The layers of a group take what such a
+            method offers them together, or options of their own, whichever loses less under the budget.
         skip: layers to leave alone: names, ends of names, parents, types or predicates.
         rank: instead of a budget: one rank or rule for every layer, by the first method that matches. A rule sees
             the weighted spectrum where there are statistics. A layer that would grow is left dense.

@@ -88,3 +88,44 @@ def test_what_mixes_units_or_reads_them_twice_has_none():
     tied.other = nn.Linear(6, 8)
     tied.other.weight = tied.first.weight
     assert found(tied, x) == []
+
+
+class GatedBlock(nn.Module):
+    def __init__(self, leak: float = 0.0) -> None:
+        super().__init__()
+        self.norm, self.leak = nn.LayerNorm(6), leak
+        self.gate, self.up, self.down = nn.Linear(6, 8), nn.Linear(6, 8), nn.Linear(8, 6)
+
+    def forward(self, x):
+        h = F.silu(self.gate(self.norm(x))) * self.up(self.norm(x))
+        return x + self.down(h) + self.leak * h.sum(-1, keepdim=True)
+
+
+def test_time_is_linear_in_depth():
+    """A layer is changed, and the model is run from its block on to the end of it."""
+
+    def calls(depth: int) -> int:
+        model, count = nn.Sequential(*(GatedBlock() for _ in range(depth))), 0
+
+        def note(module: nn.Module, args: object) -> None:
+            nonlocal count
+            count += isinstance(module, nn.Linear)
+
+        handle = nn.modules.module.register_module_forward_pre_hook(note)
+        try:
+            assert len(found(model, torch.randn(5, 6))) == depth
+        finally:
+            handle.remove()
+        return count
+
+    few, more, most = calls(4), calls(8), calls(12)
+    assert most - more == more - few
+
+
+def test_a_stream_with_one_large_entry_hides_nothing():
+    """Were the outputs compared by one scale, what is read twice would pass for rounding."""
+    x = torch.randn(5, 6)
+    x[:, 2] = 1e4
+    for leak, count in ((0.0, 2), (0.01, 0)):
+        model = nn.Sequential(GatedBlock(leak), GatedBlock(leak), nn.Linear(6, 3))
+        assert len(found(model, x)) == count

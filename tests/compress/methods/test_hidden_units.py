@@ -11,6 +11,8 @@ from torch import nn
 
 import lowrank_layers as lr
 from benchmarks.vision import import_torchvision
+from lowrank_layers.compress import sequential
+from lowrank_layers.compress.anchoring import anchored
 from lowrank_layers.compress.damping import Damping
 from lowrank_layers.compress.hidden_units.problem import unit_problem
 from lowrank_layers.compress.registry import usual_methods
@@ -204,6 +206,23 @@ def test_in_sequence_the_reader_is_fitted_on_what_the_small_prefix_delivers(kind
     x = torch.cat(batches)
     errors = [float((each(x) - model(x)).square().mean().detach()) for each in (shot, small)]
     assert errors[1] < 1.05 * errors[0]
+
+
+def test_in_sequence_readers_are_anchored_by_the_ridge_of_units_and_others_by_their_own(monkeypatch):
+    model, batches = gated()
+    stats, small, seen = calibrated(model, batches), copy.deepcopy(model), {}
+
+    def noted(layer, known, held_out, damping, outputs, *, has_bias):
+        seen[next(name for name, each in small.named_modules() if each is layer)] = damping
+        return anchored(layer, known, held_out, damping, outputs, has_bias=has_bias)
+
+    monkeypatch.setattr(sequential, "anchored", noted)
+    damping = Damping(inputs=1e-6, units=0.03)
+    plan = lr.make_plan(model, lr.Budget(params=0.6), stats, [lr.HiddenUnitsMethod()], damping=damping)
+    lr.factorize_(small, plan, stats, batches)
+    assert plan["1.down"].is_grouped
+    assert seen["1.down"] == damping.of_units != damping
+    assert seen["1.gate"] == seen["2"] == damping
 
 
 def test_units_that_others_predict_cost_nothing_in_sequence_either():
