@@ -18,6 +18,8 @@ PLAIN = 0.1
 """Part of the error in which every channel counts by its own variance."""
 LEAST = 1e-3
 """Least variance of a channel there, relative to the mean of all."""
+WIDE = 8192
+"""Channels above which their moments are diagonals, and what the dense model gives is computed each time."""
 ROUNDING = 1e-6
 """Rounding errors of variances, which are differences of sums in fp32, relative to these."""
 
@@ -30,8 +32,8 @@ class OutputMoments:
         channel_dim: the dimension of the channels.
         rows: number of rows.
         total: the sum of the outputs.
-        second: the sum of :math:`y y^T`.
-        gradients: the sum of :math:`g g^T`.
+        second: the sum of :math:`y y^T`; its diagonal where the outputs are wide, such as logits of a vocabulary.
+        gradients: the sum of :math:`g g^T`, or its diagonal.
     """
 
     channel_dim: int
@@ -40,6 +42,32 @@ class OutputMoments:
     second: Tensor
     gradients: Tensor
 
+    @classmethod
+    def before_any(cls, channel_dim: int, channels: int, device: torch.device) -> OutputMoments:
+        """Returns those of no rows.
+
+        Args:
+            channel_dim: the dimension of the channels.
+            channels: how many there are.
+            device: where they are summed.
+        """
+        shape = (channels,) if channels > WIDE else (channels, channels)
+        total = torch.zeros(channels, dtype=torch.float64, device=device)
+        return cls(channel_dim, 0, total, total.new_zeros(shape), total.new_zeros(shape))
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether there are so many channels that only diagonals are known."""
+        return self.second.ndim == 1
+
+    def product(self, rows: Tensor) -> Tensor:
+        """Returns the second moment of some rows, summed, as far as it is known here.
+
+        Args:
+            rows: ``[rows, channels]``.
+        """
+        return (rows.square().sum(0) if self.is_wide else rows.mT @ rows).double()
+
     def error(self) -> OutputError:
         r"""Returns the error that these moments weight.
 
@@ -47,16 +75,18 @@ class OutputMoments:
         scaled such that the error of giving the mean output is 1, nine parts to one.
         """
         mean = self.total / self.rows
-        covariance = self.second / self.rows - mean[:, None] * mean
-        variances = covariance.diagonal().clamp_min(0)
-        if variances.sum() <= ROUNDING * self.second.diagonal().sum() / self.rows:  # outputs that never change
-            return OutputError(self.channel_dim, torch.eye(len(variances)).to(variances))
+        covariance = self.second / self.rows - (mean.square() if self.is_wide else mean[:, None] * mean)
+        variances, seconds = ((x if self.is_wide else x.diagonal()) for x in (covariance, self.second))
+        variances = variances.clamp_min(0)
+        if variances.sum() <= ROUNDING * seconds.sum() / self.rows:  # outputs that never change
+            return OutputError(self.channel_dim, torch.ones_like(variances))
         weight = 1 / variances.clamp_min(LEAST * variances.mean())
-        weight = torch.diag(weight / (weight @ variances))
+        weight = weight / (weight @ variances)
+        weight = weight if self.is_wide else torch.diag(weight)
         felt = (self.gradients * covariance).sum()
         if felt > 0:
             weight = PLAIN * weight + (1 - PLAIN) * self.gradients / felt
-        return OutputError(self.channel_dim, torch.linalg.cholesky(weight).mT)
+        return OutputError(self.channel_dim, weight.sqrt() if self.is_wide else torch.linalg.cholesky(weight).mT)
 
 
 @dataclass
@@ -65,7 +95,7 @@ class OutputError:
 
     Args:
         channel_dim: the dimension of the channels.
-        root: :math:`L`, of :math:`W = L^T L`.
+        root: :math:`L`, of :math:`W = L^T L`, or its diagonal where it has nothing else.
     """
 
     channel_dim: int
@@ -80,7 +110,8 @@ class OutputError:
             data: which rows are data, ``None`` for all.
         """
         off = rows_of(output.float() - expected.float(), self.channel_dim, data)
-        return (off @ self.root.to(off).mT).square().sum() / max(1, len(off))
+        root = self.root.to(off)
+        return (off * root if root.ndim == 1 else off @ root.mT).square().sum() / max(1, len(off))
 
 
 def rows_of(value: Tensor, channel_dim: int, data: Tensor | None) -> Tensor:
@@ -131,17 +162,17 @@ def output_moments(
             dim = channel_dim_of(stage, main)
             data = padding.of_activation(main, tuple(main.shape[:-1]))
             rows = rows_of(main.detach().float(), dim, data)
-            total, second = rows.sum(0).double(), (rows.mT @ rows).double()
-            zeros = torch.zeros_like(total), torch.zeros_like(second), torch.zeros_like(second)
-            moments = found.setdefault(name, OutputMoments(dim, 0, *zeros))
+            if name not in found:
+                found[name] = OutputMoments.before_any(dim, rows.shape[1], rows.device)
+            moments = found[name]
             moments.rows += len(rows)
-            moments.total += total
-            moments.second += second
+            moments.total += rows.sum(0).double()
+            moments.second += moments.product(rows)
             shown = main if main.requires_grad else main.detach().requires_grad_()
 
             def take(gradient: Tensor) -> None:
                 rows = rows_of(gradient.float(), dim, data)
-                moments.gradients += (rows.mT @ rows).double()
+                moments.gradients += moments.product(rows)
 
             shown.register_hook(take)
             return None if shown is main else with_main(output, shown)

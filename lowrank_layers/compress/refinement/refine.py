@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from itertools import chain
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ from .output_error import output_moments
 from .result import RefinedStage, Refinement
 from .settings import RefinementSettings
 from .stage_fit import Example, fit_stage_
-from .stage_passes import StagePass, StagePasses
+from .stage_passes import StagePasses
 
 
 def refine_(
@@ -54,7 +55,8 @@ def refine_(
     Each stage with factored layers (a transformer block, a residual block) is trained alone, on what the stages before
     it deliver, which were trained already. It needs no labels, and the graph of one stage at a time. All batches go
     through both models once, stage by stage, so that time is linear in depth; what they hold at one place of the two
-    models is in memory.
+    models is in memory, up to the last stage that is trained. Of more than 8,192 channels, such as the logits of a
+    vocabulary, the dense model's outputs are computed each time, and second moments are diagonals.
 
     The error of an output is :math:`e^T W e`, where :math:`W` is the second moment of the loss's gradients there, and
     for a tenth the inverse variances of the channels: without gradients, a few large channels that matter little would
@@ -171,18 +173,18 @@ def _refine_stages_(
             )
         learned = [batch for batch, out in zip(batches, places, strict=True) if not out]
         moments = output_moments(teacher, refined, learned, loss, mask)
-        passes = [(dense.start(batch), own.start(batch)) for batch in batches]
+        passes = [(own.start(batch), dense.start(batch)) for batch in batches]
         found = []
-        for name in tqdm(order, desc="refine", disable=not progress):
-            examples = [_example(name, *pair) for pair in passes]
+        last = max(map(order.index, refined))  # behind it, logits of all batches would be in memory
+        for name in tqdm(order[: last + 1], desc="refine", disable=not progress):
+            for each in chain(*passes):
+                each.advance_to(name)
             if name in refined:
-                chosen: tuple[list[Example], list[Example]] = ([], [])
-                for example, out in zip(examples, places, strict=True):
-                    chosen[out].append(example)
+                wide, chosen = moments[name].is_wide, (list[Example](), list[Example]())
+                for pair, out in zip(passes, places, strict=True):
+                    chosen[out].append(Example.of(*pair, wide=wide))
                 errors = fit_stage_(name, own_parameters[name], *chosen, moments[name].error(), settings)
                 found.append(RefinedStage(name, errors[0], min(errors), errors.index(min(errors))))
-            for _, given in passes:
-                given.give()
     return found
 
 
@@ -201,15 +203,6 @@ def _loss_of(settings: RefinementSettings) -> Loss:
         return (signs * main).sum() / len(main)
 
     return signed_sum
-
-
-def _example(name: str, dense: StagePass, given: StagePass) -> Example:
-    """Takes both passes of a batch to a stage, and runs that of the dense model."""
-    dense.advance_to(name)
-    given.advance_to(name)
-    with torch.no_grad():
-        expected, data = dense.compute()
-    return Example(given, expected.clone(), data)  # the model may change it in place
 
 
 def _parameters_of(model: nn.Module, stage: str, trained: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:

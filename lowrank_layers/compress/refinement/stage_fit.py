@@ -21,13 +21,33 @@ class Example:
 
     Args:
         given: the pass that stands before it.
-        expected: what the stage of the dense model gives.
-        data: which rows of that are data; ``None`` for all.
+        dense: that of the dense model.
+        kept: what the stage of the dense model gives, and which rows of that are data; ``None`` where that is so wide
+            that it is computed each time.
     """
 
     given: StagePass
-    expected: Tensor
-    data: Tensor | None
+    dense: StagePass
+    kept: tuple[Tensor, Tensor | None] | None
+
+    @classmethod
+    def of(cls, given: StagePass, dense: StagePass, *, wide: bool) -> Example:
+        """Returns that of two passes, and runs the stage of the dense model unless its output is wide.
+
+        Args:
+            given: the pass that stands before it.
+            dense: that of the dense model.
+            wide: whether its output is.
+        """
+        if wide:
+            return cls(given, dense, None)
+        expected, data = dense.give().main_rows()
+        return cls(given, dense, (expected.clone(), data))  # the model may change it in place
+
+    @torch.no_grad()
+    def expected(self) -> tuple[Tensor, Tensor | None]:
+        """Returns what the stage of the dense model gives, and which rows of that are data; ``None`` for all."""
+        return self.dense.compute() if self.kept is None else self.kept
 
 
 def fit_stage_(
@@ -86,7 +106,7 @@ def fit_stage_(
 
 def _error(example: Example, error: OutputError) -> Tensor:
     output, _ = example.given.compute()
-    return error(output, example.expected, example.data)
+    return error(output, *example.expected())
 
 
 def _mean_error(name: str, examples: Sequence[Example], error: OutputError) -> float:

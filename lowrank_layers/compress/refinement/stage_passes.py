@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -18,6 +19,35 @@ from ...calibrate.paused_run import PausedRun, pause
 from ...errors import LowRankError
 
 
+@dataclass
+class _Given:
+    """What a stage returned.
+
+    Args:
+        output: all of it.
+        main: the first tensor in it.
+        rows: which rows of that are data.
+        tensors: the tensors in it.
+        tags: what is known of their padding.
+    """
+
+    output: Any
+    main: Tensor | None
+    rows: Tensor | None
+    tensors: list[Tensor]
+    tags: Any
+
+    def main_rows(self) -> tuple[Tensor, Tensor | None]:
+        """Returns the first tensor, and which rows of that are data.
+
+        Raises:
+            LowRankError: if there is none.
+        """
+        if self.main is None:
+            raise LowRankError("refine_: a stage returned no tensor, expected one; name other stages.")
+        return self.main, self.rows
+
+
 class StagePass:
     """The pass of one batch.
 
@@ -29,12 +59,12 @@ class StagePass:
     def __init__(self, passes: StagePasses, batch: Any) -> None:
         self._passes = passes
         self._run = PausedRun(partial(passes._run, self, batch))
-        self._given: Any = None
-        self._call: Callable[[], tuple[Tensor | None, Tensor | None]] | None = None
+        self._given: _Given | None = None
+        self._call: Callable[[], _Given] | None = None
         self._tensors: list[Tensor] = []
 
     def advance_to(self, stage: str) -> None:
-        """Goes on to a stage.
+        """Goes on to a stage, with what the one before it gives as it is now.
 
         Args:
             stage: the next one.
@@ -42,6 +72,8 @@ class StagePass:
         Raises:
             LowRankError: if the pass comes to another one, or to none.
         """
+        if self._call is not None and self._given is None:
+            self.give()
         place = self._run.resume()
         if place != stage:
             where = "the end" if place is None else repr(place)
@@ -56,21 +88,19 @@ class StagePass:
         Raises:
             LowRankError: for an output without a tensor, and for a stage that changes its input.
         """
-        main, rows = self._computed()
-        if main is None:
-            raise LowRankError("refine_: a stage returned no tensor, expected one; name other stages.")
-        return main, rows
+        return self._computed().main_rows()
 
-    def give(self) -> None:
-        """Runs the stage as it is now, for the pass to go on with its output."""
-        with torch.no_grad():
-            self._computed()
+    @torch.no_grad()
+    def give(self) -> _Given:
+        """Runs the stage as it is now, for the pass to go on with its output, which is returned."""
+        self._given = self._computed()
+        return self._given
 
     def close(self) -> None:
         """Ends the pass where it is."""
         self._run.close()
 
-    def _computed(self) -> tuple[Tensor | None, Tensor | None]:
+    def _computed(self) -> _Given:
         assert self._call is not None
         versions = [tensor._version for tensor in self._tensors]
         found = self._call()
@@ -148,18 +178,18 @@ class StagePasses:
         running._tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         snapshot = self._padding.snapshot(running._tensors)
 
-        def call() -> tuple[Tensor | None, Tensor | None]:
+        def call() -> _Given:
             with self._padding.resumed(snapshot, running._tensors):
                 output = own(*args, **kwargs)
                 tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
-                running._given = output, tensors, self._padding.tags(tensors)
                 main = main_output(output)
                 rows = None if main is None else self._padding.of_activation(main, tuple(main.shape[:-1]))
-            return main, rows
+                return _Given(output, main, rows, tensors, self._padding.tags(tensors))
 
         running._call = call
         pause(name)
-        output, tensors, tags = running._given
-        self._padding.tag(tensors, tags)
+        given = running._given
+        assert given is not None
+        self._padding.tag(given.tensors, given.tags)
         running._call, running._given, running._tensors = None, None, []
-        return output
+        return given.output

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from lowrank_layers.compress.refinement import output_error as module
 from lowrank_layers.compress.refinement.output_error import OutputError, channel_dim_of, output_moments, rows_of
 
 X = torch.randn(50, 6, generator=torch.Generator().manual_seed(0))
@@ -45,6 +46,22 @@ def test_the_error_of_the_mean_output_is_one(loss):
     outputs = model[0](X).detach()
     assert float(error(outputs.mean(0).expand_as(outputs), outputs, None)) == pytest.approx(1, rel=1e-4)
     assert float(error(outputs, outputs, None)) == 0
+
+
+def test_wide_outputs_are_weighted_by_the_diagonal(monkeypatch):
+    model, labels = net(), torch.arange(50) % 3
+    whole = output_moments(model, ["0"], [(X, labels)], F.cross_entropy, None)["0"]
+    monkeypatch.setattr(module, "WIDE", 4)
+    moments = output_moments(model, ["0"], [(X, labels)], F.cross_entropy, None)["0"]
+    assert moments.is_wide
+    torch.testing.assert_close(moments.gradients, whole.gradients.diagonal())
+    outputs = model[0](X).detach()
+    assert float(moments.error()(outputs.mean(0).expand_as(outputs), outputs, None)) == pytest.approx(1, rel=1e-4)
+    off = (outputs - outputs.mean(0)).square().mean(0).double()
+    other = outputs + torch.randn(50, 5, generator=torch.Generator().manual_seed(1))
+    errors = (other - outputs).square().mean(0).double()
+    expected = 0.9 * (moments.gradients @ errors) / (moments.gradients @ off) + 0.1 * (errors / off).mean()
+    assert float(moments.error()(other, outputs, None)) == pytest.approx(float(expected), rel=1e-4)
 
 
 def test_where_nothing_is_felt_it_is_the_mean_over_channels_of_errors_over_variances():

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import lowrank_layers as lr
-from lowrank_layers.compress.refinement import refine
+from lowrank_layers.compress.refinement import output_error, refine
 
 from ..recovery.digits import batches, cnn, factorized, mlp, trained
 
@@ -85,7 +85,7 @@ def test_each_stage_sees_the_refined_prefix_and_the_dense_model_s_outputs(monkey
         with torch.no_grad():
             outputs = [example.given.compute()[0] for example in (*examples, *held_out)]
             ours = [model[: index + 1](x) for x in inputs]
-        expected = [example.expected for example in (*examples, *held_out)]
+        expected = [example.expected()[0] for example in (*examples, *held_out)]
         theirs = [dense[: index + 1](x) for x in inputs]
         order = [*range(7), *range(8, 12), 7]  # the eighth batch is held out
         assert all(torch.equal(found, ours[k]) for found, k in zip(outputs, order, strict=True))
@@ -96,6 +96,36 @@ def test_each_stage_sees_the_refined_prefix_and_the_dense_model_s_outputs(monkey
     monkeypatch.setattr(refine, "fit_stage_", watched)
     lr.refine_(model, dense, inputs, stages=["0", "1", "2"], lr=1e-2)
     assert seen == ["0", "1", "2"]
+
+
+def test_behind_the_last_stage_that_is_trained_no_batch_goes_on():
+    """The logits of all batches would be in memory at once: 13 GB for 65,536 tokens of SmolLM2, of both models."""
+    head, calls = nn.Linear(16, 50), Counter()
+    dense = nn.Sequential(*blocks(2), head)
+    model = nn.Sequential(*compressed(dense[:2]), copy.deepcopy(head))
+    model[2].register_forward_hook(lambda *_: calls.update(["head"]))
+    lr.refine_(model, dense, data(16), epochs=1)
+    assert calls["head"] == 2 * 2 + 1  # two batches held out, before and after, and the order of the stages
+
+
+def test_stages_of_wide_outputs_are_trained_and_hold_none_of_them(monkeypatch):
+    dense = nn.Sequential(*blocks(1), nn.Linear(16, 40))
+    one, other = compressed(dense), compressed(dense)
+    narrow = lr.refine_(one, dense, data(40), epochs=4, lr=1e-2)
+    held, fit = [], refine.fit_stage_
+
+    def watched(name, trained_parameters, examples, *args):
+        held.append((name, {example.kept is None and example.dense._given is None for example in examples}))
+        return fit(name, trained_parameters, examples, *args)
+
+    monkeypatch.setattr(refine, "fit_stage_", watched)
+    monkeypatch.setattr(output_error, "WIDE", 20)
+    wide = lr.refine_(other, dense, data(40), epochs=4, lr=1e-2)
+    assert held == [("0.0", {False}), ("1", {True})]
+    assert wide.stages[0] == narrow.stages[0]
+    assert wide.kept
+    assert wide.stages[1].after < wide.stages[1].before
+    assert wide.after < 1.1 * narrow.after
 
 
 def test_stages_that_do_not_gain_keep_their_bits(monkeypatch):
@@ -156,9 +186,11 @@ def test_every_stage_is_run_as_often_however_deep_the_model(depth):
         if name.endswith("down"):
             module.register_forward_hook(lambda *_, name=name: calls.update([name]))
     lr.refine_(model, dense, data(), epochs=3)
-    # 3 epochs of 11 batches, 4 times the held-out one, once all of them to go on, the first batch for the order, and
-    # the held-out one for the distance before and after
-    assert set(calls.values()) == {3 * 11 + 4 + 12 + 1 + 2}
+    # 3 epochs of 11 batches, 4 times the held-out one, once all of them to go on, but for the last stage, the first
+    # batch for the order, and the held-out one for the distance before and after
+    *others, last = (calls[name] for name in sorted(calls, key=lambda name: int(name.split(".")[0])))
+    assert last == 3 * 11 + 4 + 1 + 2
+    assert {*others} == {last + 12}
 
 
 class Reader(nn.Module):
