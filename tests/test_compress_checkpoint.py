@@ -80,6 +80,48 @@ def test_the_folder_holds_what_the_functions_in_memory_give(folder, tmp_path):
     assert by_transformers.lm_head.weight is by_transformers.model.embed_tokens.weight
 
 
+WITH_UNITS = [*lr.METHODS.values(), lr.HiddenUnitsMethod()]
+
+
+def test_hidden_units_are_removed_in_the_folder_as_in_memory(folder, tmp_path):
+    plan = lr.compress_checkpoint(folder, tmp_path / "small", BUDGET, tokens(), methods=WITH_UNITS)
+    model = tiny_llama()
+    stats = lr.calibrate(model, tokens(), lr.SampledCrossEntropy())
+    expected_plan = lr.make_plan(model, BUDGET, stats, WITH_UNITS, skip=["lm_head"])
+    assert any(entry.is_grouped for entry in plan)
+    assert {e.name: (e.method, e.rank) for e in plan} == {e.name: (e.method, e.rank) for e in expected_plan}
+    expected, x = lr.factorize_(copy.deepcopy(model), expected_plan, stats, tokens()), tokens()[0]
+    loaded = lr.load(tmp_path / "small", into=tiny_llama())
+    sizes = [block.mlp.down_proj.in_features for block in loaded.model.layers]
+    assert sizes == [block.mlp.down_proj.in_features for block in expected.model.layers]
+    assert min(sizes) < 40
+    torch.testing.assert_close(loaded(x).logits, expected(x).logits, rtol=1e-3, atol=1e-4)
+    assert sum(p.numel() for p in loaded.parameters()) == plan.after.params
+    by_transformers = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "small")
+    assert torch.equal(by_transformers(x).logits, loaded(x).logits)
+
+
+def test_a_run_with_hidden_units_goes_on_to_the_same_bytes(folder, tmp_path, monkeypatch):
+    """Those that stay are in a file: the run that goes on does not choose them again."""
+    whole, broken, keep = tmp_path / "whole", tmp_path / "broken", module.LayerStore.keep
+    lr.compress_checkpoint(folder, whole, BUDGET, tokens(), methods=WITH_UNITS)
+    count = [0]
+
+    def stops(self, name, look, make):
+        count[0] += 1
+        if count[0] == 15:
+            raise KeyboardInterrupt
+        return keep(self, name, look, make)
+
+    monkeypatch.setattr(module.LayerStore, "keep", stops)
+    with pytest.raises(KeyboardInterrupt):
+        lr.compress_checkpoint(folder, broken, BUDGET, tokens(), methods=WITH_UNITS)
+    monkeypatch.setattr(module.LayerStore, "keep", keep)
+    monkeypatch.setattr(module, "kept_units", lambda *_: pytest.fail("chosen again"))
+    lr.compress_checkpoint(folder, broken, BUDGET, tokens(), methods=WITH_UNITS)
+    assert digest(broken) == digest(whole)
+
+
 @pytest.mark.parametrize("slow", [False, True])
 def test_products_are_those_of_fp32_in_all_passes_where_half_precision_is_slow(slow, tmp_path, monkeypatch):
     seen = []
@@ -265,6 +307,8 @@ def test_what_cannot_work_is_refused_before_anything_is_written(folder, tmp_path
         lr.compress_checkpoint(folder, tmp_path / "full", BUDGET, tokens())
     with pytest.raises(lr.LowRankError, match="no batches"):
         lr.compress_checkpoint(folder, tmp_path / "small", BUDGET, [])
+    with pytest.raises(lr.LowRankError, match="takes several layers at once"):
+        lr.compress_checkpoint(folder, tmp_path / "small", BUDGET, tokens(), methods=[lr.AttentionHeadsMethod()])
     with pytest.raises(lr.CheckpointError, match=r"config\.json"):
         lr.compress_checkpoint(next(folder.glob("*.safetensors")), tmp_path / "small", BUDGET, tokens())
     with pytest.raises(lr.LowRankError, match="has values; build the model on the meta device"):

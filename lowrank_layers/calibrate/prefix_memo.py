@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from ..memory import release_mapped
 from .batch_masks import MaskOf
 from .fisher import main_output
 from .overridden import overridden
@@ -44,7 +45,8 @@ class PrefixMemo:
 
     A context manager. Inside, every stage of the model looks whether its output is known. Between the stages the
     model's own code runs each time. Where a pass with all outputs remembered does not return what the first one did,
-    because stages change their inputs in place, say, passes run from the start.
+    because stages change their inputs in place, say, passes run from the start. Behind a stage, parameters in files are
+    let go of.
 
     Args:
         model: the model, in eval mode; its layers may change once all batches were added.
@@ -161,6 +163,7 @@ class PrefixMemo:
             output = own(*args, **kwargs)
         finally:
             self._inside = False
+            release_mapped(self._model.get_submodule(name).parameters())
         if place == len(calls):
             calls.append((name, tree_map(_copied, output)))
         return output

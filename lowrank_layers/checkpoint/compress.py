@@ -18,7 +18,9 @@ from ..calibrate.processes import Processes
 from ..calibrate.sketch import COLUMNS, check_sketch_above, is_sketched
 from ..calibrate.staged_calibration import calibrate_in_stages
 from ..calibrate.statistics import Statistics
-from ..compress import Damping, Method, Plan, make_plan
+from ..compress import Damping, GroupMethod, Method, Plan, make_plan
+from ..compress.grouped import kept_units
+from ..compress.methods import HiddenUnitsMethod
 from ..compress.registry import refuse_group_methods, usual_methods
 from ..compress.sequential import build_in_sequence
 from ..compress.units import Units
@@ -28,6 +30,7 @@ from ..linalg import half_products_in_fp32, halves_are_slow
 from ..memory import release_freed, release_mapped
 from ..modules import Selector, opened_attentions, reasons_to_keep, select, walk_layers
 from ..rank import Budget
+from .group_files import cut_to_files_, kept_in_file
 from .layer_store import LayerStore
 from .mapped_model import fill_from_files_
 from .run_folder import begin, digest_of, end, facts_of
@@ -47,7 +50,7 @@ def compress_checkpoint(
     *,
     model: nn.Module | None = None,
     loss: Loss | None = None,
-    methods: Sequence[Method] | None = None,
+    methods: Sequence[Method | GroupMethod] | None = None,
     skip: Iterable[Selector] = (),
     units: Units | None = None,
     damping: Damping | None = None,
@@ -80,7 +83,9 @@ def compress_checkpoint(
         model: the model with parameters on the meta device; ``None`` builds the one that ``config.json`` of
             transformers names.
         loss: as in :func:`calibrate`; ``None`` is ``SampledCrossEntropy()``, which needs no targets.
-        methods: as in :func:`make_plan`, but those of single layers alone.
+        methods: as in :func:`make_plan`, by default those of single layers. :class:`HiddenUnitsMethod` competes where
+            it is named too, ``methods=[*lr.METHODS.values(), lr.HiddenUnitsMethod()]``; :class:`AttentionHeadsMethod`
+            is not possible.
         skip: layers to leave alone, as in :func:`make_plan`.
         units: as in :func:`make_plan`. ``"measured"`` runs the model from each layer on, with weights from the files.
         damping: as in :func:`make_plan`.
@@ -112,7 +117,7 @@ def compress_checkpoint(
         'PivotLinear'
     """
     check_batches(batches, "compress_checkpoint")
-    refuse_group_methods(methods, "compress_checkpoint")
+    refuse_group_methods(methods, "compress_checkpoint", HiddenUnitsMethod)
     check_clip(clip)
     check_sketch_above(sketch_above, "compress_checkpoint")
     batches, processes = list(batches), Processes.all()
@@ -179,10 +184,14 @@ def compress_checkpoint(
     layers.mkdir(exist_ok=True)
     store = LayerStore(layers, model, processes)
     with opened_attentions(model), half_products_in_fp32(slow):
-        built = build_in_sequence(model, plan, stats, batches, False, progress, store.keep, processes, layers)
+        grouped = any(entry.is_grouped for entry in plan)
+        find = partial(kept_units, model, plan, stats)
+        kept = kept_in_file(work / "units.safetensors", find, processes) if grouped else {}
+        built = build_in_sequence(model, plan, stats, batches, False, progress, store.keep, processes, layers, kept)
     put_in_place_(model, built)
 
     def finish() -> None:
+        cut_to_files_(model, plan, kept, layers)
         write_model(model, target, source, plan)
         end(target)
 

@@ -101,10 +101,10 @@ def is_group_method(method: object) -> bool:
     return type(method) in {type(each) for each in GROUP_METHODS.values()}
 
 
-def refuse_group_methods(methods: Iterable[object] | None, owner: str) -> None:
-    """Raises where one of the methods takes several layers at once."""
+def refuse_group_methods(methods: Iterable[object] | None, owner: str, but: type | None = None) -> None:
+    """Raises where one of the methods takes several layers at once, unless it is of a class that may."""
     for method in methods or ():
-        if is_group_method(method):
+        if is_group_method(method) and type(method) is not but:
             raise LowRankError(
                 f"{owner}: got {method!r}, which takes several layers at once, expected methods of single layers; use"
                 " make_plan with a budget and factorize_ for it."

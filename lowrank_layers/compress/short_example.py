@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..calibrate import forward, quiet_eval
+from ..calibrate import quiet_eval
 from ..calibrate.example import has_tokens, map_tensors
+from ..calibrate.prefix_memo import PrefixMemo
 from ..calibrate.staged_calibration import without_cache
 from ..calibrate.statistics import Statistics
 from ..errors import LowRankError
@@ -53,8 +54,9 @@ def short_example(model: nn.Module, stats: Statistics, method: str) -> Any:
         return batch
     few = map_tensors(lambda tensor: tensor[:, :POSITIONS], batch)
     try:
-        with quiet_eval(model), without_cache(model):
-            forward(model, few, with_target=stats.with_target)
+        memo = PrefixMemo(model, with_target=stats.with_target, mask=None)
+        with quiet_eval(model), without_cache(model), memo:
+            memo.add(few)  # lets go of parameters in files, stage by stage
     except Exception:  # a model of sequences of one length
         return batch
     return few

@@ -160,6 +160,8 @@ class _Trial:
         """Returns the batch norm that takes a layer's output as it is, by the name of the layer."""
         outputs: dict[int, tuple[str, Tensor]] = {}
         after: dict[str, str] = {}
+        if not norms:
+            return after
 
         def remember(name: str) -> Any:
             return lambda module, args, output: outputs.__setitem__(id(output), (name, output))
