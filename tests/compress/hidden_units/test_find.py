@@ -101,6 +101,25 @@ class GatedBlock(nn.Module):
         return x + self.down(h) + self.leak * h.sum(-1, keepdim=True)
 
 
+def test_whatever_a_block_returns_beside_its_stream():
+    class Returns(GatedBlock):
+        def forward(self, x):
+            scores = torch.zeros(5, 5).masked_fill(torch.ones(5, 5).triu(1).bool(), -torch.inf)
+            return super().forward(x), scores, torch.arange(5), torch.empty(0, 3), None
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(Returns() for _ in range(2))
+
+        def forward(self, x):
+            for block in self.blocks:
+                x, *_ = block(x)
+            return x
+
+    assert len(found(Model(), torch.randn(5, 6))) == 2
+
+
 def test_time_is_linear_in_depth():
     """A layer is changed, and the model is run from its block on to the end of it."""
 
