@@ -292,8 +292,6 @@ def test_what_cannot_be_asked_for_is_refused():
             lr.make_plan(model, budget, stats, uniform=True, **wrong)
     with pytest.raises(lr.LowRankError, match="several layers at once"):
         lr.progressive_(model, [0.5], methods=[method], data=batches)
-    with pytest.raises(lr.LowRankError, match="compress_checkpoint"):
-        lr.compress_checkpoint("dense", "small", budget, batches, model=model, methods=[method])
     alone = nn.Sequential(nn.Linear(16, 4))
     with pytest.raises(lr.LowRankError, match="none of the planned layers"):
         lr.make_plan(alone, budget, calibrated(alone, batches), [method])
