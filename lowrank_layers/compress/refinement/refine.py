@@ -180,7 +180,8 @@ def _refine_stages_(
             for each in chain(*passes):
                 each.advance_to(name)
             if name in refined:
-                wide, chosen = moments[name].is_wide, (list[Example](), list[Example]())
+                wide = name in moments and moments[name].is_wide  # Example refuses what returns no tensor
+                chosen = list[Example](), list[Example]()
                 for pair, out in zip(passes, places, strict=True):
                     chosen[out].append(Example.of(*pair, wide=wide))
                 errors = fit_stage_(name, own_parameters[name], *chosen, moments[name].error(), settings)

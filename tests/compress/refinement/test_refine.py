@@ -294,6 +294,37 @@ def test_what_cannot_be_refined_is_refused_and_nothing_changes(make, inputs, tex
     assert hooks(model) == hooks(dense) == 0
 
 
+class Hidden(nn.Module):
+    """Its stage returns nothing, and leaves what it computes in an attribute."""
+
+    class Stage(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(16, 16)
+
+        def forward(self, x: torch.Tensor) -> None:
+            self.found = self.linear(x)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stage = self.Stage()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.stage(x)
+        return self.stage.found
+
+
+def test_a_stage_that_returns_no_tensor_is_refused_and_nothing_changes():
+    torch.manual_seed(0)
+    dense = Hidden()
+    model = compressed(dense)
+    before = state(model)
+    with pytest.raises(lr.LowRankError, match="refine_: a stage returned no tensor, expected one; name other stages"):
+        lr.refine_(model, dense, data(), stages=["stage"])
+    assert same(state(model), before)
+    assert hooks(model) == hooks(dense) == 0
+
+
 def test_bad_arguments():
     dense = blocks(2)
     model = compressed(dense)
