@@ -21,6 +21,7 @@ from ...calibrate import (
     mask_of_rows,
     quiet_eval,
 )
+from ...calibrate.example import has_tokens
 from ...calibrate.staged_calibration import without_cache
 from ...calibrate.stages import find_stages
 from ...errors import LowRankError
@@ -61,7 +62,9 @@ def refine_(
     The error of an output is :math:`e^T W e`, where :math:`W` is the second moment of the loss's gradients there, and
     for a tenth the inverse variances of the channels: without gradients, a few large channels that matter little would
     own the error. A stage is left in the state of the least error on batches that are held out, which may be the one
-    that it had. If in the end the outputs of the model on these batches are farther from those of the dense model than
+    that it had. In the end the parameters of a model that reads tokens are set halfway between what they were and what
+    they were trained to be (``mixing``), which keeps most of the gain, and loses nothing on texts unlike those in
+    ``data``. If then the outputs of the model on the batches held out are farther from those of the dense model than
     before, all is undone.
 
     Many batches are needed, as for any training: on few, the error falls on batches that are held out too, and the
@@ -99,7 +102,8 @@ def refine_(
         >>> refinement.after < refinement.before
         True
 
-    AA-SVD (2026), which trains blocks by the plain squared error.
+    AA-SVD (2026), which trains blocks by the plain squared error; Wortsman et al., "Robust fine-tuning of zero-shot
+    models" (2022), for the mixing.
     """
     chosen = settings_from(RefinementSettings, settings, changes, "refine_")
     check_model(model)
@@ -123,6 +127,10 @@ def refine_(
             start = _distance(model, teacher, held_out, chosen, mask)
             felt = _loss_of(chosen) if loss is None else loss
             found = _refine_stages_(model, teacher, batches, places, stages, trained, chosen, felt, mask, progress)
+            mixing = chosen.mixing_for(reads_tokens=has_tokens(batches[0], with_target=True))
+            with torch.no_grad():
+                for name, parameter in trained.items():
+                    parameter.copy_(before[name].lerp(parameter, mixing))
             end = _distance(model, teacher, held_out, chosen, mask)
         kept = end <= start
     finally:

@@ -29,7 +29,7 @@ class Refinement:
     Args:
         stages: the stages that were trained, in forward order.
         before: distance of the model's outputs from those of the dense model on held-out batches, before.
-        after: the same behind all stages.
+        after: the same behind all stages, with the parameters mixed as the settings say.
         kept: whether the model was kept; otherwise it is as it was before.
 
     Examples:

@@ -98,6 +98,25 @@ def test_each_stage_sees_the_refined_prefix_and_the_dense_model_s_outputs(monkey
     assert seen == ["0", "1", "2"]
 
 
+@pytest.mark.parametrize(("reads_tokens", "mixing"), [(True, 0.5), (False, 1.0)])
+def test_a_model_of_tokens_goes_half_of_the_way(reads_tokens, mixing):
+    dense = nn.Sequential(nn.Embedding(50, 16), *blocks(2), nn.Linear(16, 50)) if reads_tokens else blocks(2)
+    words = torch.randint(50, (16, 24), generator=torch.Generator().manual_seed(1))
+    inputs = list(words.split(1)) if reads_tokens else data(16)
+    start = compressed(dense)
+    before = state(start)
+    ends = {}
+    for each in (None, 1.0, 0.25):
+        model = copy.deepcopy(start)
+        assert lr.refine_(model, dense, inputs, epochs=4, lr=1e-2, distance="mse", mixing=each).kept
+        ends[each] = state(model)
+    assert not same(before, ends[1.0])
+    for name, old in before.items():
+        way = ends[1.0][name] - old
+        torch.testing.assert_close(ends[None][name], old + mixing * way, rtol=0, atol=1e-6)
+        torch.testing.assert_close(ends[0.25][name], old + 0.25 * way, rtol=0, atol=1e-6)
+
+
 def test_behind_the_last_stage_that_is_trained_no_batch_goes_on():
     """The logits of all batches would be in memory at once: 13 GB for 65,536 tokens of SmolLM2, of both models."""
     head, calls = nn.Linear(16, 50), Counter()
@@ -339,3 +358,6 @@ def test_bad_arguments():
     for bad in ({"epochs": 0}, {"held_out": 1}, {"lr": -1.0}, {"trainable": "none"}, {"distance": "cosine"}):
         with pytest.raises(lr.LowRankError, match="Settings: got"):
             lr.refine_(model, dense, data(), **bad)
+    for mixing in (0, 1.5, -0.5, float("nan"), True, "half"):
+        with pytest.raises(lr.LowRankError, match=r"RefinementSettings: got mixing=.*, expected a number in \(0, 1\]"):
+            lr.refine_(model, dense, data(), mixing=mixing)
