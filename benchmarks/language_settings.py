@@ -44,8 +44,8 @@ SETTINGS = {
     "two-sided, measured": Setting("gradients", "measured", methods=PAIRS),
     "hidden units and heads alone": Setting("gradients", "absolute", methods=JOINT),
     "two-sided, absolute, all methods but hidden units": Setting("gradients", "absolute", methods=SINGLE),
-    "two-sided, measured, all methods": Setting("gradients", "measured"),
     DEFAULT: Setting("gradients", None),
+    "default with batches: two-sided, measured, all methods": Setting("gradients", "measured"),
     "default, sequential": Setting("gradients", None, sequential=True),
 }
 

@@ -43,5 +43,5 @@ def trained(label: str, model: Any, dense: Any, windows: Tensor, args: argparse.
         return model
     held_out = batches[::HELD_OUT]
     others = [batch for k, batch in enumerate(batches) if k % HELD_OUT]
-    print(lr.recover_(model, others, teacher=dense, validation=held_out, steps=args.distill, lr=3e-4), flush=True)
+    print(lr.recover_(model, others, teacher=dense, validation=held_out, steps=args.distill, lr=3e-5), flush=True)
     return model

@@ -96,9 +96,11 @@ def make_plan(
     - ``"measured"`` measures instead of assuming, and holds with ``batches`` and ``effects``: each layer alone
       is replaced at about half of its parameters, what comes after it in the model is run again on some batches, and
       the layer's whole curve is scaled by measured over estimated growth of the loss. What is measured is how far the
-      output moves: the mean divergence of the softened predictions where the loss of the statistics is a cross-entropy
-      or the output has ``.logits``, its squared error over its variance otherwise. The losses of the plan are in these
-      units then. On SmolLM2 it is no better than ``"absolute"`` (``benchmarks/language.py``).
+      output moves: the mean divergence of the predictions where the loss of the statistics is a cross-entropy or the
+      output has ``.logits``, softened by a temperature of 4 where the dense ones are nearly certain, and its squared
+      error over its variance otherwise. The losses of the plan are in these units then. SmolLM2 with 80 / 60 / 40 % of
+      its blocks, by all methods in one shot, has a perplexity of 40.5 / 55.1 / 82.7 on WikiText-2, and of 40.7 / 55.0 /
+      92.3 with ``"absolute"`` units (``benchmarks/language.py``).
     - ``"trimmed"`` divides by the total without the largest 1 % of the layer's singular directions, and squares the
       quotient. It is the default where the inputs are known but no gradients. A few outlier channels own the inputs
       of a transformer's layers, so that by the other units these layers are cut to almost nothing; and errors of

@@ -30,8 +30,11 @@ VISIBLE = 1e-4
 """Part of its energy that a layer has to lose for a measurement."""
 LEAST = 1e-10
 """Where a layer changes nothing, its curve is not scaled to nothing."""
+SURE = 1.0
+"""Mean entropy, in nats, below which predictions are softened: their divergence saturates where a layer alone breaks
+the model, as an image classifier's. Those of the next word are soft by themselves."""
 TEMPERATURE = 4.0
-"""Of the divergence, as of :class:`SampledCrossEntropy`: at 1 it saturates where a layer alone breaks the model."""
+"""By which they are softened, as by :class:`SampledCrossEntropy`."""
 ENTRIES = 1 << 22
 """Entries of the output that are compared at once."""
 CLASSIFIERS = ("SampledCrossEntropy", "CrossEntropyLoss", "cross_entropy")
@@ -42,8 +45,9 @@ class MeasuredEffects:
     """Measures what layers do to the output of a model, one at a time; a context manager.
 
     A layer is replaced at one cheap rank, and what comes after it is run again on a few batches. Distance is the mean
-    divergence KL(dense, compressed) of the predictions where the output is logits, and the squared error over the
-    output's variance elsewhere. A layer's whole curve is scaled by measured over predicted.
+    divergence KL(dense, compressed) of the predictions where the output is logits, softened where the dense ones are
+    nearly certain, and the squared error over the output's variance elsewhere. A layer's whole curve is scaled by
+    measured over predicted.
 
     Args:
         model: the dense model, its attentions opened.
@@ -57,6 +61,7 @@ class MeasuredEffects:
         with_target, mask = (False, None) if stats is None else (stats.with_target, stats.mask)
         self._memo = PrefixMemo(model, with_target=with_target, mask=mask)
         self._batches, self._known = batches, list[KnownPass]()
+        self._temperature = 1.0
         self._undo = ExitStack()
 
     def __enter__(self) -> MeasuredEffects:
@@ -71,6 +76,9 @@ class MeasuredEffects:
             count = -(-ROWS // rows)
             step = max(1, len(self._batches) // count)
             self._known += map(self._memo.add, self._batches[step::step][: count - 1])
+            if all(map(self._is_logits, self._known)):
+                entropies = [_entropy(_rows(known, known.output)) for known in self._known]
+                self._temperature = TEMPERATURE if sum(entropies) < SURE * len(entropies) else 1.0
             self._undo = undo.pop_all()
         return self
 
@@ -115,17 +123,25 @@ class MeasuredEffects:
 
     def _distance(self, known: KnownPass, output: Any) -> float:
         ours, dense = _rows(known, output), _rows(known, known.output)
-        main = main_output(known.output)
-        has_classes = (
-            main is not None and main.ndim in (2, 3) and main.shape[-1] > 1
-        )  # not those of pixels, [N, C, H, W]
-        if has_classes and (self._is_classifier or hasattr(known.output, "logits")):
+        if self._is_logits(known):
             step = max(1, ENTRIES // dense.shape[-1])
             parts = zip(ours.split(step), dense.split(step), strict=True)
-            found = (len(a) * divergence(_exact(a), _exact(b), TEMPERATURE) for a, b in parts)
+            found = (len(a) * divergence(_exact(a), _exact(b), self._temperature) for a, b in parts)
             return float(sum(found)) / len(dense)
         spread = (dense - dense.mean(0)).square().sum()
         return float((ours - dense).square().sum() / spread.clamp_min(1e-30))
+
+    def _is_logits(self, known: KnownPass) -> bool:
+        """Whether an output is logits over its last dimension; those of pixels, [N, C, H, W], are over another one."""
+        main = main_output(known.output)
+        has_classes = main is not None and main.ndim in (2, 3) and main.shape[-1] > 1
+        return has_classes and (self._is_classifier or hasattr(known.output, "logits"))
+
+
+def _entropy(logits: Tensor) -> float:
+    """The mean entropy of predictions ``[count, classes]``, in nats."""
+    parts = (part.log_softmax(-1) for part in logits.split(max(1, ENTRIES // logits.shape[-1])))
+    return -sum(float((part.exp() * part).sum()) for part in parts) / len(logits)
 
 
 def _exact(rows: Tensor) -> Tensor:

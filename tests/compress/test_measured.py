@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lowrank_layers as lr
-from lowrank_layers.compress.measured import SHARE, TEMPERATURE, VISIBLE
+from lowrank_layers.compress.measured import SHARE, SURE, TEMPERATURE, VISIBLE
 
 SVD = [lr.SVDMethod()]
 
@@ -31,11 +31,11 @@ def alone(model: nn.Module, stats: lr.Statistics | None, name: str, rank: int) -
     return lr.factorize_(copy.deepcopy(model), plan, stats=stats)
 
 
-def kl(model: nn.Module, small: nn.Module, batches: list[Tensor]) -> float:
-    """The mean divergence of the softened predictions over all rows, times the squared temperature."""
+def kl(model: nn.Module, small: nn.Module, batches: list[Tensor], temperature: float = 1.0) -> float:
+    """The mean divergence of the predictions over all rows, softened, times the squared temperature."""
     x = torch.cat(batches)
-    ours, dense = ((net(x) / TEMPERATURE).log_softmax(-1) for net in (small, model))
-    return TEMPERATURE**2 * float(F.kl_div(ours, dense, reduction="batchmean", log_target=True))
+    ours, dense = ((net(x) / temperature).log_softmax(-1) for net in (small, model))
+    return temperature**2 * float(F.kl_div(ours, dense, reduction="batchmean", log_target=True))
 
 
 @torch.no_grad()
@@ -65,6 +65,24 @@ def test_a_layer_has_the_loss_that_the_model_has_with_it_alone(loss, distance, n
         entry = lr.make_plan(model, lr.Budget(params=fraction), stats, SVD, batches=batches)[name]
         expected = 0.0 if entry.rank is None else found * float(tails[entry.rank] / tails[tried])
         assert entry.loss == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize(("sharpness", "temperature"), [(1.0, 1.0), (100.0, TEMPERATURE)])
+def test_predictions_that_are_nearly_certain_are_softened(sharpness, temperature):
+    """A layer alone may break a classifier, and then the divergence of its own predictions saturates."""
+    model, batches = network(), list(torch.randn(400, 24).double().split(100))
+    with torch.no_grad():
+        model[6].weight *= sharpness
+        entropy = torch.distributions.Categorical(logits=model(torch.cat(batches))).entropy().mean()
+    assert (entropy < SURE) == (sharpness > 1)
+    stats = lr.calibrate(model, batches, loss=lr.SampledCrossEntropy())
+    plan = lr.make_plan(model, lr.Budget(params=0.4), stats, SVD, batches=batches)
+    tried = int(SHARE * (24 * 32 + 32) - 32) // (24 + 32)
+    with torch.no_grad():
+        found = kl(model, alone(model, stats, "0", tried), batches, temperature)
+    tails = lr.Candidate(model[0], stats["0"]).tails[0]
+    assert plan["0"].rank is not None
+    assert plan["0"].loss == pytest.approx(found * float(tails[plan["0"].rank] / tails[tried]), rel=1e-6)
 
 
 def test_losses_of_a_single_linear_layer_are_its_relative_errors_at_every_rank():
