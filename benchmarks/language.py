@@ -92,7 +92,11 @@ def rows(
             torch.cuda.reset_peak_memory_stats()
         start = time.perf_counter()
         setting = SETTINGS.get(label, SETTINGS[DEFAULT])
-        model = compressed(subject.model, setting, stats, batches, size, effects, SKIP)
+        try:
+            model = compressed(subject.model, setting, stats, batches, size, effects, SKIP)
+        except lr.BudgetError as error:
+            print(f"{key}: {error}", flush=True)
+            continue
         if label not in SETTINGS:
             start = time.perf_counter()
             trained(label, model, subject.model, subject.training, args)

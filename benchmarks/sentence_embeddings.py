@@ -121,7 +121,11 @@ def rows(subject: Embedder, args: argparse.Namespace) -> dict[float, dict[str, d
         for label in (each for each in (*SETTINGS, REFINED) if re.search(args.only, each)):
             start = time.perf_counter()
             setting = SETTINGS[DEFAULT if label == REFINED else label]
-            model = compressed(subject.model, setting, stats, batches, size, effects, SKIP)
+            try:
+                model = compressed(subject.model, setting, stats, batches, size, effects, SKIP)
+            except lr.BudgetError as error:
+                print(f"{size:g} | {label}: {error}", flush=True)
+                continue
             if label == REFINED:
                 teacher = copy.deepcopy(subject.model)
                 lr.refine_(model, teacher, batches, args.epochs, loss=drawn_directions(0), distance="mse")
@@ -151,7 +155,7 @@ def main() -> None:
     ]
     found = rows(subject, args)
     for size, table in found.items():
-        head = ["setting", *next(iter(table.values()))]
+        head = ["setting", *next(iter(table.values()), {})]
         lines = [[label, *(f"{v:.3f}" if v <= 1 else f"{v:.1f}" for v in row.values())] for label, row in table.items()]
         tables.append(f"## {size:.0%} of the parameters of the encoder's layers\n\n{markdown_table(head, lines)}\n")
     above = [
