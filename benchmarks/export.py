@@ -122,7 +122,7 @@ FORMATS = {
 
 FORMS = {
     "pairs": (lr.SVDMethod(), lr.TuckerMethod()),
-    "pivot form": (lr.SVDMethod(), lr.PivotMethod(), lr.TuckerMethod()),
+    "pivot form": (lr.SVDMethod(), lr.PivotMethod(max_kernel=9), lr.TuckerMethod()),
 }
 """The methods of a plan, without CP, whose chains of small convolutions take longer than dense ones."""
 

@@ -79,3 +79,26 @@ def test_a_plan_is_edited_and_read_back(model, tmp_path):
     small = lr.factorize_(copy.deepcopy(model), lr.Plan.load(tmp_path / "plan.json"))
     assert isinstance(small[0], lr.PivotLinear)
     assert small[0].rank == 5
+
+
+def test_convolutions_with_a_larger_kernel_than_asked_for_get_no_options():
+    torch.manual_seed(0)
+    convs = nn.Sequential(nn.Conv2d(12, 20, 3), nn.ReLU(), nn.Conv2d(20, 16, 1), nn.ReLU(), nn.Conv2d(16, 8, 5))
+    for limit, offered in ((1, [False, True, False]), (9, [True, True, False]), (25, [True, True, True])):
+        method = lr.PivotMethod(max_kernel=limit)
+        assert [bool(method.options(lr.Candidate(convs[k]))) for k in (0, 2, 4)] == offered
+    pointwise = lr.make_plan(convs, lr.Budget(params=0.5, of="planned"), skip=["0", "4"])
+    assert pointwise["2"].method == "pivot"
+    assert "pivot" not in {entry.method for entry in lr.make_plan(convs, lr.Budget(params=0.5), skip=["2"])}
+
+
+def test_a_plan_that_was_asked_for_larger_kernels_is_read_back(tmp_path):
+    torch.manual_seed(0)
+    convs = nn.Sequential(nn.Conv2d(12, 20, 3), nn.ReLU(), nn.Conv2d(20, 16, 1), nn.ReLU(), nn.Conv2d(16, 8, 5))
+    plan = lr.make_plan(convs, rank=6, methods=[lr.PivotMethod(max_kernel=9)], skip=["4"])
+    assert [entry.settings for entry in plan] == [{"max_kernel": 9}] * 2
+    assert plan.set_rank("0", 5).set_rank("2", 5, method="svd")["0"].method == "pivot"
+    plan.save(tmp_path / "plan.json")
+    small = lr.factorize_(copy.deepcopy(convs), lr.Plan.load(tmp_path / "plan.json"))
+    assert [type(small[k]) for k in (0, 2, 4)] == [lr.PivotConv2d, lr.LowRankConv2d, nn.Conv2d]
+    assert small[0].rank == 5
