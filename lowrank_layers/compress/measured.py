@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..calibrate import describe_output, main_output, quiet_eval
@@ -140,8 +141,8 @@ class MeasuredEffects:
 
 def _entropy(logits: Tensor) -> float:
     """The mean entropy of predictions ``[count, classes]``, in nats."""
-    parts = (part.log_softmax(-1) for part in logits.split(max(1, ENTRIES // logits.shape[-1])))
-    return -sum(float((part.exp() * part).sum()) for part in parts) / len(logits)
+    parts = logits.split(max(1, ENTRIES // logits.shape[-1]))
+    return sum(float(torch.special.entr(part.softmax(-1)).sum()) for part in parts) / len(logits)
 
 
 def _exact(rows: Tensor) -> Tensor:

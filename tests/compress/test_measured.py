@@ -85,6 +85,23 @@ def test_predictions_that_are_nearly_certain_are_softened(sharpness, temperature
     assert plan["0"].loss == pytest.approx(found * float(tails[plan["0"].rank] / tails[tried]), rel=1e-6)
 
 
+@pytest.mark.parametrize("sharpness", [1.0, 100.0])
+def test_classes_that_the_model_rules_out_change_nothing(sharpness):
+    """Two classes of minus infinity beside a model without them: entropies and divergences are the same."""
+
+    class Ruled(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.pad(x, (1, 1), value=-torch.inf)
+
+    model, batches = network(), list(torch.randn(400, 24).double().split(100))
+    with torch.no_grad():
+        model[6].weight *= sharpness
+    stats = lr.calibrate(model, batches, loss=lr.SampledCrossEntropy())
+    ruled = nn.Sequential(*model, Ruled())
+    plans = [lr.make_plan(each, lr.Budget(params=0.4), stats, SVD, batches=batches) for each in (model, ruled)]
+    assert [entry.loss for entry in plans[1]] == pytest.approx([entry.loss for entry in plans[0]], rel=1e-6)
+
+
 def test_losses_of_a_single_linear_layer_are_its_relative_errors_at_every_rank():
     """Of the output of a linear model the squared error is quadratic: nothing is left to measure elsewhere."""
     model, batches = nn.Sequential(nn.Linear(20, 16)).double(), [torch.randn(500, 20).double()]

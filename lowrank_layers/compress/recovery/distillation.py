@@ -164,6 +164,8 @@ class Distillation:
 def divergence(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     r"""Returns the mean divergence :math:`T^2 \, KL(softmax(t / T) \| softmax(s / T))` of the rows.
 
+    A class whose logit is minus infinity in the teacher, such as an action that is not allowed, adds nothing to it.
+
     Args:
         logits: those of the model, ``[..., classes]``.
         teacher: those of the teacher.
@@ -171,6 +173,9 @@ def divergence(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """
     ours = (single(logits) / temperature).log_softmax(-1).flatten(0, -2)
     theirs = (single(teacher) / temperature).log_softmax(-1).flatten(0, -2)
+    impossible = theirs.isneginf()
+    if impossible.any():
+        ours, theirs = ours.masked_fill(impossible, 0.0), theirs.masked_fill(impossible, 0.0)
     return temperature**2 * F.kl_div(ours, theirs, reduction="batchmean", log_target=True)
 
 

@@ -23,6 +23,17 @@ def net(seed: int, rank: int | None = None) -> nn.Module:
 X = torch.randn(7, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
 
+class RulesOut(nn.Module):
+    """Allows some of the classes alone, as an agent's environment does."""
+
+    def __init__(self, classes: tuple[int, ...]) -> None:
+        super().__init__()
+        self.classes = torch.tensor(classes)
+
+    def forward(self, logits: torch.Tensor) -> torch.Tensor:
+        return logits.index_fill(-1, self.classes, -torch.inf)
+
+
 def by_hand(ours: torch.Tensor, theirs: torch.Tensor, temperature: float) -> torch.Tensor:
     p, q = (theirs / temperature).softmax(-1), (ours / temperature).softmax(-1)
     return temperature**2 * (p * (p / q).log()).sum(-1).mean()
@@ -36,6 +47,19 @@ def test_the_distance_of_outputs_is_the_divergence(temperature):
     torch.testing.assert_close(value, 0.5 * by_hand(model(X), teacher(X), temperature))
     value.backward()
     assert all(p.grad is None for p in teacher.parameters())
+
+
+def test_classes_that_the_models_rule_out_have_no_part_in_the_divergence():
+    model, teacher = net(0, rank=2), net(1)
+    possible = [1, 2, 3]
+    models = [nn.Sequential(each, RulesOut((0, 4))) for each in (model, teacher)]
+    with lr.Distillation(*models, temperature=2.0) as distillation:
+        value = distillation(models[0](X))
+    expected = by_hand(model(X)[:, possible], teacher(X)[:, possible], 2.0)
+    torch.testing.assert_close(value, expected)
+    weights = list(model.parameters())
+    for ours, theirs in zip(*(torch.autograd.grad(loss, weights) for loss in (value, expected)), strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_recovering_minimizes_loss_and_divergence_together():
