@@ -83,6 +83,7 @@ class Allocation:
         units: how the losses of different layers compare.
         alds: minimises the largest relative error of a layer in the spectral norm, not the sum of losses.
         effects: measured over predicted loss of each layer, by which its options' losses have been scaled; 1 elsewhere.
+        prior: the units that measured ones are combined with.
     """
 
     layers: dict[str, Candidate]
@@ -92,6 +93,7 @@ class Allocation:
     units: Units
     alds: bool = False
     effects: Mapping[str, float] = field(default_factory=dict)
+    prior: Units = "absolute"
 
     def solve(self) -> dict[str, Offer]:
         """The choice with the least sum of losses, or largest error, under the budget; idle layers become smallest.
@@ -111,7 +113,7 @@ class Allocation:
         if self.budget.loss is not None:
             costs.append([[offer.option.loss_increase for offer in self.offers[name]] for name in used])
             capacities.append(self.budget.loss)
-        objective = [self.objective(self.layers[name], self.offers[name]) for name in used]
+        objective = [self.objective(name) for name in used]
         if self.alds:
             found = allocate_least_worst(costs[0], objective, int(capacities[0]))
         else:
@@ -133,19 +135,29 @@ class Allocation:
         ]
         return sizes.index(min(sizes))
 
-    def objective(self, layer: Candidate, offers: list[Offer]) -> list[float]:
+    def objective(self, name: str) -> list[float]:
         """Returns what is minimised, for each option of one layer.
 
         Args:
-            layer: the layer.
-            offers: its options.
+            name: the layer.
         """
+        layer, offers = self.layers[name], self.offers[name]
         if self.alds:
             return spectral_errors(layer, [offer.option for offer in offers])
         if self.budget.loss is not None:
             unit = (*self.budget.units, "params")[0]
             return [float(getattr(offer.option.cost, unit)) for offer in offers]
-        return comparable(layer, [offer.option.loss_increase for offer in offers], self.units)
+        return self.comparable(layer, [offer.option.loss_increase for offer in offers], self.effects.get(name, 1.0))
+
+    def comparable(self, layer: Candidate, losses: Iterable[float], effect: float) -> list[float]:
+        """Returns losses in the units of the problem.
+
+        Args:
+            layer: the layer whose losses they are.
+            losses: the losses of its options.
+            effect: measured over predicted loss, by which they have been scaled.
+        """
+        return comparable(layer, losses, self.units, prior=self.prior, effect=effect)
 
     def limits(self) -> dict[str, float]:
         """The limits on costs as counts and seconds, and the one on the loss."""

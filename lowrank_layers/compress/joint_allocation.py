@@ -21,7 +21,6 @@ from ..rank import allocate_within
 from .allocation import Allocation, Offer
 from .bundles import Bundle
 from .entry import Entry
-from .units import comparable
 
 STEPS = 80
 """Halvings, on a logarithmic scale, of the range of prices."""
@@ -202,7 +201,7 @@ class JointAllocation:
         offers = self._base.offers[name]
         losses = [offer.option.loss_increase for offer in offers]
         costs = [offer.option.cost for offer in offers]
-        return self._priced(costs, losses, self._base.objective(self._base.layers[name], offers))
+        return self._priced(costs, losses, self._base.objective(name))
 
     def _item(self, bundle: Bundle) -> _Item:
         """The options of a bundle, dense first."""
@@ -211,7 +210,7 @@ class JointAllocation:
         totals = [bundle.total(costs, only_planned=base.budget.of == "planned") for costs in bundle.costs]
         curves = [[0.0, *curve] for curve in zip(*bundle.losses, strict=True)]
         leaders = [base.layers[name] for name in bundle.leaders]
-        scaled = [comparable(layer, curve, base.units) for layer, curve in zip(leaders, curves, strict=True)]
+        scaled = list(map(base.comparable, leaders, curves, bundle.effects))
         sums, objective = ([sum(each) for each in zip(*lists, strict=True)] for lists in (curves, scaled))
         costs = [sum(whole.values(), Cost()), *totals]
         if base.budget.loss is not None:

@@ -93,14 +93,16 @@ def make_plan(
       gradients of other models: on ResNet-20 with channel SVD alone the three give 87.86 / 87.75 / 88.04 % at half the
       parameters and 74.66 / 75.89 / 76.34 % at 30 %; with all methods 91.24 / 91.19 / 91.06 % and 88.37 / 88.89 /
       88.85 %. It is also the default where nothing is known.
-    - ``"measured"`` measures instead of assuming, and holds with ``batches`` and ``effects``: each layer alone
+    - ``"measured"`` measures beside assuming, and holds with ``batches`` and ``effects``: each layer alone
       is replaced at about half of its parameters, what comes after it in the model is run again on some batches, and
       the layer's whole curve is scaled by measured over estimated growth of the loss. What is measured is how far the
       output moves: the mean divergence of the predictions where the loss of the statistics is a cross-entropy or the
       output has ``.logits``, softened by a temperature of 4 where the dense ones are nearly certain, and its squared
-      error over its variance otherwise. The losses of the plan are in these units then. SmolLM2 with 80 / 60 / 40 % of
-      its blocks, by all methods in one shot, has a perplexity of 40.5 / 55.1 / 82.7 on WikiText-2, and of 40.7 / 55.0 /
-      92.3 with ``"absolute"`` units (``benchmarks/language.py``).
+      error over its variance otherwise. The losses of the plan are in these units then. Layers compare by the
+      geometric mean of what is measured and of what the units by default estimate, since a few batches of one text err
+      too: SmolLM2 with 80 % of its blocks, by all methods in one shot, has a perplexity of 35.9 / 16.5 / 10.3 on
+      WikiText-2, code and stories, and with 40 % of 81.7 / 203 / 48; by what is measured alone of 36.2 / 17.5 / 10.7
+      and 80.8 / 262 / 47; and with ``"absolute"`` units of 36.4 / 16.0 / 10.4 at 80 %.
     - ``"trimmed"`` divides by the total without the largest 1 % of the layer's singular directions, and squares the
       quotient. It is the default where the inputs are known but no gradients. A few outlier channels own the inputs
       of a transformer's layers, so that by the other units these layers are cut to almost nothing; and errors of
@@ -220,8 +222,9 @@ def make_plan(
             offers, found = _offers(layers, competing, measuring, bits, progress)
             bundles = make_bundles(model, members, request, measuring, found, uniform=uniform)
         reads_tokens = stats is not None and stats.reads_tokens
-        scales = units or default_units(layers.values(), measured=bool(found), reads_tokens=reads_tokens)
-        problem = Allocation(layers, offers, budget, total, scales, allocation == "alds", found)
+        prior = default_units(layers.values(), reads_tokens=reads_tokens)
+        scales = units or ("measured" if found else prior)
+        problem = Allocation(layers, offers, budget, total, scales, allocation == "alds", found, prior)
     measured: dict[str, float] = {}
     if timed:
         problem, picks, measured["measured"] = fit_latency(model, problem, table)

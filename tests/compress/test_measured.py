@@ -23,6 +23,19 @@ def network() -> nn.Sequential:
     return nn.Sequential(*parts, nn.Linear(20, 10)).double()
 
 
+class Branches(nn.Module):
+    """Two layers with the same weights and inputs, of which one is multiplied by a small number."""
+
+    def __init__(self, share: float) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.share, self.loud, self.quiet = share, nn.Linear(20, 20), nn.Linear(20, 20)
+        self.quiet.load_state_dict(self.loud.state_dict())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.loud(x).tanh() + self.share * self.quiet(x).tanh()
+
+
 def alone(model: nn.Module, stats: lr.Statistics | None, name: str, rank: int) -> nn.Module:
     """A copy in which one layer is of low rank."""
     plan = lr.make_plan(model, rank=1, stats=stats, methods=SVD)
@@ -114,19 +127,7 @@ def test_losses_of_a_single_linear_layer_are_its_relative_errors_at_every_rank()
 
 
 def test_the_budget_goes_where_the_output_depends_on_it():
-    """Two branches with the same weights and inputs, of which one is multiplied by 0.01."""
-
-    class Branches(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.loud, self.quiet = nn.Linear(20, 20), nn.Linear(20, 20)
-            self.quiet.load_state_dict(self.loud.state_dict())
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.loud(x).tanh() + 0.01 * self.quiet(x).tanh()
-
-    torch.manual_seed(0)
-    model, batches = Branches(), [torch.randn(300, 20)]
+    model, batches = Branches(0.01), [torch.randn(300, 20)]
     stats = lr.calibrate(model, batches)
     plain, measured = (
         lr.make_plan(model, lr.Budget(params=0.55), stats, SVD, batches=seen) for seen in (None, batches)
@@ -215,6 +216,27 @@ def test_what_was_measured_for_one_budget_serves_for_others():
     again = lr.make_plan(model, lr.Budget(params=0.4), stats, effects=first.effects)
     assert again == lr.make_plan(model, lr.Budget(params=0.4), stats, batches=batches)
     assert not lr.make_plan(model, lr.Budget(params=0.4), stats).effects
+
+
+UNITS = ("absolute", "balanced", "relative")
+
+
+@pytest.mark.parametrize(("exponent", "units"), [(0.5, "absolute"), (-0.5, "balanced"), (-1.5, "relative")])
+def test_layers_compare_by_the_mean_of_what_is_measured_and_the_default_without_it(exponent, units):
+    """In the logarithm: ``sqrt(effect * loss * loss / sqrt(energy))`` for a model that reads no tokens."""
+    model, batches = Branches(0.6), [torch.randn(300, 20)]
+    stats = lr.calibrate(model, batches, loss=lr.SampledCrossEntropy())
+    layers = {name: lr.Candidate(model.get_submodule(name), stats[name]) for name in ("loud", "quiet")}
+    effects = {name: layer.energy**exponent for name, layer in layers.items()}
+    plan = lr.make_plan(model, lr.Budget(params=0.5), stats, SVD, effects=effects)
+    plans = {each: lr.make_plan(model, lr.Budget(params=0.5), stats, SVD, units=each) for each in UNITS}
+    ranks = [entry.rank for entry in plan]
+    assert {each: ranks == [entry.rank for entry in other] for each, other in plans.items()} == {
+        each: each == units for each in UNITS
+    }
+    for entry in plan:
+        options = {option.rank: option.loss_increase for option in SVD[0].options(layers[entry.name])}
+        assert entry.loss == pytest.approx(effects[entry.name] * options.get(entry.rank, 0.0), rel=1e-6)
 
 
 @pytest.mark.parametrize(("options", "message"), WRONG.values(), ids=WRONG)

@@ -66,8 +66,8 @@ def refine_(
     they were trained to be (``mixing``), which keeps most of the gain, and also helps on texts unlike those in
     ``data``, where all of the way may harm: with 80 % of the blocks of SmolLM2, refined on WikiText-2, its perplexity
     there, on code and on stories goes from 47.3 / 16.21 / 10.2 to 46.3 / 16.08 / 9.8 halfway, and to 46.0 / 16.31 / 9.7
-    with ``mixing=1`` (on 12, 4 and 4 windows of text). If then the outputs of the model on the batches held out are farther from those of the dense model than
-    before, all is undone.
+    with ``mixing=1`` (on 12, 4 and 4 windows of text). If then the outputs of the model on the batches held out are
+    farther from those of the dense model than before, all is undone.
 
     Many batches are needed, as for any training: on few, the error falls on batches that are held out too, and the
     predictions still get worse.
