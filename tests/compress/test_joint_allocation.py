@@ -67,6 +67,18 @@ def _options(layer: lr.Candidate) -> list[tuple[int, float]]:
     return [(layer.before.params, 0.0), *((option.cost.params, option.loss_increase) for option in options)]
 
 
+@pytest.mark.parametrize("effect", [1e4, 1e-4])
+def test_what_all_effects_have_in_common_changes_no_choice_between_layers_and_groups(effect):
+    torch.manual_seed(0)
+    model = model_of(6, 6, 30)
+    stats = calibrated(model)
+    plain = lr.make_plan(model, lr.Budget(params=0.3), stats, METHODS)
+    plan = lr.make_plan(model, lr.Budget(params=0.3), stats, METHODS, effects=dict.fromkeys(stats, effect))
+    assert {"pivot", "hidden_units"} <= {entry.method for entry in plain}
+    assert [(entry.method, entry.rank) for entry in plan] == [(entry.method, entry.rank) for entry in plain]
+    assert plan.loss == pytest.approx(effect * plain.loss, rel=1e-9)
+
+
 @pytest.mark.parametrize(
     "budget",
     [
